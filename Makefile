@@ -1,0 +1,42 @@
+# `make help` lists what is here.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.DEFAULT_GOAL := help
+.PHONY: help install test-install demo test check bench clean
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+$(BIN)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable .
+	@touch $@
+
+$(BIN)/.installed-test: $(BIN)/.installed
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test]'
+	@touch $@
+
+install: $(BIN)/.installed ## make .venv with .venv/bin/hydralv-tune
+
+test-install: $(BIN)/.installed-test ## the same with what the tests need
+
+demo: $(BIN)/.installed ## the main job on a phantom: study, best config, report
+	$(BIN)/hydralv-tune demo
+
+test: $(BIN)/.installed-test ## the whole test suite
+	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+check: $(BIN)/.installed-test ## lint, types and the import floors
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -q tests/test_floors.py
+
+bench: $(BIN)/.installed-test ## measured ratios against stated references
+	for script in benchmarks/[a-z]*.py; do $(BIN)/python $$script || exit 1; done
+
+clean: ## remove .venv and caches, keep runs/
+	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,61 @@
+"""The house has floors: imports point down only, and two libraries have one door each."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "hydralv_tune"
+FLOORS = {
+    0: {"metrics", "targets", "flood", "decoding", "losses", "architectures", "augmentation",
+        "phantom"},
+    1: {"errors", "config", "space"},
+    2: {"volumes", "records"},
+    3: {"sampling", "training", "prediction", "sweep", "trial"},
+    4: {"study", "launch", "export", "report"},
+    5: {"cli", "__main__"},
+}  # fmt: skip
+FLOOR_OF = {module: floor for floor, modules in FLOORS.items() for module in modules}
+MODULES = sorted(PACKAGE.glob("*.py"))
+
+
+def imported(path: Path) -> set[str]:
+    """Return every dotted name that a file imports, at the top or inside a function."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level:
+            pytest.fail(f"{path.name}:{node.lineno} imports relatively; name the package")
+    return names
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: path.stem)
+def test_imports_point_down_only(path: Path) -> None:
+    if path.stem == "__init__":
+        return
+    assert path.stem in FLOOR_OF, f"{path.name} stands on no floor; add it to FLOORS"
+    for name in imported(path):
+        parts = name.split(".")
+        if parts[0] == "hydralv_tune" and len(parts) > 1 and parts[1] in FLOOR_OF:
+            assert FLOOR_OF[parts[1]] <= FLOOR_OF[path.stem], f"{path.name} imports {name}"
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: path.stem)
+def test_numerics_know_no_files_no_config_no_study(path: Path) -> None:
+    if FLOOR_OF.get(path.stem) != 0:
+        return
+    roots = {name.split(".")[0] for name in imported(path)}
+    assert not roots & {"optuna", "ray", "pydantic", "yaml", "h5py", "tifffile", "zarr"}
+
+
+@pytest.mark.parametrize(
+    ("library", "door"), [("optuna", "study"), ("ray", "launch")], ids=["optuna", "ray"]
+)
+def test_one_file_alone_imports(library: str, door: str) -> None:
+    doors = {p.stem for p in MODULES if library in {n.split(".")[0] for n in imported(p)}}
+    assert doors <= {door}
