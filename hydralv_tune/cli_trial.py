@@ -1,0 +1,107 @@
+"""The commands of one candidate: train, predict."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from hydralv_tune.cli_data import Images, Json, Labels, Masks, Settings
+from hydralv_tune.console import format_value, print_facts, print_json, progress_bar, say
+from hydralv_tune.errors import InputError
+
+
+def train(
+    candidate: Annotated[str, typer.Argument(help="A file, or a name in trials/.")],
+    image: Images,
+    out: Annotated[Path, typer.Option(help="Folder for checkpoint, record and tables.")],
+    label: Labels = None,
+    mask: Masks = None,
+    space: Annotated[
+        str, typer.Option(help="Search space whose thresholds are swept, unless the candidate's.")
+    ] = "hydra_lv",
+    settings: Settings = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    json: Json = False,
+) -> None:
+    """Fine-tune one candidate, without a study. A folder with a checkpoint is continued.
+
+    Example: `hydralv-tune train overfit_check --image runs/phantom/im.h5
+    --label runs/phantom/label.h5 --out runs/overfit`
+    """
+    from hydralv_tune.config import load_candidate, parse_overrides
+    from hydralv_tune.space import load_space
+    from hydralv_tune.trial import Evaluation, TrialSpec, run_trial
+    from hydralv_tune.volumes import read_volume, volume_paths
+
+    loaded = load_candidate(candidate, parse_overrides(settings or []))
+    searched = load_space(space)
+    paths = volume_paths(image, label or [], mask or [])
+    if not label:
+        raise InputError("train: --label is missing; training needs instance labels.")
+    volumes = [read_volume(entry) for entry in paths]
+
+    def show(evaluation: Evaluation) -> None:
+        shown = {"error": evaluation.value, **evaluation.losses}
+        say(
+            f"evaluation {evaluation.step}, epoch {evaluation.epoch}, "
+            f"{evaluation.seconds:.0f} s: {format_value(shown)}"
+        )
+
+    spec = TrialSpec(
+        number=0,
+        root=0,
+        candidate=loaded,
+        objective=searched.objective,
+        grid=loaded.test.decoding_grid or searched.decoding,
+        volumes=paths,
+        out=str(out),
+        device=device,
+        threads=loaded.system.cpu_threads,
+        study=None,
+        timeout_s=None,
+    )
+    with progress_bar("Train") as move:
+        record = run_trial(spec, report=show, volumes=volumes, progress=move)
+    document = record.summary()
+    if json:
+        print_json(document)
+    else:
+        print_facts(f"Trained {candidate}", document)
+
+
+def predict(
+    checkpoint: Annotated[Path, typer.Option(help="best.ckpt of a trial, or an exported one.")],
+    image: Annotated[str, typer.Option(help="Image volume: HDF5, TIFF or Zarr.")],
+    out: Annotated[Path, typer.Option(help="Where the (3, Z, Y, X) probabilities go.")],
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    settings: Settings = None,
+    json: Json = False,
+) -> None:
+    """Write the probabilities of a volume.
+
+    Example: `hydralv-tune predict --checkpoint runs/overfit/best.ckpt
+    --image runs/phantom/im.h5 --out runs/p.h5`
+    """
+    import time
+
+    from hydralv_tune.config import parse_overrides
+    from hydralv_tune.prediction import load_network, pick_device
+    from hydralv_tune.prediction import predict as predict_volume
+    from hydralv_tune.volumes import read_array, write_array
+
+    target = pick_device(device)
+    network, candidate = load_network(checkpoint, device=target)
+    if settings:
+        candidate = candidate.with_overrides(parse_overrides(settings))
+    volume = read_array(image)
+    started = time.perf_counter()
+    with progress_bar("Predict") as move:
+        maps = predict_volume(network, volume, candidate, device=target, progress=move)
+    write_array(out, maps)
+    document = {"out": str(out), "seconds": round(time.perf_counter() - started, 3)}
+    if json:
+        print_json(document)
+    else:
+        print_facts("Predicted", document)

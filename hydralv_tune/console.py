@@ -1,0 +1,112 @@
+"""What people see: tables and progress on stderr, one JSON document on stdout."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+stderr = Console(stderr=True, highlight=False)
+stdout = Console(highlight=False)
+
+ProgressCallback = Callable[[int, int], None]
+
+
+def _plain(value: Any) -> Any:
+    """Return a value of a JSON type for a NumPy scalar, an array or a path."""
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, np.ndarray):
+        return value.tolist()
+    return str(value)
+
+
+def _finite(value: Any) -> Any:
+    """Return the same structure with null for NaN and infinity, which JSON has no word for."""
+    if isinstance(value, Mapping):
+        return {str(key): _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, float) and not np.isfinite(value):
+        return None
+    return value
+
+
+def print_json(document: Mapping[str, Any]) -> None:
+    """Print exactly one JSON document on stdout."""
+    sys.stdout.write(json.dumps(_finite(document), indent=2, default=_plain) + "\n")
+    sys.stdout.flush()
+
+
+def say(text: str) -> None:
+    """Print a line for people on stderr."""
+    stderr.print(text, markup=False, soft_wrap=True)
+
+
+def format_value(value: Any) -> str:
+    """Return a value as people read it: four digits after the point, lists in brackets."""
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, float):
+        return f"{value:.4g}" if abs(value) >= 1000 or 0 < abs(value) < 1e-3 else f"{value:.4f}"
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key} {format_value(item)}" for key, item in value.items())
+    if isinstance(value, list | tuple):
+        shown = ", ".join(format_value(item) for item in value[:12])
+        return f"[{shown}{', …' if len(value) > 12 else ''}]"
+    return "–" if value is None else str(value)
+
+
+def print_facts(title: str, facts: Mapping[str, Any]) -> None:
+    """Print a two-column table of names and values on stdout."""
+    table = Table(title=title, title_justify="left", show_header=False, box=None)
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in facts.items():
+        table.add_row(str(name).replace("_", " "), format_value(value))
+    stdout.print(table)
+
+
+def print_rows(title: str, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Print rows of the same keys as a table on stdout."""
+    table = Table(title=title, title_justify="left")
+    for name in rows[0] if rows else []:
+        table.add_column(str(name).replace("_", " "), justify="right", overflow="fold")
+    for row in rows:
+        table.add_row(*(format_value(value) for value in row.values()))
+    stdout.print(table)
+
+
+@contextmanager
+def progress_bar(description: str) -> Iterator[ProgressCallback]:
+    """Show a bar on stderr and yield the callback `(done, total)` that moves it."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=stderr, transient=True) as progress:
+        task = progress.add_task(description, total=None)
+
+        def move(done: int, total: int) -> None:
+            progress.update(task, completed=done, total=total)
+
+        yield move
