@@ -60,23 +60,29 @@ def checked_probabilities(probabilities: Array) -> Array:
 
 
 def checked_pair(name: str, pair: Pair) -> tuple[float, float | None]:
-    """Return a threshold pair (seed, foreground); None switches a contour test off.
+    """Return a threshold pair (seed, foreground); None or infinity switches a contour test off.
 
     Raises:
         ValueError: It is no pair of finite numbers, or None stands elsewhere.
     """
     if isinstance(pair, str) or not isinstance(pair, Sequence) or len(pair) != 2:
         raise ValueError(f"{name} is {pair!r}, but it is a pair: [seed, foreground]")
-    values: list[float | None] = []
-    for value in pair:
-        if value is None and name == "contour_threshold":
-            values.append(None)
-        elif value is None or isinstance(value, bool) or not np.isfinite(float(value)):
-            raise ValueError(f"{name} holds {value!r}, but a threshold is a finite number")
-        else:
-            values.append(float(value))
-    seed, foreground = values
+    seed, foreground = (checked_threshold(name, value) for value in pair)
     return (np.inf if seed is None else seed), foreground
+
+
+def checked_threshold(name: str, value: Any) -> float | None:
+    """Return one threshold; None, which only a contour threshold may be, is off.
+
+    Raises:
+        ValueError: It is no finite number.
+    """
+    if name.startswith("contour_threshold") and (value is None or value == np.inf):
+        return None
+    number = isinstance(value, int | float | np.number) and not isinstance(value, bool)
+    if not number or not np.isfinite(value):
+        raise ValueError(f"{name} holds {value!r}, but a threshold is a finite number")
+    return float(value)
 
 
 def checked_size(name: str, size: Any) -> int:
@@ -85,7 +91,8 @@ def checked_size(name: str, size: Any) -> int:
     Raises:
         ValueError: It is no integer from 0 on.
     """
-    if isinstance(size, bool) or int(size) != size or size < 0:
+    number = isinstance(size, int | float | np.number) and not isinstance(size, bool)
+    if not number or not np.isfinite(size) or int(size) != size or size < 0:
         raise ValueError(f"{name} is {size!r}, but it is a number of voxels from 0 on")
     return int(size)
 
