@@ -1,22 +1,22 @@
 # `make help` lists what is here.
 PYTHON ?= python3
 BIN := .venv/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help install test-install demo test check bench clean
+.PHONY: help install test-install demo test soak check bench clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 $(BIN)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable .
+	$(PIP) torch
+	$(PIP) --editable .
 	@touch $@
 
 $(BIN)/.installed-test: $(BIN)/.installed
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test]'
+	$(PIP) --editable '.[test]'
 	@touch $@
 
 install: $(BIN)/.installed ## make .venv with .venv/bin/hydralv-tune
@@ -26,8 +26,11 @@ test-install: $(BIN)/.installed-test ## the same with what the tests need
 demo: $(BIN)/.installed ## the main job on a phantom: study, best config, report
 	$(BIN)/hydralv-tune demo
 
-test: $(BIN)/.installed-test ## the whole test suite
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+test: $(BIN)/.installed-test ## the whole test suite but the soak
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
+
+soak: $(BIN)/.installed-test ## random kills and the long runs
+	$(BIN)/python -m pytest -m slow
 
 check: $(BIN)/.installed-test ## lint, types and the import floors
 	$(BIN)/ruff check .

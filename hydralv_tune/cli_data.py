@@ -24,9 +24,7 @@ Images = Annotated[
 Labels = Annotated[
     list[str] | None, typer.Option("--label", help="Instance labels, one for each image.")
 ]
-Masks = Annotated[
-    list[str] | None, typer.Option("--mask", help="Valid mask, one for each image.")
-]
+Masks = Annotated[list[str] | None, typer.Option("--mask", help="Valid mask, one for each image.")]
 OneLabel = Annotated[str, typer.Option("--label", help="Instance labels: HDF5, TIFF or Zarr.")]
 OneMask = Annotated[str | None, typer.Option("--mask", help="Valid mask; the rest is ignored.")]
 Json = Annotated[bool, typer.Option("--json", help="Print exactly one JSON document.")]
@@ -56,9 +54,11 @@ def read_mask(path: str | None, shape: tuple[int, ...]) -> np.ndarray | None:
 
 def phantom(
     out: Annotated[Path, typer.Argument(help="Folder for im.h5, label.h5 and mask.h5.")],
-    shape: Annotated[
-        tuple[int, int, int], typer.Option(help="Voxels along z, y and x.")
-    ] = (51, 516, 516),
+    shape: Annotated[tuple[int, int, int], typer.Option(help="Voxels along z, y and x.")] = (
+        51,
+        516,
+        516,
+    ),
     instances: Annotated[int, typer.Option(help="How many vesicles.")] = 51,
     seed: Annotated[int, typer.Option(help="The same seed gives the same volume.")] = 0,
     json: Json = False,
@@ -156,9 +156,7 @@ def check(
     from hydralv_tune.space import check_file, explain_file
 
     results = [check_file(path) for path in files]
-    rows = [
-        {"path": str(r.path), "kind": r.kind, "ok": r.ok, "error": r.error} for r in results
-    ]
+    rows = [{"path": str(r.path), "kind": r.kind, "ok": r.ok, "error": r.error} for r in results]
     if json:
         print_json({"files": rows})
     for row in rows:
@@ -223,7 +221,7 @@ def decode(
             step.name, maps, read_mask(mask, maps.shape[1:]), **step.decoder_arguments()
         )
     write_array(out, labels)
-    document = {"instances": int(len(set(labels.ravel().tolist()) - {0})), "out": str(out)}
+    document = {"instances": int(labels.max(initial=0)), "out": str(out)}
     if json:
         print_json(document)
     else:

@@ -9,13 +9,13 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "hydralv_tune"
 FLOORS = {
-    0: {"metrics", "targets", "flood", "decoding", "losses", "architectures", "augmentation",
-        "phantom"},
-    1: {"errors", "config", "space"},
-    2: {"volumes", "records"},
-    3: {"sampling", "training", "prediction", "sweep", "trial"},
-    4: {"study", "launch", "export", "report"},
-    5: {"cli", "__main__"},
+    0: {"metrics", "targets", "flood", "decoding", "losses", "architectures", "rsunet",
+        "augmentation", "normalisation", "phantom"},
+    1: {"errors", "yaml_io", "config", "space"},
+    2: {"volumes", "formats", "inspection", "records", "figures", "pictures"},
+    3: {"sampling", "training", "prediction", "sweep", "trial", "planning"},
+    4: {"study", "launch", "export", "report", "dashboard", "doctor"},
+    5: {"console", "live_view", "cli_data", "cli_trial", "cli_study", "cli", "__main__"},
 }  # fmt: skip
 FLOOR_OF = {module: floor for floor, modules in FLOORS.items() for module in modules}
 MODULES = sorted(PACKAGE.glob("*.py"))

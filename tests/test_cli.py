@@ -1,0 +1,299 @@
+"""The command line keeps what the contract promises: exit codes, one JSON document, one message."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import pytest
+import yaml
+
+from hydralv_tune.cli import exit_code
+from hydralv_tune.phantom import make_phantom
+
+Run = Callable[..., tuple[int, str, str]]
+SCORE_KEYS = {
+    "adapted_rand_error",
+    "adapted_rand_precision",
+    "adapted_rand_recall",
+    "adapted_rand_error_foreground",
+    "skimage_adapted_rand_error",
+    "voi_split",
+    "voi_merge",
+    "instances_true",
+    "instances_predicted",
+    "matched_iou50",
+    "precision_iou50",
+    "recall_iou50",
+    "f1_iou50",
+    "missed",
+    "split",
+    "merged",
+    "invented",
+}
+
+
+@pytest.fixture
+def run(capfd: pytest.CaptureFixture[str]) -> Run:
+    """Return a function that runs a command here and returns exit code, stdout and stderr."""
+
+    def run_command(*words: object) -> tuple[int, str, str]:
+        capfd.readouterr()
+        code = exit_code([str(word) for word in words])
+        captured = capfd.readouterr()
+        return code, captured.out, captured.err
+
+    return run_command
+
+
+def write(path: Path, array: np.ndarray, dataset: str = "main") -> Path:
+    """Write one HDF5 dataset and return its path."""
+    with h5py.File(path, "a") as file:
+        file[dataset] = array
+    return path
+
+
+@pytest.fixture(scope="module")
+def volume(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Return the files of a small phantom: im, label, mask, and degraded targets as p."""
+    folder = tmp_path_factory.mktemp("volume")
+    made = make_phantom(shape=(12, 96, 96), instances=5, seed=1)
+    rng = np.random.default_rng(0)
+    inside = (made.label > 0).astype(np.float32)
+    maps = np.stack([inside * 0.8 + 0.1, 0.2 * inside, inside * 1.4 - 0.7])
+    maps += rng.normal(0, 0.05, maps.shape).astype(np.float32)
+    return {
+        "im": write(folder / "im.h5", made.image),
+        "label": write(folder / "label.h5", made.label),
+        "mask": write(folder / "mask.h5", made.mask),
+        "p": write(folder / "p.h5", np.clip(maps, [[[[0]]], [[[0]]], [[[-1]]]], 1).astype("f2")),
+    }
+
+
+def one_error(result: tuple[int, str, str]) -> str:
+    """Return the message of a command that must have refused its input in one message."""
+    code, out, err = result
+    assert code == 2, err
+    assert out == ""
+    assert err.startswith("error: ")
+    assert "Traceback" not in err
+    return err
+
+
+def test_score_of_truth_against_itself_is_perfect(run: Run, volume: dict[str, Path]) -> None:
+    code, out, _ = run(
+        "score", "--prediction", volume["label"], "--label", volume["label"], "--json"
+    )
+    document = json.loads(out)
+    assert code == 0
+    assert set(document) == SCORE_KEYS
+    assert document["adapted_rand_error"] == pytest.approx(0, abs=1e-12)
+    assert document["f1_iou50"] == 1
+    assert document["missed"] == []
+
+
+def test_score_on_real_vesicles_gives_the_published_figures(run: Run, shared_data: Path) -> None:
+    folder = shared_data / "hydra-11-5"
+    code, out, _ = run(
+        "score", "--prediction", folder / "pred.h5", "--label", folder / "label.h5",
+        "--mask", folder / "mask.h5", "--json",
+    )  # fmt: skip
+    document = json.loads(out)
+    assert code == 0
+    assert round(document["adapted_rand_error"], 3) == 0.084
+    assert round(document["adapted_rand_error_foreground"], 3) == 0.332
+    assert round(document["skimage_adapted_rand_error"], 3) == 0.403
+    assert document["matched_iou50"] == 203
+    assert document["instances_true"] == 265
+    assert document["instances_predicted"] == 271
+
+
+def test_sweep_winner_scores_the_same_through_decode_and_score(
+    run: Run, volume: dict[str, Path], tmp_path: Path
+) -> None:
+    code, out, _ = run(
+        "sweep", "--probabilities", volume["p"], "--label", volume["label"],
+        "--mask", volume["mask"], "--space", "smoke", "--out", tmp_path / "best.yaml", "--json",
+    )  # fmt: skip
+    document = json.loads(out)
+    assert code == 0
+    assert {"combinations", "seconds", "combinations_per_s", "best", "best_by_f1",
+            "best_unguarded"} <= set(document)  # fmt: skip
+    step = yaml.safe_load((tmp_path / "best.yaml").read_text())["test"]["decoding"][0]
+    settings = [f"--set={key}={json.dumps(value)}" for key, value in step["kwargs"].items()]
+    segmentation = tmp_path / "seg.h5"
+    code, out, _ = run(
+        "decode", "--probabilities", volume["p"], "--mask", volume["mask"],
+        "--decoder", step["name"], "--out", segmentation, "--json", *settings,
+    )  # fmt: skip
+    assert code == 0
+    assert json.loads(out)["instances"] > 0
+    _, out, _ = run(
+        "score", "--prediction", segmentation, "--label", volume["label"],
+        "--mask", volume["mask"], "--json",
+    )  # fmt: skip
+    scored = json.loads(out)
+    for key in ("adapted_rand_error", "adapted_rand_error_foreground", "f1_iou50"):
+        assert scored[key] == pytest.approx(document["best"][key], abs=1e-12)
+
+
+def test_inspect_gives_the_contract_keys(run: Run, volume: dict[str, Path]) -> None:
+    code, out, _ = run(
+        "inspect", "--image", volume["im"], "--label", volume["label"],
+        "--mask", volume["mask"], "--json",
+    )  # fmt: skip
+    document = json.loads(out)
+    assert code == 0
+    assert {"shape", "instances", "instance_size_voxels", "mask_fraction",
+            "foreground_fraction", "warnings"} <= set(document)  # fmt: skip
+    assert document["shape"] == [12, 96, 96]
+    assert document["instances"] == 5
+
+
+def test_every_shipped_file_passes_check(run: Run) -> None:
+    root = Path(__file__).parents[1]
+    files = [*root.glob("trials/*.yaml"), *root.glob("search_spaces/*.yaml")]
+    assert len(files) >= 11
+    code, out, _ = run("check", "--json", *files)
+    assert code == 0, out
+    assert all(row["ok"] for row in json.loads(out)["files"])
+
+
+def bad_volume(kind: str, folder: Path, volume: dict[str, Path]) -> tuple[dict[str, Any], str]:
+    """Return the options of a wrong input, and a word that its message must hold."""
+    label = np.asarray(h5py.File(volume["label"])["main"])
+    image = np.asarray(h5py.File(volume["im"])["main"])
+    path = folder / "bad.h5"
+    if kind == "missing":
+        return {"image": folder / "absent.h5"}, "absent.h5"
+    if kind == "truncated":
+        path.write_bytes(volume["im"].read_bytes()[: volume["im"].stat().st_size // 2])
+        return {"image": path}, "bad.h5"
+    if kind == "not HDF5":
+        path.write_text("this is no HDF5 file")
+        return {"image": path}, "bad.h5"
+    if kind == "2-D":
+        return {"image": write(path, image[0])}, "bad.h5"
+    if kind == "4-D":
+        return {"image": write(path, image[None])}, "bad.h5"
+    if kind == "two datasets":
+        write(path, image, "first")
+        return {"image": write(path, image, "second")}, "second"
+    if kind == "float labels":
+        return {"label": write(path, label.astype(np.float32))}, "float32"
+    if kind == "negative labels":
+        return {"label": write(path, label.astype(np.int32) - 1)}, "negative"
+    if kind == "shapes differ":
+        return {"label": write(path, label[1:])}, "shape"
+    if kind == "empty label":
+        return {"label": write(path, label * 0)}, "label"
+    if kind == "empty inside mask":
+        return {"mask": write(path, (label == 0).astype(np.uint8))}, "mask"
+    assert kind == "NaN"
+    broken = image.astype(np.float32)
+    broken[3, 4, 5] = np.nan
+    return {"image": write(path, broken)}, "NaN"
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "missing", "truncated", "not HDF5", "2-D", "4-D", "two datasets", "float labels",
+        "negative labels", "shapes differ", "empty label", "empty inside mask", "NaN",
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("command", ["train", "run"])
+def test_wrong_volumes_are_refused(
+    run: Run, volume: dict[str, Path], tmp_path: Path, kind: str, command: str
+) -> None:
+    options, word = bad_volume(kind, tmp_path, volume)
+    files = {"image": volume["im"], "label": volume["label"], "mask": volume["mask"], **options}
+    words = [text for name, path in files.items() for text in (f"--{name}", path)]
+    out = tmp_path / "out"
+    message = one_error(run(command, "smoke", *words, "--out", out))
+    assert word in message
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        ("data.patch_size=[64,512,512]", ["patch", "64"]),
+        ("model.architecture=mednxt", ["mednxt", "mednext"]),
+        ("model.loss_functions=[DiceLos]", ["DiceLos", "DiceLoss"]),
+        ("data.augmentation.preset=lots", ["preset", "lots"]),
+        ("optimization.optimizer.learning_rate=0.1", ["learning_rate", "lr"]),
+        ("optimization.optimizer.lr=-1e-3", ["lr", "-0.001"]),
+        ("model.loss_weights=[1,2]", ["loss_weights"]),
+    ],
+)
+def test_wrong_settings_are_refused(
+    run: Run, volume: dict[str, Path], tmp_path: Path, setting: str, words: list[str]
+) -> None:
+    out = tmp_path / "out"
+    message = one_error(
+        run(
+            "train", "smoke", "--image", volume["im"], "--label", volume["label"],
+            "--mask", volume["mask"], "--out", out, "--set", setting,
+        )
+    )  # fmt: skip
+    for word in words:
+        assert word in message
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["model: [1, 2", "a: 1\na: 2", "model: !!python/object/apply:os.system ['touch hacked']"],
+    ids=["does not parse", "key twice", "runs code"],
+)
+def test_wrong_yaml_is_refused(
+    run: Run, tmp_path: Path, text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "broken.yaml"
+    path.write_text(text)
+    code, _, err = run("check", path)
+    assert code == 2
+    assert err.startswith("error: ")
+    assert "broken.yaml" in err
+    assert not (tmp_path / "hacked").exists()
+
+
+def test_status_of_an_absent_study_creates_nothing(run: Run, tmp_path: Path) -> None:
+    database = tmp_path / "none.db"
+    message = one_error(run("status", "--storage", f"sqlite:///{database}", "--study", "s"))
+    assert "none.db" in message
+    assert not database.exists()
+
+
+def test_a_database_that_does_not_answer_keeps_its_password(run: Run) -> None:
+    url = "postgresql+psycopg://user:topsecret@127.0.0.1:9/db"
+    message = one_error(run("status", "--storage", url, "--study", "s"))
+    assert "topsecret" not in message
+    assert "127.0.0.1" in message
+
+
+def test_unknown_commands_and_options_are_wrong_input(run: Run) -> None:
+    assert "nosuch" in one_error(run("nosuch"))
+    assert "--nosuch" in one_error(run("score", "--nosuch"))
+
+
+def test_runs_as_a_module() -> None:
+    result = subprocess.run(
+        [sys.executable, "-m", "hydralv_tune", "--help"],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "COLUMNS": "120", "NO_COLOR": "1"},
+    )
+    for command in ("phantom", "inspect", "check", "score", "decode", "sweep", "train", "predict",
+                    "run", "status", "export", "report", "dashboard", "demo"):  # fmt: skip
+        assert command in result.stdout
