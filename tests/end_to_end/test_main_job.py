@@ -1,0 +1,137 @@
+"""The straight line, as a user walks it: phantom, study, export, prediction, sweep, score."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import h5py
+import pytest
+import yaml
+
+PHANTOM = ("--shape", "16", "96", "96", "--instances", "6", "--seed", "3")
+QUICK = (
+    "--set=optimization.max_epochs=4",
+    "--set=data.iter_num_per_epoch=24",
+    "--set=monitor.evaluation.count=2",
+)
+
+
+def hydralv(*words: object, cwd: Path) -> dict[str, Any]:
+    """Run one command in a process of its own and return its JSON document."""
+    result = subprocess.run(
+        [sys.executable, "-m", "hydralv_tune", *[str(word) for word in words], "--json"],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        env={**os.environ, "NO_COLOR": "1"},
+        timeout=280,
+    )
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout)  # type: ignore[no-any-return]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with a small phantom in it."""
+    path = tmp_path_factory.mktemp("main_job")
+    document = hydralv("phantom", "phantom", *PHANTOM, cwd=path)
+    assert document["instances"] == 6
+    return path
+
+
+def data(*names: str) -> list[str]:
+    """Return the options that name the phantom's volumes."""
+    return [word for name in names for word in (f"--{name}", f"phantom/{FILES[name]}")]
+
+
+FILES = {"image": "im.h5", "label": "label.h5", "mask": "mask.h5"}
+
+
+@pytest.fixture(scope="module")
+def study(folder: Path) -> dict[str, Any]:
+    """Return the facts of a study of two trials."""
+    return hydralv(
+        "run", "smoke", *data("image", "label", "mask"), "--study", "s", "--out", "runs/s",
+        "--trials", "2", *QUICK, cwd=folder,
+    )  # fmt: skip
+
+
+def test_a_study_finishes_with_a_truthful_account(study: dict[str, Any], folder: Path) -> None:
+    assert study["study"] == "s"
+    assert study["trials"]["complete"] + study["trials"]["pruned"] == 2
+    assert study["trials"]["running"] == 0
+    assert 0 <= study["best"]["adapted_rand_error"] <= 1
+    storage = "sqlite:///runs/s/study.db"
+    assert hydralv("status", "--storage", storage, "--study", "s", cwd=folder) == study
+
+
+def test_continuing_a_finished_study_trains_nothing_more(
+    study: dict[str, Any], folder: Path
+) -> None:
+    again = hydralv(
+        "run", "smoke", *data("image", "label", "mask"), "--study", "s", "--out", "runs/s",
+        "--trials", "2", *QUICK, cwd=folder,
+    )  # fmt: skip
+    assert again["trials"] == study["trials"]
+    assert again["best"] == study["best"]
+
+
+def test_the_exported_commands_give_the_score_of_the_study(
+    study: dict[str, Any], folder: Path
+) -> None:
+    exported = hydralv(
+        "export", "--storage", "sqlite:///runs/s/study.db", "--study", "s", "--out",
+        "best.yaml", cwd=folder,
+    )  # fmt: skip
+    best = study["best"]
+    step = yaml.safe_load((folder / "best.yaml").read_text())["test"]["decoding"][0]
+    assert step["kwargs"] == best["decoding"]
+    assert all(shlex.split(command)[0] == "hydralv-tune" for command in exported["commands"])
+    hydralv(
+        "predict", "--checkpoint", exported["checkpoint"], *data("image"), "--out", "p.h5",
+        cwd=folder,
+    )  # fmt: skip
+    settings = [f"--set={key}={json.dumps(value)}" for key, value in step["kwargs"].items()]
+    decoded = hydralv(
+        "decode", "--probabilities", "p.h5", *data("mask"), "--out", "seg.h5",
+        "--decoder", step["name"], *settings, cwd=folder,
+    )  # fmt: skip
+    with h5py.File(folder / "seg.h5") as file:
+        assert int(file["main"][:].max()) == decoded["instances"]
+    scored = hydralv("score", "--prediction", "seg.h5", *data("label", "mask"), cwd=folder)
+    for name in ("adapted_rand_error", "adapted_rand_error_foreground", "f1_iou50"):
+        assert scored[name] == pytest.approx(best[name], abs=1e-9), name
+
+
+def test_training_the_exported_config_again_gives_the_same_error(
+    study: dict[str, Any], folder: Path
+) -> None:
+    hydralv(
+        "export", "--storage", "sqlite:///runs/s/study.db", "--study", "s", "--out",
+        "again.yaml", cwd=folder,
+    )  # fmt: skip
+    trained = hydralv(
+        "train", "again.yaml", *data("image", "label", "mask"), "--out", "runs/again", cwd=folder
+    )
+    assert trained["adapted_rand_error"] == pytest.approx(
+        study["best"]["adapted_rand_error"], abs=0.01
+    )
+    assert Path(folder / trained["checkpoint"]).is_file()
+    record = json.loads((folder / trained["record"]).read_text())
+    assert record["seed"] is not None
+
+
+def test_real_em_runs_through(shared_data: Path, tmp_path: Path) -> None:
+    source = shared_data / "vnc-mito"
+    document = hydralv(
+        "run", "smoke", "--image", source / "im.h5", "--label", source / "label.h5",
+        "--study", "mito", "--out", "runs/mito", "--trials", "1", *QUICK, cwd=tmp_path,
+    )  # fmt: skip
+    assert document["trials"]["complete"] == 1
+    assert 0 <= document["best"]["adapted_rand_error"] <= 1
