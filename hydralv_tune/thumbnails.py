@@ -1,0 +1,131 @@
+"""A small picture of one instance in three planes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from io import BytesIO
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from matplotlib.colors import to_rgb
+from matplotlib.image import imsave
+from scipy import ndimage
+from skimage.segmentation import find_boundaries
+
+Array = npt.NDArray[Any]
+
+ZOOM_OUT = 1.7
+"""Side of a plane over the largest extent of the instance."""
+
+QUALITY = 82
+"""Of the WebP: a strip takes some 5 kB, so that a report of a hundred stays small."""
+
+
+def thumbnail(
+    *,
+    image: Array,
+    truth: Array,
+    prediction: Array,
+    truth_ids: Sequence[int],
+    segment_ids: Sequence[int],
+    colour: str,
+    voxel_size_nm: Sequence[float] | None = None,
+    side: int = 120,
+) -> bytes:
+    """Return a WebP strip of the planes xy, xz and yz through an instance.
+
+    The instance's truth is a solid line in `colour`, its segments a dashed white one, or one in
+    `colour` where there is no truth; neighbours are outlined in faint white. Planes are
+    stretched so that a nanometre is as long either way.
+
+    Args:
+        image: (Z, Y, X).
+        truth: (Z, Y, X) labels.
+        prediction: (Z, Y, X) labels.
+        truth_ids: The ids concerned; they or `segment_ids` may be empty.
+        segment_ids: The ids concerned.
+        colour: Hexadecimal, `#rrggbb`.
+        voxel_size_nm: (z, y, x); voxels are shown as cubes where it is unknown.
+        side: Pixels of each of the three squares.
+
+    Raises:
+        ValueError: None of the ids is in the volume.
+    """
+    own = np.isin(truth, list(truth_ids)) if truth_ids else np.isin(prediction, list(segment_ids))
+    if not own.any():
+        raise ValueError(f"neither truth {truth_ids} nor segments {segment_ids} are in the volume")
+    size = np.asarray(voxel_size_nm if voxel_size_nm is not None else (1.0, 1.0, 1.0), float)
+    inside = np.nonzero(own)
+    low, high = np.array([axis.min() for axis in inside]), np.array([axis.max() for axis in inside])
+    extent_nm = float(((high - low + 1) * size).max()) * ZOOM_OUT + 8 * float(size.min())
+    # The section through the middle of the body, not of the box, which a bent one may miss.
+    centre = np.array([float(np.median(axis)) for axis in inside])
+    strips: list[Array] = []
+    for through in range(3):
+        middle = (low + high) / 2
+        middle[through] = centre[through]
+        at = _coordinates(middle, through, extent_nm, size, side)
+        strips += [
+            _plane(image, truth, prediction, truth_ids, segment_ids, colour, at),
+            np.ones((side, 3, 3)),
+        ]
+    buffer = BytesIO()
+    picture = (np.concatenate(strips[:-1], axis=1) * 255).astype(np.uint8)
+    imsave(buffer, picture, format="webp", pil_kwargs={"quality": QUALITY})
+    return buffer.getvalue()
+
+
+def _coordinates(
+    middle: Array, through: int, extent_nm: float, size: Array, side: int
+) -> list[Array]:
+    """Return the voxel coordinates (z, y, x), each (side, side), of a plane's pixels."""
+    steps = (np.arange(side) - (side - 1) / 2) / side * extent_nm
+    rows, columns = (axis for axis in range(3) if axis != through)
+    at: list[Array] = [np.full((side, side), middle[axis]) for axis in range(3)]
+    at[rows] = np.broadcast_to((middle[rows] + steps / size[rows])[:, None], (side, side))
+    at[columns] = np.broadcast_to((middle[columns] + steps / size[columns])[None], (side, side))
+    return at
+
+
+def _plane(
+    image: Array,
+    truth: Array,
+    prediction: Array,
+    truth_ids: Sequence[int],
+    segment_ids: Sequence[int],
+    colour: str,
+    at: list[Array],
+) -> Array:
+    """Return (side, side, 3) of one plane in [0, 1]."""
+    nearest = [np.rint(axis).astype(int) for axis in at]
+    known = np.ones(at[0].shape, bool)
+    for axis, size in zip(nearest, image.shape, strict=True):
+        known &= (axis >= 0) & (axis < size)
+    at_voxel = tuple(np.clip(a, 0, s - 1) for a, s in zip(nearest, image.shape, strict=True))
+    # Only the box around the plane is converted: the volume may be large.
+    box = tuple(slice(int(a.min()), int(a.max()) + 2) for a in at_voxel)
+    local = [np.clip(a, 0, s - 1) - b.start for a, b, s in zip(at, box, image.shape, strict=True)]
+    grey = ndimage.map_coordinates(image[box].astype(np.float32), local, order=1, mode="nearest")
+    low, high = np.percentile(grey, (1, 99))
+    grey = np.clip((grey - low) / max(float(high - low), 1e-12), 0, 1)
+    picture = np.repeat(np.where(known, grey, 0.1)[..., None], 3, axis=2)
+    labels = np.where(known, truth[at_voxel], 0)
+    segments = np.where(known, prediction[at_voxel], 0)
+    _draw(picture, find_boundaries(labels, mode="inner"), (1.0, 1.0, 1.0), 0.35)
+    dashes = np.add.outer(np.arange(len(grey)), np.arange(len(grey))) % 6 < 4
+    _draw(picture, _edge(np.isin(labels, list(truth_ids)) & (labels > 0)), to_rgb(colour), 1.0)
+    own = np.isin(segments, list(segment_ids)) & (segments > 0)
+    line = (1.0, 1.0, 1.0) if truth_ids else to_rgb(colour)
+    _draw(picture, _edge(own) & dashes, line, 0.95)
+    return picture
+
+
+def _edge(inside: Array) -> Array:
+    """Return the outline, two pixels wide."""
+    return inside & ~ndimage.binary_erosion(inside, iterations=2)
+
+
+def _draw(picture: Array, where: Array, colour: Sequence[float], alpha: float) -> None:
+    """Blend a colour into the picture."""
+    picture[where] = (1 - alpha) * picture[where] + alpha * np.asarray(colour)
