@@ -1,0 +1,203 @@
+"""Image intensities to network input, by the same rule in training and in prediction."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, overload
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+Array = npt.NDArray[Any]
+Floats = npt.NDArray[np.float32]
+
+MODES = ("0-1", "z_volume", "z_section", "none")
+FILL_SHARE = 0.05
+"""From this share on, voxels of exactly 0 are fill around the image, not dark tissue."""
+FLAT = 1e-6
+"""A spread under this share of the largest value is rounding: such a section becomes 0."""
+
+
+@dataclass(frozen=True)
+class Normalisation:
+    """What is done to every voxel of a section: clip to [low, high], then (v - offset) * scale.
+
+    Args:
+        low: (Z,) float32, least intensity kept.
+        high: (Z,) float32, largest intensity kept.
+        offset: (Z,) float32, intensity that becomes 0.
+        scale: (Z,) float32, 0 where a section is constant.
+    """
+
+    low: Floats
+    high: Floats
+    offset: Floats
+    scale: Floats
+
+    @overload
+    def apply(self, image: Array) -> Floats: ...
+    @overload
+    def apply(self, image: Tensor) -> Tensor: ...
+    def apply(self, image: Array | Tensor) -> Floats | Tensor:
+        """Return the image as the network gets it, float32 of the same shape.
+
+        Args:
+            image: (Z, Y, X) array, or a tensor of that shape on any device.
+
+        Raises:
+            ValueError: The image has another number of sections.
+        """
+        if image.ndim != 3 or image.shape[0] != len(self.low):
+            raise ValueError(
+                f"image has shape {tuple(image.shape)}, but ({len(self.low)}, Y, X) is due."
+            )
+        if isinstance(image, Tensor):
+            lows, highs, offsets, scales = (
+                torch.from_numpy(values).to(image.device)[:, None, None]
+                for values in (self.low, self.high, self.offset, self.scale)
+            )
+            return (image.float().clamp(lows, highs) - offsets) * scales
+        low, high, offset, scale = (
+            values[:, None, None] for values in (self.low, self.high, self.offset, self.scale)
+        )
+        clipped = np.clip(image.astype(np.float32), low, high)
+        return np.asarray((clipped - offset) * scale, np.float32)
+
+
+def fit_normalisation(
+    image: Array | Tensor,
+    *,
+    mode: str = "0-1",
+    clip_low: float = 0.0,
+    clip_high: float = 1.0,
+    mask: Array | Tensor | None = None,
+) -> Normalisation:
+    """Return how a volume is normalised.
+
+    Statistics never come from constant sections, which are missing, nor from zeros that fill a
+    share of a section from `FILL_SHARE` on; they come from the mask where one is given. A
+    prediction seldom knows the mask of the training: give one in both, or in neither.
+
+    Args:
+        image: (Z, Y, X), any number type.
+        mode: `0-1` (clip per volume, then to [0, 1]), `z_volume` (mean 0, deviation 1 over the
+            volume), `z_section` (over each section), `none` (clip only).
+        clip_low: Share of the voxels, 0 to 1, that are clipped at the dark end.
+        clip_high: Share from which on voxels are clipped at the bright end.
+        mask: (Z, Y, X), voxels above 0 count; a section that it leaves out counts as a whole.
+
+    Raises:
+        ValueError: The mode is unknown, the shares are out of order, a shape differs, or the
+            image holds values that are not finite.
+    """
+    if mode not in MODES:
+        raise ValueError(f"Unknown normalisation '{mode}'. Known: {', '.join(MODES)}.")
+    if not 0 <= clip_low < clip_high <= 1:
+        raise ValueError(
+            f"clip percentiles are {clip_low:g} and {clip_high:g}, but 0 <= low < high <= 1 is "
+            "due. They are shares: 0.01, not 1."
+        )
+    volume = _as_array(image)
+    if volume.ndim != 3 or not volume.size:
+        raise ValueError(f"image has shape {volume.shape}, but (Z, Y, X) is due.")
+    if mask is not None and tuple(mask.shape) != volume.shape:
+        raise ValueError(f"mask has shape {tuple(mask.shape)}, but the image has {volume.shape}.")
+    sections = _counted(volume, None if mask is None else _as_array(mask) > 0)
+    if clip_low == 0 and clip_high == 1:
+        low, high = float(volume.min()), float(volume.max())
+    else:
+        low, high = map(float, np.quantile(np.concatenate(sections), [clip_low, clip_high]))
+    if not (np.isfinite(low) and np.isfinite(high)):
+        raise ValueError("the image holds values that are not finite (NaN or inf).")
+    depth = len(volume)
+    moments = [_moments(section, low, high) for section in sections if mode.startswith("z_")]
+    if mode == "z_section":
+        offset, spread = (np.array([m[i] for m in moments]) for i in range(2))
+    elif mode == "z_volume":
+        mean, deviation = _pooled(moments)
+        offset, spread = np.full(depth, mean), np.full(depth, deviation)
+    elif mode == "0-1":
+        offset, spread = np.full(depth, low), np.full(depth, high - low)
+    else:
+        offset, spread = np.zeros(depth), np.ones(depth)
+    tiny = FLAT * max(abs(low), abs(high))
+    scale = np.divide(1.0, spread, out=np.zeros(depth), where=spread > tiny)
+    return Normalisation(
+        low=np.full(depth, low, np.float32),
+        high=np.full(depth, high, np.float32),
+        offset=offset.astype(np.float32),
+        scale=scale.astype(np.float32),
+    )
+
+
+@overload
+def normalise(
+    image: Array, *, mode: str = ..., clip_low: float = ..., clip_high: float = ...,
+    mask: Array | None = ...,
+) -> Floats: ...  # fmt: skip
+@overload
+def normalise(
+    image: Tensor, *, mode: str = ..., clip_low: float = ..., clip_high: float = ...,
+    mask: Tensor | None = ...,
+) -> Tensor: ...  # fmt: skip
+def normalise(
+    image: Array | Tensor,
+    *,
+    mode: str = "0-1",
+    clip_low: float = 0.0,
+    clip_high: float = 1.0,
+    mask: Array | Tensor | None = None,
+) -> Floats | Tensor:
+    """Return a volume as the network gets it, float32 of the same shape.
+
+    Args:
+        image: (Z, Y, X); a tensor stays on its device.
+        mode: As in `fit_normalisation`.
+        clip_low: As there.
+        clip_high: As there.
+        mask: As there.
+
+    Raises:
+        ValueError: As there.
+    """
+    fitted = fit_normalisation(image, mode=mode, clip_low=clip_low, clip_high=clip_high, mask=mask)
+    return fitted.apply(image)
+
+
+def _as_array(values: Array | Tensor) -> Array:
+    """Return the values on the host."""
+    return values.detach().cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)
+
+
+def _counted(volume: Array, valid: Array | None) -> list[Array]:
+    """Return the voxels of each section that statistics come from; none of a constant one.
+
+    A section that the mask leaves out counts wholly for itself: it is normalised too.
+    """
+    sections = []
+    for z, section in enumerate(volume):
+        zeros = section == 0
+        tissue = ~zeros if zeros.mean() >= FILL_SHARE else np.ones_like(zeros)
+        if valid is not None and (valid[z] & tissue).any():
+            tissue = valid[z] & tissue
+        constant = section.min() == section.max()
+        sections.append(section[:0].ravel() if constant else section[tissue])
+    return sections if any(s.size for s in sections) else [s.ravel() for s in volume]
+
+
+def _moments(values: Array, low: float, high: float) -> tuple[float, float, int]:
+    """Return mean, standard deviation and number of the clipped values."""
+    if not values.size:
+        return 0.0, 0.0, 0
+    clipped = np.clip(values.astype(np.float64), low, high)
+    return float(clipped.mean()), float(clipped.std()), clipped.size
+
+
+def _pooled(parts: list[tuple[float, float, int]]) -> tuple[float, float]:
+    """Return mean and standard deviation of all values from those of their parts."""
+    means, deviations, sizes = (np.array(column) for column in zip(*parts, strict=True))
+    mean = np.average(means, weights=sizes)
+    variance = np.average(deviations**2 + (means - mean) ** 2, weights=sizes)
+    return float(mean), float(np.sqrt(variance))
