@@ -331,7 +331,7 @@ def _open_hdf5(location: Location) -> LazyArray:
             lambda name, item: names.append(name) if isinstance(item, h5py.Dataset) else None
         )
         dataset = file[_choose(location, names)]
-        size = voxel_size_from(dataset.attrs) or voxel_size_from(file.attrs, dataset.ndim)
+        size = voxel_size_from(dataset.attrs) or voxel_size_from(file.attrs)
         return LazyArray(
             path=str(location),
             shape=tuple(dataset.shape or ()),
