@@ -1,0 +1,454 @@
+"""The candidate: everything that determines one fine-tuning, under PyTorch Connectomics' keys.
+
+Values are frozen and unknown keys refused. A file may be partial: what it does not say comes
+from `trials/baseline.yaml`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
+
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=1)]
+Whole = Annotated[int, Field(ge=0)]
+Size3 = Annotated[tuple[Count, Count, Count], Field(strict=False)]
+Pad3 = Annotated[tuple[Whole, Whole, Whole], Field(strict=False)]
+Filters = Annotated[tuple[Count, ...], Field(strict=False, min_length=2)]
+Numbers = Annotated[tuple[NotNegative, ...], Field(strict=False)]
+Names = Annotated[tuple[str, ...], Field(strict=False, min_length=1)]
+Paths = str | list[str] | None
+
+
+def spelled(names: Mapping[Any, Any]) -> BeforeValidator:
+    """Return a validator that turns the other spellings of a value into ours."""
+
+    def ours(value: Any) -> Any:
+        plain = isinstance(value, str | int) and not isinstance(value, bool)
+        return names.get(value, value) if plain else value
+
+    return BeforeValidator(ours)
+
+
+class Section(BaseModel):
+    """A block of a candidate: frozen, and strict about names and types."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class Training(Section):
+    """`system.training`."""
+
+    batch_size: Count = Field(8, description="Patches per optimizer micro-step.")
+    num_gpus: Whole = Field(1, description="No effect: a trial uses one device.")
+    num_cpus: Whole = Field(1, description="No effect: see `run --cpus-per-trial`.")
+    num_workers: Whole = Field(0, description="No effect: no loader processes are used.")
+
+
+class InferenceSystem(Training):
+    """`system.inference`."""
+
+    batch_size: Count = Field(1, description="Windows predicted at once.")
+
+
+class System(Section):
+    """`system`."""
+
+    seed: Whole = Field(42, description="Seed of weights, patches and augmentation.")
+    cpu_threads: Count | None = Field(None, description="CPU threads of a trial; null: all.")
+    training: Training = Training()
+    inference: InferenceSystem = InferenceSystem()
+
+
+class LossBalancing(Section):
+    """`model.loss_balancing`."""
+
+    strategy: Literal["none", "uncertainty", "gradnorm"] = Field(
+        "none", description="How the loss terms are weighted while training; null is none."
+    )
+    gradnorm_alpha: NotNegative = Field(0.5, description="Pull toward equal training rates.")
+    gradnorm_lambda: NotNegative = Field(1.0, description="Weight of the balancing loss.")
+    gradnorm_parameter_strategy: Literal["first", "last"] = Field(
+        "last", description="Which shared weights the gradient norms are measured on."
+    )
+
+    @field_validator("strategy", mode="before")
+    @classmethod
+    def _null_is_none(cls, value: Any) -> Any:
+        """Return `none` for null, as today's PyTorch Connectomics writes it."""
+        return "none" if value is None else value
+
+
+class Model(Section):
+    """`model`."""
+
+    architecture: str = Field("rsunet", description="A name of the table of architectures.")
+    in_channels: Count = 1
+    out_channels: Literal[3] = Field(3, description="Binary, boundary, distance.")
+    input_size: Size3 | None = Field(None, description="No effect: `data.patch_size` decides.")
+    output_size: Size3 | None = Field(None, description="No effect: `data.patch_size` decides.")
+    filters: Filters = Field((32, 64, 128, 256, 512), description="Channels of each level.")
+    deep_supervision: bool = Field(False, description="Train the coarser levels too.")
+    deep_supervision_weights: Numbers | None = Field(
+        None, description="From fine to coarse; null: 1, 0.5, 0.25, …"
+    )
+    dropout: Annotated[float, Field(ge=0, lt=1)] | None = None
+    norm: str | None = Field(None, description="null: the architecture's own.")
+    activation: str | None = Field(None, description="null: the architecture's own.")
+    kernel_size: int | Size3 | None = None
+    strides: list[int | list[int]] | None = None
+    num_res_units: Whole | None = None
+    down_factors: list[list[int]] | None = None
+    upsample: str | None = None
+    mednext_size: Literal["S", "B", "M", "L"] | None = None
+    mednext_kernel_size: Literal[3, 5, 7] | None = None
+    loss_functions: Names = Field(
+        ("DiceLoss", "WeightedBCEWithLogitsLoss", "DiceLoss", "WeightedBCEWithLogitsLoss",
+         "SmoothL1Loss"),
+        description="Names of the table of losses.",
+    )  # fmt: skip
+    loss_weights: Numbers = Field((1.0, 1.0, 1.0, 1.0, 1.0), description="One per loss.")
+    loss_kwargs: list[dict[str, Any]] = Field(
+        default_factory=list, description="One mapping per loss; empty: the loss' defaults."
+    )
+    multi_task_config: list[list[Any]] = Field(
+        default_factory=lambda: [
+            [0, 1, "label", [0, 1]], [1, 2, "boundary", [2, 3]], [2, 3, "edt", [4]],
+        ],
+        description="[first channel, end, task, losses] of each task.",
+    )  # fmt: skip
+    loss_balancing: LossBalancing = LossBalancing()
+    external_weights_path: str | None = Field(None, description="Pretrained weights.")
+    external_weights_key_prefix: str = Field("model.", description="Prefix in that file.")
+    external_weights_strict: bool = Field(
+        True, description="Refuse weights that match only in part."
+    )
+
+
+class ImageTransform(Section):
+    """`data.image_transform`: the same in training and in prediction."""
+
+    normalize: Annotated[
+        Literal["0-1", "z_volume", "z_section", "none"],
+        spelled({"normal": "z_volume", "z-score": "z_volume", "zscore": "z_volume"}),
+    ] = Field(
+        "0-1",
+        description="0–1 per volume; standardisation per volume (`normal` is its other name) or "
+        "per section; none.",
+    )
+    clip_percentile_low: Share = Field(0.0, description="Share of voxels clipped below.")
+    clip_percentile_high: Share = Field(1.0, description="Share from which on is clipped above.")
+
+
+class Target(Section):
+    """One entry of `data.label_transform.targets`."""
+
+    name: Literal["binary", "instance_boundary", "instance_edt"]
+    kwargs: dict[str, Any] = Field(default_factory=dict)
+
+
+class LabelTransform(Section):
+    """`data.label_transform`."""
+
+    targets: list[Target] = Field(
+        default_factory=lambda: [
+            Target(name="binary"),
+            Target(name="instance_boundary",
+                   kwargs={"thickness": 1, "edge_mode": "all", "mode": "2d"}),
+            Target(name="instance_edt", kwargs={"mode": "3d", "quantize": False}),
+        ],
+        description="What the three channels learn, in this order.",
+    )  # fmt: skip
+    edt_voxel_size: Literal["unit", "volume"] = Field(
+        "unit", description="Distances in voxels, or in nm by the volume's voxel size."
+    )
+
+
+class Sampling(Section):
+    """`data.sampling`: where training patches are taken from."""
+
+    foreground_share: Share = Field(0.5, description="Share of patches centred on an instance.")
+
+
+class Augmentation(Section):
+    """`data.augmentation`: the preset, and the knobs of each by its name."""
+
+    model_config = ConfigDict(frozen=True, extra="allow", strict=True)
+    preset: Literal["none", "some", "all"] = Field(
+        "some", description="none; those enabled; all that are not switched off."
+    )
+
+    @property
+    def settings(self) -> dict[str, dict[str, Any]]:
+        """Return the knobs said for each augmentation, `enabled` among them."""
+        return dict(self.model_extra or {})
+
+
+class Split(Section):
+    """`data.split`: what is trained on and what is scored."""
+
+    kind: Literal["none", "holdout", "volumes", "cross_validation"] = Field(
+        "none", description="none scores on the training volume."
+    )
+    axis: Annotated[int, Field(ge=0, le=2)] = Field(0, description="Axis of the slabs.")
+    fraction: Annotated[float, Field(gt=0, lt=1)] = Field(
+        0.25, description="Share of the axis held out."
+    )
+    side: Literal["low", "high"] = Field("high", description="Which end is held out.")
+    margin: Whole | None = Field(None, description="Voxels between; null: a receptive field.")
+    volumes: list[str] = Field(default_factory=list, description="Names of held-out volumes.")
+    folds: Annotated[int, Field(ge=2)] = 3
+
+
+class Data(Section):
+    """`data`."""
+
+    train_path: str | None = None
+    train_image: Paths = Field(None, description="No effect: `--image` decides.")
+    train_label: Paths = Field(None, description="No effect: `--label` decides.")
+    train_mask: Paths = Field(None, description="No effect: `--mask` decides.")
+    train_resolution: list[float] | None = Field(None, description="Voxel size in nm (z, y, x).")
+    val_image: Paths = None
+    val_label: Paths = None
+    val_mask: Paths = None
+    val_resolution: list[float] | None = None
+    use_preloaded_cache: bool | None = Field(None, description="No effect: always resident.")
+    cache_rate: Share | None = Field(None, description="No effect: always resident.")
+    persistent_workers: bool | None = Field(
+        None, description="No effect: no loader processes are used."
+    )
+    patch_size: Size3 = Field((32, 128, 128), description="Voxels (z, y, x).")
+    pad_size: Pad3 = Field((0, 0, 0), description="Voxels added around the volume.")
+    pad_mode: Literal["reflect", "constant", "replicate"] = "reflect"
+    iter_num_per_epoch: Count = Field(1280, description="Patches per epoch.")
+    image_transform: ImageTransform = ImageTransform()
+    label_transform: LabelTransform = LabelTransform()
+    sampling: Sampling = Sampling()
+    augmentation: Augmentation = Augmentation()
+    split: Split = Split()
+    memory_limit_gb: Positive = Field(8.0, description="Larger volumes are read lazily.")
+
+
+class Optimizer(Section):
+    """`optimization.optimizer`."""
+
+    name: Literal["AdamW"] = "AdamW"
+    lr: Annotated[float, Field(gt=0, lt=10, allow_inf_nan=False)] = 1e-4
+    weight_decay: NotNegative = 0.01
+    betas: Annotated[tuple[Share, Share], Field(strict=False)] = (0.9, 0.999)
+    eps: Positive = 1e-8
+
+
+class Scheduler(Section):
+    """`optimization.scheduler`."""
+
+    name: Annotated[
+        Literal["WarmupCosineLR", "constant"],
+        spelled(
+            {
+                "warmupcosine": "WarmupCosineLR",
+                "ConstantLR": "constant",
+                "WarmupCosine": "WarmupCosineLR",
+                "warmup_cosine": "WarmupCosineLR",
+            }
+        ),
+    ] = Field("WarmupCosineLR", description="`warmupcosine` and `ConstantLR` are other names.")
+    warmup_epochs: Whole = 0
+    warmup_start_lr: Annotated[float, Field(gt=0, le=1)] = Field(
+        0.001, description="Factor of the rate at the start of the warm-up."
+    )
+    min_lr: NotNegative = 0.0
+
+
+class Ema(Section):
+    """`optimization.ema`: an exponential moving average of the weights."""
+
+    enabled: bool = False
+    decay: Annotated[float, Field(gt=0, lt=1)] = 0.999
+    warmup_steps: Whole = 0
+    validate_with_ema: bool = True
+
+
+class Optimization(Section):
+    """`optimization`."""
+
+    max_epochs: Count = 500
+    gradient_clip_val: NotNegative = Field(0.5, description="Largest gradient norm; 0: off.")
+    accumulate_grad_batches: Count = 1
+    precision: Annotated[
+        Literal["32", "bf16-mixed"],
+        spelled(
+            {
+                32: "32",
+                "32-true": "32",
+                "16-mixed": "bf16-mixed",
+                16: "bf16-mixed",
+                "bf16": "bf16-mixed",
+            }
+        ),
+    ] = Field(
+        "bf16-mixed",
+        description="bf16-mixed acts on a GPU alone; `16-mixed` is read as it, since it needs no "
+        "loss scaling.",
+    )
+    optimizer: Optimizer = Optimizer()
+    scheduler: Scheduler = Scheduler()
+    ema: Ema = Ema()
+
+
+class EarlyStopping(Section):
+    """`monitor.early_stopping`, watched on the total training loss of each epoch."""
+
+    enabled: bool = False
+    monitor: str = Field("train_loss_total_epoch", description="No other one is watched.")
+    mode: Literal["min"] = "min"
+    patience: Count = Field(100, description="Epochs without a better loss.")
+    min_delta: NotNegative = 0.0
+    threshold: float | None = Field(None, description="Stop once the loss is under it.")
+    divergence_threshold: float | None = Field(None, description="Stop once it is above.")
+    check_finite: bool = True
+
+
+class Evaluation(Section):
+    """`monitor.evaluation`: predict, sweep, report while training."""
+
+    count: Count = Field(10, description="Evaluations over the training, the last included.")
+    sweep_time_share: Annotated[float, Field(gt=0, le=1)] = Field(
+        0.1, description="Share of the training time so far that a sweep may take."
+    )
+
+
+class Monitor(Section):
+    """`monitor`."""
+
+    detect_anomaly: bool = False
+    evaluation: Evaluation = Evaluation()
+    early_stopping: EarlyStopping = EarlyStopping()
+    checkpoint: dict[str, Any] = Field(
+        default_factory=dict, description="No effect: last and best are always kept."
+    )
+    logging: dict[str, Any] = Field(
+        default_factory=dict, description="No effect: every evaluation is logged."
+    )
+
+
+class SlidingWindow(Section):
+    """`inference.sliding_window`."""
+
+    window_size: Size3 | None = Field(None, description="null: the patch size.")
+    sw_batch_size: Count | None = Field(None, description="null: `system.inference.batch_size`.")
+    overlap: Annotated[float, Field(ge=0, lt=1)] = 0.25
+    blending: Literal["gaussian", "constant"] = "gaussian"
+    sigma_scale: Positive = 0.125
+    padding_mode: Literal["constant", "reflect", "replicate", "circular"] = "reflect"
+
+
+class TestTimeAugmentation(Section):
+    """`inference.test_time_augmentation`."""
+
+    __test__ = False  # no test class, whatever pytest thinks of the name
+    enabled: bool = False
+    flip_axes: Literal["all"] | list[int | list[int]] | None = Field(
+        None, description="all: every subset of z, y, x; or a list of axes (0 is z)."
+    )
+    rotation90_axes: Literal["all"] | list[list[int]] | None = None
+    rotate90_k: list[int] | None = None
+    channel_activations: list[list[Any]] = Field(
+        default_factory=lambda: [[0, 1, "sigmoid"], [1, 2, "sigmoid"], [2, 3, "tanh"]],
+        description="[first channel, end, activation].",
+    )
+    select_channel: str | int | list[int] | None = Field(None, description="No effect.")
+    ensemble_mode: Literal["mean", "min", "max"] = "mean"
+    apply_mask: bool = False
+
+
+class Inference(Section):
+    """`inference`."""
+
+    sliding_window: SlidingWindow = SlidingWindow()
+    test_time_augmentation: TestTimeAugmentation = TestTimeAugmentation()
+    save_prediction: dict[str, Any] = Field(
+        default_factory=dict, description="No effect: `predict` writes probabilities."
+    )
+
+
+class DecodingStep(Section):
+    """One entry of `test.decoding`."""
+
+    name: str = "decode_instance_binary_contour_distance"
+    enabled: bool = True
+    kwargs: dict[str, Any] = Field(default_factory=dict, description="Of the decoder.")
+
+    def decoder_arguments(self) -> dict[str, Any]:
+        """Return the keyword arguments of our decoder; channel choices, which are fixed, go."""
+        return {key: v for key, v in self.kwargs.items() if not key.endswith("_channels")}
+
+
+class DecodingGrid(Section):
+    """The combinations that a sweep scores; what is not said takes the decoder's default."""
+
+    decoder: str = "decode_instance_binary_contour_distance"
+    grid: dict[str, Any] = Field(
+        default_factory=dict,
+        description="`binary_threshold: {seed: [...], foreground: [...]}`, `min_seed_size: [...]`",
+    )
+    fixed: dict[str, Any] = Field(default_factory=dict)
+    refine: Whole = Field(0, description="Rounds of refinement around the winner.")
+
+    @property
+    def axes(self) -> dict[str, tuple[Any, ...]]:
+        """Return the values of each axis, `binary_threshold.seed` and the like."""
+        axes: dict[str, tuple[Any, ...]] = {}
+        for name, values in self.grid.items():
+            if isinstance(values, dict):
+                axes.update({f"{name}.{part}": tuple(v) for part, v in values.items()})
+            else:
+                axes[name] = tuple(values)
+        return axes
+
+
+class TestSection(Section):
+    """`test`."""
+
+    __test__ = False
+    data: dict[str, Any] = Field(default_factory=dict, description="No effect: `--image` decides.")
+    decoding: Annotated[list[DecodingStep], Field(min_length=1)] = Field(
+        default_factory=lambda: [DecodingStep()]
+    )
+    decoding_grid: DecodingGrid | None = Field(
+        None, description="The grid that is swept; null: that of the search space."
+    )
+    evaluation: dict[str, Any] = Field(default_factory=dict, description="No effect.")
+
+
+class Candidate(Section):
+    """Everything that determines one fine-tuning and its score, apart from the volumes."""
+
+    experiment_name: str | None = None
+    description: str | None = None
+    system: System = System()
+    model: Model = Model()
+    data: Data = Data()
+    optimization: Optimization = Optimization()
+    monitor: Monitor = Monitor()
+    inference: Inference = Inference()
+    test: TestSection = TestSection()
+
+    def as_mapping(self) -> dict[str, Any]:
+        """Return the candidate as plain JSON types, defaults included."""
+        return self.model_dump(mode="json")
+
+    def with_overrides(self, overrides: Mapping[str, Any]) -> Candidate:
+        """Return the candidate with a partial mapping laid over it.
+
+        Raises:
+            ConfigError: The result breaks a rule.
+        """
+        # Loading knows this module; here it is needed the other way round.
+        from hydralv_tune.config import candidate_from_mapping
+
+        return candidate_from_mapping(overrides, place="override", base=self.as_mapping())
