@@ -243,8 +243,9 @@ def downsample_targets(
             f"A head has the shape {tuple(shape)}, larger than the targets "
             f"{tuple(targets.shape[2:])}."
         )
-    share = F.adaptive_avg_pool3d(mask.float(), list(shape))
-    mean = F.adaptive_avg_pool3d(targets.float() * mask, list(shape))
+    size = (shape[0], shape[1], shape[2])
+    share = F.adaptive_avg_pool3d(mask.float(), size)
+    mean = F.adaptive_avg_pool3d(targets.float() * mask, size)
     return mean / share.clamp(min=1e-6), share >= 0.5
 
 
