@@ -210,7 +210,7 @@ def resample(patches: Patches, where: Coordinates) -> Patches:
 
     Args:
         patches: The batch.
-        where: Coordinates of the samples to change.
+        where: Coordinates of the samples to change; used up.
     """
     whole_batch = where.rows == list(range(len(patches)))
     index = torch.tensor(where.rows).to(patches.image.device, non_blocking=True)
@@ -221,48 +221,72 @@ def resample(patches: Patches, where: Coordinates) -> Patches:
     def placed(tensor: Tensor, new: Tensor) -> Tensor:
         return new if whole_batch else tensor.index_copy(0, index, new)
 
+    outside = _mirror(where)
     edt = picked(patches.edt)
     smooth = _linear(torch.cat([picked(patches.image), edt.clamp(min=0.0)[:, None]], 1), where)
-    nearest, outside = _nearest(where)
+    nearest = _nearest(where)
     labels = picked(patches.labels).flatten(1).gather(1, nearest)
     inside = edt.flatten(1).gather(1, nearest) > 0
-    mask = picked(patches.mask).flatten(1).gather(1, nearest) & ~outside
-    shape = edt.shape
-    distance = torch.where(inside.reshape(shape), smooth[:, 1], -1.0)
+    mask = picked(patches.mask).flatten(1).gather(1, nearest).reshape(edt.shape) & ~outside
+    distance = torch.where(inside.reshape(edt.shape), smooth[:, 1], -1.0)
     return replace(
         patches,
         image=placed(patches.image, smooth[:, :1]),
-        labels=placed(patches.labels, labels.reshape(shape)),
+        labels=placed(patches.labels, labels.reshape(edt.shape)),
         edt=placed(patches.edt, distance),
-        mask=placed(patches.mask, mask.reshape(shape)),
+        mask=placed(patches.mask, mask),
     )
+
+
+def _mirror(where: Coordinates) -> Tensor:
+    """Bring all coordinates into the patch in place, and return which were outside (n, Z, Y, X).
+
+    They are mirrored at the rim once; what lies further out than a patch takes the rim's value.
+    """
+    outside = torch.zeros_like(where.points[:, 0], dtype=torch.bool)
+    for axis, n in enumerate(where.shape):
+        along = where.points[:, axis]
+        outside |= (along - (n - 1) / 2).abs_() > n / 2
+        along.abs_().sub_(n - 1).abs_().sub_(n - 1).neg_().clamp_(0, n - 1)
+    return outside
 
 
 def _linear(volumes: Tensor, where: Coordinates) -> Tensor:
-    """Return volumes (n, C, Z, Y, X) read linearly at the coordinates, mirrored outside."""
-    grid = where.points.flip(1).permute(0, 2, 3, 4, 1)
-    last = torch.tensor([max(n - 1, 1) for n in reversed(where.shape)], dtype=torch.float32)
-    grid = grid * (2.0 / last).to(grid.device, non_blocking=True) - 1.0
-    return F.grid_sample(
-        volumes, grid, mode="bilinear", padding_mode="reflection", align_corners=True
-    )
+    """Return volumes (n, C, Z, Y, X) read linearly at coordinates inside the patch.
+
+    The sections are laid one below the other and read twice in two dimensions, from the section
+    above and the one below: on a CPU torch's 2-D sampling is vectorised and its 3-D one is not
+    (measured 0.6 against 5.5 ms for two channels of 16x96x96).
+    """
+    n, channels, depth, height, width = volumes.shape
+    atlas = volumes.reshape(n, channels, depth * height, width)
+    z, y, x = where.points.unbind(1)
+    above = z.floor()
+    grid = torch.empty((n, depth * height, width, 2), device=volumes.device)
+    flat = grid.view(n, depth, height, width, 2)
+    torch.mul(x, 2.0 / max(width - 1, 1), out=flat[..., 0]).sub_(1.0)
+    step = 2.0 / max(depth * height - 1, 1)
+    torch.add(y, above, alpha=height, out=flat[..., 1]).mul_(step).sub_(1.0)
+
+    def read() -> Tensor:
+        return F.grid_sample(atlas, grid, padding_mode="border", align_corners=True)
+
+    upper = read()
+    below = (above + 1.0).clamp_(max=depth - 1).sub_(above)
+    flat[..., 1].add_(below, alpha=height * step)
+    share = (z - above).reshape(n, 1, depth * height, width)
+    mixed = read().sub_(upper).mul_(share).add_(upper)
+    return mixed.reshape(volumes.shape)
 
 
-def _nearest(where: Coordinates) -> tuple[Tensor, Tensor]:
-    """Return the flat index (n, Z*Y*X) of the nearest voxel, mirrored, and what lies outside."""
-    points = where.points.flatten(2).round().to(torch.int64)
-    flat = torch.zeros_like(points[:, 0])
-    outside = torch.zeros_like(flat, dtype=torch.bool)
-    for axis, n in enumerate(where.shape):
-        along = points[:, axis]
-        outside |= (along < 0) | (along > n - 1)
-        if n == 1:
-            along = torch.zeros_like(along)
-        else:
-            along = along.abs().remainder(2 * (n - 1))
-            along = torch.minimum(along, 2 * (n - 1) - along)
-        flat = flat * n + along
-    return flat, outside
+def _nearest(where: Coordinates) -> Tensor:
+    """Return the flat index (n, Z*Y*X) of the voxel nearest to coordinates inside the patch."""
+    _, height, width = where.shape
+    points = where.points
+    if math.prod(where.shape) >= 2**24:
+        points = points.double()  # float32 counts to 2**24 only
+    z, y, x = points.round().unbind(1)
+    return z.mul_(height).add_(y).mul_(width).add_(x).flatten(1).long()
 
 
 def _each(patches: Patches, turn: Any) -> Patches:
