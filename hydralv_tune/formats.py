@@ -20,7 +20,8 @@ import zarr
 import zarr.errors
 
 from hydralv_tune.errors import VolumeError
-from hydralv_tune.voxel_size import VoxelSize, voxel_size_from, voxel_size_of_tiff
+from hydralv_tune.tiff_files import read_tiff, write_tiff
+from hydralv_tune.voxel_size import VoxelSize, voxel_size_from
 
 DEFAULT_DATASET = "main"
 SUFFIXES = {
@@ -34,6 +35,7 @@ SUFFIXES = {
 }
 # What the three libraries raise on broken files, found by truncating and garbling them.
 BROKEN = (
+    EOFError,
     OSError,
     RuntimeError,
     ValueError,
@@ -382,13 +384,7 @@ def _open_tiff(location: Location) -> LazyArray:
     """Open a TIFF stack: mapped where its pages are contiguous, read whole where not."""
     if location.dataset is not None:
         raise VolumeError(f"{location}: a TIFF holds no datasets. Name the file alone.")
-    with tifffile.TiffFile(location.path) as file:
-        series = file.series[0]
-        size = voxel_size_of_tiff(file)
-        contiguous = series.dataoffset is not None and series.dtype.isnative
-        array = None if contiguous else series.asarray()
-    if array is None:
-        array = tifffile.memmap(location.path, mode="r")
+    array, size = read_tiff(location.path)
     return LazyArray(
         path=str(location),
         shape=tuple(array.shape),
@@ -449,19 +445,9 @@ def _write_zarr(
 def _write_tiff(
     path: Path, dataset: str | None, array: np.ndarray, voxel_size_nm: VoxelSize | None
 ) -> None:
-    """Write a TIFF: as ImageJ reads it where it can, so that Fiji knows the voxel size."""
-    imagej = array.ndim == 3 and array.dtype in (np.uint8, np.uint16, np.float32)
-    if imagej:
-        metadata: dict[str, Any] = {"axes": "ZYX"}
-        resolution = None
-        if voxel_size_nm is not None:
-            z, y, x = voxel_size_nm
-            metadata |= {"spacing": z, "unit": "nm"}
-            resolution = (1 / x, 1 / y)
-        tifffile.imwrite(path, array, imagej=True, resolution=resolution, metadata=metadata)
-        return
-    metadata = {"voxel_size_nm": list(voxel_size_nm)} if voxel_size_nm is not None else {}
-    tifffile.imwrite(path, array, metadata=metadata, photometric="minisblack")
+    """Write a TIFF; it holds one array alone."""
+    assert dataset is None
+    write_tiff(path, array, voxel_size_nm)
 
 
 def _chunks(shape: tuple[int, ...]) -> tuple[int, ...] | None:

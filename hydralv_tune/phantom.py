@@ -141,7 +141,7 @@ class _Placer:
         self.host = host
         self.tissue = tissue
         self.rng = rng
-        self.shape: Shape = host.mask.shape  # type: ignore[assignment]
+        self.shape: Shape = host.mask.shape
         self.number = 0
         self.inside = np.flatnonzero(host.mask)
         self.depth = host.depth_nm.ravel()[self.inside]
@@ -173,8 +173,8 @@ class _Placer:
         before = self.number
         for share, look in INSIDE:
             for _ in range(int(np.ceil(share * instances))):
-                size = int(np.clip(np.exp(self.rng.normal(np.log(520), 0.4)), 200, 1_400))
-                self._inside(random_body(size, self.rng), look(self.rng), tries=60)
+                size = int(np.clip(np.exp(self.rng.normal(np.log(450), 0.45)), 160, 1_400))
+                self._inside(random_body(size, self.rng), look(self.rng), tries=240)
         room = int(self.outside.sum())
         for voxels, look, (low, high) in OUTSIDE:
             for _ in range(int(room / voxels + self.rng.random())):
@@ -188,7 +188,7 @@ class _Placer:
     ) -> tuple[np.ndarray, tuple[int, int, int]] | None:
         """Draw a body somewhere inside the mask, free of all others."""
         need = max(body.half_axes_nm(VOXEL_SIZE_NM)) + 14
-        for slack, spacing in ((1.0, 32.0), (0.85, 24.0), (0.7, 18.0)):
+        for slack, spacing in ((1.0, 30.0), (0.85, 22.0), (0.7, 16.0)):
             candidates = self.inside[self.depth >= slack * need]
             if not len(candidates):
                 continue
@@ -228,9 +228,9 @@ class _Placer:
         need = 0.9 * body.radius_nm(VOXEL_SIZE_NM)
         for _ in range(40):
             z, y, x = (int(self.rng.integers(n)) for n in self.shape)
-            if self.tissue.clearance_nm[z, y, x] >= need:
-                if self._draw(body, look, (z, y, x), self.outside, 20.0) is not None:
-                    return
+            clear = self.tissue.clearance_nm[z, y, x] >= need
+            if clear and self._draw(body, look, (z, y, x), self.outside, 20.0) is not None:
+                return
 
     def _draw(
         self,

@@ -197,7 +197,7 @@ def draw_body(
     ranked = np.where(free, form, np.inf)
     limit = np.partition(ranked.ravel(), body.size - 1)[body.size - 1]
     own = _exactly(ranked, limit, body.size)
-    if ndimage.label(own, CONNECT_26)[1] != 1 or _on_border(own, low, high, shape):
+    if ndimage.label(own, CONNECT_26)[1] != 1 or _touches_border(own):
         return None
     if partner and not (ndimage.binary_dilation(own) & (others == partner)).any():
         return None
@@ -218,13 +218,10 @@ def _exactly(ranked: np.ndarray, limit: float, size: int) -> np.ndarray:
     return own
 
 
-def _on_border(own: np.ndarray, low: list[int], high: list[int], shape: tuple[int, ...]) -> bool:
-    """Return whether a body touches the border of its box, where that is not the volume's."""
-    for axis in range(3):
-        lines = own.any(axis=tuple(a for a in range(3) if a != axis))
-        if lines[0] or lines[-1]:
-            return True
-    return False
+def _touches_border(own: np.ndarray) -> bool:
+    """Return whether a body reaches the border of its box, where the volume would cut it."""
+    core = own[1:-1, 1:-1, 1:-1]
+    return bool(own.sum() > core.sum())
 
 
 def _metric(

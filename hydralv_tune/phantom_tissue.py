@@ -62,19 +62,26 @@ def make_host(
     coarse, positions = _coarse_grid(shape, voxel_size_nm)
     extent = np.array(shape) * voxel_size_nm
     line = _centre_line(extent, rng)
-    sigma = (60.0 / voxel_size_nm[0], 25.0 / COARSE, 25.0 / COARSE)
-    distance = cKDTree(line).query(positions)[0].reshape(coarse).astype(np.float32)
+    sigma = (60.0 / voxel_size_nm[0], 14.0 / COARSE, 14.0 / COARSE)
+    wander = _wander(shape, voxel_size_nm, rng)
+    bent = positions + np.stack([0.8 * w.ravel() for w in wander], axis=1)
+    distance = cKDTree(line).query(bent)[0].reshape(coarse).astype(np.float32)
     # The surface waves by a fifth of the radius that the share asks for.
     radius = float(np.quantile(distance, share))
-    field = _upsample(distance + 0.12 * radius * smooth_noise(coarse, sigma, rng), shape)
+    field = _upsample(distance + 0.09 * radius * smooth_noise(coarse, sigma, rng), shape)
     voxels = max(1, round(share * field.size))
+    # Islands that the waves cut off are left out: the voxels come from one connected piece.
+    wide = field <= np.partition(field.ravel(), min(2 * voxels, field.size - 1))[2 * voxels - 1]
+    pieces, count = ndimage.label(wide)
+    if count > 1:
+        field[wide & (pieces != np.bincount(pieces[wide]).argmax())] += 2 * radius
     limit = np.partition(field.ravel(), voxels - 1)[voxels - 1]
     return Host(mask=field <= limit, depth_nm=(limit - field).astype(np.float32))
 
 
 def make_tissue(host: Host, voxel_size_nm: VoxelSize, rng: np.random.Generator) -> Tissue:
     """Return neurites with membranes around the host, and the textured cytoplasm of all."""
-    shape: Shape = host.mask.shape  # type: ignore[assignment]
+    shape: Shape = host.mask.shape
     sites, levels = _neurites(shape, voxel_size_nm, rng)
     wander = _wander(shape, voxel_size_nm, rng)
     coarse, positions = _coarse_grid(shape, voxel_size_nm)
@@ -98,7 +105,7 @@ def make_tissue(host: Host, voxel_size_nm: VoxelSize, rng: np.random.Generator) 
         candidates = nearest[z][rows[:, None], columns[None, :]]
         gap, own, tilt = _to_membrane(place, sites, candidates)
         width = np.hypot(MEMBRANE_NM, 0.4 * voxel_size_nm[0] * tilt)
-        dark = 0.5 * MEMBRANE_NM / width * np.exp(-0.5 * (gap / width) ** 2)
+        dark = 0.6 * MEMBRANE_NM / width * np.exp(-0.5 * (gap / width) ** 2)
         pattern[z] = levels[own] - dark
         clearance[z] = gap
     inside = CYTOPLASM * np.ones_like(pattern)
@@ -123,7 +130,7 @@ def expose(pattern: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         grain: np.ndarray = ndimage.gaussian_filter(
             rng.standard_normal(section.shape, dtype=np.float32), 0.7
         )
-        values = gains[z] * (sharp + 0.05 * white + 0.11 * grain)
+        values = gains[z] * (sharp + 0.075 * white + 0.15 * grain)
         values += means[z] - values.mean()
         # Clipping moves the mean, so it is set once more.
         values += means[z] - np.clip(values, 0, 255).mean()
@@ -139,7 +146,7 @@ def _sections(count: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndar
     course = drift + jumps + flicker
     course = (course - course.min()) / max(float(np.ptp(course)), 1e-6)
     means = SECTION_MEAN_MIN + (SECTION_MEAN_MAX - SECTION_MEAN_MIN) * course
-    return means, rng.uniform(160, 215, count)
+    return means, rng.uniform(180, 230, count)
 
 
 def _centres(count: int, size: float) -> np.ndarray:
@@ -238,5 +245,5 @@ def _host_membrane(host: Host, voxel_size_nm: VoxelSize) -> np.ndarray:
     """Return how much the membrane of the host darkens; wide and pale where it lies flat."""
     tilt = np.abs(np.gradient(host.depth_nm, voxel_size_nm[0], axis=0))
     width = np.hypot(MEMBRANE_NM, 0.4 * voxel_size_nm[0] * np.minimum(tilt, 1))
-    dark: np.ndarray = 0.5 * MEMBRANE_NM / width * np.exp(-0.5 * (host.depth_nm / width) ** 2)
+    dark: np.ndarray = 0.6 * MEMBRANE_NM / width * np.exp(-0.5 * (host.depth_nm / width) ** 2)
     return dark

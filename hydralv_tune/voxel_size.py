@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-import tifffile
 
 NM_OF_UNIT = {
     "nm": 1.0,
@@ -40,17 +39,17 @@ def voxel_size_from(attributes: Mapping[str, Any], array_name: str = "") -> Voxe
         ("voxel_size_nm", 1.0),
         ("resolution_nm", 1.0),
         ("element_size_um", 1e3),
-        ("voxel_size", _nm_of(unit)),
-        ("resolution", _nm_of(unit)),
+        ("voxel_size", nm_of(unit)),
+        ("resolution", nm_of(unit)),
     ):
         if key in attributes:
-            size = _three_positive(attributes[key], nm)
+            size = three_positive(attributes[key], nm)
             if size is not None:
                 return size
     return _ngff_voxel_size(attributes, array_name)
 
 
-def _nm_of(unit: Any) -> float:
+def nm_of(unit: Any) -> float:
     """Return nanometres in a unit; one name, or a list with one for each axis."""
     if isinstance(unit, bytes):
         unit = unit.decode(errors="replace")
@@ -59,7 +58,7 @@ def _nm_of(unit: Any) -> float:
     return NM_OF_UNIT.get(str(unit).strip().lower(), 1.0)
 
 
-def _three_positive(values: Any, factor: float) -> VoxelSize | None:
+def three_positive(values: Any, factor: float) -> VoxelSize | None:
     """Return three positive finite numbers, or None where there are others."""
     try:
         size = np.asarray(values, dtype=float).ravel() * factor
@@ -85,36 +84,7 @@ def _ngff_voxel_size(attributes: Mapping[str, Any], array_name: str) -> VoxelSiz
             if level["path"] == array_name:
                 scale = level["coordinateTransformations"][0]["scale"]
                 unit = axes[space[0]].get("unit", "nanometer")
-                return _three_positive([scale[i] for i in space], _nm_of(unit))
+                return three_positive([scale[i] for i in space], nm_of(unit))
     except (KeyError, IndexError, TypeError, AttributeError):
         return None
-    return None
-
-
-def voxel_size_of_tiff(file: tifffile.TiffFile) -> VoxelSize | None:
-    """Return the voxel size of our own, ImageJ or OME metadata."""
-    shaped = file.shaped_metadata
-    if shaped and "voxel_size_nm" in shaped[0]:
-        return _three_positive(shaped[0]["voxel_size_nm"], 1.0)
-    if file.is_ome and file.ome_metadata:
-        pixels = tifffile.xml2dict(file.ome_metadata).get("OME", {}).get("Image", {})
-        pixels = pixels[0] if isinstance(pixels, list) else pixels
-        pixels = pixels.get("Pixels", {})
-        sizes = [
-            float(pixels[f"PhysicalSize{axis}"])
-            * _nm_of(pixels.get(f"PhysicalSize{axis}Unit", "um"))
-            for axis in "ZYX"
-            if f"PhysicalSize{axis}" in pixels
-        ]
-        return _three_positive(sizes, 1.0)
-    imagej = file.imagej_metadata
-    if imagej and "spacing" in imagej:
-        tags = file.pages.first.tags
-        if "XResolution" not in tags or "YResolution" not in tags:
-            return None
-        x, y = (tags[name].value for name in ("XResolution", "YResolution"))
-        if not x[0] or not y[0]:
-            return None
-        unit = _nm_of(imagej.get("unit", "nm"))
-        return _three_positive([imagej["spacing"], y[1] / y[0], x[1] / x[0]], unit)
     return None
