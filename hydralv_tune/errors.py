@@ -57,6 +57,10 @@ def _rebuild_trial_failed(stage: str, reason: str, retry: bool) -> TrialFailed:
     return TrialFailed(stage, reason, retry=retry)
 
 
+class TrialInterrupted(HydraLVError):
+    """A trial was asked to stop, saved its state and can be continued."""
+
+
 def unknown_name(kind: str, name: object, known: Iterable[str]) -> str:
     """Return the message for a name outside a table, with the nearest known one first.
 

@@ -1,0 +1,566 @@
+"""The training loop: plain PyTorch, and the host does not wait for the device inside it."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from hydralv_tune import records
+from hydralv_tune.architectures import match_weights
+from hydralv_tune.augmentation import augment, resolve_preset
+from hydralv_tune.config import Candidate, Model
+from hydralv_tune.errors import (
+    CheckpointError,
+    ConfigError,
+    TrialFailed,
+    TrialInterrupted,
+    as_input_error,
+)
+from hydralv_tune.losses import LossResult, LossTerm, MultiTaskLoss
+from hydralv_tune.optimization import (
+    AveragedWeights,
+    EarlyStop,
+    StepPlan,
+    build_optimizer,
+    build_schedule,
+    step_plan,
+)
+from hydralv_tune.sampling import PatchSampler, boundary_arguments
+from hydralv_tune.targets import derive_targets
+
+LOG_STEPS = 50
+"""Optimizer steps after which losses are read from the device and checked."""
+
+TASKS = ("label", "boundary", "edt")
+GRADNORM_RATE = 0.025
+
+
+def loss_terms(model: Model) -> list[LossTerm]:
+    """Return the losses of a candidate, each with its channels and its task."""
+    kwargs = model.loss_kwargs or [{} for _ in model.loss_functions]
+    terms = []
+    for first, end, task, chosen in model.multi_task_config:
+        for index in chosen:
+            function = model.loss_functions[index]
+            terms.append(
+                LossTerm(
+                    name=f"{task}_{function}_{index}",
+                    function=function,
+                    weight=model.loss_weights[index],
+                    kwargs=kwargs[index],
+                    pred_slice=(first, end),
+                    target_slice=(first, end),
+                    task=task,
+                )
+            )
+    return terms
+
+
+def build_loss(model: Model) -> MultiTaskLoss:
+    """Return the weighted sum of the losses of a candidate, with its balancing."""
+    chosen = model.loss_balancing
+    strategy = chosen.strategy or "none"
+    kwargs: dict[str, Any] = {}
+    if strategy == "gradnorm":
+        if chosen.gradnorm_lambda == 0:
+            strategy = "none"
+        else:
+            rate = GRADNORM_RATE * chosen.gradnorm_lambda
+            kwargs = {"alpha": chosen.gradnorm_alpha, "learning_rate": rate}
+    with as_input_error("model"):
+        return MultiTaskLoss(
+            loss_terms(model),
+            balancing=strategy,
+            balancing_kwargs=kwargs,
+            deep_supervision_weights=model.deep_supervision_weights,
+        )
+
+
+def shared_parameter(network: nn.Module, model: Model) -> Tensor:
+    """Return the convolution that GradNorm measures gradients on: no head, every task needs it."""
+    trunk = [
+        parameter
+        for parameter in network.parameters()
+        if parameter.ndim == 5 and parameter.shape[0] != model.out_channels
+    ]
+    return trunk[0 if model.loss_balancing.gradnorm_parameter_strategy == "first" else -1]
+
+
+def load_external_weights(network: nn.Module, model: Model) -> str | None:
+    """Load pretrained weights into the network; return what matched, None where there are none.
+
+    Raises:
+        CheckpointError: The file cannot be read, or does not fit and strictness was not waived.
+    """
+    if model.external_weights_path is None:
+        return None
+    path = Path(model.external_weights_path).expanduser()
+    content = records.load_checkpoint(path)
+    own = content.get("format") == records.FORMAT
+    state = content.get("weights" if own else "state_dict", content)
+    prefix = "" if own else model.external_weights_key_prefix
+    tensors = {key: value for key, value in state.items() if isinstance(value, Tensor)}
+    try:
+        report = match_weights(
+            network, tensors, prefix=prefix, strict=model.external_weights_strict
+        )
+    except ValueError as error:
+        raise CheckpointError(f"model.external_weights_path {path}: {error}") from error
+    return f"{path.name}: {report}"
+
+
+class Clock:
+    """Sums the time that goes into each part of a step; on a GPU without waiting for it.
+
+    Args:
+        device: Where the work runs.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.seconds: dict[str, float] = {}
+        self._last: Any = None
+        self._pending: list[tuple[str, Any, Any]] = []
+
+    def start(self) -> None:
+        """Begin to measure."""
+        self._last = self._now()
+
+    def lap(self, name: str) -> None:
+        """Count the time since the last call for `name`."""
+        now = self._now()
+        if self.device.type == "cuda":
+            self._pending.append((name, self._last, now))
+        else:
+            self.seconds[name] = self.seconds.get(name, 0.0) + now - self._last
+        self._last = now
+
+    def flush(self) -> None:
+        """Read the events of the GPU; the caller waits for it anyway."""
+        if not self._pending:
+            return
+        self._pending[-1][2].synchronize()
+        for name, begin, end in self._pending:
+            self.seconds[name] = self.seconds.get(name, 0.0) + begin.elapsed_time(end) / 1e3
+        self._pending.clear()
+
+    def _now(self) -> Any:
+        """Return a time, or on a GPU an event in its queue."""
+        if self.device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        event.record()
+        return event
+
+
+class LossLog:
+    """Gathers losses on the device, and reads them only when asked.
+
+    Args:
+        names: Of the values of each micro-batch; the first is the total.
+        device: Where the losses are.
+    """
+
+    def __init__(self, names: Sequence[str], device: torch.device) -> None:
+        self.names = tuple(names)
+        self.sums = torch.zeros(len(names), dtype=torch.float64, device=device)
+        self.count = 0
+        self.epoch_sum = torch.zeros((), dtype=torch.float64, device=device)
+        self.epoch_count = 0
+        self.epochs: list[Tensor] = []
+        self.bad_step = torch.full((), -1.0, dtype=torch.float64, device=device)
+        self.bad_values = torch.zeros(len(names), dtype=torch.float64, device=device)
+
+    def add(self, values: Tensor, step: int) -> None:
+        """Add the losses (K,) of one micro-batch of an optimizer step."""
+        values = values.double()
+        bad = ~torch.isfinite(values).all() & (self.bad_step < 0)
+        self.bad_step = torch.where(bad, float(step), self.bad_step)
+        self.bad_values = torch.where(bad, values, self.bad_values)
+        self.sums += values
+        self.epoch_sum += values[0]
+        self.count += 1
+        self.epoch_count += 1
+
+    def close_epoch(self) -> None:
+        """Keep the mean total of the epoch that ends."""
+        self.epochs.append(self.epoch_sum / max(self.epoch_count, 1))
+        self.epoch_sum = torch.zeros_like(self.epoch_sum)
+        self.epoch_count = 0
+
+    def check(self) -> list[float]:
+        """Return the mean totals of the epochs since the last call.
+
+        Raises:
+            TrialFailed: A loss was not finite; the step and the parts are named.
+        """
+        ended = len(self.epochs)
+        read = torch.cat([self.bad_step[None], self.bad_values, *[e[None] for e in self.epochs]])
+        step, *rest = read.cpu().tolist()
+        if step >= 0:
+            values = dict(zip(self.names, rest, strict=False))
+            parts = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
+            raise TrialFailed(
+                "training", f"the loss is not finite at step {int(step)}: {parts}", retry=False
+            )
+        self.epochs.clear()
+        return rest[len(rest) - ended :]
+
+    def means(self) -> dict[str, float]:
+        """Return the mean of each loss since the last call."""
+        means = (self.sums / max(self.count, 1)).cpu().tolist()
+        self.sums = torch.zeros_like(self.sums)
+        self.count = 0
+        return dict(zip(self.names, means, strict=True))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a checkpoint keeps."""
+        return {
+            "sums": self.sums, "count": self.count, "epoch_sum": self.epoch_sum,
+            "epoch_count": self.epoch_count, "epochs": list(self.epochs),
+        }  # fmt: skip
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over what a checkpoint kept."""
+        device = self.sums.device
+        self.sums = state["sums"].to(device)
+        self.epoch_sum = state["epoch_sum"].to(device)
+        self.epochs = [mean.to(device) for mean in state["epochs"]]
+        self.count, self.epoch_count = int(state["count"]), int(state["epoch_count"])
+
+
+def capture_random(device: torch.device) -> dict[str, Any]:
+    """Return the state of every global random number generator, in types a checkpoint may hold."""
+    kind, keys, position, has_gauss, gauss = np.random.get_state()
+    version, internal, following = random.getstate()
+    state: dict[str, Any] = {
+        "torch": torch.get_rng_state(),
+        "numpy": [str(kind), torch.from_numpy(np.asarray(keys, np.int64)), int(position),
+                  int(has_gauss), float(gauss)],
+        "python": [version, list(internal), following],
+    }  # fmt: skip
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+def restore_random(state: Mapping[str, Any], device: torch.device) -> None:
+    """Set every global random number generator to a captured state."""
+    torch.set_rng_state(state["torch"])
+    kind, keys, position, has_gauss, gauss = state["numpy"]
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), position, has_gauss, gauss))
+    version, internal, following = state["python"]
+    random.setstate((version, tuple(internal), following))
+    if device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"], device)
+
+
+@contextmanager
+def seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Seed every global generator for a while, and put them back after."""
+    outside = capture_random(device)
+    torch.manual_seed(seed)
+    np.random.seed(seed % 2**32)
+    random.seed(seed)
+    try:
+        yield
+    finally:
+        restore_random(outside, device)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether an error says that memory ran out, on a GPU or on the host."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    text = str(error)
+    return isinstance(error, RuntimeError) and (
+        "out of memory" in text or "can't allocate memory" in text
+    )
+
+
+class Trainer:
+    """Trains one network on patches of a sampler, up to a step, as often as asked.
+
+    Args:
+        candidate: Its losses, optimizer, schedule, augmentation.
+        network: On the device.
+        sampler: Gives the patches, on the device.
+        device: Where it runs.
+        seed: Of augmentation and of what the network draws.
+    """
+
+    def __init__(
+        self,
+        candidate: Candidate,
+        network: nn.Module,
+        sampler: PatchSampler,
+        device: torch.device,
+        *,
+        seed: int,
+    ) -> None:
+        self.candidate = candidate
+        self.device = device
+        self.network = network
+        self.sampler = sampler
+        self.plan: StepPlan = step_plan(candidate)
+        settings = candidate.optimization
+        self.loss = build_loss(candidate.model).to(device)
+        self.optimizer = build_optimizer(network, self.loss.parameters(), settings)
+        self.schedule = build_schedule(self.optimizer, settings, self.plan)
+        self.average: AveragedWeights | None = None
+        if settings.ema.enabled:
+            self.average = AveragedWeights(
+                network, decay=settings.ema.decay, warmup_steps=settings.ema.warmup_steps
+            )
+        self.early_stop = EarlyStop(candidate.monitor.early_stopping)
+        with as_input_error("data.augmentation"):
+            chosen = candidate.data.augmentation
+            self.augmentation = resolve_preset(chosen.preset, chosen.settings)
+        self.boundary = boundary_arguments(candidate.data)
+        # On the host: drawing on a GPU would make the host wait for what it drew.
+        self.generator = torch.Generator().manual_seed(seed + 1)
+        self.terms = loss_terms(candidate.model)
+        self.log = LossLog(["total", *(term.name for term in self.terms)], device)
+        self.clock = Clock(device)
+        self.step = 0
+        self.patches = 0
+        self.stopped: str | None = None
+        self.notes: list[str] = []
+        self.autocast = device.type == "cuda" and settings.precision == "bf16-mixed"
+        self.shared: Tensor | None = None
+        if candidate.model.loss_balancing.strategy == "gradnorm":
+            self.shared = shared_parameter(network, candidate.model)
+        with seeded(seed + 2, device):
+            self.random = capture_random(device)
+
+    @property
+    def epoch(self) -> int:
+        """Return how many epochs are complete."""
+        return self.step // self.plan.steps_per_epoch
+
+    @property
+    def evaluated(self) -> nn.Module:
+        """Return the network to evaluate: the averaged one where there is one."""
+        if self.average is not None and self.candidate.optimization.ema.validate_with_ema:
+            return self.average.network
+        return self.network
+
+    @property
+    def seconds(self) -> float:
+        """Return the time spent in training so far."""
+        return sum(self.clock.seconds.values())
+
+    def run_to(
+        self,
+        step: int,
+        *,
+        should_stop: Callable[[], bool] | None = None,
+        progress: Callable[[int], None] | None = None,
+    ) -> None:
+        """Train until so many optimizer steps are done, or until it stops early.
+
+        Args:
+            step: Optimizer steps since the beginning.
+            should_stop: Asked before each step.
+            progress: Told the steps done, after each.
+
+        Raises:
+            TrialInterrupted: `should_stop` said so; the state is that of a finished step.
+            TrialFailed: A loss is not finite, or a batch of one patch does not fit in memory.
+        """
+        outside = capture_random(self.device)
+        restore_random(self.random, self.device)
+        self.network.train()
+        self.clock.start()
+        try:
+            while self.step < step and self.stopped is None:
+                if should_stop is not None and should_stop():
+                    raise TrialInterrupted(
+                        f"stopped at step {self.step} of {self.plan.steps}; it can be continued"
+                    )
+                self._step()
+                if self.step % LOG_STEPS == 0 or self.step == step:
+                    self._read()
+                if progress is not None:
+                    progress(self.step)
+        finally:
+            self.clock.flush()
+            self.random = capture_random(self.device)
+            restore_random(outside, self.device)
+
+    def losses(self) -> dict[str, float]:
+        """Return the mean losses since the last call: total, each task, each part.
+
+        A task is the plain sum of its losses at the finest head, and `plan_total` half the sum of
+        the tasks: that is how the plan's figures (0.555) are made, whatever weights and balancing.
+        """
+        means = self.log.means()
+        tasks: dict[str, float] = {}
+        for term in self.terms:
+            tasks[term.task] = tasks.get(term.task, 0.0) + means[term.name]
+        return {
+            "total": means["total"],
+            **tasks,
+            "plan_total": 0.5 * sum(tasks.values()),
+            **{term.name: means[term.name] for term in self.terms},
+        }
+
+    def _read(self) -> None:
+        """Read the losses from the device; stop early where they say so."""
+        first = self.epoch - len(self.log.epochs) + 1
+        self.stopped = self.early_stop.check(self.log.check(), first)
+
+    def _step(self) -> None:
+        """Take one optimizer step; where memory runs out, with smaller micro-batches."""
+        while True:
+            before = (self.sampler.state_dict(), self.generator.get_state())
+            failed: str | None = None
+            try:
+                values = self._gradients()
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+                failed = str(error).splitlines()[0] if str(error) else type(error).__name__
+            if failed is None:
+                break
+            # Outside the handler: the exception holds the tensors that are to be freed.
+            self._halve(failed)
+            self.sampler.load_state_dict(before[0])
+            self.generator.set_state(before[1])
+        clip = self.candidate.optimization.gradient_clip_val
+        if clip:
+            # No check for finiteness here: it would wait for the device.
+            nn.utils.clip_grad_norm_(self.network.parameters(), clip)
+        self.optimizer.step()
+        self.schedule.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.average is not None:
+            self.average.update(self.network)
+        self.step += 1
+        for row in values:
+            self.log.add(row, self.step)
+        if self.step % self.plan.steps_per_epoch == 0:
+            self.log.close_epoch()
+        self.clock.lap("optimizer")
+
+    def _gradients(self) -> list[Tensor]:
+        """Sum the gradients of the micro-batches of a step; return the losses of each (K,)."""
+        values = []
+        for _ in range(self.plan.accumulate):
+            patches = augment(
+                self.sampler.draw(self.plan.batch_size), self.augmentation, self.generator
+            )
+            targets = derive_targets(patches.labels, patches.edt, **self.boundary)
+            self.clock.lap("data")
+            result = self._forward(patches.image, targets, patches.mask[:, None])
+            if self.shared is not None:
+                self.loss.rebalance(self.shared)
+            (result.total / self.plan.accumulate).backward()  # type: ignore[no-untyped-call]
+            parts = [result.parts[term.name] for term in self.terms]
+            values.append(torch.stack([result.total.detach(), *parts]))
+            self.clock.lap("forward_backward")
+            self.patches += self.plan.batch_size
+        return values
+
+    def _forward(self, image: Tensor, targets: Tensor, mask: Tensor) -> LossResult:
+        """Return the losses of a micro-batch."""
+        if not self.autocast:
+            return self.loss(self.network(image), targets, mask)
+        with torch.autocast("cuda", torch.bfloat16):
+            outputs = self.network(image)
+        heads = [outputs] if isinstance(outputs, Tensor) else outputs
+        return self.loss([head.float() for head in heads], targets, mask)
+
+    def _halve(self, reason: str) -> None:
+        """Halve the micro-batch after memory ran out.
+
+        Raises:
+            TrialFailed: A micro-batch is one patch already.
+        """
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        old = self.plan
+        if old.batch_size == 1:
+            raise TrialFailed(
+                "training", f"out of memory with a batch of one patch: {reason}", retry=True
+            )
+        self.plan = old.halved()
+        self.notes.append(
+            f"out of memory at step {self.step + 1}: micro-batch {old.batch_size} halved to "
+            f"{self.plan.batch_size}, accumulation raised from {old.accumulate} to "
+            f"{self.plan.accumulate}"
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything that a training needs to go on as if never stopped."""
+        return {
+            "network": self.network.state_dict(),
+            "average": None if self.average is None else self.average.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "loss": self.loss.state_dict(),
+            "early_stop": self.early_stop.state_dict(),
+            "sampler": self.sampler.state_dict(),
+            "generator": self.generator.get_state(),
+            "random": self.random,
+            "log": self.log.state_dict(),
+            "seconds": dict(self.clock.seconds),
+            "step": self.step,
+            "patches": self.patches,
+            "batch_size": self.plan.batch_size,
+            "stopped": self.stopped,
+            "notes": list(self.notes),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over what a checkpoint kept.
+
+        Raises:
+            CheckpointError: It does not fit the network.
+        """
+        try:
+            self.network.load_state_dict(state["network"])
+            if self.average is not None:
+                self.average.load_state_dict(state["average"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.schedule.load_state_dict(state["schedule"])
+            self.loss.load_state_dict(state["loss"])
+            self.early_stop.load_state_dict(state["early_stop"])
+            self.sampler.load_state_dict(state["sampler"])
+            self.generator.set_state(state["generator"])
+            self.log.load_state_dict(state["log"])
+            self.clock.seconds = dict(state["seconds"])
+            while self.plan.batch_size > int(state["batch_size"]):
+                self.plan = self.plan.halved()
+        except (KeyError, RuntimeError, ValueError, TypeError) as error:
+            raise CheckpointError(
+                f"last.ckpt does not fit this candidate: {str(error).splitlines()[0]}. "
+                "Give another --out."
+            ) from error
+        self.random = state["random"]
+        self.step, self.patches = int(state["step"]), int(state["patches"])
+        self.stopped = state["stopped"]
+        self.notes = list(state["notes"])
+
+
+def check_stopping(candidate: Candidate) -> None:
+    """Refuse a value that early stopping cannot watch.
+
+    Raises:
+        ConfigError: `monitor.early_stopping.monitor` is not the training loss.
+    """
+    chosen = candidate.monitor.early_stopping
+    if chosen.enabled and not chosen.monitor.startswith("train_loss"):
+        raise ConfigError(
+            f"monitor.early_stopping.monitor is '{chosen.monitor}', but only the training loss is "
+            "watched. Set train_loss_total_epoch."
+        )
