@@ -279,7 +279,12 @@ def match_weights(
             f"the weights fit the network only in part: {report}. Give the weights of this "
             "architecture and width, or allow a partial match (external_weights_strict: false)."
         )
-    network.load_state_dict({**own, **fits})
+    before = {key: value.clone() for key, value in own.items()}
+    try:
+        network.load_state_dict({**own, **fits})
+    except RuntimeError as error:
+        network.load_state_dict(before)
+        raise ValueError(f"the weights do not fit the network: {error}") from error
     return report
 
 

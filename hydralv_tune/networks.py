@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -85,7 +86,7 @@ class HeadedUNet(UNet):
             strides=strides,
             **options,
         )
-        z, y, x = (torch.tensor(strides).prod(0)).tolist()
+        z, y, x = (math.prod(factor[axis] for factor in strides) for axis in range(3))
         self.divisor = (z, y, x)
         # A decoder gives as many channels as the encoder above it, the bottom its own.
         coarse = (channels[-1], *channels[:-2][::-1]) if deep_supervision else ()

@@ -1,0 +1,120 @@
+"""One rule from intensities to network input, fitted once, the same for both who use it."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from hydralv_tune.normalisation import MODES, fit_normalisation, normalise
+
+
+def volume(seed: int = 0) -> np.ndarray:
+    """Return sections whose brightness and contrast jump, as real ones do."""
+    rng = np.random.default_rng(seed)
+    means, spreads = rng.uniform(86, 211, 6), rng.uniform(5, 20, 6)
+    noise = rng.normal(size=(6, 32, 40))
+    return np.clip(means[:, None, None] + spreads[:, None, None] * noise, 1, 255).astype(np.uint8)
+
+
+def test_zero_one_spans_the_volume() -> None:
+    image = volume()
+    result = normalise(image, mode="0-1")
+    assert result.dtype == np.float32
+    low, high = int(image.min()), int(image.max())
+    assert np.allclose(result, (image - float(low)) / (high - low), atol=1e-6)
+
+
+def test_percentiles_clip_both_ends() -> None:
+    image = np.arange(1, 1001, dtype=np.float32).reshape(1, 20, 50)
+    result = normalise(image, mode="0-1", clip_low=0.1, clip_high=0.9)
+    assert (result == 0).sum() == 100
+    assert (result > 1 - 1e-6).sum() == 100
+    low, high = np.quantile(image, [0.1, 0.9])
+    assert np.allclose(result, np.clip((image - low) / (high - low), 0, 1), atol=1e-6)
+
+
+def test_sections_are_standardised_each_and_the_volume_as_one() -> None:
+    image = volume()
+    sections = normalise(image, mode="z_section")
+    assert np.allclose(sections.mean((1, 2)), 0, atol=1e-4)
+    assert np.allclose(sections.std((1, 2)), 1, atol=1e-4)
+    whole = normalise(image, mode="z_volume")
+    assert abs(whole.mean()) < 1e-4
+    assert abs(whole.std() - 1) < 1e-4
+    assert np.ptp(whole.mean((1, 2))) > 1  # the jumps are left
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_section_that_is_missing_gives_numbers_and_moves_no_other(mode: str) -> None:
+    image = volume()
+    without = normalise(np.delete(image, 2, axis=0), mode=mode)
+    image[2] = 128
+    result = normalise(image, mode=mode)
+    assert np.isfinite(result).all()
+    assert np.allclose(np.delete(result, 2, axis=0), without, atol=1e-5)
+    if mode == "z_section":
+        assert not result[2].any()
+
+
+@pytest.mark.parametrize("value", [0, 7, 255])
+@pytest.mark.parametrize("mode", MODES)
+def test_a_constant_volume_gives_numbers(mode: str, value: int) -> None:
+    result = normalise(np.full((3, 4, 5), value, np.uint8), mode=mode)
+    assert np.isfinite(result).all()
+    if mode != "none":
+        assert not result.any()
+
+
+@pytest.mark.parametrize("mode", ["z_volume", "z_section"])
+def test_fill_around_the_image_counts_for_nothing(mode: str) -> None:
+    image = volume()
+    filled = np.zeros((6, 64, 64), np.uint8)
+    filled[:, 16:48, 12:52] = image
+    inside = normalise(filled, mode=mode)[:, 16:48, 12:52]
+    assert np.allclose(inside, normalise(image, mode=mode), atol=1e-5)
+
+
+def test_statistics_come_from_the_mask_and_a_section_without_any_from_itself() -> None:
+    image = volume()
+    mask = np.zeros(image.shape, bool)
+    mask[1:, 8:20, 8:30] = True
+    result = normalise(image, mode="z_section", mask=mask)
+    for z in range(1, 6):
+        assert abs(result[z][mask[z]].mean()) < 1e-4
+        assert abs(result[z][mask[z]].std() - 1) < 1e-4
+    assert abs(result[0].std() - 1) < 1e-4
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_tensors_and_arrays_become_the_same(mode: str) -> None:
+    image = volume()
+    ours = normalise(torch.from_numpy(image), mode=mode, clip_low=0.02, clip_high=0.98)
+    assert isinstance(ours, torch.Tensor)
+    array = normalise(image, mode=mode, clip_low=0.02, clip_high=0.98)
+    assert np.allclose(ours.numpy(), array, atol=1e-6)
+
+
+def test_what_is_fitted_on_the_volume_applies_to_it_in_any_type() -> None:
+    image = volume()
+    fitted = fit_normalisation(image, mode="z_section")
+    assert np.allclose(fitted.apply(image), fitted.apply(image.astype(np.float64)), atol=1e-6)
+    before = image.copy()
+    fitted.apply(image)
+    assert np.array_equal(image, before)
+    with pytest.raises(ValueError, match=r"\(6, Y, X\)"):
+        fitted.apply(image[:3])
+
+
+def test_wrong_input_is_refused_with_a_reason() -> None:
+    image = volume()
+    with pytest.raises(ValueError, match="Unknown normalisation 'zscore'"):
+        normalise(image, mode="zscore")
+    with pytest.raises(ValueError, match=r"They are shares: 0\.01, not 1"):
+        normalise(image, clip_low=1, clip_high=99)
+    with pytest.raises(ValueError, match="mask has shape"):
+        normalise(image, mask=np.ones((1, 2, 3)))
+    with pytest.raises(ValueError, match="not finite"):
+        normalise(np.full((2, 3, 4), np.nan))
+    with pytest.raises(ValueError, match=r"\(Z, Y, X\)"):
+        normalise(image[0])
