@@ -183,7 +183,7 @@ class Augmentation(Section):
     )
 
     @property
-    def settings(self) -> dict[str, dict[str, Any]]:
+    def settings(self) -> dict[str, Any]:
         """Return the knobs said for each augmentation, `enabled` among them."""
         return dict(self.model_extra or {})
 
@@ -376,6 +376,9 @@ class Inference(Section):
     )
 
 
+DISTANCE_DECODERS = ("decode_instance_watershed_distance", "decode_distance_watershed")
+
+
 class DecodingStep(Section):
     """One entry of `test.decoding`."""
 
@@ -384,8 +387,17 @@ class DecodingStep(Section):
     kwargs: dict[str, Any] = Field(default_factory=dict, description="Of the decoder.")
 
     def decoder_arguments(self) -> dict[str, Any]:
-        """Return the keyword arguments of our decoder; channel choices, which are fixed, go."""
-        return {key: v for key, v in self.kwargs.items() if not key.endswith("_channels")}
+        """Return the keyword arguments of our decoder.
+
+        Channel choices, which are fixed, go. A single distance threshold is the seed's, as
+        PyTorch Connectomics' fine-tuning plans write it for the distance-only decoder.
+        """
+        found = {key: v for key, v in self.kwargs.items() if not key.endswith("_channels")}
+        seed = found.get("distance_threshold")
+        single = isinstance(seed, int | float) and not isinstance(seed, bool)
+        if single and self.name in DISTANCE_DECODERS:
+            found["distance_threshold"] = [seed, min(float(seed or 0), 0.0)]
+        return found
 
 
 class DecodingGrid(Section):

@@ -45,7 +45,8 @@ from hydralv_tune.candidate import (
     TestTimeAugmentation,
     Whole,
 )
-from hydralv_tune.candidate_rules import check_candidate, check_decoding_step
+from hydralv_tune.candidate_rules import check_candidate
+from hydralv_tune.decoding_rules import check_decoding_step
 from hydralv_tune.errors import ConfigError
 from hydralv_tune.explanation import explain
 from hydralv_tune.validation import (
@@ -141,7 +142,7 @@ def layered(base: Mapping[str, Any], *layers: Mapping[str, Any]) -> dict[str, An
     result = deepcopy(dict(base))
     for layer in layers:
         before = result.get("model") or {}
-        result = merged(result, layer)
+        result = merged(result, _switched_on(layer))
         model = result.get("model")
         said = layer.get("model")
         if not isinstance(said, Mapping) or not isinstance(model, dict):
@@ -154,6 +155,17 @@ def layered(base: Mapping[str, Any], *layers: Mapping[str, Any]) -> dict[str, An
         if changed & set(NETWORK_KEYS) and "external_weights_path" not in said:
             model["external_weights_path"] = None
     return result
+
+
+def _switched_on(layer: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the layer; one that says test-time transforms and nothing of `enabled` wants them."""
+    path = "inference.test_time_augmentation"
+    said = value_at(layer, path)
+    if not isinstance(said, Mapping) or "enabled" in said:
+        return layer
+    if all(said.get(key) is None for key in ("flip_axes", "rotation90_axes")):
+        return layer
+    return merged(layer, nested(f"{path}.enabled", True))
 
 
 def _plain(value: Any) -> Any:

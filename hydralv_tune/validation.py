@@ -5,11 +5,11 @@ from __future__ import annotations
 import re
 import types
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from copy import deepcopy
 from difflib import get_close_matches
 from functools import cache
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
@@ -256,3 +256,20 @@ def validated(model: type[M], mapping: Mapping[str, Any], place: str) -> M:
     is_missing = same[0]["type"] == "missing"
     state = "is missing" if is_missing else f"is {shown(received)}"
     raise ConfigError(f"{place}: {first} {state}, but {rule}.{_next_step(same[0])}")
+
+
+def refuse(place: str, path: str, value: Any, rule: str, step: str = "") -> NoReturn:
+    """Raise the error of a value that breaks a rule.
+
+    Raises:
+        ConfigError: Always.
+    """
+    raise ConfigError(f"{place}: {path} is {shown(value)}, but {rule}.{' ' + step if step else ''}")
+
+
+def known_step(value: object, known: Iterable[str]) -> str:
+    """Return the next step for a name outside a table."""
+    names = sorted(known)
+    near = get_close_matches(str(value), names, n=1)
+    hint = f"Did you mean '{near[0]}'? " if near else ""
+    return f"{hint}Known: {', '.join(names)}."
