@@ -1,0 +1,316 @@
+"""What a study's trials say: frozen views, and the rules that count, rank and retry them.
+
+Nothing here knows the database, so every rule can be read and tested on plain values.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import platform
+import socket
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from datetime import datetime
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+FINISHED = ("COMPLETE", "PRUNED")
+# A trial whose driver died again and again is given up, or it could bring drivers down for ever.
+MAX_RESTARTS = 20
+
+
+@dataclass(frozen=True)
+class TrialView:
+    """One trial of a study, as the database has it.
+
+    Args:
+        number: Its number in the study.
+        state: `COMPLETE`, `PRUNED`, `FAIL`, `RUNNING` or `WAITING`.
+        value: The objective, minimised; None where there is none.
+        params: Searched values, lists as JSON text (`space.encode`).
+        user_attrs: `reason`, `driver`, `host`, `device`, `seconds`, `checkpoint`, `metrics`,
+            `decoding`, `losses`, `sweep` and what else was recorded.
+        intermediate: Objective so far at each evaluation, by step.
+        violation: By how much the study's guard is violated; 0 or less is feasible; None where
+            it was never known.
+        started: Start in local time.
+        finished: End in local time.
+    """
+
+    number: int
+    state: str
+    value: float | None
+    params: Mapping[str, Any]
+    user_attrs: Mapping[str, Any]
+    intermediate: Mapping[int, float]
+    violation: float | None
+    started: datetime | None
+    finished: datetime | None
+    requested: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def root(self) -> int:
+        """Return the number of the first attempt, which names the folder of all attempts."""
+        return int(self.user_attrs.get("root", self.number))
+
+    @property
+    def attempt(self) -> int:
+        """Return which attempt this is, from 1; interruptions are not counted."""
+        return int(self.user_attrs.get("attempt", 1))
+
+    @property
+    def is_feasible(self) -> bool:
+        """Return whether the study's guard holds."""
+        return self.violation is None or self.violation <= 0
+
+    @property
+    def is_imported(self) -> bool:
+        """Return whether it is a trial of an earlier study, which this one only learns from."""
+        return "imported_from" in self.user_attrs
+
+    @property
+    def seconds(self) -> float:
+        """Return the seconds it has taken so far; 0 before it starts."""
+        recorded = self.user_attrs.get("seconds")
+        if isinstance(recorded, int | float):
+            return float(recorded)
+        if self.started is None:
+            return 0.0
+        return max(0.0, ((self.finished or datetime.now()) - self.started).total_seconds())
+
+
+def count_states(trials: Iterable[TrialView]) -> dict[str, int]:
+    """Return how many trials are in each state, under the names of the contract.
+
+    Trials imported from another study are not counted: this study did not run them.
+    """
+    counts = dict.fromkeys(("complete", "pruned", "fail", "running", "waiting"), 0)
+    for trial in trials:
+        if not trial.is_imported:
+            counts[trial.state.lower()] += 1
+    return counts
+
+
+def best_trial(trials: Iterable[TrialView]) -> TrialView | None:
+    """Return the best COMPLETE trial, or None.
+
+    Any feasible trial is better than one that violates the guard; among those that violate it,
+    the one nearest to it is best.
+    """
+    complete = [t for t in trials if t.state == "COMPLETE" and not t.is_imported]
+    return min(complete, key=_rank, default=None)
+
+
+def _rank(trial: TrialView) -> tuple[float, float, int]:
+    """Return what trials are ordered by: violation, value, number."""
+    value = math.inf if trial.value is None else trial.value
+    return (max(0.0, trial.violation or 0.0), value, trial.number)
+
+
+def describe_best(trial: TrialView | None) -> dict[str, Any] | None:
+    """Return the best trial under the keys of the contract."""
+    if trial is None:
+        return None
+    metrics = trial.user_attrs.get("metrics") or {}
+    return {
+        "number": trial.number,
+        "adapted_rand_error": metrics.get("adapted_rand_error"),
+        "adapted_rand_error_foreground": metrics.get("adapted_rand_error_foreground"),
+        "f1_iou50": metrics.get("f1_iou50"),
+        "params": dict(trial.params),
+        "decoding": trial.user_attrs.get("decoding"),
+        "value": trial.value,
+        "feasible": trial.is_feasible,
+        "warm_start": trial.user_attrs.get("warm_start"),
+    }
+
+
+def gpu_hours(trials: Iterable[TrialView]) -> float:
+    """Return the GPU-hours of all trials, the running and the failed ones included."""
+    return sum(t.seconds * float(t.user_attrs.get("gpus") or 0.0) for t in trials) / 3600
+
+
+def needs_successor(trial: TrialView, *, retries: int) -> bool:
+    """Return whether a FAIL deserves another attempt.
+
+    An orphan and an interrupted trial did nothing wrong and go on without costing an attempt; a
+    crash is tried `retries` times more; what would fail again is not tried again.
+
+    Args:
+        trial: Any trial.
+        retries: `budget.retries`.
+    """
+    if trial.state != "FAIL":
+        return False
+    kind = trial.user_attrs.get("retry")
+    if kind == "free":
+        return int(trial.user_attrs.get("restarts", 0)) < MAX_RESTARTS
+    return kind == "counted" and trial.attempt <= retries
+
+
+def successor_attributes(trial: TrialView) -> dict[str, Any]:
+    """Return the user attributes of the attempt that follows a FAIL."""
+    attributes = {
+        "root": trial.root,
+        "retry_of": trial.number,
+        "attempt": trial.attempt + (trial.user_attrs.get("retry") == "counted"),
+        "restarts": int(trial.user_attrs.get("restarts", 0))
+        + (trial.user_attrs.get("retry") == "free"),
+    }
+    if "warm_start" in trial.user_attrs:
+        attributes["warm_start"] = trial.user_attrs["warm_start"]
+    return attributes
+
+
+def missing_successors(trials: Sequence[TrialView], *, retries: int) -> list[TrialView]:
+    """Return every FAIL that deserves another attempt and has none yet."""
+    followed = {trial.user_attrs.get("retry_of") for trial in trials}
+    return [
+        trial
+        for trial in trials
+        if trial.number not in followed and needs_successor(trial, retries=retries)
+    ]
+
+
+def duplicate_of(
+    params: Mapping[str, Any],
+    warm_start: str | None,
+    trials: Iterable[TrialView],
+    *,
+    number: int,
+) -> int | None:
+    """Return the number of an earlier trial with the same parameters, or None.
+
+    Recipes may set keys outside the searched ones, so a warm start is only a duplicate of itself.
+    A FAIL trained to no end and is no duplicate.
+
+    Args:
+        params: Encoded values of the new trial.
+        warm_start: Its recipe, if any.
+        trials: All trials of the study.
+        number: The new trial's own number.
+    """
+    for trial in trials:
+        if trial.number == number or trial.state in ("FAIL", "WAITING"):
+            continue
+        same = dict(trial.params) == dict(params)
+        if same and trial.user_attrs.get("warm_start") == warm_start and not trial.is_imported:
+            return trial.number
+    return None
+
+
+def consecutive_failures(trials: Sequence[TrialView]) -> list[TrialView]:
+    """Return the FAILs in a row at the end of the history that were their own fault."""
+    failures: list[TrialView] = []
+    ended = [t for t in trials if t.state in (*FINISHED, "FAIL") and not t.is_imported]
+    for trial in sorted(ended, key=lambda t: t.finished or datetime.min, reverse=True):
+        if trial.state in FINISHED:
+            break
+        if trial.user_attrs.get("retry") == "free" or "duplicate_of" in trial.user_attrs:
+            continue
+        failures.append(trial)
+    return failures
+
+
+@cache
+def machine_identity() -> str:
+    """Return what tells one machine, boot and process table from another."""
+    parts = [socket.gethostname()]
+    for read in (_boot_id, _process_namespace):
+        try:
+            parts.append(read())
+        except OSError:
+            parts.append(platform.node())
+    return "/".join(parts)
+
+
+def _boot_id() -> str:
+    """Return the kernel's identity of this boot."""
+    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+
+
+def _process_namespace() -> str:
+    """Return the namespace in which process ids mean something."""
+    return os.readlink("/proc/self/ns/pid")
+
+
+def own_process() -> dict[str, Any]:
+    """Return what lets another process on this machine see whether this one lives."""
+    process = psutil.Process()
+    return {
+        "machine": machine_identity(),
+        "pid": process.pid,
+        "created": round(process.create_time(), 2),
+    }
+
+
+def is_surely_dead(process: Mapping[str, Any] | None) -> bool:
+    """Return whether a driver's process is known to be gone.
+
+    Args:
+        process: From `own_process`; of another machine, nothing is known and its heartbeat
+            decides.
+    """
+    if not process or process.get("machine") != machine_identity():
+        return False
+    try:
+        found = psutil.Process(int(process["pid"]))
+        same = abs(found.create_time() - float(process["created"])) < 1.0
+        return not same or found.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
+    except (psutil.Error, KeyError, TypeError, ValueError):
+        return False
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A trial that a driver has claimed.
+
+    Args:
+        number: Its number.
+        root: Number of the first attempt; it names the folder.
+        attempt: From 1.
+        retry_of: Number of the attempt before, if any.
+        params: Encoded values of the active parameters.
+        warm_start: Recipe it comes from, if any.
+    """
+
+    number: int
+    root: int
+    attempt: int
+    retry_of: int | None
+    params: Mapping[str, Any]
+    warm_start: str | None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a trial ended.
+
+    Args:
+        state: `COMPLETE`, `PRUNED` or `FAIL`.
+        value: Objective, minimised; for COMPLETE alone.
+        violation: By how much the study's guard is violated.
+        attributes: User attributes, plain JSON types.
+        retry: Of a FAIL: `no`, `counted` (a crash) or `free` (an interruption).
+    """
+
+    state: str
+    value: float | None = None
+    violation: float | None = None
+    attributes: Mapping[str, Any] = field(default_factory=dict)
+    retry: str = "no"
+
+    def as_mapping(self) -> dict[str, Any]:
+        """Return plain JSON types."""
+        return asdict(self)
+
+    @classmethod
+    def from_mapping(cls, mapping: Mapping[str, Any]) -> Outcome:
+        """Return what `as_mapping` gave."""
+        return cls(**mapping)
