@@ -8,55 +8,25 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from scipy.ndimage import distance_transform_edt
 
-from hydralv_tune.flood import Nodes, components, flood, flood_ranks, keep_large, nodes_of
-from hydralv_tune.metrics import checked_mask
+from hydralv_tune.flood import Workspace, keep_large
+from hydralv_tune.relief import (
+    CHANNELS,
+    FLOOR,
+    Relief,
+    contour_relief,
+    distance_relief,
+    foreground_relief,
+)
 
 Array = npt.NDArray[Any]
 Labels = npt.NDArray[np.int32]
 Pair = Sequence[float | None]
 Decoder = Callable[..., Labels]
-
-CHANNELS = ("binary", "contour", "distance")
-LOWEST = (0.0, 0.0, -1.0)
-FLOOR = 0.1
-SLACK = 1e-3
-"""How far a value may leave its range: float16 rounds, and a mean of flips may pass 1 by an ulp."""
-
-
-def checked_probabilities(probabilities: Array) -> Array:
-    """Return probabilities as floats.
-
-    Args:
-        probabilities: (3, Z, Y, X); binary and boundary in [0, 1], distance in [-1, 1].
-
-    Raises:
-        ValueError: Channels are missing, a value is no number or outside its range.
-    """
-    array = np.asarray(probabilities)
-    if array.ndim != 4 or array.shape[0] != 3:
-        raise ValueError(
-            f"probabilities have shape {array.shape}, but (3, Z, Y, X) is due: "
-            "binary, boundary, distance"
-        )
-    if not np.issubdtype(array.dtype, np.floating):
-        raise ValueError(f"probabilities have dtype {array.dtype}, but float16 or float32 is due")
-    for name, lowest, channel in zip(CHANNELS, LOWEST, array, strict=True):
-        low, high = (float(channel.min()), float(channel.max())) if channel.size else (0.0, 0.0)
-        if not (np.isfinite(low) and np.isfinite(high)):
-            raise ValueError(f"the {name} channel holds values that are not finite (NaN or inf)")
-        if low < lowest - SLACK or high > 1.0 + SLACK:
-            raise ValueError(
-                f"the {name} channel spans [{low:.4g}, {high:.4g}], but [{lowest:g}, 1] is its "
-                "range. Give probabilities after the activation, not logits."
-            )
-    return array
 
 
 def checked_pair(name: str, pair: Pair) -> tuple[float, float | None]:
@@ -106,99 +76,25 @@ def above(channel: int, threshold: float | None) -> float:
     return float(threshold)
 
 
-@dataclass(frozen=True)
-class Field:
-    """What seeds and flood need of one volume: nodes, their values, and flood ranks.
-
-    `values` is (channels, nodes) float32, with the contour negated so that every test is
-    `value > threshold`.
-    """
-
-    nodes: Nodes
-    values: npt.NDArray[np.float32]
-    ranks: npt.NDArray[np.int32]
-    levels: int
-
-
-def contour_field(
-    probabilities: Array, mask: Array | None, *, flood: str = "support", floor: float = FLOOR
-) -> Field:
-    """Return the field of the decoder `decode_instance_binary_contour_distance`.
-
-    Raises:
-        ValueError: `flood` or `floor` is out of range, or the input is.
-    """
-    if flood not in ("support", "volume"):
-        raise ValueError(f"Unknown flood '{flood}'. Known: support, volume.")
-    if not 0.0 <= floor <= 1.0:
-        raise ValueError(f"floor is {floor}, but it is a probability in [0, 1]")
-    maps = checked_probabilities(probabilities)
-    shape = maps.shape[1:]
-    valid = checked_mask(mask, shape)
-    if flood == "support":
-        # Compared as float64, as every threshold is: float16 would round the threshold.
-        domain = (maps[0] > np.float64(floor)) | (maps[2] > 0)
-        if valid is not None:
-            domain &= valid
-    else:
-        domain = np.ones(shape, bool) if valid is None else valid
-    nodes = nodes_of(domain)
-    values = np.empty((3, len(nodes)), np.float32)
-    for channel in range(3):
-        values[channel] = maps[channel].ravel()[nodes.voxel]
-    np.negative(values[1], out=values[1])
-    ranks, levels = flood_ranks(-np.maximum(values[2], 0))
-    return Field(nodes, values, ranks, levels)
-
-
-def distance_field(distance: Array, mask: Array | None, lowest: float) -> Field:
-    """Return the field of the decoder `decode_instance_watershed_distance`.
+def _labels_of(relief: Relief, seeds: Array, min_seed_size: int, min_instance_size: int) -> Labels:
+    """Return the volume of labels after seeds and flood, renumbered from 1.
 
     Args:
-        distance: (Z, Y, X), float.
-        mask: (Z, Y, X) or none.
-        lowest: The lowest threshold in use; nothing under it matters.
+        relief: Its wanted nodes are the foreground.
+        seeds: (channels,), float64, the seed thresholds.
+        min_seed_size, min_instance_size: In voxels.
     """
-    valid = checked_mask(mask, distance.shape)
-    domain = distance > np.float64(lowest)
-    if valid is not None:
-        domain &= valid
-    nodes = nodes_of(domain)
-    values = distance.ravel()[nodes.voxel].astype(np.float32)[None]
-    return Field(nodes, values, np.zeros(len(nodes), np.int32), 1)
-
-
-def foreground_ranks(
-    field: Field, threshold: float
-) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.int32], int]:
-    """Return where the distance is foreground, and the ranks of the distance recomputed there."""
-    nodes = field.nodes
-    allowed = field.values[0] > np.float64(threshold)
-    foreground = np.zeros(nodes.shape, bool)
-    foreground.ravel()[nodes.voxel[allowed]] = True
-    if not allowed.any() or foreground.all():
-        return allowed, np.zeros(len(nodes), np.int32), 1
-    spans = [np.flatnonzero(foreground.any(axis=axes)) for axes in ((1, 2), (0, 2), (0, 1))]
-    box = tuple(slice(max(span[0] - 1, 0), span[-1] + 2) for span in spans)
-    height = np.zeros(nodes.shape, np.float32)
-    # The nearest background touches the foreground, so a box one voxel wider is enough.
-    height[box] = distance_transform_edt(foreground[box])
-    ranks, levels = flood_ranks(-height.ravel()[nodes.voxel])
-    return allowed, ranks, levels
-
-
-def _labels_of(nodes: Nodes, labels: Labels, min_instance_size: int) -> Labels:
-    """Return the volume of labels, renumbered from 1, without instances under the size."""
+    space = Workspace(relief)
+    kept, names, _ = keep_large(*space.seeds(seeds), min_seed_size)
+    labels = np.where(relief.wanted, space.flooded(kept, names), 0)
     sizes = np.bincount(labels, minlength=1)
-    kept = sizes >= max(min_instance_size, 1)
-    kept[0] = False
-    names = np.where(kept, np.cumsum(kept), 0).astype(np.int32)
-    volume = np.zeros(nodes.shape, np.int32)
-    volume.ravel()[nodes.voxel] = names[labels]
+    large = sizes >= max(min_instance_size, 1)
+    large[0] = False
+    renamed = np.where(large, np.cumsum(large), 0).astype(np.int32)
+    volume = np.zeros(relief.box.shape, np.int32)
+    found = np.flatnonzero(labels)
+    volume.ravel()[relief.box.voxels_of(relief.nodes[found])] = renamed[labels[found]]
     return volume
-
-
-EVERYWHERE = np.zeros(0, bool)
 
 
 def decode_instance_binary_contour_distance(
@@ -243,22 +139,12 @@ def decode_instance_binary_contour_distance(
     ]
     least = checked_size("min_seed_size", min_seed_size)
     smallest = checked_size("min_instance_size", min_instance_size)
-    field = contour_field(probabilities, mask, flood=flood, floor=floor)
-    seeds = np.array([above(channel, pair[0]) for channel, pair in enumerate(pairs)])
-    labels = flooded(field, seeds, least, EVERYWHERE, field.ranks, field.levels)
-    for channel, pair in enumerate(pairs):
-        labels[~(field.values[channel] > np.float64(above(channel, pair[1])))] = 0
-    return _labels_of(field.nodes, labels, smallest)
-
-
-def flooded(
-    field: Field, seeds: Array, min_seed_size: int, allowed: Array, ranks: Array, levels: int
-) -> Labels:
-    """Return the label of each node after seeds and flood."""
-    nodes = field.nodes
-    found = components(field.values, seeds, nodes.where, nodes.position, nodes.before)
-    kept, names, _ = keep_large(*found, min_seed_size)
-    return flood(kept, names, ranks, levels, allowed, nodes.where, nodes.position, nodes.faces)  # type: ignore[no-any-return]
+    seeds = [above(channel, pair[0]) for channel, pair in enumerate(pairs)]
+    limits = [above(channel, pair[1]) for channel, pair in enumerate(pairs)]
+    relief = contour_relief(
+        probabilities, mask, seeds=seeds, limits=limits, flood=flood, floor=floor
+    )
+    return _labels_of(relief, np.array(seeds), least, smallest)
 
 
 def decode_instance_watershed_distance(
@@ -292,13 +178,9 @@ def decode_instance_watershed_distance(
     low = above(2, foreground)
     least = checked_size("min_seed_size", min_seed_size)
     smallest = checked_size("min_instance_size", min_instance_size)
-    maps = checked_probabilities(probabilities)
-    field = distance_field(maps[2], mask, min(seed, low))
-    allowed, ranks, levels = foreground_ranks(field, low)
-    if not allowed.any():
-        return np.zeros(field.nodes.shape, np.int32)
-    labels = flooded(field, np.array([seed]), least, allowed, ranks, levels)
-    return _labels_of(field.nodes, labels, smallest)
+    relief = distance_relief(probabilities, mask, seed=seed, lowest=min(seed, low))
+    relief = foreground_relief(relief, low)
+    return _labels_of(relief, np.array([seed]), least, smallest)
 
 
 DECODERS: dict[str, Decoder] = {

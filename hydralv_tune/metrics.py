@@ -161,10 +161,10 @@ def contingency_table(
 
 def rand_from_sums(
     *,
-    pair_squares: Array,
-    segment_squares: Array,
-    truth_squares: Array,
-    uncovered_share: Array,
+    pair_squares: npt.ArrayLike,
+    segment_squares: npt.ArrayLike,
+    truth_squares: npt.ArrayLike,
+    uncovered_share: npt.ArrayLike,
 ) -> tuple[Array, Array, Array]:
     """Return error, precision and recall from exact sums; scalars or arrays of one shape.
 
@@ -179,8 +179,9 @@ def rand_from_sums(
         formula alone would leave a remainder of c/N.
     """
     pairs = np.asarray(pair_squares, np.float64)
-    both = pairs + uncovered_share
-    below = np.asarray(segment_squares, np.float64) + uncovered_share
+    share = np.asarray(uncovered_share, np.float64)
+    both = pairs + share
+    below = np.asarray(segment_squares, np.float64) + share
     found = pairs > 0
     precision = np.where(found, both / np.where(below > 0, below, 1.0), 0.0)
     recall = np.where(found, both / np.asarray(truth_squares, np.float64), 0.0)
@@ -263,18 +264,47 @@ def variation_of_information(table: ContingencyTable) -> tuple[float, float]:
     found = np.zeros(len(table.truth_ids), np.int64)
     np.add.at(found, table.pair_truth, table.pair_voxels)
     background = table.truth_sizes - found
-    rows = np.concatenate([table.pair_truth, np.flatnonzero(background)])
-    columns = np.concatenate([table.pair_segment + 1, np.zeros(np.count_nonzero(background), int)])
-    counts = np.concatenate([table.pair_voxels, background[background > 0]])
-    share = counts / counts.sum()
-    truth_share = np.bincount(rows, share)[rows]
-    segment_share = np.bincount(columns, share)[columns]
-    split = -np.sum(share * np.log2(share / truth_share))
-    merge = -np.sum(share * np.log2(share / segment_share))
-    return float(max(split, 0.0)), float(max(merge, 0.0))
+    pairs = np.concatenate([table.pair_voxels, background])
+    split, merge = voi_from_sums(
+        pair_logs=log_terms(pairs).sum(),
+        segment_logs=log_terms(table.segment_sizes_in_truth).sum(),
+        truth_sizes=table.truth_sizes,
+        uncovered=np.array(table.uncovered),
+    )
+    return float(split), float(merge)
 
 
-def f1_from_counts(*, matched: Array, predicted: Array, true: Array) -> Array:
+def log_terms(counts: npt.ArrayLike) -> Array:
+    """Return n log2 n of each count, 0 for 0."""
+    numbers: Array = np.asarray(counts, np.float64)
+    return numbers * np.log2(np.maximum(numbers, 1.0))
+
+
+def voi_from_sums(
+    *,
+    pair_logs: npt.ArrayLike,
+    segment_logs: npt.ArrayLike,
+    truth_sizes: npt.ArrayLike,
+    uncovered: npt.ArrayLike,
+) -> tuple[Array, Array]:
+    """Return variation of information in bits, (split, merge), from sums over instances.
+
+    Args:
+        pair_logs: Σ n_ij log2 n_ij, with the uncovered part of each truth as one more pair.
+        segment_logs: Σ b_j log2 b_j.
+        truth_sizes: a_i.
+        uncovered: Truth voxels predicted background.
+    """
+    total = np.float64(np.sum(truth_sizes))
+    pairs = np.asarray(pair_logs, np.float64)
+    split = (log_terms(truth_sizes).sum() - pairs) / total
+    merge = (np.asarray(segment_logs, np.float64) + log_terms(uncovered) - pairs) / total
+    return np.maximum(split, 0.0), np.maximum(merge, 0.0)
+
+
+def f1_from_counts(
+    *, matched: npt.ArrayLike, predicted: npt.ArrayLike, true: npt.ArrayLike
+) -> Array:
     """Return 2·matched / (predicted + true), 0 where both are empty."""
     total = np.asarray(predicted, np.float64) + np.asarray(true, np.float64)
     return 2.0 * np.asarray(matched, np.float64) / np.where(total > 0, total, 1.0)

@@ -232,7 +232,7 @@ def test_time_limit_thins_the_grid_and_says_so() -> None:
     [
         ({"binary_threshold.seed": []}, "at least one value"),
         ({"binary_threshold": [0.5]}, "Unknown axis"),
-        ({"distance_threshold.seed": [None]}, "a number"),
+        ({"distance_threshold.seed": [None]}, "finite number"),
         ({"min_seed_size": [-1]}, "voxels from 0"),
         ({"binary_threshold.seed": [float("nan")]}, "finite"),
     ],

@@ -1,0 +1,155 @@
+"""Exact sums over instances for every foreground combination of one flood at once."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from numba import njit
+
+Array = npt.NDArray[Any]
+
+PAIR_SQUARES, SEGMENT_SQUARES, WHOLE_SQUARES, COVERED, INSTANCES, MATCHED = range(6)
+COUNTS = 6
+PAIR_LOGS, SEGMENT_LOGS = range(2)
+"""Rows of the sums: Σ n_ij², Σ b_j², Σ |S_j|², truth voxels covered, instances, matches; and
+Σ n_ij log2 n_ij with the uncovered part of each truth as one more pair, Σ b_j log2 b_j."""
+
+
+@njit(cache=True, nogil=True)
+def _suffix_sums(row: Any, bins: Any) -> None:
+    """Sum from the back along each of three axes, in place."""
+    one, two, three = bins
+    for b in range(one):
+        for c in range(two):
+            at = (b * two + c) * three
+            for d in range(three - 2, -1, -1):
+                row[at + d] += row[at + d + 1]
+    for b in range(one):
+        for c in range(two - 2, -1, -1):
+            at = (b * two + c) * three
+            for d in range(three):
+                row[at + d] += row[at + three + d]
+    for b in range(one - 2, -1, -1):
+        at = b * two * three
+        for cd in range(two * three):
+            row[at + cd] += row[at + two * three + cd]
+
+
+@njit(cache=True, nogil=True)
+def _by_label(labels: Any, cell: Any) -> Any:
+    """Return the nodes of each label, in their order, and where each label's begin."""
+    top = 0
+    for node in range(len(labels)):
+        top = max(top, labels[node])
+    starts = np.zeros(top + 2, np.int64)
+    for node in range(len(labels)):
+        if labels[node] > 0 and cell[node] >= 0:
+            starts[labels[node] + 1] += 1
+    for label in range(top + 1):
+        starts[label + 1] += starts[label]
+    ends = starts.copy()
+    order = np.empty(starts[top + 1], np.int32)
+    for node in range(len(labels)):
+        if labels[node] > 0 and cell[node] >= 0:
+            order[ends[labels[node]]] = node
+            ends[labels[node]] += 1
+    return order, starts
+
+
+@njit(cache=True, nogil=True)
+def _log_term(count: int) -> float:
+    """Return n log2 n, 0 for 0."""
+    return count * np.log2(count) if count > 1 else 0.0
+
+
+@njit(cache=True, nogil=True)
+def _add_segment(whole: Any, inside: Any, least: Any, sums: Any, logs: Any) -> None:
+    """Add one instance, given its size and its part within truth at each combination."""
+    for size in range(len(least)):
+        for f in range(len(whole)):
+            if whole[f] > 0 and whole[f] >= least[size]:
+                sums[SEGMENT_SQUARES, size, f] += inside[f] * inside[f]
+                sums[WHOLE_SQUARES, size, f] += whole[f] * whole[f]
+                sums[COVERED, size, f] += inside[f]
+                sums[INSTANCES, size, f] += 1
+                if len(logs):
+                    logs[SEGMENT_LOGS, size, f] += _log_term(inside[f])
+
+
+@njit(cache=True, nogil=True)
+def _add_pair(
+    both: Any, whole: Any, true: int, least: Any, sums: Any, logs: Any, covered: Any
+) -> None:
+    """Add the overlap of an instance with one truth of `true` voxels."""
+    for size in range(len(least)):
+        for f in range(len(both)):
+            if both[f] > 0 and whole[f] >= least[size]:
+                sums[PAIR_SQUARES, size, f] += both[f] * both[f]
+                if 2 * both[f] > whole[f] + true - both[f]:
+                    sums[MATCHED, size, f] += 1
+                if len(logs):
+                    logs[PAIR_LOGS, size, f] += _log_term(both[f])
+                    covered[size, f] += both[f]
+
+
+@njit(cache=True, nogil=True)
+def tally(
+    labels: Any, truth: Any, cell: Any, bins: Any, truth_sizes: Any, least: Any, entropy: bool
+) -> Any:
+    """Return exact sums over instances for every foreground combination.
+
+    One histogram for each instance and each of its overlaps, summed from the back, holds its
+    size under every foreground combination at once.
+
+    Args:
+        labels: (nodes,), int32, from the flood; nodes are sorted by truth.
+        truth: (nodes,), int32; 0 is background, else an index into `truth_sizes` plus 1.
+        cell: (nodes,), int32; the last foreground combination a node passes, -1 for none.
+        bins: The lengths of the three foreground axes.
+        truth_sizes: (truths,), int64.
+        least: (sizes,), int64, each a `min_instance_size`.
+        entropy: Whether the sums of logarithms are wanted too.
+
+    Returns:
+        Sums (6, sizes, combinations), int64, and sums of logarithms (2, sizes, combinations),
+        float64, the latter empty where not wanted.
+    """
+    width = bins[0] * bins[1] * bins[2]
+    sums = np.zeros((COUNTS, len(least), width), np.int64)
+    logs = np.zeros((2 if entropy else 0, len(least), width))
+    covered = np.zeros((len(truth_sizes) if entropy else 1, len(least), width), np.int64)
+    order, starts = _by_label(labels, cell)
+    whole, inside, both = (
+        np.zeros(width, np.int64), np.zeros(width, np.int64), np.zeros(width, np.int64)
+    )  # fmt: skip
+    for label in range(1, len(starts) - 1):
+        start, stop = starts[label], starts[label + 1]
+        whole[:] = 0
+        inside[:] = 0
+        for at in range(start, stop):
+            whole[cell[order[at]]] += 1
+            inside[cell[order[at]]] += truth[order[at]] > 0
+        _suffix_sums(whole, bins)
+        _suffix_sums(inside, bins)
+        _add_segment(whole, inside, least, sums, logs)
+        at = start
+        while at < stop:
+            name = truth[order[at]]
+            both[:] = 0
+            while at < stop and truth[order[at]] == name:
+                both[cell[order[at]]] += 1
+                at += 1
+            if name > 0:
+                _suffix_sums(both, bins)
+                place = name - 1 if entropy else 0
+                _add_pair(both, whole, truth_sizes[name - 1], least, sums, logs, covered[place])
+    if entropy:
+        for name in range(len(truth_sizes)):
+            for size in range(len(least)):
+                for f in range(width):
+                    logs[PAIR_LOGS, size, f] += _log_term(
+                        truth_sizes[name] - covered[name, size, f]
+                    )
+    return sums, logs
