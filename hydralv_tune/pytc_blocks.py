@@ -20,9 +20,12 @@ PEER_AUGMENTATIONS: dict[str, tuple[str, ...]] = {
         "shift_intensity_offset", "contrast_prob", "contrast_range",
     ),
     "misalignment": ("prob", "displacement", "rotate_ratio"),
-    "missing_section": ("prob", "num_sections"),
+    "missing_section": (
+        "prob", "num_sections", "full_section_prob", "partial_ratio_range", "fill_value_range",
+    ),
     "motion_blur": ("prob", "sections", "kernel_size"),
     "cut_noise": ("prob", "length_ratio", "noise_scale"),
+    "cut_blur": ("prob", "length_ratio", "down_ratio_range", "downsample_z"),
     "copy_paste": ("prob", "max_obj_ratio", "rotation_angles", "border"),
 }  # fmt: skip
 """The augmentations that tool knows and the knobs we share with it."""

@@ -6,6 +6,7 @@ What it has no words for is said in `notes`, never dropped in silence.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -39,8 +40,12 @@ DECODERS = {
     "decode_distance_watershed": "decode_distance_watershed",
 }
 NORMALISATIONS = {"0-1": "0-1", "z_volume": "normal", "z_section": "normal", "none": "none"}
+LATER_KNOBS = ("full_section_prob", "partial_ratio_range", "fill_value_range")
+"""Of `missing_section`: today's schema has them, January's had not."""
+
 OURS_ALONE = (
-    "system.cpu_threads", "model.external_weights_strict", "model.mednext_kernel_size",
+    "system.cpu_threads", "system.training.num_cpus", "system.inference.num_cpus",
+    "model.external_weights_strict", "model.mednext_kernel_size",
     "model.loss_kwargs", "data.sampling", "data.split", "data.memory_limit_gb",
     "data.use_preloaded_cache", "data.label_transform.edt_voxel_size", "monitor.evaluation",
     "test.decoding_grid",
@@ -80,7 +85,8 @@ def peer_config(
         raise ValueError(f"Unknown format '{schema}'. Known: {', '.join(PEER_FORMATS)}.")
     notes = _notes(candidate, step, data)
     build = _head if schema == "pytc" else _plan
-    return PeerConfig(build(candidate, step, data, notes), tuple(notes))
+    # Through JSON, so that no list is shared and YAML writes no anchors.
+    return PeerConfig(json.loads(json.dumps(build(candidate, step, data, notes))), tuple(notes))
 
 
 def peer_step(step: DecodingStep) -> dict[str, Any]:
@@ -300,7 +306,10 @@ def _plan(
         candidate.data.image_transform.normalize
     ]
     mapping["data"] |= {f"train_{key}": value for key, value in data_block(data).items()}
-    mapping["data"]["augmentation"] = {"preset": "some", **augmentation_blocks(candidate, notes)}
+    augmentations = augmentation_blocks(candidate, notes)
+    for key in LATER_KNOBS:
+        augmentations.get("missing_section", {}).pop(key, None)
+    mapping["data"]["augmentation"] = {"preset": "some", **augmentations}
     mapping["optimization"] = optimization_block(candidate, head=False)
     mapping["monitor"] = {
         "detect_anomaly": candidate.monitor.detect_anomaly,

@@ -5,7 +5,7 @@ All of it is read from one contingency table; nothing passes over the volume aga
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,6 +14,7 @@ import numpy.typing as npt
 from hydralv_tune.metrics import (
     COVERED,
     ContingencyTable,
+    Ints,
     adapted_rand,
     adapted_rand_foreground,
     match_instances,
@@ -160,6 +161,43 @@ def _mended(table: ContingencyTable) -> tuple[Floats, Floats]:
         )
         errors.append(np.asarray(error, np.float64))
     return errors[0], errors[1]
+
+
+def joined_tables(
+    tables: Sequence[ContingencyTable],
+) -> tuple[ContingencyTable, list[int], list[int]]:
+    """Return several volumes as one table, and what was added to the ids of each.
+
+    Args:
+        tables: One per volume; ids may repeat between them.
+
+    Returns:
+        The table, and for truths and for segments one shift per volume: ids of volume v are
+        above its shift and not above the next.
+    """
+    shifts: tuple[list[int], list[int]] = ([0], [0])
+    for table in tables:
+        for shift, ids in zip(shifts, (table.truth_ids, table.segment_ids), strict=True):
+            shift.append(shift[-1] + int(ids.max(initial=0)))
+    rows = np.cumsum([0, *(len(table.truth_ids) for table in tables)])
+    columns = np.cumsum([0, *(len(table.segment_ids) for table in tables)])
+
+    def joined(name: str, added: Sequence[int]) -> Ints:
+        parts = [getattr(table, name) + add for table, add in zip(tables, added, strict=True)]
+        return np.concatenate(parts).astype(np.int64)
+
+    zeros = [0] * len(tables)
+    table = ContingencyTable(
+        voxels=sum(table.voxels for table in tables),
+        truth_ids=joined("truth_ids", shifts[0][:-1]),
+        truth_sizes=joined("truth_sizes", zeros),
+        segment_ids=joined("segment_ids", shifts[1][:-1]),
+        segment_sizes=joined("segment_sizes", zeros),
+        pair_truth=joined("pair_truth", rows[:-1].tolist()),
+        pair_segment=joined("pair_segment", columns[:-1].tolist()),
+        pair_voxels=joined("pair_voxels", zeros),
+    )
+    return table, shifts[0][:-1], shifts[1][:-1]
 
 
 def errors_if_mended(table: ContingencyTable, verdicts: Iterable[Verdict]) -> tuple[float, float]:
