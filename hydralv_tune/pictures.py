@@ -42,6 +42,9 @@ MARGIN = 8
 SMALLEST_WINDOW = 96
 """Voxels of the side of a section's window, so that a lone instance keeps its surroundings."""
 
+TASKS = ("total", "label", "boundary", "edt")
+"""Losses that are drawn where they are there; the terms that they are made of are not."""
+
 DASHES = (0, (2.2, 1.2))
 """Line style of a prediction."""
 
@@ -212,7 +215,9 @@ def draw_losses(history: Sequence[Mapping[str, Any]], path: Path) -> Path:
     figure = Figure(figsize=(8.4, 3.6), layout="constrained")
     left, right = figure.subplots(1, 2)
     epochs = [float(row.get("epoch", i + 1)) for i, row in enumerate(history)]
-    _curves(left, epochs, [row.get("losses") or {} for row in history], None)
+    losses = [row.get("losses") or {} for row in history]
+    tasks = [name for name in TASKS if any(name in row for row in losses)]
+    _curves(left, epochs, losses, tasks or None)
     scores = ("adapted_rand_error", "adapted_rand_error_foreground", "f1_iou50")
     _curves(right, epochs, [row.get("metrics") or {} for row in history], scores)
     left.set_title("Losses", loc="left", fontsize=11)

@@ -262,6 +262,59 @@ class Study:
         if self.optuna.user_attrs.get(key) != value:
             self.optuna.set_user_attr(key, value)
 
+    def importances(self) -> dict[str, float]:
+        """Return the share of the objective's spread that each parameter explains, largest first.
+
+        Empty while there is too little to say: under four finished trials, or all alike.
+        """
+        complete = [t for t in self.trials() if t.state == "COMPLETE"]
+        if len(complete) < 4 or len({t.value for t in complete}) < 2:
+            return {}
+        shared = set.intersection(*(set(t.params) for t in complete))
+        moving = sorted(k for k in shared if len({str(t.params[k]) for t in complete}) > 1)
+        if not moving:
+            return {}
+        return dict(
+            optuna.importance.get_param_importances(
+                self.optuna,
+                evaluator=optuna.importance.FanovaImportanceEvaluator(seed=0),
+                params=moving,
+            )
+        )
+
+    def attach(self, number: int | None, path: Path, store: Any) -> str:
+        """Store a file as an artifact of a trial, or of the study, and return its id.
+
+        Args:
+            number: The trial; None for the study. An artifact must be there before `tell`.
+            path: The file.
+            store: Has `write(id, file)`, as Optuna's artifact stores.
+        """
+        owner = self.optuna if number is None else _by_number(self.optuna, number)
+        if owner is None:
+            raise StudyError(f"Study '{self.name}' has no trial {number}.")
+        return optuna.artifacts.upload_artifact(
+            artifact_store=store, file_path=str(path), study_or_trial=owner, storage=self.rdb
+        )
+
+    def write_note(self, number: int | None, text: str) -> None:
+        """Write the note that the dashboard shows of a trial, or of the study.
+
+        Args:
+            number: The trial; None for the study.
+            text: Markdown.
+        """
+        from optuna_dashboard import save_note  # slow to import, and only drivers write notes
+
+        if number is None:
+            save_note(self.optuna, text)
+            return
+        frozen = _by_number(self.optuna, number)
+        if frozen is None:
+            raise StudyError(f"Study '{self.name}' has no trial {number}.")
+        # The trial's own object writes nothing else, whatever state the trial is in.
+        save_note(optuna.trial.Trial(self.optuna, frozen._trial_id), text)
+
     def close(self) -> None:
         """Close the connections of this process."""
         self.rdb.remove_session()
@@ -337,6 +390,24 @@ def study_names(storage: str) -> list[str]:
             return sorted(optuna.get_all_study_names(rdb))
     finally:
         rdb.engine.dispose()
+
+
+def open_all(storage: str) -> list[Study]:
+    """Open every study of a storage without writing anything.
+
+    Raises:
+        StudyError: The storage does not exist or answer, or there is no study in it.
+    """
+    url = parse_storage(storage)
+    probe(url, create=False)
+    options = engine_options(url)
+    _require_tables(url, options)
+    text = url.render_as_string(hide_password=False).replace("{", "{{").replace("}", "}}")
+    rdb = RDBStorage(text, engine_kwargs=options, skip_table_creation=True)
+    names = optuna.get_all_study_names(rdb)
+    if not names:
+        raise StudyError(f"--storage: {masked(url)} holds no study. Start one with `run`.")
+    return [Study(rdb, _load(rdb, name, masked(url)), masked(url)) for name in names]
 
 
 def facts_of(storage: str, name: str) -> dict[str, Any]:
