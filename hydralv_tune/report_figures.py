@@ -13,6 +13,7 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.io import to_html
 
+from hydralv_tune.candidate import DecodingStep
 from hydralv_tune.pictures import COLOURS
 from hydralv_tune.space import SearchSpace
 from hydralv_tune.trial_view import TrialView
@@ -23,6 +24,12 @@ STATES = {
     "PRUNED": ("line-ns-open", "#9aa5b4"),
     "INFEASIBLE": ("circle-open", "#D55E00"),
 }
+AXES = (
+    "binary_threshold", "contour_threshold", "distance_threshold", "min_seed_size",
+    "min_instance_size",
+)  # fmt: skip
+"""Starts of the sweep's axes among its columns."""
+
 AXIS_PIXELS = 118
 """Width of one axis of the parallel coordinates; narrower, and its labels overlap."""
 
@@ -51,8 +58,9 @@ def _styled(figure: go.Figure, *, height: int, x: str = "", y: str = "") -> go.F
         hoverlabel={"bgcolor": "white", "font": {"color": INK}},
         bargap=0.18,
     )
-    figure.update_xaxes(title=x, gridcolor=GRID, zeroline=False, automargin=True)
-    figure.update_yaxes(title=y, gridcolor=GRID, zeroline=False, automargin=True)
+    shared = {"gridcolor": GRID, "zeroline": False, "automargin": True}
+    figure.update_xaxes(title={"text": x, "font": {"size": 13}}, **shared)
+    figure.update_yaxes(title={"text": y, "font": {"size": 13}}, **shared)
     return figure
 
 
@@ -110,7 +118,9 @@ def history(trials: Sequence[TrialView], metric: str) -> go.Figure:
             name="best so far",
             hoverinfo="skip",
         )
+    figure.update_xaxes(rangemode="tozero")
     figure.update_yaxes(rangemode="tozero")
+    figure.update_layout(showlegend=True)
     return _styled(figure, height=340, x=f"{unit} since the start", y=objective_label(metric))
 
 
@@ -280,6 +290,33 @@ def plateau(table: pd.DataFrame, rows: str, columns: str, metric: str, winner: A
     return _styled(figure, height=330, x=axis_label(columns), y=axis_label(rows))
 
 
+def plateau_of(table: pd.DataFrame | None, metric: str, step: DecodingStep) -> go.Figure | None:
+    """Return the plateau over the two axes that matter most, or None where too few move.
+
+    An axis matters by the spread of the best value along it, as in the sweep's own heat-map.
+    """
+    if table is None or metric not in table:
+        return None
+    within = table[table["within_guard"]] if "within_guard" in table else table
+    pick = "max" if metric == "f1_iou50" else "min"
+    names = [n for n in table.columns if n.startswith(AXES) and within[n].nunique() > 1]
+    if len(names) < 2:
+        return None
+    spread = {n: float(np.ptp(within.groupby(n)[metric].agg(pick).to_numpy())) for n in names}
+    rows, columns = sorted(names, key=lambda name: -spread[name])[:2]
+    arguments = step.decoder_arguments()
+    return plateau(
+        table, rows, columns, metric, (_argument(arguments, rows), _argument(arguments, columns))
+    )
+
+
+def _argument(arguments: Mapping[str, Any], name: str) -> Any:
+    """Return the winner's value on an axis."""
+    key, _, part = name.partition(".")
+    value = arguments.get(key)
+    return value[part == "foreground"] if part and isinstance(value, list | tuple) else value
+
+
 def axis_label(name: str) -> str:
     """Return the name of an axis of the sweep in words: `binary_threshold.seed`, binary, seed."""
     name, _, part = name.partition(".")
@@ -297,7 +334,8 @@ def sizes(found: Sequence[int], lost: Sequence[int]) -> go.Figure:
     """Return a histogram over the sizes of the instances, matched and not, in log bins."""
     every = np.array([*found, *lost], float)
     low, high = float(every.min()), float(every.max())
-    edges = np.geomspace(low, max(high, low * 1.01), 15)
+    bins = int(np.clip(np.sqrt(len(every)) * 1.6, 4, 14))
+    edges = np.geomspace(low, max(high, low * 1.01), bins + 1)
     labels = [f"{a:.0f}–{b:.0f}" for a, b in itertools.pairwise(edges)]
     figure = go.Figure()
     for name, values, colour in (
@@ -307,6 +345,7 @@ def sizes(found: Sequence[int], lost: Sequence[int]) -> go.Figure:
         counts, _ = np.histogram(np.clip(values, low, high), edges)
         figure.add_bar(x=labels, y=counts, name=name, marker={"color": colour})
     figure.update_layout(barmode="stack")
+    figure.update_yaxes(tickformat="d", dtick=1 if len(every) <= 24 else None)
     return _styled(figure, height=300, x="size in voxels", y="instances")
 
 
@@ -325,5 +364,6 @@ def curves(rows: Sequence[Mapping[str, Any]]) -> go.Figure:
             figure.add_scatter(
                 x=epochs, y=values, mode="lines+markers", name=name, line={"color": colour}
             )
-    figure.update_yaxes(type="log")
+    ticks = [base * 10**power for power in range(-4, 3) for base in (1, 2, 5)]
+    figure.update_yaxes(type="log", tickvals=ticks, ticktext=[f"{tick:g}" for tick in ticks])
     return _styled(figure, height=300, x="epoch", y="loss")

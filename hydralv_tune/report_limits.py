@@ -75,7 +75,7 @@ REMEDIES: Mapping[str, tuple[str, str]] = {
     "missed": (
         "No segment covers a tenth of them. The network does not call them foreground, so no "
         "threshold brings them back: give rare foreground more weight and more patches.",
-        "plan_focal",
+        "foreground_weighted",
     ),
     "split": (
         "Several seeds stand in one instance. A higher distance threshold for seeds, or a larger "
@@ -84,26 +84,32 @@ REMEDIES: Mapping[str, tuple[str, str]] = {
         "plan_watershed_distance",
     ),
     "merged": (
-        "Neighbours share one seed. The boundary between them is not seen: give boundary and "
-        "label more weight and train the coarser levels too.",
+        "Neighbours share one seed. The boundary between them is not seen: give label and "
+        "boundary more weight, train longer, and train the coarser levels too.",
         "plan_quick_win",
     ),
     "shrunken": (
         "They were found, but only their core. The foreground thresholds are as low as the guard "
-        "lets them be, so the probabilities themselves must rise at the rim: train longer.",
-        "plan_quick_win",
+        "lets them be, so the probabilities themselves must rise at the rim: make a missed voxel "
+        "dearer than an invented one.",
+        "foreground_weighted",
     ),
     "swollen": (
         "They were found, but reach beyond the truth, which adapted Rand error cannot see. "
-        "Minimise its foreground form, or weigh precision in the boundary loss.",
+        "Minimise its foreground form, or make an invented voxel dearer than a missed one.",
         "plan_focal",
     ),
     "invented": (
         "Segments where the label has nothing. Adapted Rand error cannot see them, the foreground "
-        "form and F1 can. Look at them first: some may be vesicles that nobody labelled.",
-        "plan_mednext_s",
+        "form and F1 can. Look at them first: some may be instances that nobody labelled. If not, "
+        "make an invented voxel dearer than a missed one.",
+        "plan_focal",
     ),
 }
+"""What each kind of fault means, what helps, and the recipe that does it."""
+
+STILL_LEARNING = 0.4
+"""Total loss, as the plan counts it, above which no threshold is what limits the score."""
 
 
 def plan_targets(metrics: Mapping[str, Any], losses: Mapping[str, Any]) -> list[Target]:

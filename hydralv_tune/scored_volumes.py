@@ -41,7 +41,12 @@ class ScoredVolume:
     volume: Volume
     prediction: Array
 
-    @property
+    @cached_property
+    def inside_prediction(self) -> Array:
+        """Return the segments inside the mask."""
+        return self._inside(self.prediction)
+
+    @cached_property
     def truth(self) -> Array:
         """Return the labels inside the mask."""
         assert self.volume.label is not None, "what is scored has labels"
