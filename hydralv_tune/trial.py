@@ -22,7 +22,8 @@ from hydralv_tune.prediction import pick_device
 from hydralv_tune.records import TrialRecord
 from hydralv_tune.space import Objective
 from hydralv_tune.training import is_out_of_memory
-from hydralv_tune.trial_run import TrialRun, check_continues
+from hydralv_tune.trial_facts import check_continues
+from hydralv_tune.trial_run import TrialRun
 from hydralv_tune.volumes import Volume, VolumePaths, read_volume, volume_paths
 from hydralv_tune.yaml_io import dump_yaml
 

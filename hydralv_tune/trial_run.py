@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from hydralv_tune import records
-from hydralv_tune.architectures import network_arguments, parameter_count, receptive_field
+from hydralv_tune.architectures import network_arguments, receptive_field
 from hydralv_tune.config import Candidate
 from hydralv_tune.errors import InputError, TrialFailed, TrialInterrupted, as_input_error
 from hydralv_tune.evaluation import Outcome, better, evaluate
@@ -23,15 +23,17 @@ from hydralv_tune.figures import draw_heatmap
 from hydralv_tune.monitoring import Monitor
 from hydralv_tune.pictures import draw_contact_sheet, draw_losses
 from hydralv_tune.prediction import network_of
+from hydralv_tune.randomness import seeded
 from hydralv_tune.records import TrialRecord
 from hydralv_tune.sampling import PatchSampler, ResidentVolume
 from hydralv_tune.splits import Fold, split_volumes
-from hydralv_tune.training import (
-    Trainer,
-    check_stopping,
-    is_out_of_memory,
-    load_external_weights,
-    seeded,
+from hydralv_tune.training import Trainer, check_stopping, load_external_weights
+from hydralv_tune.trial_facts import (
+    check_continues,
+    device_facts,
+    training_facts,
+    verdicts,
+    volume_facts,
 )
 from hydralv_tune.volumes import Volume, write_array
 
@@ -42,8 +44,6 @@ LEAST_SWEEP_S = 2.0
 """An intermediate sweep may take so long whatever its share: tiny trainings would starve."""
 
 TRAINING_FORMAT = "hydralv_tune training"
-FREE_KEYS = ("experiment_name", "description")
-"""Keys that a continued trial may change."""
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,8 @@ class TrialRun:
         with seeded(seed, self.device):
             network = network_of(self.candidate)
             self.weights = load_external_weights(network, self.candidate.model)
-        network = network.to(self.device)
+        # Channels last: 1.0 to 2.3 times faster on a CPU (measured on four small networks).
+        network.to(self.device).to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
         trainer = Trainer(self.candidate, network, sampler, self.device, seed=seed)
         return FoldRun(fold.name, trainer, fold.score)
 
@@ -410,8 +411,12 @@ class TrialRun:
             seed=self.candidate.system.seed,
             device=device_facts(self.device),
             split=self.split.as_mapping(),
-            volumes=self._volume_facts(),
-            training=self._training_facts(),
+            volumes=volume_facts(self.volumes, self.fingerprints, self.spec.volumes),
+            training=training_facts(
+                [fold.trainer for fold in self.folds],
+                evaluation_s=self.spent["evaluation"],
+                trial_s=self.seconds,
+            ),
             history=self.history,
             sweep=None if outcome is None else outcome.sweep.as_mapping(),
             metrics=metrics,
@@ -426,164 +431,7 @@ class TrialRun:
                    *thinned],
         )  # fmt: skip
 
-    def _volume_facts(self) -> list[dict[str, Any]]:
-        """Return what was trained on and scored."""
-        paths = {entry.name: entry for entry in self.spec.volumes}
-        facts = []
-        for volume, fingerprint in zip(self.volumes, self.fingerprints, strict=True):
-            where = paths.get(volume.name)
-            facts.append(
-                {
-                    "name": volume.name,
-                    "image": None if where is None else where.image,
-                    "label": None if where is None else where.label,
-                    "mask": None if where is None else where.mask,
-                    "shape": volume.image.shape,
-                    "dtype": str(volume.image.dtype),
-                    "voxel_size_nm": volume.voxel_size_nm,
-                    "fingerprint": fingerprint,
-                }
-            )
-        return facts
-
-    def _training_facts(self) -> dict[str, Any]:
-        """Return batch, steps, speed, and where the time went."""
-        trainers = [fold.trainer for fold in self.folds]
-        parts: dict[str, float] = {}
-        for trainer in trainers:
-            for name, seconds in trainer.clock.seconds.items():
-                parts[name] = parts.get(name, 0.0) + seconds
-        training = sum(parts.values())
-        parts["evaluation"] = self.spent["evaluation"]
-        whole = max(sum(parts.values()), 1e-9)
-        steps = sum(trainer.step for trainer in trainers)
-        patches = sum(trainer.patches for trainer in trainers)
-        plan = trainers[0].plan
-        return {
-            "parameters": parameter_count(trainers[0].network),
-            "batch_size": plan.batch_size,
-            "accumulate_grad_batches": plan.accumulate,
-            "effective_batch": plan.effective_batch,
-            "steps": plan.steps,
-            "steps_done": trainers[0].step,
-            "steps_per_epoch": plan.steps_per_epoch,
-            "epochs": plan.epochs,
-            "patches": patches,
-            "patches_per_epoch": plan.patches_per_epoch,
-            "steps_per_s": steps / training if training else None,
-            "patches_per_s": patches / training if training else None,
-            "seconds": {**parts, "trial": self.seconds},
-            "share": {name: seconds / whole for name, seconds in parts.items()},
-        }
-
-
-def check_continues(
-    out: str,
-    kept: Mapping[str, Any],
-    kept_volumes: Sequence[Mapping[str, Any]],
-    candidate: Candidate,
-    fingerprints: Sequence[str] | None,
-) -> None:
-    """Refuse to go on in the folder of another candidate or of other volumes.
-
-    Args:
-        out: Folder of the trial.
-        kept: The candidate that the folder is of.
-        kept_volumes: Each with its `fingerprint`.
-        candidate: The one asked for.
-        fingerprints: Of the volumes given; None where they were not read.
-
-    Raises:
-        InputError: They differ.
-    """
-    different = _first_difference(kept, candidate.as_mapping(), "")
-    if different is not None:
-        key, old, new = different
-        raise InputError(
-            f"{out}: holds a trial with {key} = {old!r}, but the candidate has {new!r}. Give "
-            "another --out, or the same candidate to continue it."
-        )
-    if fingerprints is not None:
-        old_prints = [volume.get("fingerprint") for volume in kept_volumes]
-        if old_prints[: len(fingerprints)] != list(fingerprints):
-            raise InputError(
-                f"{out}: holds a trial of other volumes (fingerprints {old_prints} there, "
-                f"{list(fingerprints)} given). Give another --out."
-            )
-
-
-def _first_difference(old: Any, new: Any, path: str) -> tuple[str, Any, Any] | None:
-    """Return key, old and new value of the first difference that matters."""
-    if path in FREE_KEYS or path == "system.cpu_threads":
-        return None
-    if isinstance(old, Mapping) and isinstance(new, Mapping):
-        for key in dict.fromkeys([*old, *new]):
-            below = f"{path}.{key}" if path else str(key)
-            found = _first_difference(old.get(key), new.get(key), below)
-            if found is not None:
-                return found
-        return None
-    return None if old == new else (path, old, new)
-
-
-def verdicts(
-    history: Sequence[Mapping[str, Any]], metrics: Mapping[str, Any], steps: int
-) -> list[str]:
-    """Return the plan's checkpoints as sentences.
-
-    The loss is half the plain sum of all losses, as the plan's 0.555 is made; the optimised total
-    depends on weights and balancing and cannot be compared.
-
-    Args:
-        history: Of the trial.
-        metrics: Of its best checkpoint.
-        steps: Optimizer steps in all.
-    """
-    lines = []
-    fifth = next((row for row in history if row["step"] >= 0.2 * steps), None)
-    if fifth is not None:
-        loss = float(fifth["losses"]["plan_total"])
-        if loss < 0.3:
-            said = "under 0.3: on track"
-        elif loss > 0.4:
-            said = "above 0.4: change the architecture"
-        else:
-            said = "between 0.3 and 0.4: neither on track nor lost"
-        lines.append(f"loss {loss:.3f} after {fifth['step'] / steps:.0%} of the run, {said}")
-    wanted = []
-    if history:
-        losses = history[-1]["losses"]
-        limits = {"plan_total": 0.2, "label": 0.1, "boundary": 0.1, "edt": 0.01}
-        wanted += [(n, losses[n], "<", limit) for n, limit in limits.items() if n in losses]
-    if metrics:
-        wanted += [
-            ("adapted Rand error", metrics["adapted_rand_error"], "<", 0.05),
-            ("precision", metrics["adapted_rand_precision"], ">", 0.95),
-            ("recall", metrics["adapted_rand_recall"], ">", 0.95),
-        ]
-    for name, value, sign, limit in wanted:
-        met = value < limit if sign == "<" else value > limit
-        lines.append(f"{name} {value:.4g}, wanted {sign} {limit:g}: {'met' if met else 'not met'}")
-    return lines
-
 
 def _without_lists(metrics: Mapping[str, Any]) -> dict[str, Any]:
     """Return the figures without the lists of ids, which only the last segmentation needs."""
     return {key: value for key, value in metrics.items() if not isinstance(value, list | tuple)}
-
-
-def device_facts(device: torch.device) -> dict[str, Any]:
-    """Return what a trial ran on."""
-    facts: dict[str, Any] = {"type": device.type, "threads": torch.get_num_threads()}
-    if device.type == "cuda":
-        properties = torch.cuda.get_device_properties(device)
-        facts |= {
-            "name": properties.name,
-            "memory_gb": round(properties.total_memory / 1e9, 1),
-            "peak_gb": round(torch.cuda.max_memory_allocated(device) / 1e9, 2),
-            "cuda": torch.version.cuda,
-        }
-    return facts
-
-
-__all__ = ["BestUnit", "FoldRun", "TrialRun", "check_continues", "is_out_of_memory", "verdicts"]
