@@ -14,8 +14,8 @@ from hydralv_tune.errors import unknown_name
 
 PAIRS = ("binary_threshold", "contour_threshold", "distance_threshold")
 SIZES = ("min_seed_size", "min_instance_size")
-MOST_COMBINATIONS = 5_000_000
-"""The table takes about 150 bytes a combination: this many are 0.75 GB."""
+MOST_COMBINATIONS = 2_000_000
+"""The table takes about 150 bytes a combination, and twice that while it is made."""
 
 Axes = dict[str, tuple[Any, ...]]
 
@@ -161,7 +161,7 @@ def finer(axes: Axes, point: Mapping[str, Any], step: float) -> Axes:
             continue
         below = [v for v in values if v < own and np.isfinite(v)]
         over = [v for v in values if v > own and np.isfinite(v)]
-        near = [own + (v - own) * step for v in (*below[-1:], *over[:1])]
+        near = [round(own + (v - own) * step, 10) for v in (*below[-1:], *over[:1])]
         if name in SIZES:
             near = [round(value) for value in near]
         around[name] = tuple(sorted({own, *near}))

@@ -1,28 +1,37 @@
-"""The sweep equals decode and score, combination by combination."""
+"""The sweep equals decode and score, combination by combination, and its rule picks as it says."""
 
 from __future__ import annotations
 
+import itertools
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import h5py
 import numpy as np
+import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import ndimage
 
 from hydralv_tune.decoding import decode
-from hydralv_tune.metrics import (
-    adapted_rand,
-    adapted_rand_foreground,
-    contingency_table,
-    match_instances,
-)
+from hydralv_tune.degradation import degraded_probabilities
+from hydralv_tune.figures import draw_heatmap
+from hydralv_tune.metrics import score
+from hydralv_tune.phantom import make_phantom
 from hydralv_tune.sweep import Grid, SweepResult, sweep
+from hydralv_tune.sweep_choice import by_rule, depths, judge
+from hydralv_tune.sweep_grid import checked_axes, count, finer, halvings, slow_axes
 
 CONTOUR = "decode_instance_binary_contour_distance"
 DISTANCE = "decode_instance_watershed_distance"
+NAMES = ("binary_threshold", "contour_threshold", "distance_threshold")
 AXES: dict[str, list[Any]] = {
     "binary_threshold.seed": [0.5, 0.9, 0.7],
     "binary_threshold.foreground": [0.7, 0.2, 0.5],
@@ -33,128 +42,136 @@ AXES: dict[str, list[Any]] = {
     "min_seed_size": [1, 8],
     "min_instance_size": [0, 60],
 }
+DISTANCE_AXES: dict[str, list[Any]] = {
+    "distance_threshold.seed": [0.3, 0.5, -0.2],
+    "distance_threshold.foreground": [0.0, -0.5, 0.2],
+    "min_seed_size": [1, 10],
+    "min_instance_size": [0, 60],
+}
+VOI = SimpleNamespace(metric="voi", guard=SimpleNamespace(f1_below_best=0.05))
+Volume = tuple[np.ndarray, np.ndarray, np.ndarray | None]
 
 
-def degraded(labels: np.ndarray, seed: int) -> np.ndarray:
-    """Return probabilities made of the labels' targets, blurred and noisy."""
-    rng = np.random.default_rng(seed)
-    binary = (labels > 0).astype(np.float32)
-    edge = np.zeros(labels.shape, np.float32)
-    for axis in (1, 2):
-        differs = np.diff(labels, axis=axis) != 0
-        edge += np.pad(differs, [(0, int(a == axis)) for a in range(3)])
-    distance = ndimage.distance_transform_edt(binary) / 6
-    maps = np.stack([binary, np.minimum(edge, 1), np.where(binary > 0, distance, -1)])
-    for channel in range(3):
-        noise = ndimage.gaussian_filter(rng.normal(size=labels.shape), 1.5)
-        maps[channel] = ndimage.gaussian_filter(maps[channel], 0.7) + noise * 1.5
-    return np.clip(maps, np.array([0, 0, -1])[:, None, None, None], 1).astype(np.float16)
-
-
-def spheres(seed: int = 0, shape: tuple[int, int, int] = (16, 48, 48)) -> np.ndarray:
+def spheres(seed: int = 0, shape: tuple[int, int, int] = (12, 40, 40)) -> np.ndarray:
     """Return labels of touching balls."""
     rng = np.random.default_rng(seed)
     labels = np.zeros(shape, np.int32)
     grid = np.indices(shape)
-    for name in range(1, 15):
+    for name in range(1, 12):
         centre = [rng.integers(0, side) for side in shape]
         away = sum(((g - c) / s) ** 2 for g, c, s in zip(grid, centre, (3, 6, 6), strict=True))
         labels[(away < 1) & (labels == 0)] = name
     return labels
 
 
-def agree(result: SweepResult, grid: Grid, maps: Any, truth: Any, mask: Any, count: int) -> None:
-    """Compare randomly chosen rows with decode and score."""
-    picks = np.random.default_rng(1).permutation(len(result.table))[:count]
-    cache: dict[Any, Any] = {}
-    for row in result.table.iloc[picks].to_dict("records"):
-        arguments: dict[str, Any] = dict(grid.fixed)
-        for key in grid.axes:
-            name, _, part = str(key).partition(".")
-            arguments[name] = (
-                [row[f"{name}.seed"], row[f"{name}.foreground"]] if part else int(row[name])
-            )
-        key = str(arguments)
-        if key not in cache:
-            labels = decode(grid.decoder, maps, mask, **arguments)
-            cache[key] = contingency_table(prediction=labels, truth=truth, mask=mask)
-        table = cache[key]
-        rand = adapted_rand(table)
-        assert row["adapted_rand_error"] == pytest.approx(rand.error, abs=1e-12)
-        assert row["adapted_rand_precision"] == pytest.approx(rand.precision, abs=1e-12)
-        assert row["adapted_rand_recall"] == pytest.approx(rand.recall, abs=1e-12)
-        grown = adapted_rand_foreground(table).error
-        assert row["adapted_rand_error_foreground"] == pytest.approx(grown, abs=1e-12)
-        assert row["f1_iou50"] == pytest.approx(match_instances(table).f1, abs=1e-12)
+def noisy(seed: int = 0) -> Volume:
+    """Return probabilities of balls, with much noise, and the balls."""
+    truth = spheres(seed)
+    return degraded_probabilities(truth, seed=seed, noise=0.3), truth, None
+
+
+def phantom() -> Volume:
+    made = make_phantom(shape=(18, 80, 80), instances=8, seed=1)
+    return degraded_probabilities(made.label, seed=1, noise=0.25), made.label, made.mask
+
+
+def hydra(shared_data: Path) -> Volume:
+    here = np.s_[20:36, 340:460, 380:500]
+    with h5py.File(shared_data / "hydra-7-13" / "label.h5") as file:
+        truth = file["main"][here].astype(np.int32)
+    with h5py.File(shared_data / "hydra-7-13" / "mask.h5") as file:
+        mask = file["main"][here] > 0
+    return degraded_probabilities(truth, seed=2, noise=0.2), truth, mask
+
+
+def public(shared_data: Path) -> Volume:
+    vectors = np.load(shared_data / "pytc-decoding" / "vectors.npz")
+    here = np.s_[:18, :110, :110]
+    return vectors["probabilities"][:, *here], vectors["labels"][here], None
+
+
+def arguments_of(row: dict[str, Any], grid: Grid) -> dict[str, Any]:
+    """Return the decoder's arguments of one row of the table."""
+    arguments: dict[str, Any] = dict(grid.fixed)
+    for key in checked_axes(grid):
+        name, _, part = key.partition(".")
+        arguments[name] = (
+            [row[f"{name}.seed"], row[f"{name}.foreground"]] if part else int(row[name])
+        )
+    return arguments
+
+
+def assert_equal_to_decode_and_score(grid: Grid, volume: Volume, picks: int, seed: int = 1) -> int:
+    """Compare rows of a sweep, chosen at random, with decode and score; return how many."""
+    maps, truth, mask = volume
+    result = sweep(maps, truth, mask, grid, objective=VOI, threads=2)
+    assert result.combinations == count(checked_axes(grid))
+    chosen = np.random.default_rng(seed).permutation(result.combinations)[:picks]
+    for row in result.table.iloc[chosen].to_dict("records"):
+        labels = decode(grid.decoder, maps, mask, **arguments_of(row, grid))
+        wanted = score(prediction=labels, truth=truth, mask=mask).as_dict()
+        for key in (
+            "adapted_rand_error", "adapted_rand_error_foreground", "adapted_rand_precision",
+            "adapted_rand_recall", "f1_iou50", "voi_split", "voi_merge", "instances_predicted",
+            "matched_iou50",
+        ):  # fmt: skip
+            assert row[key] == pytest.approx(wanted[key], abs=1e-12), (key, row)
+    return len(chosen)
 
 
 @pytest.mark.parametrize("flood", ["support", "volume"])
-@pytest.mark.parametrize("masked", [True, False])
-def test_sweep_equals_decode_and_score_on_touching_balls(flood: str, masked: bool) -> None:
-    truth = spheres()
-    maps = degraded(truth, 0)
-    mask = np.zeros(truth.shape, bool)
-    mask[2:, 5:40, 3:44] = True
-    chosen = mask if masked else None
+def test_sweep_equals_decode_and_score_on_a_phantom(flood: str) -> None:
     grid = Grid(CONTOUR, AXES, {"flood": flood})
-    result = sweep(maps, truth, chosen, grid)
-    assert result.combinations == 3 * 3 * 2 * 3 * 2 * 2 * 2 * 2
-    agree(result, grid, maps, truth, chosen, 130)
+    assert assert_equal_to_decode_and_score(grid, phantom(), 100) == 100
 
 
-def test_sweep_of_the_distance_alone_equals_decode_and_score() -> None:
-    truth = spheres(3)
-    maps = degraded(truth, 3)
-    axes = {
-        "distance_threshold.seed": [0.3, 0.5, -0.2],
-        "distance_threshold.foreground": [0.0, -0.5, 0.2],
-        "min_seed_size": [1, 10],
-        "min_instance_size": [0, 60],
-    }
-    grid = Grid(DISTANCE, axes)
-    agree(sweep(maps, truth, None, grid), grid, maps, truth, None, 40)
+@pytest.mark.parametrize("flood", ["support", "volume"])
+def test_sweep_equals_decode_and_score_on_degraded_hydra(shared_data: Path, flood: str) -> None:
+    grid = Grid(CONTOUR, AXES, {"flood": flood})
+    assert assert_equal_to_decode_and_score(grid, hydra(shared_data), 100) == 100
 
 
-def test_sweep_equals_decode_and_score_on_the_public_vectors(shared_data: Path) -> None:
-    vectors = np.load(shared_data / "pytc-decoding" / "vectors.npz")
-    maps, truth = vectors["probabilities"], vectors["labels"]
-    grid = Grid(CONTOUR, AXES)
-    agree(sweep(maps, truth, None, grid), grid, maps, truth, None, 60)
+@pytest.mark.parametrize("flood", ["support", "volume"])
+def test_sweep_equals_decode_and_score_on_the_public_vectors(shared_data: Path, flood: str) -> None:
+    grid = Grid(CONTOUR, AXES, {"flood": flood})
+    assert assert_equal_to_decode_and_score(grid, public(shared_data), 100) == 100
 
 
-def test_sweep_equals_decode_and_score_on_degraded_hydra(shared_data: Path) -> None:
-    with h5py.File(shared_data / "hydra-7-13" / "label.h5") as file:
-        truth = file["main"][10:40, 300:600, 300:600].astype(np.int32)
-    with h5py.File(shared_data / "hydra-7-13" / "mask.h5") as file:
-        mask = file["main"][10:40, 300:600, 300:600] > 0
-    maps = degraded(truth, 5)
-    grid = Grid(CONTOUR, AXES)
-    agree(sweep(maps, truth, mask, grid), grid, maps, truth, mask, 60)
+@pytest.mark.parametrize("masked", [True, False])
+def test_sweep_of_the_distance_alone_equals_decode_and_score(masked: bool) -> None:
+    maps, truth, _ = noisy(3)
+    mask = np.zeros(truth.shape, bool)
+    mask[2:, 5:35, 3:38] = True
+    volume = (maps, truth, mask if masked else None)
+    assert assert_equal_to_decode_and_score(Grid(DISTANCE, DISTANCE_AXES), volume, 36) == 36
 
 
 def test_two_volumes_score_as_the_two_side_by_side() -> None:
-    one, two = spheres(1), spheres(2)
-    maps = [degraded(one, 1), degraded(two, 2)]
+    maps, truths, _ = zip(noisy(1), noisy(2), strict=True)
     grid = Grid(CONTOUR, {"distance_threshold.seed": [0.1, 0.3], "min_seed_size": [1, 8]})
-    result = sweep(maps, [one, two], None, grid)
+    result = sweep(maps, truths, None, grid, objective=VOI)
+    joined = np.concatenate([truths[0], np.where(truths[1] > 0, truths[1] + 1000, 0)])
     for row in result.table.to_dict("records"):
-        parts = [
-            decode(CONTOUR, m, distance_threshold=[row["distance_threshold.seed"], -0.5],
-                   min_seed_size=int(row["min_seed_size"]))
-            for m in maps
-        ]  # fmt: skip
-        joined = np.concatenate([parts[0], np.where(parts[1] > 0, parts[1] + 1000, 0)])
-        truth = np.concatenate([one, np.where(two > 0, two + 1000, 0)])
-        table = contingency_table(prediction=joined, truth=truth)
-        assert row["adapted_rand_error"] == pytest.approx(adapted_rand(table).error, abs=1e-12)
+        one, two = (decode(CONTOUR, m, **arguments_of(row, grid)) for m in maps)
+        wanted = score(
+            prediction=np.concatenate([one, np.where(two > 0, two + 1000, 0)]), truth=joined
+        ).as_dict()
+        for key in ("adapted_rand_error", "adapted_rand_error_foreground", "f1_iou50", "voi_merge"):
+            assert row[key] == pytest.approx(wanted[key], abs=1e-12)
 
 
-def slow_reference(maps: np.ndarray, seeds: list[float], limits: list[float]) -> np.ndarray:
-    """Return labels straight from the definition, one queue, on the whole volume."""
+def slow_decode(
+    maps: np.ndarray, seeds: list[float], limits: list[float], domain: np.ndarray,
+    sizes: tuple[int, int],
+) -> np.ndarray:  # fmt: skip
+    """Return labels straight from the definition: one queue, sorted anew at every step."""
     signs = np.array([1, -1, 1])[:, None, None, None]
     values = maps.astype(np.float64) * signs
-    is_seed = (values > np.reshape(seeds, (3, 1, 1, 1)) * signs).all(0)
+    is_seed = domain & (values > np.reshape(seeds, (3, 1, 1, 1)) * signs).all(0)
     labels = ndimage.label(is_seed, np.ones((3, 3, 3)))[0]
+    for name in range(1, labels.max() + 1):
+        if np.count_nonzero(labels == name) < sizes[0]:
+            labels[labels == name] = 0
     height = -np.maximum(maps[2].astype(np.float64), 0)
     queue = [(height[tuple(v)], i, tuple(v)) for i, v in enumerate(np.argwhere(labels))]
     age = len(queue)
@@ -164,67 +181,195 @@ def slow_reference(maps: np.ndarray, seeds: list[float], limits: list[float]) ->
         for step in ((-1, 0, 0), (0, -1, 0), (0, 0, -1), (0, 0, 1), (0, 1, 0), (1, 0, 0)):
             other = tuple(int(a + b) for a, b in zip(first[2], step, strict=True))
             inside = all(0 <= a < n for a, n in zip(other, labels.shape, strict=True))
-            if inside and labels[other] == 0:
+            if inside and domain[other] and labels[other] == 0:
                 labels[other] = labels[first[2]]
                 queue.append((height[other], age, other))
                 age += 1
-    return np.where((values > np.reshape(limits, (3, 1, 1, 1)) * signs).all(0), labels, 0)
+    labels = np.where((values > np.reshape(limits, (3, 1, 1, 1)) * signs).all(0), labels, 0)
+    for name in range(1, labels.max() + 1):
+        if np.count_nonzero(labels == name) < sizes[1]:
+            labels[labels == name] = 0
+    return labels
 
 
 @settings(max_examples=25, deadline=None)
-@given(st.integers(0, 10**6))
-def test_tiny_volumes_equal_a_slow_reference(seed: int) -> None:
+@given(st.integers(0, 10**6), st.sampled_from(["volume", "support"]), st.booleans())
+def test_tiny_volumes_equal_a_slow_reference(seed: int, flood: str, masked: bool) -> None:
     rng = np.random.default_rng(seed)
     shape = (3, *rng.integers(2, 5, 3))
     maps = (rng.integers(0, 5, shape) / 4).astype(np.float32)
+    maps[2] = rng.integers(-2, 4, shape[1:]) / 3
     truth = rng.integers(0, 3, shape[1:])
     truth.flat[0] = 1
+    mask = rng.random(shape[1:]) < 0.8 if masked else np.ones(shape[1:], bool)
+    mask.flat[0] = True
+    domain = mask & ((maps[0] > 0.3) | (maps[2] > 0)) if flood == "support" else mask
     axes = {
         "binary_threshold.seed": [0.3, 0.6],
         "binary_threshold.foreground": [0.1, 0.6],
-        "contour_threshold.seed": [0.9],
+        "contour_threshold.seed": [0.9, None],
         "contour_threshold.foreground": [0.6, 2.0],
-        "distance_threshold.seed": [0.1, 0.6],
-        "distance_threshold.foreground": [-0.1, 0.1],
-        "min_seed_size": [1],
-        "min_instance_size": [0],
+        "distance_threshold.seed": [-0.5, 0.4],
+        "distance_threshold.foreground": [-0.5, 0.1],
+        "min_seed_size": [0, 2],
+        "min_instance_size": [0, 3],
     }
-    result = sweep(maps, truth, None, Grid(CONTOUR, axes, {"flood": "volume"}), threads=1)
-    for row in result.table.to_dict("records"):
-        names = ("binary_threshold", "contour_threshold", "distance_threshold")
-        labels = slow_reference(
-            maps, [row[f"{n}.seed"] for n in names], [row[f"{n}.foreground"] for n in names]
+    grid = Grid(CONTOUR, axes, {"flood": flood, "floor": 0.3})
+    table = sweep(maps, truth, mask if masked else None, grid, threads=1).table
+    for row in table.sample(12, random_state=seed).to_dict("records"):
+        labels = slow_decode(
+            maps, [row[f"{n}.seed"] for n in NAMES], [row[f"{n}.foreground"] for n in NAMES],
+            domain, (row["min_seed_size"], row["min_instance_size"]),
+        )  # fmt: skip
+        wanted = score(prediction=labels, truth=truth, mask=mask).as_dict()
+        for key in ("adapted_rand_error", "adapted_rand_error_foreground", "f1_iou50"):
+            assert row[key] == pytest.approx(wanted[key], abs=1e-12)
+
+
+def test_winner_decodes_to_the_score_that_was_said() -> None:
+    maps, truth, _ = noisy()
+    result = sweep(maps, truth, None, Grid(CONTOUR, AXES, refine=2))
+    for one in (result.winner, result.best_by_f1, result.best_unguarded):
+        labels = decode(CONTOUR, maps, **one.arguments)
+        assert one.metrics["adapted_rand_error"] == pytest.approx(
+            score(prediction=labels, truth=truth).adapted_rand_error, abs=1e-12
         )
-        table = contingency_table(prediction=labels, truth=truth)
-        assert row["adapted_rand_error"] == pytest.approx(adapted_rand(table).error, abs=1e-12)
-        assert row["f1_iou50"] == pytest.approx(match_instances(table).f1, abs=1e-12)
-
-
-def test_winner_is_decoded_to_the_score_that_was_said() -> None:
-    truth = spheres()
-    maps = degraded(truth, 0)
-    result = sweep(maps, truth, None, Grid(CONTOUR, AXES, refine=1))
-    assert len(result.table) > np.prod([len(v) for v in AXES.values()])
-    for point in (result.winner, result.best_by_f1, result.best_unguarded):
-        table = contingency_table(prediction=decode(CONTOUR, maps, **point.arguments), truth=truth)
-        assert point.metrics["adapted_rand_error"] == pytest.approx(adapted_rand(table).error)
     assert result.winner.metrics["f1_iou50"] >= result.best_by_f1.metrics["f1_iou50"] - 0.05
-    assert result.heatmap().shape[0] > 1
+    assert (
+        result.best_unguarded.metrics["adapted_rand_error"] == result.table.adapted_rand_error.min()
+    )
+    json.dumps(result.as_mapping(), allow_nan=False)
+
+
+def test_refinement_adds_combinations_and_never_loses() -> None:
+    maps, truth, _ = noisy()
+    coarse = sweep(maps, truth, None, Grid(CONTOUR, AXES))
+    fine = sweep(maps, truth, None, Grid(CONTOUR, AXES, refine=2))
+    assert fine.combinations > coarse.combinations
+    assert not fine.table.duplicated(list(fine.axes)).any()
+    within = fine.table[fine.table.within_guard]
+    assert within.adapted_rand_error.min() <= coarse.winner.metrics["adapted_rand_error"]
+    assert fine.best_by_f1.metrics["f1_iou50"] >= coarse.best_by_f1.metrics["f1_iou50"]
+
+
+def test_threads_do_not_change_the_table() -> None:
+    maps, truth, _ = noisy()
+    one, many = (sweep(maps, truth, None, Grid(CONTOUR, AXES), threads=n).table for n in (1, 4))
+    pd.testing.assert_frame_equal(one, many)
+
+
+def test_voi_is_a_metric_like_the_others() -> None:
+    maps, truth, _ = noisy()
+    result = sweep(maps, truth, None, Grid(CONTOUR, AXES), objective=VOI)
+    within = result.table[result.table.within_guard]
+    assert result.winner.metrics["voi"] <= within.voi.min() + 0.002
+    labels = decode(CONTOUR, maps, **result.winner.arguments)
+    wanted = score(prediction=labels, truth=truth)
+    assert result.winner.metrics["voi"] == pytest.approx(wanted.voi_split + wanted.voi_merge)
+
+
+def ranked(rows: list[tuple[float, float]], guard: float = 0.05) -> list[int]:
+    """Return the order of (error, F1) rows on one axis."""
+    table = pd.DataFrame(rows, columns=["adapted_rand_error", "f1_iou50"])
+    judge(table, [[len(rows)]], "adapted_rand_error", guard)
+    return by_rule(table, "adapted_rand_error").tolist()
+
+
+def test_smallest_error_with_poor_f1_does_not_win() -> None:
+    assert ranked([(0.045, 0.17), (0.148, 0.64), (0.12, 0.60)]) == [2, 1, 0]
+
+
+def test_near_ties_go_to_the_higher_f1() -> None:
+    assert ranked([(0.1000, 0.60), (0.1019, 0.63), (0.1021, 0.64)])[0] == 1
+
+
+def test_equal_f1_goes_to_the_one_deepest_in_its_plateau() -> None:
+    edge_first = [(0.1, 0.6), (0.101, 0.6), (0.1005, 0.6), (0.101, 0.6), (0.101, 0.6), (0.3, 0.6)]
+    assert ranked(edge_first)[0] == 2
+
+
+def test_depth_counts_steps_to_the_nearest_edge() -> None:
+    near = np.zeros((5, 1, 6), bool)
+    near[:, 0, 1:] = True
+    assert depths(near)[:, 0].tolist() == [
+        [0, 1, 1, 1, 1, 1],
+        [0, 1, 2, 2, 2, 1],
+        [0, 1, 2, 3, 2, 1],
+        [0, 1, 2, 2, 2, 1],
+        [0, 1, 1, 1, 1, 1],
+    ]
+    assert depths(np.ones((1, 1), bool)).tolist() == [[1]]
+
+
+def test_halvings_are_nested_and_end_in_one_flood() -> None:
+    axes = checked_axes(Grid(CONTOUR, AXES))
+    grids = halvings(axes)
+    assert grids[-1] == axes
+    assert all(len(grids[0][name]) == 1 for name in slow_axes(axes))
+    for small, large in itertools.pairwise(grids):
+        assert count(small) < count(large)
+        assert all(set(small[name]) <= set(large[name]) for name in axes)
+
+
+def test_finer_axes_go_half_way_to_the_neighbours() -> None:
+    axes = checked_axes(Grid(CONTOUR, {"binary_threshold.seed": [0.5, 0.7, 0.9],
+                                       "contour_threshold.seed": [0.5, None],
+                                       "min_seed_size": [1, 8]}))  # fmt: skip
+    point = {name: values[0] for name, values in axes.items()}
+    point |= {"binary_threshold.seed": 0.7, "contour_threshold.seed": 0.5}
+    around = finer(axes, point, 0.5)
+    assert around["binary_threshold.seed"] == (0.6, 0.7, 0.8)
+    assert around["contour_threshold.seed"] == (0.5,)
+    assert around["min_seed_size"] == (1, 4)
 
 
 def test_no_seed_anywhere_is_error_one() -> None:
-    truth = spheres()
-    result = sweep(degraded(truth, 0), truth, None, Grid(CONTOUR, {"binary_threshold.seed": [1.0]}))
+    maps, truth, _ = noisy()
+    result = sweep(maps, truth, None, Grid(CONTOUR, {"binary_threshold.seed": [1.0]}))
     assert result.winner.metrics["adapted_rand_error"] == 1.0
     assert result.winner.metrics["instances_predicted"] == 0
+    assert result.winner.metrics["f1_iou50"] == 0.0
 
 
-def test_time_limit_thins_the_grid_and_says_so() -> None:
-    truth = spheres()
-    result = sweep(degraded(truth, 0), truth, None, Grid(CONTOUR, AXES), time_limit_s=0.0)
-    assert result.combinations < np.prod([len(v) for v in AXES.values()])
+def test_time_limit_of_nothing_leaves_one_flood_and_says_so() -> None:
+    maps, truth, _ = noisy()
+    result = sweep(maps, truth, None, Grid(CONTOUR, AXES, refine=1), time_limit_s=0.0)
+    whole = count(checked_axes(Grid(CONTOUR, AXES)))
+    assert result.combinations == 3 * 3 * 2 * 2
     assert result.thinned is not None
-    assert str(result.combinations) in result.thinned
+    assert f"{result.combinations:,} of {whole:,} combinations" in result.thinned
+    assert "1 rounds of refinement left out" in result.thinned
+    labels = decode(CONTOUR, maps, **result.winner.arguments)
+    wanted = score(prediction=labels, truth=truth).adapted_rand_error
+    assert result.winner.metrics["adapted_rand_error"] == pytest.approx(wanted, abs=1e-12)
+
+
+def test_limited_sweep_ends_near_its_limit() -> None:
+    maps, truth, _ = noisy()
+    many = np.linspace(0.05, 0.95, 12).tolist()
+    axes = {f"{name}.seed": many for name in NAMES} | {"min_seed_size": [1, 2, 4, 8]}
+    sweep(maps, truth, None, Grid(CONTOUR, {}))
+    start = time.perf_counter()
+    result = sweep(maps, truth, None, Grid(CONTOUR, axes), time_limit_s=0.4, threads=1)
+    assert time.perf_counter() - start < 2.0
+    assert result.thinned is not None
+    assert result.combinations > 1
+
+
+def test_ample_time_thins_nothing() -> None:
+    maps, truth, _ = noisy()
+    free = sweep(maps, truth, None, Grid(CONTOUR, AXES)).table
+    limited = sweep(maps, truth, None, Grid(CONTOUR, AXES), time_limit_s=600.0)
+    assert limited.thinned is None
+    pd.testing.assert_frame_equal(free, limited.table)
+
+
+def test_input_is_left_alone() -> None:
+    maps, truth, _ = noisy()
+    before = maps.copy(), truth.copy()
+    sweep(maps, truth, None, Grid(CONTOUR, {"min_seed_size": [1, 8]}))
+    assert np.array_equal(maps, before[0])
+    assert np.array_equal(truth, before[1])
 
 
 @pytest.mark.parametrize(
@@ -234,16 +379,112 @@ def test_time_limit_thins_the_grid_and_says_so() -> None:
         ({"binary_threshold": [0.5]}, "Unknown axis"),
         ({"distance_threshold.seed": [None]}, "finite number"),
         ({"min_seed_size": [-1]}, "voxels from 0"),
+        ({"min_seed_size": [1.5]}, "voxels from 0"),
         ({"binary_threshold.seed": [float("nan")]}, "finite"),
+        ({"binary_threshold.seed": 0.5}, "at least one value"),
+        ({name: list(range(200)) for name in ("min_seed_size", "min_instance_size")}
+         | {"binary_threshold.seed": np.linspace(0, 1, 100).tolist()}, "is the most"),
+    ],
+)  # fmt: skip
+def test_wrong_grids_are_refused(axes: dict[str, Any], reason: str) -> None:
+    maps, truth, _ = noisy()
+    with pytest.raises(ValueError, match=reason):
+        sweep(maps, truth, None, Grid(CONTOUR, axes))
+
+
+@pytest.mark.parametrize(
+    ("fixed", "reason"),
+    [
+        ({"binary_threshold": [0.5]}, "pair"),
+        ({"threshold": 0.5}, "Unknown argument"),
+        ({"flood": "river"}, "Unknown flood"),
+        ({"floor": 2.0}, "probability"),
     ],
 )
-def test_wrong_grids_are_refused(axes: dict[str, Any], reason: str) -> None:
-    truth = spheres()
+def test_wrong_fixed_arguments_are_refused(fixed: dict[str, Any], reason: str) -> None:
+    maps, truth, _ = noisy()
     with pytest.raises(ValueError, match=reason):
-        sweep(degraded(truth, 0), truth, None, Grid(CONTOUR, axes))
+        sweep(maps, truth, None, Grid(CONTOUR, {}, fixed))
 
 
-def test_label_without_truth_in_the_mask_is_refused() -> None:
-    truth = spheres()
-    with pytest.raises(ValueError, match="no labelled voxel"):
-        sweep(degraded(truth, 0), truth, truth == 0, Grid(CONTOUR, {}))
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda m, t: (m[:2], t, None), r"\(3, Z, Y, X\)"),
+        (lambda m, t: (m * np.float16(4), t, None), "range"),
+        (lambda m, t: (np.where(m > 0.9, np.nan, m), t, None), "not finite"),
+        (lambda m, t: (m.astype(np.int32), t, None), "dtype"),
+        (lambda m, t: (m, t[1:], None), "label has shape"),
+        (lambda m, t: (m, t.astype(float), None), "integers"),
+        (lambda m, t: (m, t, t == 0), "no labelled voxel"),
+        (lambda m, t: (m, t, np.zeros(t.shape)), "no valid voxel"),
+        (lambda m, t: (m, t, np.ones((2, 2, 2))), "mask has shape"),
+        (lambda m, t: ([m, m], [t], None), "as many"),
+        (lambda m, t: ([m, m], [t, np.zeros_like(t)], None), "volume 2 of 2"),
+    ],
+)
+def test_wrong_input_is_refused(change: Callable[..., Any], reason: str) -> None:
+    maps, truth, _ = noisy()
+    with pytest.raises(ValueError, match=reason):
+        sweep(*change(maps, truth), Grid(CONTOUR, {}))
+
+
+def test_unknown_metric_is_refused() -> None:
+    maps, truth, _ = noisy()
+    with pytest.raises(ValueError, match="Unknown metric"):
+        sweep(maps, truth, None, Grid(CONTOUR, {}), objective=SimpleNamespace(metric="accuracy"))
+
+
+def swept() -> SweepResult:
+    maps, truth, _ = noisy()
+    return sweep(maps, truth, None, Grid(CONTOUR, AXES))
+
+
+def test_best_rows_begin_with_the_winner() -> None:
+    result = swept()
+    rows = result.best_rows(10)
+    assert len(rows) == 10
+    for key in ("adapted_rand_error", "f1_iou50", "instances_predicted"):
+        assert rows[0][key] == result.winner.metrics[key]
+
+
+def test_heatmap_is_a_picture_that_holds_the_winners_error(tmp_path: Path) -> None:
+    result = swept()
+    assert np.isclose(
+        result.heatmap().to_numpy(), result.winner.metrics["adapted_rand_error"]
+    ).any()
+    path = draw_heatmap(result, tmp_path / "sweep.png")
+    assert path.read_bytes().startswith(b"\x89PNG")
+    assert path.stat().st_size > 10_000
+
+
+MEMORY = """
+import numpy as np
+from hydralv_tune.sweep import Grid, sweep
+maps = np.zeros((3, 51, 516, 516), np.float16)
+maps[2] = -1
+truth = np.zeros((51, 516, 516), np.uint16)
+rng = np.random.default_rng(0)
+for name, (z, y, x) in enumerate(rng.integers(4, (47, 500, 500), (51, 3)), 1):
+    blob = np.s_[z - 4 : z + 4, y - 4 : y + 8, x - 4 : x + 8]
+    truth[blob] = name
+    maps[0][blob] = 0.9
+    maps[2][blob] = rng.random((8, 12, 12))
+far = rng.random(truth.shape, np.float32) < 1e-4
+maps[0][far] = 0.8
+maps[2][far] = -0.1
+axes = {"distance_threshold.seed": [0.5, 0.7], "distance_threshold.foreground": [-0.5, 0.0]}
+result = sweep(maps, truth, None, Grid(
+    "decode_instance_binary_contour_distance", axes, {"flood": "volume"}))
+assert result.combinations == 4
+peak = next(line for line in open("/proc/self/status") if line.startswith("VmHWM"))
+print(int(peak.split()[1]) / 1024)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc")
+def test_memory_stays_under_1_gb_on_the_plans_volume_without_a_mask() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", MEMORY], capture_output=True, text=True, check=True, timeout=200
+    )
+    assert float(done.stdout) < 1000
