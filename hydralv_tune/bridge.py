@@ -29,6 +29,10 @@ AWAY_RETRY_S = 2.0
 MAX_CONSECUTIVE_FAILURES = 12
 # User attributes are read by every ask; whatever is large belongs into the trial's folder.
 MAX_ATTRIBUTE_CHARACTERS = 20_000
+KEPT = (
+    "metrics", "losses", "decoding", "checkpoint", "record", "sweep", "verdicts", "notes",
+    "device", "split", "training", "folds", "weights", "epoch",
+)  # fmt: skip
 
 EventKind = Literal[
     "trial_started",
@@ -427,9 +431,8 @@ class Bridge:
 
 def _kept(record: Mapping[str, Any]) -> dict[str, Any]:
     """Return the parts of a record or an evaluation that belong into the database."""
-    dropped = ("kind", "candidate", "value", "number", "root", "seconds", "driver", "reason")
     return {
         key: value
         for key, value in record.items()
-        if key not in dropped and len(json.dumps(value)) <= MAX_ATTRIBUTE_CHARACTERS
+        if key in KEPT and value is not None and len(json.dumps(value)) <= MAX_ATTRIBUTE_CHARACTERS
     }

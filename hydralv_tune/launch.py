@@ -25,11 +25,13 @@ import os
 import secrets
 import shutil
 import signal
+import sys
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, redirect_stdout, suppress
+from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -60,11 +62,12 @@ from ray.tune.search import Searcher  # noqa: E402
 
 from hydralv_tune.bridge import Bridge, Event, StudyFailed  # noqa: E402
 from hydralv_tune.errors import HydraLVError, InputError  # noqa: E402
+from hydralv_tune.sampling import check_patch_fits  # noqa: E402
 from hydralv_tune.space import SearchSpace  # noqa: E402
 from hydralv_tune.study import GRACE_S, HEARTBEAT_S, OUT, Driver, Study, open_readonly  # noqa: E402
 from hydralv_tune.trial_view import Asked  # noqa: E402
-from hydralv_tune.volumes import VolumePaths  # noqa: E402
-from hydralv_tune.worker import TrialFunction  # noqa: E402
+from hydralv_tune.volumes import Volume, VolumePaths, read_volume  # noqa: E402
+from hydralv_tune.worker import Reporter, TrialFunction  # noqa: E402
 
 __all__ = ["Event", "StudyFailed", "StudyInterrupted", "run_study"]
 
@@ -143,6 +146,9 @@ def run_study(
         StudyFailed: Trial after trial fails.
     """
     out = out.expanduser().resolve()
+    # Wrong input must leave nothing behind, so the volumes come before the study.
+    read = [] if trial_function is not None else [read_volume(paths) for paths in volumes]
+    _check_patches(space, read)
     opened = Study.open(storage, study, space=space, create=True, extend=extend)
     try:
         opened.remember(OUT, str(out))
@@ -150,15 +156,16 @@ def run_study(
             source = open_readonly(storage, warm_start_from)
             opened.import_trials(source)
             source.close()
+        opened.settle_volumes({v.name: v.fingerprint() for v in read}, extend=extend)
         with (
-            _ray(ray_address),
+            _ray(ray_address, read),
             Driver(opened, out=out, heartbeat_s=heartbeat_s, grace_s=grace_s) as driver,
         ):
             resources = _Resources(gpus_per_trial, cpus_per_trial)
             bridge = Bridge(
                 driver,
                 trials=trials or space.budget.trials,
-                specification=_specification(space, volumes, out, study, resources.cpus),
+                specification=_specification(space, volumes, out, study, resources),
                 slots=resources.slots,
                 gpus_per_trial=resources.gpus,
                 timeout_s=timeout_s or space.budget.timeout_s,
@@ -166,7 +173,7 @@ def run_study(
                 on_event=on_event,
                 on_trial_end=on_trial_end,
             )
-            interrupted = _tune(bridge, resources, trial_function or _real_trial(volumes), out)
+            interrupted = _tune(bridge, resources, trial_function or _real_trial(read))
         if bridge.failure is not None:
             raise bridge.failure
         facts = opened.facts()
@@ -177,7 +184,17 @@ def run_study(
     return facts
 
 
-def _tune(bridge: Bridge, resources: _Resources, function: TrialFunction, out: Path) -> str | None:
+def _check_patches(space: SearchSpace, volumes: Sequence[Volume]) -> None:
+    """Refuse a space whose patches fit no volume, before the first trial is asked for."""
+    data = space.candidate({}).data
+    for volume in volumes:
+        sides = [
+            side + 2 * pad for side, pad in zip(volume.image.shape, data.pad_size, strict=True)
+        ]
+        check_patch_fits(volume.name, sides, data.patch_size)
+
+
+def _tune(bridge: Bridge, resources: _Resources, function: TrialFunction) -> str | None:
     """Let Ray Tune run trials until the bridge has no more; return the signal that ended it."""
     flag = ray.remote(num_cpus=0)(_StopFlag).remote()
     scratch = Path(tempfile.mkdtemp(prefix="hydralv-tune-"))
@@ -406,36 +423,34 @@ class _Resources:
 
 
 def _specification(
-    space: SearchSpace, volumes: Sequence[VolumePaths], out: Path, study: str, threads: int
+    space: SearchSpace,
+    volumes: Sequence[VolumePaths],
+    out: Path,
+    study: str,
+    resources: _Resources,
 ) -> Callable[[Asked], dict[str, Any]]:
     """Return what makes the `TrialSpec` mapping of a trial that was asked for."""
-    named = [
-        {
-            key: None if value is None else str(value)
-            for key, value in (
-                ("name", volume.name),
-                ("image", volume.image),
-                ("label", volume.label),
-                ("mask", volume.mask),
-            )
-        }
-        for volume in volumes
-    ]
 
     def specification(asked: Asked) -> dict[str, Any]:
         overrides: Mapping[str, Any] = {}
         if asked.warm_start is not None:
             overrides = space.warm_start(asked.warm_start).overrides
+        candidate = space.candidate(asked.params, overrides).as_mapping()
+        # What decides the score stands in the candidate, so that its file alone repeats it.
+        if candidate["test"]["decoding_grid"] is None:
+            candidate["test"]["decoding_grid"] = space.decoding.model_dump(mode="json")
+        if not resources.gpus and candidate["system"]["cpu_threads"] is None:
+            candidate["system"]["cpu_threads"] = resources.cpus
         return {
             "number": asked.number,
             "root": asked.root,
-            "candidate": space.candidate(asked.params, overrides).as_mapping(),
+            "candidate": candidate,
             "objective": space.objective.model_dump(mode="json"),
             "grid": space.decoding.model_dump(mode="json"),
-            "volumes": named,
+            "volumes": [asdict(paths) for paths in volumes],
             "out": str(out / "trials" / str(asked.root)),
-            "device": "auto",
-            "threads": threads,
+            "device": "auto" if resources.gpus else "cpu",
+            "threads": resources.cpus,
             "study": study,
             "timeout_s": space.budget.trial_timeout_s,
         }
@@ -443,57 +458,73 @@ def _specification(
     return specification
 
 
-def _real_trial(volumes: Sequence[VolumePaths]) -> TrialFunction:
-    """Return the trial function of real work; the volumes are read once, into Ray's memory."""
-    from hydralv_tune.volumes import read_volume
+def _real_trial(volumes: Sequence[Volume]) -> TrialFunction:
+    """Return the trial function of real work; the volumes lie once in Ray's memory."""
+    shared = ray.put(list(volumes))
 
-    shared = ray.put([read_volume(paths) for paths in volumes])
+    def function(spec: dict[str, Any], report: Reporter) -> Mapping[str, Any]:
+        import ray
 
-    def function(spec: dict[str, Any], report: Any) -> Mapping[str, Any]:
         from hydralv_tune.trial import TrialSpec, run_trial
 
         record = run_trial(
-            TrialSpec.from_mapping(spec), report, volumes=ray.get(shared), progress=report.check
+            TrialSpec.from_mapping(spec),
+            report,
+            volumes=ray.get(shared),
+            should_stop=report.should_stop,
         )
-        return dict(record.as_mapping())
+        return {**record.as_mapping(), "record": str(record.path)}
 
     return function
 
 
 def _death(trial: Any) -> str:
     """Return why the process of a Ray trial died, in one line."""
-    with suppress(Exception):
-        error = trial.get_pickled_error()
-        if isinstance(error, ray.exceptions.OutOfMemoryError):
-            return "worker: out of memory, killed by Ray"
-        if error is not None:
-            text = " ".join(str(error).split())
-            return f"worker: {type(error).__name__}: {text[:600]}"
-    return "worker: its process died"
+    text = ""
+    with suppress(OSError, TypeError):
+        text = " ".join(Path(trial.error_file).read_text().split())
+    if "OutOfMemory" in text or "running low on memory" in text:
+        return "worker: out of memory, killed by Ray"
+    return f"worker: its process died: {text[-400:] or 'no reason known'}"
 
 
 @contextmanager
-def _ray(address: str | None) -> Iterator[None]:
-    """Join a Ray cluster, or start one that ends with this block."""
+def _ray(address: str | None, volumes: Sequence[Volume]) -> Iterator[None]:
+    """Join a Ray cluster, or start one with room for the volumes that ends with this block."""
     level = logging.ERROR
+    # Ray hands its cluster the command line of this process, where a storage URL may stand.
+    ray._private.utils.get_entrypoint_name = lambda: "hydralv-tune"
+    # What its daemons say of dead workers is told as an event, in our words.
+    ray._private.worker.print_to_stdstream = lambda *_, **__: None
     if address is not None:
         ray.init(address=address, log_to_driver=False, logging_level=level)
     else:
-        # Whoever can reach Ray's ports can run code: loopback only, and a token besides.
+        # Whoever can reach Ray's ports can run code: loopback only, and a token besides. Ray
+        # has this switch for Windows and macOS; without it, it listens on every interface.
+        os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+        ray._private.ray_constants.ENABLE_RAY_CLUSTER = False
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
         ray.init(
             address="local",
             include_dashboard=False,
             log_to_driver=False,
             logging_level=level,
-            object_store_memory=OBJECT_STORE_BYTES,
-            _node_ip_address="127.0.0.1",
+            object_store_memory=OBJECT_STORE_BYTES + 2 * sum(map(_bytes, volumes)),
         )
-    logging.getLogger("ray").setLevel(level)
+    for name in ("ray", "ray.tune"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     try:
-        yield
+        # Ray prints what its daemons say on stdout, which belongs to the caller's document.
+        with redirect_stdout(sys.stderr):
+            yield
     finally:
         ray.shutdown()
+
+
+def _bytes(volume: Volume) -> int:
+    """Return the bytes of a volume's arrays."""
+    arrays = (volume.image, volume.label, volume.mask)
+    return sum(array.nbytes for array in arrays if array is not None)
 
 
 @contextmanager

@@ -73,7 +73,7 @@ HEARTBEAT_S = 30.0
 GRACE_S = 120.0
 DUPLICATE_TRIES = 5
 GUARD = "f1_iou50"
-SPACE, OUT = "space", "out"
+SPACE, OUT, VOLUMES = "space", "out", "volumes"
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 
@@ -356,6 +356,28 @@ class Study:
         self._space = space
         self.remember(SPACE, mapping)
 
+    def settle_volumes(self, fingerprints: Mapping[str, str], *, extend: bool) -> None:
+        """Store what the study is scored on, or refuse other volumes: values would not compare.
+
+        Args:
+            fingerprints: Hash of each volume's content, by its name.
+            extend: Accept a change.
+
+        Raises:
+            StudyError: The volumes are others than before.
+        """
+        stored = self.optuna.user_attrs.get(VOLUMES)
+        if not fingerprints:
+            return
+        if stored is not None and stored != dict(fingerprints) and not extend:
+            changed = sorted(set(stored.items()) ^ set(fingerprints.items()))
+            names = ", ".join(dict.fromkeys(name for name, _ in changed))
+            raise StudyError(
+                f"Study '{self.name}' in {self.storage} was scored on other volumes; changed: "
+                f"{names}. Take another --study name, or accept the change with --extend."
+            )
+        self.remember(VOLUMES, dict(fingerprints))
+
     def _enqueue_warm_starts(self) -> None:
         """Enqueue every recipe of the space that is not in the study yet."""
         known = {trial.user_attrs.get("warm_start") for trial in self.frozen()}
@@ -514,8 +536,9 @@ class Driver:
         if trial is None:
             return "refused"
         try:
-            with _database():
-                self.study.rdb.set_trial_intermediate_value(trial._trial_id, step, value)
+            with _database(), warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # a retry reports again what the one before did
+                trial.report(value, step)
                 return "prune" if trial.should_prune() else "go"
         except UpdateFinishedTrialError:
             self._live.pop(number, None)
@@ -635,7 +658,7 @@ class Driver:
             if view.number == retry_of:
                 for step, value in view.intermediate.items():
                     if math.isfinite(value):
-                        self.study.rdb.set_trial_intermediate_value(trial._trial_id, step, value)
+                        trial.report(value, step)
 
     def _sampler_for(self, count: int) -> optuna.samplers.BaseSampler:
         """Return the sampler of the next trial.

