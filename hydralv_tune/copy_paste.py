@@ -7,17 +7,20 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from hydralv_tune.patches import Patches, rows, whole
+from hydralv_tune.patches import Patches, device_generator, rows, whole
 
 BUCKETS = 4096
-"""Ids are counted in a table by their remainder: two that share a row are pasted or left out
+"""Ids are counted in a table by their remainder: two that share a row are left out, or pasted,
 together, and no list of ids has to come back from the device."""
 
 PASTED = 1 << 30
 """Bit that keeps a pasted id apart from the ids of the patch: both may come from one volume."""
 
+STRIDE = (1, 2, 2)
+"""Places that are tried: a voxel more or less within the section is no other picture."""
 
 TOO_MANY = 1e9
 """What a voxel that forbids its instance adds to the instance's size."""
@@ -25,7 +28,7 @@ TOO_MANY = 1e9
 
 @dataclass(frozen=True)
 class _Sample:
-    """One patch: image, labels and edt, and voxels that an instance may not have (Z, Y, X)."""
+    """One patch: image, labels and edt, and voxels where nothing may be cut or pasted (Z, Y, X)."""
 
     image: Tensor
     labels: Tensor
@@ -34,12 +37,12 @@ class _Sample:
 
 
 def copy_paste(patches: Patches, knobs: Mapping[str, Any], generator: torch.Generator) -> Patches:
-    """Return patches of which some have instances of another sample in their background.
+    """Return patches of which some have an instance of another sample in their background.
 
-    An instance is pasted whole or not at all: only where all of it lies on background inside the
-    mask, `border` voxels clear of what is there. One that the rim or the mask cuts is left out:
-    its flat side would be taken for a surface. The source is shifted and mirrored as a whole, and
-    its brightness set to the target's, section by section.
+    An instance is pasted whole, mirrored by chance, where its box with a border is free of other
+    instances and inside the mask; where there is no such place, nothing is. One that the rim or
+    the mask of its own patch cuts is never taken: its flat side would be learned as a surface.
+    Its brightness is set to the target's, section by section.
 
     Args:
         patches: The batch; with one sample it is its own source.
@@ -48,69 +51,133 @@ def copy_paste(patches: Patches, knobs: Mapping[str, Any], generator: torch.Gene
         generator: A generator on the CPU.
 
     Source:
-        Ghiasi et al. 2021, doi:10.1109/CVPR46437.2021.00294.
+        Ghiasi et al. 2021, doi:10.1109/CVPR46437.2021.00294, which lets objects cover others.
     """
     total = len(patches)
     chosen = rows(generator, total, knobs["prob"])
     if not chosen:
         return patches
-    tensors = [patches.image.clone(), patches.labels.clone(), patches.edt.clone()]
+    image, labels, edt = patches.image.clone(), patches.labels.clone(), patches.edt.clone()
+    noise = device_generator(generator, image.device)
     for row in chosen:
         other = (row + whole(generator, 1, total - 1)) % total if total > 1 else row
-        source = _shifted(_sample(patches, other), generator)
-        keep = torch.rand(BUCKETS, generator=generator) < 0.5
-        pasted = _paste(_sample(patches, row), source, keep, knobs)
-        tensors[0][row, 0], tensors[1][row], tensors[2][row] = pasted
-    return replace(patches, image=tensors[0], labels=tensors[1], edt=tensors[2])
+        source = _mirrored(_sample(patches, other), generator)
+        target = _sample(patches, row)
+        labels_there = _chosen(source, float(knobs["max_obj_ratio"]), noise)
+        target = _paste(target, source, labels_there, int(knobs["border"]), noise)
+        image[row, 0], labels[row], edt[row] = target.image, target.labels, target.edt
+    return replace(patches, image=image, labels=labels, edt=edt)
 
 
 def _sample(patches: Patches, row: int) -> _Sample:
-    """Return one patch."""
-    return _Sample(patches.image[row, 0], patches.labels[row], patches.edt[row], ~patches.mask[row])
+    """Return one patch, its rim forbidden as what lies outside the mask is."""
+    bad = ~patches.mask[row]
+    for axis, n in enumerate(bad.shape):
+        if n > 1:
+            bad.select(axis, 0).fill_(True)
+            bad.select(axis, n - 1).fill_(True)
+    return _Sample(patches.image[row, 0], patches.labels[row], patches.edt[row], bad)
 
 
-def _shifted(source: _Sample, generator: torch.Generator) -> _Sample:
-    """Return the source mirrored and rolled within the section, its cut instances marked bad."""
-    _, height, width = source.labels.shape
-    axes = [axis for axis in (-3, -2, -1) if whole(generator, 0, 1)]
-    by = (whole(generator, 0, height - 1), whole(generator, 0, width - 1))
+def _mirrored(source: _Sample, generator: torch.Generator) -> _Sample:
+    """Return the source mirrored along a random set of axes."""
+    axes = [axis for axis in (0, 1, 2) if whole(generator, 0, 1)]
+    parts = (source.image, source.labels, source.edt, source.bad)
+    return _Sample(*(torch.flip(part, axes) for part in parts))
 
-    def moved(tensor: Tensor) -> Tensor:
-        return torch.roll(torch.flip(tensor, axes), by, (-2, -1))
 
-    bad = _with_rim(source.bad)
-    return _Sample(moved(source.image), moved(source.labels), moved(source.edt), moved(bad))
+def _chosen(source: _Sample, largest: float, noise: torch.Generator) -> Tensor:
+    """Return the voxels of a random whole instance of at most a share of the patch, if any."""
+    bucket = source.labels.bitwise_and(BUCKETS - 1).long()
+    labelled = source.labels > 0
+    price = source.bad.float().mul_(TOO_MANY).add_(1.0).mul_(labelled)
+    sizes = torch.zeros(BUCKETS, device=price.device)
+    sizes.scatter_add_(0, bucket.flatten(), price.flatten())
+    worth = (sizes > 0) & (sizes <= largest * bucket.numel())
+    score = torch.empty_like(sizes).uniform_(1e-3, 1.0, generator=noise) * worth
+    best, pick = score.max(0)
+    return (bucket == pick) & labelled & (best > 0)
 
 
 def _paste(
-    target: _Sample, source: _Sample, keep: Tensor, knobs: Mapping[str, Any]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return image, labels and edt of the target with the source's instances in it."""
+    target: _Sample, source: _Sample, instance: Tensor, border: int, noise: torch.Generator
+) -> _Sample:
+    """Return the target with an instance at a random free place, or as it is."""
     taken = target.labels > 0
-    # The roll joins opposite rims: what crosses there was whole only before it.
-    bad = _with_rim(source.bad | target.bad | _grown(taken, int(knobs["border"]), depth=1))
-    bucket = source.labels.bitwise_and(BUCKETS - 1).flatten().long()
-    price = bad.flatten().float().mul_(TOO_MANY).add_(1.0)
-    sizes = torch.zeros(BUCKETS, device=price.device).scatter_add_(0, bucket, price)
-    allowed = sizes <= float(knobs["max_obj_ratio"]) * bucket.numel()
-    allowed &= keep.to(allowed.device, non_blocking=True)
-    occupied = source.labels > 0
-    inside = allowed.index_select(0, bucket).reshape(occupied.shape) & occupied
-    # The membrane around an instance belongs to its look.
-    halo = _grown(inside, 1, depth=0)
-    shift = _background_mean(target.image, ~taken) - _background_mean(source.image, ~occupied)
-    image = torch.where(halo, source.image + shift, target.image)
-    labels = torch.where(inside, source.labels | PASTED, target.labels)
-    return image, labels, torch.where(inside, source.edt, target.edt)
+    first, length = _box(instance)
+    free = _free_places(target.bad | _grown(taken, border, depth=1), length)
+    score = torch.empty_like(free).uniform_(1e-3, 1.0, generator=noise)
+    best, place = score.mul_(free).flatten().max(0)
+    _, lines, columns = free.shape
+    at = torch.stack(
+        (
+            place // (lines * columns),
+            place // columns % lines * STRIDE[1],
+            place % columns * STRIDE[2],
+        )
+    )
+    depth, height, width = taken.shape
+    # Box and instance lie inside both patches, so one flat offset moves every voxel.
+    offset = ((first[0] - at[0]) * height + first[1] - at[1]) * width + first[2] - at[2]
+    index = torch.arange(taken.numel(), device=free.device).add_(offset)
+    index = index.clamp_(0, taken.numel() - 1)
+
+    def moved(tensor: Tensor) -> Tensor:
+        return tensor.flatten().gather(0, index).reshape(taken.shape)
+
+    inside = moved(instance) & _within(taken.shape, at, length) & (best > 0)
+    labels = moved(source.labels)
+    # The membrane around an instance belongs to its look; a neighbour's body does not.
+    halo = _grown(inside, 1, depth=0) & ~taken & (labels == 0) | inside
+    section = torch.arange(depth, device=free.device).add_(first[0] - at[0]).clamp_(0, depth - 1)
+    there = _section_means(source.image, source.labels == 0).index_select(0, section)
+    shift = _section_means(target.image, ~taken) - there
+    return _Sample(
+        torch.where(halo, moved(source.image).add_(shift), target.image),
+        torch.where(inside, labels.bitwise_or_(PASTED), target.labels),
+        torch.where(inside, moved(source.edt), target.edt),
+        target.bad,
+    )
 
 
-def _with_rim(voxels: Tensor) -> Tensor:
-    """Mark the outermost voxels too, in place; of an axis only where it has several."""
-    for axis, n in enumerate(voxels.shape):
-        if n > 1:
-            voxels.select(axis, 0).fill_(True)
-            voxels.select(axis, n - 1).fill_(True)
-    return voxels
+def _box(instance: Tensor) -> tuple[Tensor, Tensor]:
+    """Return first voxel and lengths (3,) of the box of a mask, without asking the device."""
+    firsts, lengths = [], []
+    side = instance.any(2)
+    for line in (side.any(1).float(), side.any(0).float(), instance.any(0).any(0).float()):
+        first = line.argmax(0)
+        firsts.append(first)
+        lengths.append(line.numel() - line.flip(0).argmax(0) - first)
+    return torch.stack(firsts), torch.stack(lengths)
+
+
+def _free_places(forbidden: Tensor, length: Tensor) -> Tensor:
+    """Return 1.0 where a free box of a length (3,) can begin, for every second row and column.
+
+    A running sum along each axis holds the number of forbidden voxels of every box, so the length
+    may stay on the device.
+    """
+    occupied = forbidden.float()
+    fits: list[Tensor] = []
+    for axis in (2, 1, 0):
+        n = forbidden.shape[axis]
+        start = torch.arange(0, n, STRIDE[axis], device=forbidden.device)
+        stop = start + length[axis]
+        total = F.pad(occupied.cumsum(axis), [0, 0] * (2 - axis) + [1, 0])
+        occupied = total.index_select(axis, stop.clamp(max=n)) - total.index_select(axis, start)
+        sides = [-1 if other == axis else 1 for other in range(3)]
+        fits.append((stop <= n).reshape(sides))
+    return ((occupied < 0.5) & fits[0] & fits[1] & fits[2]).float()
+
+
+def _within(shape: tuple[int, ...], at: Tensor, length: Tensor) -> Tensor:
+    """Return the voxels of the box with a first voxel (3,) and a length (3,)."""
+    inside = torch.ones(shape, dtype=torch.bool, device=at.device)
+    for axis, n in enumerate(shape):
+        line = torch.arange(n, device=at.device) - at[axis]
+        sides = [-1 if other == axis else 1 for other in range(3)]
+        inside &= ((line >= 0) & (line < length[axis])).reshape(sides)
+    return inside
 
 
 def _grown(voxels: Tensor, steps: int, *, depth: int) -> Tensor:
@@ -126,8 +193,8 @@ def _grown(voxels: Tensor, steps: int, *, depth: int) -> Tensor:
     return grown
 
 
-def _background_mean(image: Tensor, background: Tensor) -> Tensor:
-    """Return the mean of the background of each section (Z, 1, 1)."""
-    counted = background.float()
+def _section_means(image: Tensor, voxels: Tensor) -> Tensor:
+    """Return the mean over some voxels of each section (Z, 1, 1)."""
+    counted = voxels.float()
     total = (image * counted).sum((1, 2), keepdim=True)
     return total / counted.sum((1, 2), keepdim=True).clamp(min=1.0)
