@@ -9,35 +9,23 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
+from pydantic import ConfigDict, Field, field_validator
 
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
-Count = Annotated[int, Field(ge=1)]
-Whole = Annotated[int, Field(ge=0)]
-Size3 = Annotated[tuple[Count, Count, Count], Field(strict=False)]
-Pad3 = Annotated[tuple[Whole, Whole, Whole], Field(strict=False)]
-Filters = Annotated[tuple[Count, ...], Field(strict=False, min_length=2)]
-Numbers = Annotated[tuple[NotNegative, ...], Field(strict=False)]
-Names = Annotated[tuple[str, ...], Field(strict=False, min_length=1)]
-Paths = str | list[str] | None
-
-
-def spelled(names: Mapping[Any, Any]) -> BeforeValidator:
-    """Return a validator that turns the other spellings of a value into ours."""
-
-    def ours(value: Any) -> Any:
-        plain = isinstance(value, str | int) and not isinstance(value, bool)
-        return names.get(value, value) if plain else value
-
-    return BeforeValidator(ours)
-
-
-class Section(BaseModel):
-    """A block of a candidate: frozen, and strict about names and types."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+from hydralv_tune.section import (
+    Count,
+    Filters,
+    Names,
+    NotNegative,
+    Numbers,
+    Pad3,
+    Paths,
+    Positive,
+    Section,
+    Share,
+    Size3,
+    Whole,
+    spelled,
+)
 
 
 class Training(Section):
@@ -87,7 +75,7 @@ class Model(Section):
     """`model`."""
 
     architecture: str = Field("rsunet", description="A name of the table of architectures.")
-    in_channels: Count = 1
+    in_channels: Count = Field(1, description="Channels of the image.")
     out_channels: Literal[3] = Field(3, description="Binary, boundary, distance.")
     input_size: Size3 | None = Field(None, description="No effect: `data.patch_size` decides.")
     output_size: Size3 | None = Field(None, description="No effect: `data.patch_size` decides.")
@@ -96,16 +84,28 @@ class Model(Section):
     deep_supervision_weights: Numbers | None = Field(
         None, description="From fine to coarse; null: 1, 0.5, 0.25, …"
     )
-    dropout: Annotated[float, Field(ge=0, lt=1)] | None = None
+    dropout: Annotated[float, Field(ge=0, lt=1)] | None = Field(
+        None, description="Share of channels dropped while training; null: none."
+    )
     norm: str | None = Field(None, description="null: the architecture's own.")
     activation: str | None = Field(None, description="null: the architecture's own.")
-    kernel_size: int | Size3 | None = None
-    strides: list[int | list[int]] | None = None
-    num_res_units: Whole | None = None
-    down_factors: list[list[int]] | None = None
-    upsample: str | None = None
-    mednext_size: Literal["S", "B", "M", "L"] | None = None
-    mednext_kernel_size: Literal[3, 5, 7] | None = None
+    kernel_size: Count | Size3 | None = Field(
+        None, description="Of the convolutions, odd; null: the architecture's own."
+    )
+    strides: list[int | list[int]] | None = Field(
+        None, description="monai_unet: one per step between levels; null: [1, 2, 2] each."
+    )
+    num_res_units: Whole | None = Field(None, description="monai_unet: per block; null: 2.")
+    down_factors: list[list[int]] | None = Field(
+        None, description="rsunet: pooling between levels; null: [1, 2, 2] each."
+    )
+    upsample: str | None = Field(
+        None, description="monai_basic_unet3d: deconv, nontrainable or pixelshuffle."
+    )
+    mednext_size: Literal["S", "B", "M", "L"] | None = Field(
+        None, description="mednext: blocks and expansion; null: S."
+    )
+    mednext_kernel_size: Literal[3, 5, 7] | None = Field(None, description="mednext; null: 3.")
     loss_functions: Names = Field(
         ("DiceLoss", "WeightedBCEWithLogitsLoss", "DiceLoss", "WeightedBCEWithLogitsLoss",
          "SmoothL1Loss"),
@@ -147,8 +147,12 @@ class ImageTransform(Section):
 class Target(Section):
     """One entry of `data.label_transform.targets`."""
 
-    name: Literal["binary", "instance_boundary", "instance_edt"]
-    kwargs: dict[str, Any] = Field(default_factory=dict)
+    name: Literal["binary", "instance_boundary", "instance_edt"] = Field(
+        description="The three, in this order."
+    )
+    kwargs: dict[str, Any] = Field(
+        default_factory=dict, description="thickness, edge_mode, mode; mode, quantize."
+    )
 
 
 class LabelTransform(Section):
@@ -201,21 +205,25 @@ class Split(Section):
     side: Literal["low", "high"] = Field("high", description="Which end is held out.")
     margin: Whole | None = Field(None, description="Voxels between; null: a receptive field.")
     volumes: list[str] = Field(default_factory=list, description="Names of held-out volumes.")
-    folds: Annotated[int, Field(ge=2)] = 3
+    folds: Annotated[int, Field(ge=2)] = Field(3, description="Of a cross-validation.")
 
 
 class Data(Section):
     """`data`."""
 
-    train_path: str | None = None
+    train_path: str | None = Field(None, description="No effect: `--image` decides.")
     train_image: Paths = Field(None, description="No effect: `--image` decides.")
     train_label: Paths = Field(None, description="No effect: `--label` decides.")
     train_mask: Paths = Field(None, description="No effect: `--mask` decides.")
     train_resolution: list[float] | None = Field(None, description="Voxel size in nm (z, y, x).")
-    val_image: Paths = None
-    val_label: Paths = None
-    val_mask: Paths = None
-    val_resolution: list[float] | None = None
+    val_image: Paths = Field(
+        None, description="Held-out volumes of their own, for `data.split.kind: volumes`."
+    )
+    val_label: Paths = Field(None, description="Their labels.")
+    val_mask: Paths = Field(None, description="Their masks.")
+    val_resolution: list[float] | None = Field(
+        None, description="Their voxel size in nm (z, y, x)."
+    )
     use_preloaded_cache: bool | None = Field(None, description="No effect: always resident.")
     cache_rate: Share | None = Field(None, description="No effect: always resident.")
     persistent_workers: bool | None = Field(
@@ -223,7 +231,9 @@ class Data(Section):
     )
     patch_size: Size3 = Field((32, 128, 128), description="Voxels (z, y, x).")
     pad_size: Pad3 = Field((0, 0, 0), description="Voxels added around the volume.")
-    pad_mode: Literal["reflect", "constant", "replicate"] = "reflect"
+    pad_mode: Literal["reflect", "constant", "replicate"] = Field(
+        "reflect", description="What is added."
+    )
     iter_num_per_epoch: Count = Field(1280, description="Patches per epoch.")
     image_transform: ImageTransform = ImageTransform()
     label_transform: LabelTransform = LabelTransform()
@@ -236,11 +246,15 @@ class Data(Section):
 class Optimizer(Section):
     """`optimization.optimizer`."""
 
-    name: Literal["AdamW"] = "AdamW"
-    lr: Annotated[float, Field(gt=0, lt=10, allow_inf_nan=False)] = 1e-4
-    weight_decay: NotNegative = 0.01
-    betas: Annotated[tuple[Share, Share], Field(strict=False)] = (0.9, 0.999)
-    eps: Positive = 1e-8
+    name: Literal["AdamW"] = Field("AdamW", description="The only one.")
+    lr: Annotated[float, Field(gt=0, lt=10, allow_inf_nan=False)] = Field(
+        1e-4, description="Highest learning rate."
+    )
+    weight_decay: NotNegative = Field(0.01, description="Decoupled, as in AdamW.")
+    betas: Annotated[tuple[Share, Share], Field(strict=False)] = Field(
+        (0.9, 0.999), description="Decay of the two moments."
+    )
+    eps: Positive = Field(1e-8, description="Added to the denominator.")
 
 
 class Scheduler(Section):
@@ -257,28 +271,30 @@ class Scheduler(Section):
             }
         ),
     ] = Field("WarmupCosineLR", description="`warmupcosine` and `ConstantLR` are other names.")
-    warmup_epochs: Whole = 0
+    warmup_epochs: Whole = Field(0, description="Epochs of rising rate; 0: none.")
     warmup_start_lr: Annotated[float, Field(gt=0, le=1)] = Field(
         0.001, description="Factor of the rate at the start of the warm-up."
     )
-    min_lr: NotNegative = 0.0
+    min_lr: NotNegative = Field(0.0, description="Rate at the end of the cosine.")
 
 
 class Ema(Section):
     """`optimization.ema`: an exponential moving average of the weights."""
 
-    enabled: bool = False
-    decay: Annotated[float, Field(gt=0, lt=1)] = 0.999
-    warmup_steps: Whole = 0
-    validate_with_ema: bool = True
+    enabled: bool = Field(False, description="Whether it acts.")
+    decay: Annotated[float, Field(gt=0, lt=1)] = Field(
+        0.999, description="Share of the average kept at each step."
+    )
+    warmup_steps: Whole = Field(0, description="Optimizer steps before averaging begins.")
+    validate_with_ema: bool = Field(True, description="Evaluate and keep the average.")
 
 
 class Optimization(Section):
     """`optimization`."""
 
-    max_epochs: Count = 500
+    max_epochs: Count = Field(500, description="Epochs of `data.iter_num_per_epoch` patches.")
     gradient_clip_val: NotNegative = Field(0.5, description="Largest gradient norm; 0: off.")
-    accumulate_grad_batches: Count = 1
+    accumulate_grad_batches: Count = Field(1, description="Batches of one optimizer step.")
     precision: Annotated[
         Literal["32", "bf16-mixed"],
         spelled(
@@ -303,14 +319,14 @@ class Optimization(Section):
 class EarlyStopping(Section):
     """`monitor.early_stopping`, watched on the total training loss of each epoch."""
 
-    enabled: bool = False
+    enabled: bool = Field(False, description="Whether it acts.")
     monitor: str = Field("train_loss_total_epoch", description="No other one is watched.")
-    mode: Literal["min"] = "min"
+    mode: Literal["min"] = Field("min", description="The only one.")
     patience: Count = Field(100, description="Epochs without a better loss.")
-    min_delta: NotNegative = 0.0
+    min_delta: NotNegative = Field(0.0, description="What counts as better.")
     threshold: float | None = Field(None, description="Stop once the loss is under it.")
     divergence_threshold: float | None = Field(None, description="Stop once it is above.")
-    check_finite: bool = True
+    check_finite: bool = Field(True, description="Stop when the loss is not finite.")
 
 
 class Evaluation(Section):
@@ -325,7 +341,11 @@ class Evaluation(Section):
 class Monitor(Section):
     """`monitor`."""
 
-    detect_anomaly: bool = False
+    detect_anomaly: bool = Field(
+        False,
+        description="No effect: a loss that is not finite "
+        "fails the trial with the step and the parts named.",
+    )
     evaluation: Evaluation = Evaluation()
     early_stopping: EarlyStopping = EarlyStopping()
     checkpoint: dict[str, Any] = Field(
@@ -341,29 +361,39 @@ class SlidingWindow(Section):
 
     window_size: Size3 | None = Field(None, description="null: the patch size.")
     sw_batch_size: Count | None = Field(None, description="null: `system.inference.batch_size`.")
-    overlap: Annotated[float, Field(ge=0, lt=1)] = 0.25
-    blending: Literal["gaussian", "constant"] = "gaussian"
-    sigma_scale: Positive = 0.125
-    padding_mode: Literal["constant", "reflect", "replicate", "circular"] = "reflect"
+    overlap: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.25, description="Share of a window that the next one covers again."
+    )
+    blending: Literal["gaussian", "constant"] = Field(
+        "gaussian", description="Weight of a voxel by its place in the window."
+    )
+    sigma_scale: Positive = Field(0.125, description="Width of the Gaussian, in windows.")
+    padding_mode: Literal["constant", "reflect", "replicate", "circular"] = Field(
+        "reflect", description="What surrounds a volume smaller than a window."
+    )
 
 
 class TestTimeAugmentation(Section):
     """`inference.test_time_augmentation`."""
 
     __test__ = False  # no test class, whatever pytest thinks of the name
-    enabled: bool = False
+    enabled: bool = Field(False, description="Whether it acts.")
     flip_axes: Literal["all"] | list[int | list[int]] | None = Field(
         None, description="all: every subset of z, y, x; or a list of axes (0 is z)."
     )
-    rotation90_axes: Literal["all"] | list[list[int]] | None = None
-    rotate90_k: list[int] | None = None
+    rotation90_axes: Literal["all"] | list[list[int]] | None = Field(
+        None, description="Planes of quarter turns, like [[1, 2]]; all: every plane."
+    )
+    rotate90_k: list[int] | None = Field(None, description="Quarter turns; null: 0 to 3.")
     channel_activations: list[list[Any]] = Field(
         default_factory=lambda: [[0, 1, "sigmoid"], [1, 2, "sigmoid"], [2, 3, "tanh"]],
         description="[first channel, end, activation].",
     )
     select_channel: str | int | list[int] | None = Field(None, description="No effect.")
-    ensemble_mode: Literal["mean", "min", "max"] = "mean"
-    apply_mask: bool = False
+    ensemble_mode: Literal["mean", "min", "max"] = Field(
+        "mean", description="How the transforms are joined."
+    )
+    apply_mask: bool = Field(False, description="Write background outside the mask.")
 
 
 class Inference(Section):
@@ -382,8 +412,10 @@ DISTANCE_DECODERS = ("decode_instance_watershed_distance", "decode_distance_wate
 class DecodingStep(Section):
     """One entry of `test.decoding`."""
 
-    name: str = "decode_instance_binary_contour_distance"
-    enabled: bool = True
+    name: str = Field(
+        "decode_instance_binary_contour_distance", description="A name of the table of decoders."
+    )
+    enabled: bool = Field(True, description="The first enabled step decodes.")
     kwargs: dict[str, Any] = Field(default_factory=dict, description="Of the decoder.")
 
     def decoder_arguments(self) -> dict[str, Any]:
@@ -403,12 +435,16 @@ class DecodingStep(Section):
 class DecodingGrid(Section):
     """The combinations that a sweep scores; what is not said takes the decoder's default."""
 
-    decoder: str = "decode_instance_binary_contour_distance"
+    decoder: str = Field(
+        "decode_instance_binary_contour_distance", description="A name of the table of decoders."
+    )
     grid: dict[str, Any] = Field(
         default_factory=dict,
         description="`binary_threshold: {seed: [...], foreground: [...]}`, `min_seed_size: [...]`",
     )
-    fixed: dict[str, Any] = Field(default_factory=dict)
+    fixed: dict[str, Any] = Field(
+        default_factory=dict, description="Decoder arguments without an axis: `flood`, `floor`."
+    )
     refine: Whole = Field(0, description="Rounds of refinement around the winner.")
 
     @property
@@ -429,7 +465,8 @@ class TestSection(Section):
     __test__ = False
     data: dict[str, Any] = Field(default_factory=dict, description="No effect: `--image` decides.")
     decoding: Annotated[list[DecodingStep], Field(min_length=1)] = Field(
-        default_factory=lambda: [DecodingStep()]
+        default_factory=lambda: [DecodingStep()],
+        description="Thresholds of `decode` and of an export; a trial sweeps its own.",
     )
     decoding_grid: DecodingGrid | None = Field(
         None, description="The grid that is swept; null: that of the search space."
@@ -440,8 +477,8 @@ class TestSection(Section):
 class Candidate(Section):
     """Everything that determines one fine-tuning and its score, apart from the volumes."""
 
-    experiment_name: str | None = None
-    description: str | None = None
+    experiment_name: str | None = Field(None, description="A name for people.")
+    description: str | None = Field(None, description="A sentence for people.")
     system: System = System()
     model: Model = Model()
     data: Data = Data()

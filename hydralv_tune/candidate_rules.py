@@ -154,17 +154,28 @@ def check_losses(candidate: Candidate, place: str) -> None:
 
 def _check_loss(name: str, kwargs: dict[str, Any], place: str, path: str) -> None:
     """Check the arguments of one loss: their names, then the loss itself on a few voxels."""
-    from hydralv_tune.losses import check_loss, loss_arguments
+    from hydralv_tune.losses import loss_arguments
 
     known = loss_arguments(name)
     for key, value in kwargs.items():
         if key not in known:
             refuse(place, f"{path}.{key}", value, f"{name} has no such argument",
                    known_step(key, known))  # fmt: skip
+    fault = _loss_fault(name, json.dumps(kwargs, sort_keys=True))
+    if fault is not None:
+        raise ConfigError(f"{place}: {path}: {fault}")
+
+
+@lru_cache(maxsize=512)
+def _loss_fault(name: str, kwargs: str) -> str | None:
+    """Return what a loss says against its arguments, by running it on a few voxels."""
+    from hydralv_tune.losses import check_loss
+
     try:
-        check_loss(name, kwargs)
+        check_loss(name, json.loads(kwargs))
     except ValueError as error:
-        raise ConfigError(f"{place}: {path}: {error}") from error
+        return str(error)
+    return None
 
 
 def _check_tasks(tasks: list[list[Any]], losses: int, place: str) -> None:
@@ -214,6 +225,10 @@ def check_optimization(candidate: Candidate, place: str) -> None:
         refuse(place, "optimization.optimizer.betas", optimization.optimizer.betas,
                "both must be below 1", "Try [0.9, 0.999].")  # fmt: skip
     stop = candidate.monitor.early_stopping
+    if stop.enabled and not stop.monitor.startswith("train_loss"):
+        refuse(place, "monitor.early_stopping.monitor", stop.monitor,
+               "only the training loss is watched; the pruner watches the score",
+               "Set it to train_loss_total_epoch.")  # fmt: skip
     if None not in (stop.threshold, stop.divergence_threshold) and (
         (stop.threshold or 0) >= (stop.divergence_threshold or 0)
     ):

@@ -16,7 +16,6 @@ from typing import Any
 from hydralv_tune.candidate import (
     Augmentation,
     Candidate,
-    Count,
     Data,
     DecodingGrid,
     DecodingStep,
@@ -29,26 +28,22 @@ from hydralv_tune.candidate import (
     LossBalancing,
     Model,
     Monitor,
-    NotNegative,
     Optimization,
     Optimizer,
-    Positive,
     Sampling,
     Scheduler,
-    Section,
-    Share,
     SlidingWindow,
     Split,
     System,
     Target,
     TestSection,
     TestTimeAugmentation,
-    Whole,
 )
 from hydralv_tune.candidate_rules import check_candidate
 from hydralv_tune.decoding_rules import check_decoding_step
 from hydralv_tune.errors import ConfigError
 from hydralv_tune.explanation import explain
+from hydralv_tune.section import Count, NotNegative, Positive, Section, Share, Whole
 from hydralv_tune.validation import (
     MISSING,
     check_keys,

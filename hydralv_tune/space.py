@@ -9,17 +9,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, PrivateAttr
 
 from hydralv_tune.candidate import (
     Candidate,
-    Count,
     DecodingGrid,
-    NotNegative,
-    Positive,
-    Section,
-    Share,
-    Whole,
 )
 from hydralv_tune.config import (
     candidate_from_mapping,
@@ -30,6 +24,7 @@ from hydralv_tune.config import (
     shown_path,
 )
 from hydralv_tune.errors import ConfigError, InputError, unknown_name
+from hydralv_tune.section import Count, NotNegative, Positive, Section, Share, Whole
 from hydralv_tune.validation import MISSING, leaves, merged, nested, shown, validated, value_at
 from hydralv_tune.yaml_io import dump_yaml, read_yaml_mapping
 
@@ -43,12 +38,20 @@ class Parameter(Section):
     the parameter's name is then free, and the chosen block is merged into the candidate.
     """
 
-    float_: tuple[float, float] | None = Field(None, alias="float", strict=False)
-    int_: tuple[int, int] | None = Field(None, alias="int", strict=False)
-    choice: list[Any] | dict[str, dict[str, Any]] | None = None
-    log: bool = False
-    step: Count | None = None
-    when: dict[str, list[Any]] = Field(default_factory=dict)
+    float_: tuple[float, float] | None = Field(
+        None, alias="float", strict=False, description="Lowest and highest."
+    )
+    int_: tuple[int, int] | None = Field(
+        None, alias="int", strict=False, description="Lowest and highest."
+    )
+    choice: list[Any] | dict[str, dict[str, Any]] | None = Field(
+        None, description="Values of the key, or named partial candidates."
+    )
+    log: bool = Field(False, description="Sample the logarithm of a range.")
+    step: Count | None = Field(None, description="Of an int; null: 1.")
+    when: dict[str, list[Any]] = Field(
+        default_factory=dict, description="Earlier parameters and the values they must have."
+    )
 
     @property
     def choices(self) -> list[str | int | float | bool | None]:
@@ -125,7 +128,9 @@ class Objective(Section):
     """`objective`."""
 
     metric: Literal["adapted_rand_error", "adapted_rand_error_foreground", "f1_iou50", "voi"] = (
-        "adapted_rand_error"
+        Field(
+            "adapted_rand_error", description="What the sweep and the study minimise (F1 maximise)."
+        )
     )
     guard: Guard = Guard()
     stop_at: NotNegative | None = Field(
@@ -146,8 +151,10 @@ class Budget(Section):
 class Sampler(Section):
     """`sampler`."""
 
-    name: Literal["tpe", "gp", "random", "cmaes", "qmc"] = "tpe"
-    seed: Whole = 0
+    name: Literal["tpe", "gp", "random", "cmaes", "qmc"] = Field(
+        "tpe", description="tpe models conditional branches."
+    )
+    seed: Whole = Field(0, description="Of the sampling.")
     startup_trials: Whole = Field(10, description="Random ones before the model is asked.")
 
 
@@ -155,12 +162,14 @@ class Pruner(Section):
     """`pruner`: steps are evaluations."""
 
     name: Literal["median", "percentile", "hyperband", "successive_halving", "wilcoxon", "none"] = (
-        "median"
+        Field("median", description="Steps are evaluations.")
     )
     warmup_evaluations: Whole = Field(3, description="Nothing is pruned before.")
     startup_trials: Whole = Field(5, description="Finished trials before anything is pruned.")
     patience: Whole = Field(1, description="Evaluations without improvement before pruning.")
-    percentile: Annotated[float, Field(gt=0, lt=100)] = 25.0
+    percentile: Annotated[float, Field(gt=0, lt=100)] = Field(
+        25.0, description="Of `percentile`: this share of trials is kept at each step."
+    )
 
 
 @dataclass(frozen=True)
@@ -175,8 +184,8 @@ class WarmStart:
 class SearchSpace(Section):
     """Everything that determines a study, apart from the volumes."""
 
-    name: str = ""
-    description: str | None = None
+    name: str = Field("", description="The file's name where none is given.")
+    description: str | None = Field(None, description="A sentence for people.")
     base: str = Field("baseline", description="The candidate that is varied.")
     fixed: dict[str, Any] = Field(
         default_factory=dict,
@@ -196,6 +205,7 @@ class SearchSpace(Section):
     budget: Budget = Budget()
     sampler: Sampler = Sampler()
     pruner: Pruner = Pruner()
+    _base: dict[str, Any] | None = PrivateAttr(None)
 
     def as_mapping(self) -> dict[str, Any]:
         """Return the space as plain JSON types; `space_from_mapping` reads it back."""
@@ -203,11 +213,15 @@ class SearchSpace(Section):
 
     def base_mapping(self) -> dict[str, Any]:
         """Return the whole mapping of the candidate that is varied."""
-        if self.base in self.recipes:
-            return candidate_from_mapping(
-                self.recipes[self.base], place=f"{self.name}: base {self.base}"
-            ).as_mapping()
-        return load_candidate(self.base).as_mapping()
+        if self._base is None:
+            if self.base in self.recipes:
+                place = f"{self.name}: base '{self.base}'"
+                candidate = candidate_from_mapping(self.recipes[self.base], place=place)
+            else:
+                candidate = load_candidate(self.base)
+            # A study asks for it at every trial, and it never changes.
+            self._base = candidate.as_mapping()
+        return self._base
 
     def is_active(self, key: str, params: Mapping[str, Any]) -> bool:
         """Return whether a parameter is searched, given the values of the earlier ones.

@@ -47,7 +47,9 @@ def check_space(space: SearchSpace, place: str) -> None:
     try:
         space.candidate({})
     except ConfigError as error:
-        raise ConfigError(f"{place}: base '{space.base}': {_without_place(error)}") from error
+        raise ConfigError(
+            f"{place}: base '{space.base}' with `fixed`: {_without_place(error)}"
+        ) from error
     for key, parameter in space.parameters.items():
         for value in extremes(parameter):
             params = _with_conditions(space, {key: value})

@@ -150,7 +150,12 @@ def check_keys(mapping: Any, model: type[BaseModel], place: str) -> None:
             f"{place}: holds {shown(mapping)}, but a mapping of keys to values is due."
         )
     for path, block in _unknown_keys(mapping, model, ""):
-        near = nearest_key(model, path)
+        stem, _, leaf = path.rpartition(".")
+        if stem.endswith("]"):
+            close = get_close_matches(leaf, names_of(block), n=1)
+            near = f"{stem}.{close[0]}" if close else None
+        else:
+            near = nearest_key(model, path)
         if near is None:
             hint = f"Known there: {', '.join(sorted(names_of(block)))}."
         else:
