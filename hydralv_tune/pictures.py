@@ -134,8 +134,12 @@ def choose_sections(
     left = [set(names) for names in seen]
     while len(chosen) < min(count, len(truth)):
         rest = [z for z in range(len(truth)) if z not in chosen]
-        # The middle wins a tie: an instance is seen best away from its ends.
-        best = max(rest, key=lambda z: (worth(left[z]), worth(seen[z]), -abs(z - len(truth) / 2)))
+        # What is new first; then what is far from the sections already shown.
+        far = {z: min((abs(z - other) for other in chosen), default=1) for z in rest}
+        best = max(
+            rest,
+            key=lambda z: (worth(left[z]), worth(seen[z]) * far[z], -abs(z - len(truth) / 2)),
+        )
         if chosen and not seen[best]:
             break
         chosen.append(best)

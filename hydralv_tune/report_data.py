@@ -27,7 +27,7 @@ MOST_THUMBNAILS = 400
 """More wrong instances than this are listed without a picture, or the page would not open."""
 
 KINDS = ("missed", "split", "merged", "shrunken", "swollen", "invented")
-KIND_COLOURS = {**COLOURS, "shrunken": "#E69F00", "swollen": "#0072B2"}
+KIND_COLOURS = {**COLOURS, "shrunken": "#E69F00", "swollen": "#0072B2", "loose": COLOURS["true"]}
 
 METRICS: tuple[tuple[str, str, bool], ...] = (
     ("adapted_rand_error", "adapted Rand error", False),

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from hydralv_tune.metrics import ContingencyTable, adapted_rand, adapted_rand_foreground
 from hydralv_tune.verdicts import Verdict, errors_if_mended
 
@@ -53,7 +55,8 @@ class Limit:
     """One thing that costs score.
 
     Args:
-        kind: `missed`, `split`, `merged`, `shrunken`, `swollen` or `invented`.
+        kind: `missed`, `split`, `merged`, `shrunken`, `swollen`, `invented`, or `loose`: matched,
+            with an outline that is off.
         count: How many instances.
         error: Adapted Rand error once all of them were mended.
         error_foreground: The same of the foreground form.
@@ -108,6 +111,9 @@ REMEDIES: Mapping[str, tuple[str, str]] = {
 }
 """What each kind of fault means, what helps, and the recipe that does it."""
 
+WORTH_A_WORD = 0.005
+"""Error under which loose outlines are not worth mentioning."""
+
 STILL_LEARNING = 0.4
 """Total loss, as the plan counts it, above which no threshold is what limits the score."""
 
@@ -155,16 +161,36 @@ def limits(
     """
     groups: dict[str, list[Verdict]] = {}
     for verdict in verdicts:
-        kind = kind_of(verdict, table)
-        if kind is not None:
-            groups.setdefault(kind, []).append(verdict)
+        kind = kind_of(verdict, table) or "loose"
+        groups.setdefault(kind, []).append(verdict)
     before = (adapted_rand(table).error, adapted_rand_foreground(table).error)
     ranked = 0 if metric == "adapted_rand_error" else 1
     found = []
     for kind, own in groups.items():
         after = errors_if_mended(table, own)
-        text, recipe = REMEDIES[kind]
+        text, recipe = _loose(table, own) if kind == "loose" else REMEDIES[kind]
         worth = before[ranked] - after[ranked]
+        if kind == "loose" and before[1] - after[1] < WORTH_A_WORD:
+            continue
         known = recipe if recipe in recipes else "baseline"
         found.append(Limit(kind, len(own), after[0], after[1], worth, text, known))
-    return sorted(found, key=lambda limit: -limit.worth)
+    return sorted(found, key=lambda limit: (-limit.worth, limit.error_foreground))
+
+
+def _loose(table: ContingencyTable, matched: Sequence[Verdict]) -> tuple[str, str]:
+    """Return what is off with instances that match, and the recipe against it."""
+    rows = np.isin(table.truth_ids, [v.truth_id for v in matched if v.truth_id is not None])
+    pairs = rows[table.pair_truth]
+    covered = table.pair_voxels[pairs].sum() / table.truth_sizes[rows].sum()
+    segments = np.unique(table.pair_segment[pairs])
+    within = table.pair_voxels[pairs].sum() / table.segment_sizes[segments].sum()
+    text = (
+        f"They match at IoU 0.5. {covered:.0%} of their voxels are covered, and {within:.0%} of "
+        "their segments lies inside them. "
+    )
+    if covered < within:
+        return (
+            f"{text}The rim is missing: make a missed voxel dearer than an invented one.",
+            "foreground_weighted",
+        )
+    return f"{text}The rim is too wide: make an invented voxel dearer.", "plan_focal"

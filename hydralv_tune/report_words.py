@@ -13,6 +13,19 @@ from hydralv_tune.report_figures import objective_label
 from hydralv_tune.report_limits import STILL_LEARNING
 from hydralv_tune.trial_view import TrialView
 
+BAD_ERROR = 0.2
+"""Adapted Rand error under which losses above the plan's no longer matter most."""
+
+KIND_WORDS = {
+    "missed": "missed",
+    "split": "split into pieces",
+    "merged": "merged with a neighbour",
+    "shrunken": "found only in part",
+    "swollen": "swollen beyond their outline",
+    "invented": "invented",
+    "loose": "matched, but with a loose outline",
+}
+
 
 @dataclass(frozen=True)
 class TrialRow:
@@ -41,6 +54,11 @@ def signed(value: Any) -> str:
         return "–"
     text = figure(abs(number))
     return f"±{text}" if number == 0 else f"{'+' if number > 0 else '−'}{text}"
+
+
+def counted(number: int, word: str) -> str:
+    """Return a number with its word in the singular or the plural."""
+    return f"{number:,} {word}{'' if number == 1 else 's'}"
 
 
 def duration(seconds: float) -> str:
@@ -133,15 +151,17 @@ def limits_lead(data: ReportData) -> str:
     if first.worth <= 0:
         return f"{learning}Nothing that can be mended instance by instance costs error now."
     return (
-        f"{learning}Most is lost by the {first.count} {first.kind} instances. Each bar says by how "
-        "much the error would fall if all of that kind fitted exactly and nothing else changed."
+        f"{learning}Most is lost by {counted(first.count, 'instance')} {KIND_WORDS[first.kind]}. "
+        "Each bar says by how much the error would fall if all of that kind fitted exactly and "
+        "nothing else changed."
     )
 
 
 def still_learning(data: ReportData) -> str:
     """Return what to do first while the losses are far from what the plan wants."""
     loss = number_of(data.record.losses.get("plan_total"))
-    if loss is None or loss < STILL_LEARNING:
+    error = number_of(data.metrics.get("adapted_rand_error"))
+    if loss is None or error is None or loss < STILL_LEARNING or error < BAD_ERROR:
         return ""
     return (
         f"The network has not learned the volume yet: its total loss is {loss:.2f}, wanted under "
@@ -186,9 +206,9 @@ def instances_lead(data: ReportData) -> str:
     if not data.cards:
         return "Every instance matches at IoU 0.5, and nothing is split, merged or invented."
     return (
-        f"{data.wrong} instances with something wrong, dearest first: planes xy, xz and yz, truth "
-        "in colour, prediction dashed in white (in colour where there is no truth). Worth is how "
-        "much error mending this one alone would take away."
+        f"{counted(data.wrong, 'instance')} with something wrong, dearest first: planes xy, xz and "
+        "yz, truth in colour, prediction dashed in white (in colour where there is no truth). Worth "
+        "is how much error mending this one alone would take away."
     )
 
 
