@@ -21,6 +21,9 @@ from hydralv_tune.patches import Patches, device_generator, happens, rows, unifo
 
 Knobs = Mapping[str, Any]
 
+STEEPEST = 0.2
+"""Largest elastic displacement per sigma: beyond, neighbours swap places and the image folds."""
+
 
 def flip(patches: Patches, knobs: Knobs, generator: torch.Generator) -> Patches:
     """Return patches of which some are mirrored along one or more axes.
@@ -126,16 +129,18 @@ def deform(where: Coordinates, row: int, knobs: Knobs, generator: torch.Generato
         row: Index among the warped samples.
         knobs: `sigma_range`: smoothness in voxels within the section; `magnitude_range`: the
             strength, in the sense of MONAI's 2-D elastic (a uniform field times the strength,
-            then smoothed): the displacement is strength * 0.16 / sigma voxels on average.
+            then smoothed): the displacement is 0.16 * strength / sigma voxels (root mean square),
+            at most a fifth of sigma.
         generator: A generator on the CPU.
     """
     sigma = max(uniform(generator, knobs["sigma_range"]), 0.5)
     strength = uniform(generator, knobs["magnitude_range"])
     size_z, size_y, size_x = where.voxel_size
     spacing = (sigma * min(size_y, size_x) / size_z, sigma, sigma)
-    # Knots lie two sigma apart, where a Gaussian has faded; cubic between them in the section.
+    # Knots three sigma apart, cubic between them, are as steep as noise smoothed by sigma.
     knots = [
-        max(math.ceil((n - 1) / (2 * s)), 1) + 1 for n, s in zip(where.shape, spacing, strict=True)
+        max(math.ceil((n - 1) / (3 * step)), 1) + 1
+        for n, step in zip(where.shape, spacing, strict=True)
     ]
     device = where.points.device
     coarse = torch.randn(
@@ -151,6 +156,7 @@ def deform(where: Coordinates, row: int, knobs: Knobs, generator: torch.Generato
             field.transpose(1, 2), depth, mode="linear", align_corners=True
         ).transpose(1, 2)
     rms = strength / math.sqrt(3.0) / (2.0 * math.sqrt(math.pi) * sigma)
+    rms = min(rms, STEEPEST * sigma)
     scale = rms / field.std().clamp(min=1e-6)
     where.points[row, 1:] += field.reshape(2, depth, height, width) * scale
 
