@@ -14,6 +14,15 @@ from torch import Tensor
 
 Span = float | Sequence[float]
 
+INTENSITY_RANGES = {
+    "0-1": (0.0, 1.0),
+    "z_volume": (-3.0, 3.0),
+    "z_section": (-3.0, 3.0),
+    "none": (0.0, 255.0),
+}
+"""Black and white after each normalisation: three spreads hold nearly all of a standardised image,
+and an image that is not normalised is taken for one of 8 bits."""
+
 
 @dataclass(frozen=True)
 class Patches:

@@ -8,7 +8,7 @@ instances, is computed once and cut along.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -16,10 +16,11 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from hydralv_tune.augmentation import Patches
 from hydralv_tune.config import Data
 from hydralv_tune.errors import ConfigError, as_input_error
 from hydralv_tune.normalisation import Normalisation, fit_normalisation
+from hydralv_tune.patches import Patches
+from hydralv_tune.patches import INTENSITY_RANGES
 from hydralv_tune.targets import instance_edt
 from hydralv_tune.volumes import Volume
 
@@ -150,18 +151,23 @@ class ResidentVolume:
                 clip_high=chosen.clip_percentile_high,
             )
             distance = instance_edt(label, **distance_arguments(data, volume))
+        size = data.train_resolution or volume.voxel_size_nm
+        self.voxel_size_nm = (
+            None if size is None else (float(size[0]), float(size[1]), float(size[2]))
+        )
+        self.intensity_range = INTENSITY_RANGES[chosen.normalize]
         pad = data.pad_size
         self.places = find_places(volume.name, label, volume.mask, pad=pad, seed=seed)
         self.device = device
-        self.image = _upload(_padded(volume.image, pad, PAD_MODES[data.pad_mode]), device)
-        self.label = _upload(_padded(label.astype(np.int32), pad, None), device)
-        self.distance = _upload(_padded(distance, pad, None, OUTSIDE), device)
+        self.image = upload(_padded(volume.image, pad, PAD_MODES[data.pad_mode]), device)
+        self.label = upload(_padded(label.astype(np.int32), pad, None), device)
+        self.distance = upload(_padded(distance, pad, None, OUTSIDE), device)
         self.mask: Tensor | None = None
         if volume.mask is not None or any(pad):
             everywhere = np.ones(label.shape, bool)
             mask = everywhere if volume.mask is None else volume.mask
-            self.mask = _upload(_padded(mask, pad, None), device)
-        self.normalisation = _padded_normalisation(fitted, pad[0], data.pad_mode)
+            self.mask = upload(_padded(mask, pad, None), device)
+        self.normalisation = padded_normalisation(fitted, pad[0], data.pad_mode)
         self.per_section = {
             name: torch.from_numpy(getattr(self.normalisation, name)).to(device)
             for name in ("low", "high", "offset", "scale")
@@ -184,6 +190,8 @@ class ResidentVolume:
             labels=labels,
             edt=crop(self.distance, begin, size),
             mask=torch.ones_like(labels, dtype=torch.bool) if mask is None else mask,
+            voxel_size_nm=self.voxel_size_nm,
+            intensity_range=self.intensity_range,
         )
 
 
@@ -281,7 +289,7 @@ def _padded(
     return np.pad(array, width, mode=mode)  # type: ignore[call-overload]
 
 
-def _padded_normalisation(fitted: Normalisation, pad: int, mode: str) -> Normalisation:
+def padded_normalisation(fitted: Normalisation, pad: int, mode: str) -> Normalisation:
     """Return the statistics of the sections, those of the rim as the rim itself."""
     if not pad:
         return fitted
@@ -293,7 +301,7 @@ def _padded_normalisation(fitted: Normalisation, pad: int, mode: str) -> Normali
     return Normalisation(low=low, high=high, offset=offset, scale=scale)
 
 
-def _upload(array: npt.NDArray[Any], device: torch.device) -> Tensor:
+def upload(array: npt.NDArray[Any], device: torch.device) -> Tensor:
     """Return the array on the device, in a type that torch can index and clamp."""
     widened = {"u2": np.int32, "u4": np.int64, "u8": np.int64, "f8": np.float32}
     kind = f"{array.dtype.kind}{array.dtype.itemsize}"
@@ -355,7 +363,7 @@ class PatchSampler:
             torch.cat([getattr(part, name) for part in parts])[back]
             for name in ("image", "labels", "edt", "mask")
         )
-        return Patches(image=image, labels=labels, edt=edt, mask=mask)
+        return replace(parts[0], image=image, labels=labels, edt=edt, mask=mask)
 
     def draw_places(self, batch: int) -> list[tuple[int, tuple[int, int, int]]]:
         """Return (volume, first voxel) of so many patches."""
