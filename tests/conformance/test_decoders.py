@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import heapq
+import itertools
 import json
 from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import ndimage
+from skimage.segmentation import watershed
 
 from hydralv_tune.decoding import DECODERS, decode, decoder_arguments
 from hydralv_tune.metrics import adapted_rand, contingency_table
+from hydralv_tune.relief import distance_relief, squared_distances
 
 NAMES = sorted(DECODERS)
+CONTOUR = "decode_instance_binary_contour_distance"
+DISTANCE = "decode_instance_watershed_distance"
 
 
 def two_blobs() -> np.ndarray:
@@ -87,7 +96,135 @@ def test_defaults_of_the_arguments_are_told(name: str) -> None:
     assert {"distance_threshold", "min_seed_size"} <= set(decoder_arguments(name))
 
 
-def test_volume_flood_equals_the_public_decoder(shared_data: Path) -> None:
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("kind", [np.float32, np.float64])
+def test_type_and_layout_of_the_maps_do_not_matter(name: str, kind: type) -> None:
+    maps = np.random.default_rng(0).random((3, 6, 20, 20)).astype(np.float16)
+    wanted = decode(name, maps)
+    assert np.array_equal(decode(name, maps.astype(kind)), wanted)
+    assert np.array_equal(decode(name, np.asfortranarray(maps)), wanted)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("least", [-1, 1.5, None, True])
+def test_wrong_sizes_are_refused(name: str, least: object) -> None:
+    with pytest.raises(ValueError, match="number of voxels from 0"):
+        decode(name, two_blobs(), min_seed_size=least)
+
+
+def test_contour_threshold_above_one_is_off() -> None:
+    maps = np.random.default_rng(1).random((3, 6, 20, 20)).astype(np.float16)
+    one, two, three = (
+        decode(CONTOUR, maps, contour_threshold=[off, off]) for off in (None, 13.1, float("inf"))
+    )
+    assert np.array_equal(one, two)
+    assert np.array_equal(one, three)
+
+
+def test_value_on_the_threshold_is_not_above_it() -> None:
+    maps = two_blobs()
+    maps[0, :, :8] = np.float16(0.75)
+    maps[0, :, 8:] = np.float16(0.76)
+    labels = decode(CONTOUR, maps, binary_threshold=[0.5, 0.75])
+    assert np.unique(labels[:, :8]).tolist() == [0]
+    assert labels[:, 8:].max() == 1
+
+
+def test_blob_without_a_seed_is_background_in_support_and_a_far_instance_in_volume() -> None:
+    maps = two_blobs()
+    maps[2, :, 8:][maps[2, :, 8:] > 0.5] = 0.4
+    support, volume = (decode(CONTOUR, maps, flood=flood) for flood in ("support", "volume"))
+    assert not support[:, 8:].any()
+    assert (volume[:, 8:] == 1).sum() == 125
+    assert np.array_equal(support[:, :8], volume[:, :8])
+
+
+def heap_flood(height: np.ndarray, markers: np.ndarray, domain: np.ndarray) -> np.ndarray:
+    """Return a watershed by one heap: lowest first, then first in first out."""
+    labels = markers.copy()
+    seeds = [(height[tuple(at)], age, tuple(at)) for age, at in enumerate(np.argwhere(markers))]
+    heapq.heapify(seeds)
+    ages = itertools.count(len(seeds))
+    while seeds:
+        _, _, at = heapq.heappop(seeds)
+        for step in ((-1, 0, 0), (0, -1, 0), (0, 0, -1), (0, 0, 1), (0, 1, 0), (1, 0, 0)):
+            other = tuple(int(a + b) for a, b in zip(at, step, strict=True))
+            inside = all(0 <= a < n for a, n in zip(other, labels.shape, strict=True))
+            if inside and domain[other] and not labels[other]:
+                labels[other] = labels[at]
+                heapq.heappush(seeds, (height[other], next(ages), other))
+    return labels
+
+
+def contour_case(seed: int, masked: bool, ties: bool) -> tuple[np.ndarray, ...]:
+    """Return (maps, mask, markers, labels by our decoder) of a random volume."""
+    rng = np.random.default_rng(seed)
+    shape = tuple(rng.integers(2, 9, 3))
+    maps = rng.random((3, *shape)).astype(np.float32)
+    maps[2] = rng.integers(-3, 6, shape) / 6 if ties else rng.random(shape)
+    mask = rng.random(shape) < 0.8 if masked else np.ones(shape, bool)
+    mask.flat[0] = True
+    seeds = (maps[0] > 0.5) & (maps[1] < 0.7) & (maps[2] > 0.3) & mask
+    markers = ndimage.label(seeds, np.ones((3, 3, 3)))[0]
+    labels = decode(
+        CONTOUR, maps, mask if masked else None, flood="volume", binary_threshold=[0.5, -1.0],
+        contour_threshold=[0.7, None], distance_threshold=[0.3, -2.0], min_seed_size=1,
+    )  # fmt: skip
+    return maps, mask, markers, labels
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 10**6), st.booleans())
+def test_flood_equals_one_heap_with_many_ties(seed: int, masked: bool) -> None:
+    maps, mask, markers, labels = contour_case(seed, masked, ties=True)
+    assert np.array_equal(labels, heap_flood(-np.maximum(maps[2], 0), markers, mask))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 10**6), st.booleans())
+def test_flood_equals_scikit_image_where_nothing_ties(seed: int, masked: bool) -> None:
+    # Its heap gives all seeds the same age, and the order of its neighbours hangs on an unstable
+    # sort, so equals come out in no defined order. PyTorch Connectomics' own order is ours.
+    maps, mask, markers, labels = contour_case(seed, masked, ties=False)
+    if markers.any():
+        assert np.array_equal(labels, watershed(-np.maximum(maps[2], 0), markers, mask=mask))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 10**6), st.booleans())
+def test_recomputed_distance_equals_scipys(seed: int, masked: bool) -> None:
+    rng = np.random.default_rng(seed)
+    shape = tuple(rng.integers(1, 9, 3))
+    maps = rng.random((3, *shape)).astype(np.float32)
+    mask = rng.random(shape) < 0.8 if masked else np.ones(shape, bool)
+    mask.flat[0] = True
+    foreground = (maps[2] > 0.3) & mask
+    relief = distance_relief(maps, mask if masked else None, seed=0.1, lowest=0.1)
+    allowed = relief.values[0] > 0.3
+    squares = squared_distances(
+        relief.nodes, allowed, relief.where, np.array(relief.box.padded, np.int64)
+    )
+    if foreground.all():
+        return
+    wanted = ndimage.distance_transform_edt(foreground).ravel()[relief.box.voxels_of(relief.nodes)]
+    assert np.allclose(np.sqrt(squares), np.where(allowed, wanted, 0))
+
+
+def test_distance_decoder_floods_the_recomputed_distance_inside_its_foreground() -> None:
+    rng = np.random.default_rng(4)
+    noise = ndimage.gaussian_filter(rng.normal(size=(12, 40, 40)), 2)
+    distance = np.clip(noise / noise.std() / 2, -1, 1).astype(np.float32)
+    maps = np.stack([np.zeros_like(distance), np.zeros_like(distance), distance])
+    foreground = distance > 0.1
+    markers = ndimage.label(distance > 0.6, np.ones((3, 3, 3)))[0]
+    height = -ndimage.distance_transform_edt(foreground)
+    wanted = heap_flood(height, np.where(foreground, markers, 0), foreground)
+    labels = decode(DISTANCE, maps, distance_threshold=[0.6, 0.1], min_seed_size=1)
+    assert labels.max() > 3
+    assert np.array_equal(labels, wanted)
+
+
+def test_volume_flood_equals_the_public_decoder_voxel_for_voxel(shared_data: Path) -> None:
     folder = shared_data / "pytc-decoding"
     vectors = np.load(folder / "vectors.npz")
     maps, truth = vectors["probabilities"], vectors["labels"]
@@ -98,9 +235,9 @@ def test_volume_flood_equals_the_public_decoder(shared_data: Path) -> None:
         )
         assert labels.max() == wanted["instances"]
         rand = adapted_rand(contingency_table(prediction=labels, truth=truth))
-        assert rand.error == pytest.approx(wanted["adapted_rand_error"], abs=0.004)
+        assert rand.error == pytest.approx(wanted["adapted_rand_error"], abs=1e-12)
         if f"segmentation_{index}" in vectors:
             theirs = vectors[f"segmentation_{index}"]
             assert np.array_equal(labels > 0, theirs > 0)
-            fit = adapted_rand(contingency_table(prediction=labels, truth=theirs.astype(np.int32)))
-            assert fit.error < 0.01
+            pairs = np.unique(np.stack([labels[labels > 0], theirs[labels > 0]]), axis=1)
+            assert pairs.shape[1] == wanted["instances"], "one name of theirs for each of ours"
