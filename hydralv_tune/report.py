@@ -13,13 +13,12 @@ from plotly.offline import get_plotlyjs
 
 from hydralv_tune import report_figures
 from hydralv_tune.records import provenance, write_atomically
-from hydralv_tune.report_data import KIND_COLOURS, METRICS, ReportData, gather, number_of
+from hydralv_tune.report_data import KIND_COLOURS, METRICS, ReportData, gather
 from hydralv_tune.report_limits import Limit
 from hydralv_tune.report_markdown import as_markdown
 from hydralv_tune.report_words import (
     all_trials,
     commands,
-    figure,
     headline,
     history_lead,
     instances_lead,
@@ -27,11 +26,11 @@ from hydralv_tune.report_words import (
     limits_lead,
     plateau_lead,
     provenance_rows,
-    signed,
     tiles,
     verdict_bar,
 )
 from hydralv_tune.winner import open_winner
+from hydralv_tune.wording import figure, number_of, signed
 
 TEMPLATE = Path(__file__).with_name("report_template.html")
 

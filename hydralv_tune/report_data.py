@@ -22,6 +22,7 @@ from hydralv_tune.thumbnails import thumbnail
 from hydralv_tune.trial_view import TrialView, count_states
 from hydralv_tune.verdicts import Verdict, bootstrap
 from hydralv_tune.winner import Winner
+from hydralv_tune.wording import number_of
 
 MOST_THUMBNAILS = 400
 """More wrong instances than this are listed without a picture, or the page would not open."""
@@ -234,15 +235,6 @@ def compare(baseline: Mapping[str, Any], best: Mapping[str, Any]) -> list[Compar
     return rows
 
 
-def number_of(value: Any) -> int | float | None:
-    """Return a figure, a count as a whole number, the length of a list of ids, or None."""
-    if isinstance(value, list | tuple):
-        return len(value)
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        return value
-    return None
-
-
 def _searched(winner: Winner) -> list[tuple[str, str, str]]:
     """Return key, what was searched, and the best trial's value."""
     space = winner.study.space
@@ -286,7 +278,7 @@ def _points(sweep: Mapping[str, Any]) -> list[tuple[str, str, Mapping[str, Any]]
     named = (
         ("winner", "smallest error among those near the best F1"),
         ("best_by_f1", "highest F1"),
-        ("best_unguarded", "smallest error, whatever its F1: often swollen blobs"),
+        ("best_unguarded", "smallest error, whatever its F1"),
     )
     return [(name.replace("_", " "), why, sweep[name]) for name, why in named if name in sweep]
 

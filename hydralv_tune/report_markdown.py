@@ -9,7 +9,6 @@ from hydralv_tune.report_data import Card, ReportData
 from hydralv_tune.report_words import (
     all_trials,
     commands,
-    figure,
     headline,
     history_lead,
     instances_lead,
@@ -17,10 +16,10 @@ from hydralv_tune.report_words import (
     limits_lead,
     plateau_lead,
     provenance_rows,
-    signed,
     tiles,
     verdict_bar,
 )
+from hydralv_tune.wording import figure, signed
 
 
 def as_markdown(data: ReportData) -> tuple[str, dict[str, bytes]]:

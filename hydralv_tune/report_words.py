@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from hydralv_tune.pictures import COLOURS
-from hydralv_tune.report_data import KIND_COLOURS, ReportData, number_of
+from hydralv_tune.report_data import KIND_COLOURS, ReportData
 from hydralv_tune.report_figures import objective_label
 from hydralv_tune.report_limits import STILL_LEARNING
 from hydralv_tune.trial_view import TrialView
+from hydralv_tune.wording import counted, duration, figure, number_of
 
 BAD_ERROR = 0.2
 """Adapted Rand error under which losses above the plan's no longer matter most."""
@@ -37,37 +38,6 @@ class TrialRow:
     f1: float | None
     time: str
     note: str
-
-
-def figure(value: Any) -> str:
-    """Return a figure with four digits after the point, a count without any."""
-    number = number_of(value)
-    if number is None:
-        return "–"
-    return f"{number:,}" if isinstance(number, int) else f"{number:.4f}"
-
-
-def signed(value: Any) -> str:
-    """Return a change with its sign."""
-    number = number_of(value)
-    if number is None:
-        return "–"
-    text = figure(abs(number))
-    return f"±{text}" if number == 0 else f"{'+' if number > 0 else '−'}{text}"
-
-
-def counted(number: int, word: str) -> str:
-    """Return a number with its word in the singular or the plural."""
-    return f"{number:,} {word}{'' if number == 1 else 's'}"
-
-
-def duration(seconds: float) -> str:
-    """Return a time in the unit that people would use."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    if seconds < 5400:
-        return f"{seconds / 60:.0f} min"
-    return f"{seconds / 3600:.1f} h"
 
 
 def interval(data: ReportData, key: str) -> str:
@@ -207,8 +177,8 @@ def instances_lead(data: ReportData) -> str:
         return "Every instance matches at IoU 0.5, and nothing is split, merged or invented."
     return (
         f"{counted(data.wrong, 'instance')} with something wrong, dearest first: planes xy, xz and "
-        "yz, truth in colour, prediction dashed in white (in colour where there is no truth). Worth "
-        "is how much error mending this one alone would take away."
+        "yz, truth in colour, prediction dashed in white (in colour where there is no truth). "
+        "Worth is how much error mending this one alone would take away."
     )
 
 
