@@ -6,10 +6,12 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from difflib import get_close_matches
+from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, PrivateAttr
+from pydantic import Field
 
 from hydralv_tune.candidate import (
     Candidate,
@@ -205,7 +207,6 @@ class SearchSpace(Section):
     budget: Budget = Budget()
     sampler: Sampler = Sampler()
     pruner: Pruner = Pruner()
-    _base: dict[str, Any] | None = PrivateAttr(None)
 
     def as_mapping(self) -> dict[str, Any]:
         """Return the space as plain JSON types; `space_from_mapping` reads it back."""
@@ -213,15 +214,10 @@ class SearchSpace(Section):
 
     def base_mapping(self) -> dict[str, Any]:
         """Return the whole mapping of the candidate that is varied."""
-        if self._base is None:
-            if self.base in self.recipes:
-                place = f"{self.name}: base '{self.base}'"
-                candidate = candidate_from_mapping(self.recipes[self.base], place=place)
-            else:
-                candidate = load_candidate(self.base)
-            # A study asks for it at every trial, and it never changes.
-            self._base = candidate.as_mapping()
-        return self._base
+        if self.base not in self.recipes:
+            return load_candidate(self.base).as_mapping()
+        place = f"{self.name}: base '{self.base}'"
+        return _base_mapping(json.dumps(self.recipes[self.base]), place)
 
     def is_active(self, key: str, params: Mapping[str, Any]) -> bool:
         """Return whether a parameter is searched, given the values of the earlier ones.
@@ -326,6 +322,12 @@ class SearchSpace(Section):
         ]
 
 
+@lru_cache(maxsize=32)
+def _base_mapping(recipe: str, place: str) -> dict[str, Any]:
+    """Return the whole mapping of a recipe; a study asks at every trial, and it never changes."""
+    return candidate_from_mapping(json.loads(recipe), place=place).as_mapping()
+
+
 def _holds(whole: Mapping[str, Any], block: Mapping[str, Any]) -> bool:
     """Return whether a whole candidate says everything that a partial one does."""
     return all(same(value_at(whole, path), value) for path, value in leaves(block))
@@ -401,9 +403,14 @@ def _kind_of(path: str) -> str:
         find_file(path, "search_spaces")
     except ConfigError:
         return "candidate"
-    if Path(path).is_file():
-        return "search space" if SPACE_KEYS & set(read_yaml_mapping(Path(path))) else "candidate"
-    return "search space"
+    if not Path(path).is_file():
+        return "search space"
+    keys = {str(key) for key in read_yaml_mapping(Path(path))}
+    known = keys & {*SPACE_KEYS, *Candidate.model_fields}
+    # Misspelt keys speak only where no other does.
+    near = keys if not known else set()
+    of_space = known & SPACE_KEYS or any(get_close_matches(key, SPACE_KEYS, n=1) for key in near)
+    return "search space" if of_space else "candidate"
 
 
 def check_file(path: str | Path) -> CheckResult:
@@ -421,7 +428,26 @@ def explain_file(path: str | Path) -> list[str]:
     """Return sentences on what a candidate or a search space amounts to."""
     if _kind_of(str(path)) == "candidate":
         return explain(load_candidate(path))
-    return explain(load_candidate(load_space(path).base))
+    return explain_space(load_space(path))
+
+
+def explain_space(space: SearchSpace) -> list[str]:
+    """Return sentences: what is searched and swept, when it ends, and what the base amounts to."""
+    combinations = 1
+    for values in space.decoding.axes.values():
+        combinations *= len(values)
+    budget = [f"{space.budget.trials} trials"]
+    budget += [f"{space.budget.timeout_s:g} s"] if space.budget.timeout_s else []
+    budget += [f"{space.budget.gpu_hours:g} GPU hours"] if space.budget.gpu_hours else []
+    return [
+        f"Minimises {space.objective.metric} over {len(space.parameters)} parameters, "
+        f"{sum(bool(p.when) for p in space.parameters.values())} of them conditional; ends after "
+        f"{' or '.join(budget)}"
+        + (f", or below {space.objective.stop_at:g}." if space.objective.stop_at else "."),
+        f"{combinations:,} combinations of {space.decoding.decoder} are swept per evaluation.",
+        f"Enqueued first: {', '.join(space.warm_starts) or 'nothing'}.",
+        *(f"Base '{space.base}': {line}" for line in explain(space.candidate({}))),
+    ]
 
 
 def thresholds_yaml(decoder: str, arguments: Mapping[str, Any]) -> str:
