@@ -83,9 +83,10 @@ class Coordinates:
     @classmethod
     def identity(cls, patches: Patches, chosen: Sequence[int]) -> Coordinates:
         """Return coordinates that change nothing."""
-        axes = [torch.arange(n, dtype=torch.float32) for n in patches.shape]
-        grid = torch.stack(torch.meshgrid(*axes, indexing="ij")).to(patches.image.device)
-        points = grid.expand(len(chosen), *grid.shape).clone()
+        points = patches.image.new_empty((len(chosen), 3, *patches.shape))
+        for axis, n in enumerate(patches.shape):
+            sides = [-1 if other == axis else 1 for other in range(3)]
+            points[:, axis] = torch.arange(n, device=points.device).reshape(sides)
         size = patches.voxel_size_nm or (1.0, 1.0, 1.0)
         return cls(list(chosen), points, patches.shape, size)
 
