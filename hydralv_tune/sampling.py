@@ -7,7 +7,9 @@ instances, is computed once and cut along.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -19,8 +21,7 @@ from torch import Tensor
 from hydralv_tune.config import Data
 from hydralv_tune.errors import ConfigError, as_input_error
 from hydralv_tune.normalisation import Normalisation, fit_normalisation
-from hydralv_tune.patches import Patches
-from hydralv_tune.patches import INTENSITY_RANGES
+from hydralv_tune.patches import INTENSITY_RANGES, Patches
 from hydralv_tune.targets import instance_edt
 from hydralv_tune.volumes import Volume
 
@@ -32,6 +33,9 @@ MOST_PLACES = 1 << 20
 PAD_MODES = {"reflect": "reflect", "constant": "constant", "replicate": "edge"}
 OUTSIDE = -1.0
 """The distance target where there is no instance."""
+
+READERS = 2
+"""Threads that read ahead from disk."""
 
 RESIDENT_BYTES = 9
 """Bytes a voxel takes on the device beside its image: label 4, distance 4, mask 1."""
@@ -151,12 +155,9 @@ class ResidentVolume:
                 clip_high=chosen.clip_percentile_high,
             )
             distance = instance_edt(label, **distance_arguments(data, volume))
-        size = data.train_resolution or volume.voxel_size_nm
-        self.voxel_size_nm = (
-            None if size is None else (float(size[0]), float(size[1]), float(size[2]))
-        )
-        self.intensity_range = INTENSITY_RANGES[chosen.normalize]
         pad = data.pad_size
+        self.voxel_size_nm = known_voxel_size(data, volume)
+        self.intensity_range = INTENSITY_RANGES[chosen.normalize]
         self.places = find_places(volume.name, label, volume.mask, pad=pad, seed=seed)
         self.device = device
         self.image = upload(_padded(volume.image, pad, PAD_MODES[data.pad_mode]), device)
@@ -206,7 +207,7 @@ def distance_arguments(data: Data, volume: Volume) -> dict[str, Any]:
         if target.name == "instance_edt":
             arguments.update(target.kwargs)
     if data.label_transform.edt_voxel_size == "volume":
-        size = data.train_resolution or volume.voxel_size_nm
+        size = known_voxel_size(data, volume)
         if size is None:
             raise ConfigError(
                 f"Volume '{volume.name}': data.label_transform.edt_voxel_size is volume, but its "
@@ -214,6 +215,15 @@ def distance_arguments(data: Data, volume: Volume) -> dict[str, Any]:
             )
         arguments["voxel_size_nm"] = size
     return arguments
+
+
+def known_voxel_size(data: Data, volume: Volume) -> tuple[float, float, float] | None:
+    """Return the voxel size (z, y, x) that the candidate or the volume states."""
+    size = data.train_resolution or volume.voxel_size_nm
+    if size is None or len(size) != 3:
+        return None
+    z, y, x = (float(side) for side in size)
+    return z, y, x
 
 
 def boundary_arguments(data: Data) -> dict[str, Any]:
@@ -309,6 +319,16 @@ def upload(array: npt.NDArray[Any], device: torch.device) -> Tensor:
     return torch.from_numpy(array.copy() if not array.flags.writeable else array).to(device)
 
 
+@dataclass(frozen=True)
+class _Due:
+    """A batch that is being read: where the generator stood before it, and its parts."""
+
+    batch: int
+    before: Tensor
+    order: Ints
+    parts: list[Future[Patches]]
+
+
 class PatchSampler:
     """Draws batches of patches from several volumes.
 
@@ -321,6 +341,7 @@ class PatchSampler:
         patch_size: Voxels (z, y, x).
         foreground_share: Share of patches centred on an instance.
         seed: Of the draws.
+        ahead: Batches read ahead by threads, for volumes on disk; what is drawn is the same.
 
     Raises:
         ConfigError: A patch is larger than a volume.
@@ -333,6 +354,7 @@ class PatchSampler:
         patch_size: Sequence[int],
         foreground_share: float,
         seed: int,
+        ahead: int = 0,
     ) -> None:
         self.sources = list(sources)
         depth, height, width = (int(side) for side in patch_size)
@@ -345,25 +367,45 @@ class PatchSampler:
         self._volume_ends = np.cumsum(voxels / voxels.sum())
         counts = [len(source.places.sizes) for source in self.sources]
         self._instances = [(v, i) for v, count in enumerate(counts) for i in range(count)]
+        self.ahead = ahead
+        self._due: deque[_Due] = deque()
+        self._readers = ThreadPoolExecutor(READERS) if ahead else None
 
     def draw(self, batch: int) -> Patches:
         """Return so many patches, normalised, on the device of the volumes."""
+        if self._readers is None:
+            order, jobs = self._jobs(batch)
+            return _joined([source.cut(starts, self.size) for source, starts in jobs], order)
+        if self._due and self._due[0].batch != batch:
+            self._forget()
+        while len(self._due) <= self.ahead:
+            before = self.generator.get_state()
+            order, jobs = self._jobs(batch)
+            parts = [self._readers.submit(source.cut, starts, self.size) for source, starts in jobs]
+            self._due.append(_Due(batch, before, order, parts))
+        due = self._due.popleft()
+        return _joined([part.result() for part in due.parts], due.order)
+
+    def _jobs(self, batch: int) -> tuple[Ints, list[tuple[Source, Ints]]]:
+        """Return the row of each patch in the batch, and what is cut of each volume."""
         places = self.draw_places(batch)
-        parts, order = [], []
+        jobs: list[tuple[Source, Ints]] = []
+        rows: list[int] = []
         for number, source in enumerate(self.sources):
-            rows = [row for row, (volume, _) in enumerate(places) if volume == number]
-            if rows:
-                starts = np.array([places[row][1] for row in rows], np.int64)
-                parts.append(source.cut(starts, self.size))
-                order.extend(rows)
-        if len(parts) == 1:
-            return parts[0]
-        back = torch.from_numpy(np.argsort(np.array(order))).to(parts[0].image.device)
-        image, labels, edt, mask = (
-            torch.cat([getattr(part, name) for part in parts])[back]
-            for name in ("image", "labels", "edt", "mask")
-        )
-        return replace(parts[0], image=image, labels=labels, edt=edt, mask=mask)
+            own = [row for row, (volume, _) in enumerate(places) if volume == number]
+            if own:
+                jobs.append((source, np.array([places[row][1] for row in own], np.int64)))
+                rows.extend(own)
+        return np.array(rows, np.int64), jobs
+
+    def _forget(self) -> None:
+        """Drop what was read ahead, and stand where its first batch was drawn."""
+        if self._due:
+            self.generator.set_state(self._due[0].before)
+        for due in self._due:
+            for part in due.parts:
+                part.cancel()
+        self._due.clear()
 
     def draw_places(self, batch: int) -> list[tuple[int, tuple[int, int, int]]]:
         """Return (volume, first voxel) of so many patches."""
@@ -376,21 +418,20 @@ class PatchSampler:
             volume, instance = self._instances[int(u[1] * len(self._instances))]
             places = self.sources[volume].places
             voxel = places.first[instance] + int(u[2] * places.sizes[instance])
-            centre = np.unravel_index(int(places.instances[voxel]), places.shape)
-            return volume, self._clamped(places, [int(c) - s // 2 for c, s in
-                                                  zip(centre, self.size, strict=True)])  # fmt: skip
+            middle = _unravelled(int(places.instances[voxel]), places.shape)
+            corner = [c - s // 2 for c, s in zip(middle, self.size, strict=True)]
+            return volume, self._clamped(places, corner)
         volume = int(np.searchsorted(self._volume_ends, u[1], side="right"))
-        places = self.sources[min(volume, len(self.sources) - 1)].places
+        volume = min(volume, len(self.sources) - 1)
+        places = self.sources[volume].places
         if places.valid is None:
             room = [side - s + 1 for side, s in zip(places.shape, self.size, strict=True)]
-            return volume, self._clamped(places, [int(v * r) for v, r in
-                                                  zip(u[3:], room, strict=True)])  # fmt: skip
+            return volume, self._clamped(
+                places, [int(v * r) for v, r in zip(u[3:], room, strict=True)]
+            )
         # A voxel of the mask at any place within the patch, so that rims are seen too.
-        index = int(places.valid[int(u[2] * len(places.valid))])
-        corner = [
-            int(c) - int(v * s)
-            for c, v, s in zip(np.unravel_index(index, places.shape), u[3:], self.size, strict=True)
-        ]
+        voxel = _unravelled(int(places.valid[int(u[2] * len(places.valid))]), places.shape)
+        corner = [c - int(v * s) for c, v, s in zip(voxel, u[3:], self.size, strict=True)]
         return volume, self._clamped(places, corner)
 
     def _clamped(self, places: Places, corner: Sequence[int]) -> tuple[int, int, int]:
@@ -402,12 +443,38 @@ class PatchSampler:
         return z, y, x
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a checkpoint keeps."""
-        return {"generator": self.generator.get_state()}
+        """Return what a checkpoint keeps: where the next batch that is given was drawn."""
+        return {"generator": self._due[0].before if self._due else self.generator.get_state()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over what a checkpoint kept."""
+        self._forget()
         self.generator.set_state(state["generator"])
+
+    def close(self) -> None:
+        """End the readers."""
+        self._forget()
+        if self._readers is not None:
+            self._readers.shutdown(cancel_futures=True)
+
+
+def _joined(parts: Sequence[Patches], order: Ints) -> Patches:
+    """Return the patches of several volumes as one batch, in the order they were drawn."""
+    if len(parts) == 1:
+        return parts[0]
+    back = torch.from_numpy(np.argsort(order)).to(parts[0].image.device)
+    image, labels, edt, mask = (
+        torch.cat([getattr(part, name) for part in parts])[back]
+        for name in ("image", "labels", "edt", "mask")
+    )
+    return replace(parts[0], image=image, labels=labels, edt=edt, mask=mask)
+
+
+def _unravelled(flat: int, shape: tuple[int, int, int]) -> tuple[int, int, int]:
+    """Return (z, y, x) of a flat index."""
+    rest, x = divmod(flat, shape[2])
+    z, y = divmod(rest, shape[1])
+    return z, y, x
 
 
 def check_patch_fits(name: str, shape: Sequence[int], size: Sequence[int]) -> None:

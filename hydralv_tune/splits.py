@@ -6,10 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
-
 from hydralv_tune.config import Split
 from hydralv_tune.errors import ConfigError, VolumeError, unknown_name
+from hydralv_tune.lazy_reader import Windowed, has_truth
 from hydralv_tune.volumes import Volume
 
 AXES = "zyx"
@@ -126,22 +125,23 @@ def slab(volume: Volume, axis: int, start: int, stop: int) -> Volume:
         start: First voxel.
         stop: Voxel after the last.
     """
-    cut = tuple(slice(start, stop) if a == axis else slice(None) for a in range(3))
+    z, y, x = (slice(start, stop) if a == axis else slice(None) for a in range(3))
+
+    def cut(array: Any) -> Any:
+        return array.cut((z, y, x)) if isinstance(array, Windowed) else array[z, y, x]
+
     return replace(
         volume,
         name=f"{volume.name}[{AXES[axis]} {start}:{stop}]",
-        image=volume.image[cut],
-        label=None if volume.label is None else volume.label[cut],
-        mask=None if volume.mask is None else volume.mask[cut],
+        image=cut(volume.image),
+        label=None if volume.label is None else cut(volume.label),
+        mask=None if volume.mask is None else cut(volume.mask),
     )
 
 
 def _check_labelled(volume: Volume) -> None:
     """Refuse a part in which there is nothing to learn or to score."""
-    label = volume.label
-    assert label is not None, "checked before the split"
-    inside = label > 0 if volume.mask is None else (label > 0) & volume.mask
-    if not np.any(inside):
+    if not has_truth(volume):
         raise VolumeError(
             f"Volume '{volume.name}': the label has no labelled voxel inside the mask, so adapted "
             "Rand error is undefined. Check the label path, move data.split, or drop the volume."
@@ -216,7 +216,7 @@ def _folds_of_slabs(volumes: Sequence[Volume], split: Split, margin: int) -> Spl
             sides = ((0, start - margin), (stop + margin, length))
             kept = [slab(volume, split.axis, a, b) for a, b in sides if b - a > 0]
             # A remainder without any instance teaches nothing and is left out.
-            kept = [part for part in kept if part.label is not None and part.label.any()]
+            kept = [part for part in kept if has_truth(part)]
             if not kept:
                 raise VolumeError(
                     f"Volume '{volume.name}': a margin of {margin} voxels around slab {index + 1} "

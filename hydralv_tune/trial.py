@@ -18,6 +18,7 @@ import torch
 from hydralv_tune import records
 from hydralv_tune.config import Candidate, DecodingGrid, candidate_from_mapping
 from hydralv_tune.errors import HydraLVError, InputError, TrialFailed
+from hydralv_tune.lazy_reader import is_too_large, open_volume
 from hydralv_tune.prediction import pick_device
 from hydralv_tune.records import TrialRecord
 from hydralv_tune.space import Objective
@@ -156,10 +157,10 @@ def run_trial(
     deadline = None if spec.timeout_s is None else time.monotonic() + spec.timeout_s
     with _threads(spec.threads or spec.candidate.system.cpu_threads):
         with stage("reading"):
-            given = [read_volume(paths) for paths in spec.volumes] if volumes is None else volumes
+            given = _read(spec) if volumes is None else list(volumes)
             held_out = _held_out(spec.candidate)
         with stage("preparing"):
-            run = TrialRun(spec, list(given), held_out, device)
+            run = TrialRun(spec, given, held_out, device)
             out.mkdir(parents=True, exist_ok=True)
             run.resume()
             records.write_atomically(
@@ -217,6 +218,20 @@ def _finished(spec: TrialSpec, volumes: Sequence[Volume] | None) -> TrialRecord 
     fingerprints = None if volumes is None else [v.fingerprint() for v in volumes]
     check_continues(spec.out, record.config, record.volumes, spec.candidate, fingerprints)
     return record
+
+
+def _read(spec: TrialSpec) -> list[Volume]:
+    """Return the volumes of a spec; those over `data.memory_limit_gb` stay on disk.
+
+    Raises:
+        VolumeError: One cannot be read.
+    """
+    volumes = []
+    for paths in spec.volumes:
+        lazy = open_volume(paths)
+        large = is_too_large(lazy, spec.candidate.data.memory_limit_gb)
+        volumes.append(lazy if large else read_volume(paths))
+    return volumes
 
 
 def _held_out(candidate: Candidate) -> list[Volume]:

@@ -20,6 +20,7 @@ from hydralv_tune.config import Candidate
 from hydralv_tune.errors import InputError, TrialFailed, TrialInterrupted, as_input_error
 from hydralv_tune.evaluation import Outcome, better, evaluate
 from hydralv_tune.figures import draw_heatmap
+from hydralv_tune.lazy_reader import LazySource, as_lazy, is_lazy, is_too_large, part_to_score
 from hydralv_tune.monitoring import Monitor
 from hydralv_tune.pictures import draw_contact_sheet, draw_losses
 from hydralv_tune.prediction import network_of
@@ -42,6 +43,9 @@ if TYPE_CHECKING:
 
 LEAST_SWEEP_S = 2.0
 """An intermediate sweep may take so long whatever its share: tiny trainings would starve."""
+
+BATCHES_AHEAD = 3
+"""Batches read ahead from a volume on disk."""
 
 TRAINING_FORMAT = "hydralv_tune training"
 
@@ -89,6 +93,11 @@ class TrialRun:
         held_out: list[Volume],
         device: torch.device,
     ) -> None:
+        limit = spec.candidate.data.memory_limit_gb
+        volumes, held_out = (
+            [as_lazy(volume) if is_too_large(volume, limit) else volume for volume in group]
+            for group in (volumes, held_out)
+        )
         self.spec = spec
         self.candidate: Candidate = spec.candidate
         self.device = device
@@ -116,11 +125,16 @@ class TrialRun:
     def _fold(self, index: int, fold: Fold) -> FoldRun:
         """Return the trainer of a fold, at its start."""
         data, seed = self.candidate.data, self.candidate.system.seed + 1000 * index
+        lazy = any(is_lazy(volume) for volume in fold.train)
         sampler = PatchSampler(
-            [ResidentVolume(volume, data, self.device, seed) for volume in fold.train],
+            [
+                (LazySource if is_lazy(volume) else ResidentVolume)(volume, data, self.device, seed)
+                for volume in fold.train
+            ],
             patch_size=data.patch_size,
             foreground_share=data.sampling.foreground_share,
             seed=seed,
+            ahead=BATCHES_AHEAD if lazy else 0,
         )
         with seeded(seed, self.device):
             network = network_of(self.candidate)
@@ -128,7 +142,20 @@ class TrialRun:
         # Channels last: 1.0 to 2.3 times faster on a CPU (measured on four small networks).
         network.to(self.device).to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
         trainer = Trainer(self.candidate, network, sampler, self.device, seed=seed)
-        return FoldRun(fold.name, trainer, fold.score)
+        score = tuple(self._scorable(volume) for volume in fold.score)
+        return FoldRun(fold.name, trainer, score)
+
+    def _scorable(self, volume: Volume) -> Volume:
+        """Return the volume, or those of its sections that can be scored in memory."""
+        if not is_lazy(volume):
+            return volume
+        part = part_to_score(volume, self.candidate.data.memory_limit_gb)
+        if part.name != volume.name:
+            self.notes.append(
+                f"Volume '{volume.name}' is over data.memory_limit_gb: it is read lazily, and "
+                f"scored on {part.name}, the sections with most truth that fit"
+            )
+        return part
 
     @property
     def seconds(self) -> float:
@@ -255,7 +282,9 @@ class TrialRun:
                 replace(self._record(state), error=str(error) or type(error).__name__).write()
 
     def close(self) -> None:
-        """Write what TensorBoard has pending."""
+        """Write what TensorBoard has pending, and end the readers."""
+        for fold in self.folds:
+            fold.trainer.sampler.close()
         if self._monitor is not None:
             self._monitor.close()
 
