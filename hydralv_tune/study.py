@@ -32,6 +32,7 @@ import uuid
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import optuna
@@ -71,7 +72,8 @@ from hydralv_tune.trial_view import (
 
 HEARTBEAT_S = 30.0
 GRACE_S = 120.0
-DUPLICATE_TRIES = 5
+DUPLICATE_TRIES = 3
+UNTRIED_TRIES = 200
 GUARD = "f1_iou50"
 SPACE, OUT, VOLUMES = "space", "out", "volumes"
 
@@ -289,13 +291,18 @@ class Study:
             number: The trial; None for the study. An artifact must be there before `tell`.
             path: The file.
             store: Has `write(id, file)`, as Optuna's artifact stores.
+
+        Raises:
+            DatabaseAway: Try again later.
+            StudyError: There is no such trial.
         """
         owner = self.optuna if number is None else _by_number(self.optuna, number)
         if owner is None:
             raise StudyError(f"Study '{self.name}' has no trial {number}.")
-        return optuna.artifacts.upload_artifact(
-            artifact_store=store, file_path=str(path), study_or_trial=owner, storage=self.rdb
-        )
+        with _database():
+            return optuna.artifacts.upload_artifact(
+                artifact_store=store, file_path=str(path), study_or_trial=owner, storage=self.rdb
+            )
 
     def write_note(self, number: int | None, text: str) -> None:
         """Write the note that the dashboard shows of a trial, or of the study.
@@ -306,14 +313,15 @@ class Study:
         """
         from optuna_dashboard import save_note  # slow to import, and only drivers write notes
 
-        if number is None:
-            save_note(self.optuna, text)
-            return
-        frozen = _by_number(self.optuna, number)
-        if frozen is None:
-            raise StudyError(f"Study '{self.name}' has no trial {number}.")
-        # The trial's own object writes nothing else, whatever state the trial is in.
-        save_note(optuna.trial.Trial(self.optuna, frozen._trial_id), text)
+        owner: Any = self.optuna
+        if number is not None:
+            frozen = _by_number(self.optuna, number)
+            if frozen is None:
+                raise StudyError(f"Study '{self.name}' has no trial {number}.")
+            # Only the identity is used; a real `Trial` would ask the sampler first.
+            owner = SimpleNamespace(storage=self.rdb, study=self.optuna, _trial_id=frozen._trial_id)
+        with _database():
+            save_note(owner, text)
 
     def close(self) -> None:
         """Close the connections of this process."""
@@ -522,7 +530,11 @@ class Driver:
                 asked = self._new_trial()
                 if asked is not None:
                     return asked
-        return "wait"
+            params = self._untried()
+            if params is None:  # the space has no more combinations
+                return "wait" if counts["running"] else "done"
+            self.study.optuna.enqueue_trial(params)
+            return self._new_trial() or "wait"
 
     def report(self, number: int, step: int, value: float) -> Literal["go", "prune", "refused"]:
         """Store an intermediate value and return whether the trial goes on.
@@ -651,6 +663,21 @@ class Driver:
             params=params,
             warm_start=warm_start,
         )
+
+    def _untried(self) -> dict[str, Any] | None:
+        """Return parameters drawn at random that no trial has, or None where none are found."""
+        trials = self.study.trials()
+        draw = optuna.samplers.RandomSampler(seed=len(trials)).sample_independent
+        for _ in range(UNTRIED_TRIES):
+            params: dict[str, Any] = {}
+            for key, parameter in self.space.parameters.items():
+                if self.space.is_active(key, params):
+                    params[key] = draw(
+                        self.study.optuna, self.study.frozen()[0], key, _distribution(parameter)
+                    )
+            if duplicate_of(params, None, trials, number=-1) is None:
+                return params
+        return None
 
     def _inherit(self, trial: optuna.Trial, retry_of: int | None, trials: list[TrialView]) -> None:
         """Give a retry the evaluations of the attempt before, from whose checkpoint it goes on."""

