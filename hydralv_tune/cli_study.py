@@ -112,6 +112,7 @@ def _run(
     from hydralv_tune.config import parse_overrides
     from hydralv_tune.launch import run_study
     from hydralv_tune.live_view import LiveView
+    from hydralv_tune.publish import publish_study_end, publish_trial_end
     from hydralv_tune.space import load_space
 
     space = load_space(space_name)
@@ -121,15 +122,18 @@ def _run(
     folder = out or Path("runs") / name
     url = storage or f"sqlite:///{folder / 'study.db'}"
     with LiveView(name, trials=options["trials"] or space.budget.trials) as view:
-        return run_study(
+        facts = run_study(
             space,
             volumes,
             study=name,
             storage=url,
             out=folder,
             on_event=view.on_event,
+            on_trial_end=publish_trial_end,
             **options,
         )
+    publish_study_end(url, name)
+    return facts
 
 
 def _show_facts(facts: dict[str, Any], json: bool) -> None:

@@ -12,7 +12,7 @@ from typing import IO, Any, BinaryIO
 from hydralv_tune.errors import HydraLVError
 from hydralv_tune.records import TrialRecord, read_record, write_atomically
 from hydralv_tune.space import SearchSpace
-from hydralv_tune.study import Driver, Study
+from hydralv_tune.study import Driver, Study, open_readonly
 from hydralv_tune.trial_view import TrialView, best_trial, count_states
 from hydralv_tune.wording import figure, number_of
 
@@ -131,6 +131,18 @@ def publish_trial(
                 study.attach(number, folder / name, store)
     record = read_record(folder / "record.json") if (folder / "record.json").is_file() else None
     study.write_note(number, trial_note(number, state, attributes, record))
+
+
+def publish_study_end(storage: str, name: str) -> None:
+    """Write the note of a study once its run is over; it counts the last trial too."""
+    try:
+        study = open_readonly(storage, name)
+        try:
+            publish_study(study)
+        finally:
+            study.close()
+    except (HydraLVError, OSError):
+        return
 
 
 def publish_study(study: Study) -> None:
