@@ -491,8 +491,12 @@ class Candidate(Section):
         """Return the candidate as plain JSON types, defaults included."""
         return self.model_dump(mode="json")
 
-    def with_overrides(self, overrides: Mapping[str, Any]) -> Candidate:
+    def with_overrides(self, overrides: Mapping[str, Any], place: str = "--set") -> Candidate:
         """Return the candidate with a partial mapping laid over it.
+
+        Args:
+            overrides: A partial candidate.
+            place: Where it came from, for the message.
 
         Raises:
             ConfigError: The result breaks a rule.
@@ -500,4 +504,4 @@ class Candidate(Section):
         # Loading knows this module; here it is needed the other way round.
         from hydralv_tune.config import candidate_from_mapping
 
-        return candidate_from_mapping(overrides, place="override", base=self.as_mapping())
+        return candidate_from_mapping(overrides, place=place, base=self.as_mapping())

@@ -54,6 +54,13 @@ def test_deep_nesting_is_no_crash() -> None:
         parse_yaml("[" * 20000, "x.yaml")
 
 
+def test_a_value_inside_itself_is_refused() -> None:
+    with pytest.raises(ConfigError, match="no valid YAML: found unconstructable recursive node"):
+        parse_yaml("a: &a {b: *a}", "x.yaml")
+    with pytest.raises(ConfigError, match="recursive"):
+        parse_yaml("model: {filters: &l [*l, 2]}", "x.yaml")
+
+
 def test_a_file_holds_a_mapping(tmp_path: Path) -> None:
     path = tmp_path / "a.yaml"
     path.write_text("")
