@@ -429,8 +429,12 @@ def test_wrong_input_is_refused(change: Callable[..., Any], reason: str) -> None
         sweep(*change(maps, truth), Grid(CONTOUR, {}))
 
 
-def test_unknown_metric_is_refused() -> None:
+def test_wrong_settings_are_refused() -> None:
     maps, truth, _ = noisy()
+    with pytest.raises(ValueError, match="at least one must work"):
+        sweep(maps, truth, None, Grid(CONTOUR, {}), threads=0)
+    with pytest.raises(ValueError, match="number of seconds from 0"):
+        sweep(maps, truth, None, Grid(CONTOUR, {}), time_limit_s=float("nan"))
     with pytest.raises(ValueError, match="Unknown metric"):
         sweep(maps, truth, None, Grid(CONTOUR, {}), objective=SimpleNamespace(metric="accuracy"))
 

@@ -210,18 +210,28 @@ def test_recomputed_distance_equals_scipys(seed: int, masked: bool) -> None:
     assert np.allclose(np.sqrt(squares), np.where(allowed, wanted, 0))
 
 
-def test_distance_decoder_floods_the_recomputed_distance_inside_its_foreground() -> None:
-    rng = np.random.default_rng(4)
-    noise = ndimage.gaussian_filter(rng.normal(size=(12, 40, 40)), 2)
-    distance = np.clip(noise / noise.std() / 2, -1, 1).astype(np.float32)
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 10**6), st.booleans(), st.sampled_from([-0.5, 0.1, 0.6]))
+def test_distance_decoder_floods_the_recomputed_distance(
+    seed: int, masked: bool, limit: float
+) -> None:
+    rng = np.random.default_rng(seed)
+    shape = tuple(rng.integers(2, 9, 3))
+    distance = (rng.integers(-4, 5, shape) / 4).astype(np.float32)
     maps = np.stack([np.zeros_like(distance), np.zeros_like(distance), distance])
-    foreground = distance > 0.1
-    markers = ndimage.label(distance > 0.6, np.ones((3, 3, 3)))[0]
-    height = -ndimage.distance_transform_edt(foreground)
+    mask = rng.random(shape) < 0.8 if masked else np.ones(shape, bool)
+    mask.flat[0] = True
+    foreground = (distance > limit) & mask
+    if foreground.all():
+        return
+    markers = ndimage.label((distance > 0.3) & mask, np.ones((3, 3, 3)))[0]
+    height = -ndimage.distance_transform_edt(foreground).astype(np.float32)
     wanted = heap_flood(height, np.where(foreground, markers, 0), foreground)
-    labels = decode(DISTANCE, maps, distance_threshold=[0.6, 0.1], min_seed_size=1)
-    assert labels.max() > 3
-    assert np.array_equal(labels, wanted)
+    labels = decode(
+        DISTANCE, maps, mask if masked else None, distance_threshold=[0.3, limit], min_seed_size=1
+    )
+    present = np.unique(wanted[wanted > 0])
+    assert np.array_equal(labels, np.searchsorted(present, wanted) * (wanted > 0) + (wanted > 0))
 
 
 def test_volume_flood_equals_the_public_decoder_voxel_for_voxel(shared_data: Path) -> None:
