@@ -36,6 +36,8 @@ BACKGROUND = (0.0, 0.0, -1.0)
 LOWEST = (0.0, 0.0, -1.0)
 PAD_MODES = {"reflect": "reflect", "constant": "constant", "replicate": "edge", "circular": "wrap"}
 """Our padding modes as NumPy names them."""
+CPU_WINDOWS = 4
+"""Windows at once on a CPU where the candidate does not say: one at a time is the slowest way."""
 VOLUME_SHARE = 0.5
 """Share of the free GPU memory that image and stitched result may take before they stay behind."""
 
@@ -113,7 +115,9 @@ def load_network(
         match_weights(network, weights)
     except ValueError as error:
         raise CheckpointError(f"{path}: {error}") from error
-    return network.to(device).eval(), candidate
+    # As in training: convolutions are up to 1.7 times faster in this order on a CPU.
+    network.to(device).to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
+    return network.eval(), candidate
 
 
 @dataclass(frozen=True)
@@ -290,7 +294,9 @@ def predict(
 def _within_memory(job: _Job) -> Tensor:
     """Return the stitched result; windows at once are halved while the GPU's memory runs out."""
     window = job.candidate.inference.sliding_window
-    batch = window.sw_batch_size or job.candidate.system.inference.batch_size
+    batch = window.sw_batch_size or max(
+        job.candidate.system.inference.batch_size, CPU_WINDOWS if job.device.type == "cpu" else 1
+    )
     while True:
         try:
             return _stitched(job, batch)
@@ -315,9 +321,12 @@ def _stitched(job: _Job, batch: int) -> Tensor:
     done = 0
 
     def probabilities(inputs: Tensor) -> Tensor:
+        # For a single narrow item on a single thread, torch leaves oneDNN for a convolution that
+        # is ten times slower (719 ms for a window of the smoke network, 67 ms among others).
+        alone = len(inputs) == 1 and device.type == "cpu" and torch.get_num_threads() == 1
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=mixed):
-            logits = job.network(inputs)
-        return activate(logits.float(), tta.channel_activations)
+            logits = job.network(inputs.expand(2, -1, -1, -1, -1) if alone else inputs)
+        return activate(logits[: len(inputs)].float(), tta.channel_activations)
 
     def of_windows(inputs: Tensor, places: Sequence[Sequence[slice]]) -> Tensor:
         nonlocal done

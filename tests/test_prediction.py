@@ -334,8 +334,12 @@ def test_a_checkpoint_gives_back_network_and_candidate(
     loaded, its_candidate = load_network(path)
     assert its_candidate == setting
     assert not loaded.training
+    weights = network.state_dict()
+    assert all(torch.equal(weights[key], value) for key, value in loaded.state_dict().items())
     image = picture((16, 32, 32))
-    assert np.array_equal(predict(loaded, image, its_candidate), predict(network, image, setting))
+    again = predict(loaded, image, its_candidate)
+    # Its memory is laid out otherwise, so sums are rounded in another order.
+    assert np.abs(again - predict(network, image, setting)).max() < 2e-3
 
 
 def test_a_wrong_checkpoint_is_refused_with_a_reason(tmp_path: Path) -> None:
