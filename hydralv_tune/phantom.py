@@ -35,7 +35,7 @@ SIZE_SPREAD = 0.378
 MASK_SHARE = 0.021
 FOREGROUND_IN_MASK = 0.107
 LARGEST_MASK_SHARE = 0.45
-TOUCHING_SHARE = 0.2
+TOUCHING_SHARE = 0.12
 # Distractors inside the mask, for each vesicle.
 INSIDE: tuple[tuple[float, Callable[[np.random.Generator], Look]], ...] = (
     (0.7, clear_ring_look),
@@ -148,15 +148,17 @@ class _Placer:
         self.outside = ~host.mask
 
     def vesicles(self, sizes: np.ndarray) -> np.ndarray:
-        """Place all vesicles, a fifth of them in touch with another, and return the labels."""
+        """Place all vesicles, some of them in touch with another, and return the labels."""
         label = np.zeros(self.shape, dtype=np.uint16)
         ids = self.rng.permutation(len(sizes)) + 1
         centres: list[tuple[int, int, int]] = []
         bodies: list[Body] = []
+        others = max(len(sizes) - 1, 0)
+        touching = 1 + self.rng.permutation(others)[: round(TOUCHING_SHARE * len(sizes))]
         for index, size in enumerate(sizes):
             body = random_body(int(size), self.rng)
             look = vesicle_look(self.rng)
-            touch = bool(centres) and self.rng.random() < TOUCHING_SHARE
+            touch = index in touching
             found = self._beside(body, look, bodies, centres) if touch else None
             if found is None:
                 found = self._inside(body, look, tries=600)
@@ -173,7 +175,7 @@ class _Placer:
         before = self.number
         for share, look in INSIDE:
             for _ in range(int(np.ceil(share * instances))):
-                size = int(np.clip(np.exp(self.rng.normal(np.log(450), 0.45)), 160, 1_400))
+                size = int(np.clip(np.exp(self.rng.normal(np.log(460), 0.4)), 240, 1_400))
                 self._inside(random_body(size, self.rng), look(self.rng), tries=240)
         room = int(self.outside.sum())
         for voxels, look, (low, high) in OUTSIDE:
@@ -207,13 +209,13 @@ class _Placer:
         centres: list[tuple[int, int, int]],
     ) -> tuple[np.ndarray, tuple[int, int, int]] | None:
         """Draw a vesicle in touch with one that is there."""
-        for _ in range(80):
+        for _ in range(200):
             other = int(self.rng.integers(len(centres)))
             apart = bodies[other].radius_nm(VOXEL_SIZE_NM) + body.radius_nm(VOXEL_SIZE_NM)
             tilt, turn = self.rng.normal(0, 0.35), self.rng.uniform(0, 2 * np.pi)
             direction = (np.sin(tilt), np.cos(tilt) * np.sin(turn), np.cos(tilt) * np.cos(turn))
             z, y, x = (
-                round(c + 0.96 * apart * d / s)
+                round(c + 0.98 * apart * d / s)
                 for c, d, s in zip(centres[other], direction, VOXEL_SIZE_NM, strict=True)
             )
             if not all(0 <= c < n for c, n in zip((z, y, x), self.shape, strict=True)):

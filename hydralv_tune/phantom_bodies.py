@@ -103,9 +103,9 @@ def vesicle_look(rng: np.random.Generator) -> Look:
     faded = rng.random() < 0.2
     broken = rng.random() < 0.25
     return Look(
-        lumen=-rng.uniform(0.11, 0.22),
+        lumen=-rng.uniform(0.13, 0.24),
         grain=rng.uniform(0.05, 0.08),
-        rim=rng.uniform(0.12, 0.20) if faded else rng.uniform(0.24, 0.46),
+        rim=rng.uniform(0.13, 0.21) if faded else rng.uniform(0.24, 0.46),
         rim_nm=rng.uniform(8, 12),
         gap=rng.uniform(0.7, 1.0) if broken else 0.0,
         gap_angle=rng.uniform(0, 2 * np.pi),
@@ -115,7 +115,7 @@ def vesicle_look(rng: np.random.Generator) -> Look:
 def clear_ring_look(rng: np.random.Generator) -> Look:
     """Return the look of a clear ring: a vesicle's rim around a lumen brighter than cytoplasm."""
     return Look(
-        lumen=rng.uniform(0.04, 0.13),
+        lumen=rng.uniform(0.06, 0.14),
         grain=0.01,
         rim=rng.uniform(0.24, 0.48),
         rim_nm=rng.uniform(8, 12),
@@ -172,6 +172,8 @@ def draw_body(
     """
     shape = canvas.taken.shape
     half = body.half_axes_nm(canvas.voxel_size_nm)
+    if not partner and _core_taken(canvas, half, centre):
+        return None
     reach = [
         int(np.ceil((h * 1.25 + 36) / s))
         for h, s in zip((half[0], max(half[1:]), max(half[1:])), canvas.voxel_size_nm, strict=True)
@@ -188,7 +190,7 @@ def draw_body(
     inside = form <= whole
     if partner:
         shared = int((others[inside] == partner).sum())
-        if shared > 0.10 * body.size or ((near != 0) & (near != partner)).any():
+        if shared > 0.06 * body.size or ((near != 0) & (near != partner)).any():
             return None
     elif near.any():
         return None
@@ -208,6 +210,18 @@ def draw_body(
         tuple(p + a for p, a in zip(places, low, strict=True)), shape
     )
     return flat
+
+
+def _core_taken(
+    canvas: Canvas, half: tuple[float, float, float], centre: tuple[int, int, int]
+) -> bool:
+    """Return whether another body holds the middle; nine of ten tries end here, at no cost."""
+    steps = [
+        int(0.55 * h / s)
+        for h, s in zip((half[0], half[1], half[1]), canvas.voxel_size_nm, strict=True)
+    ]
+    core = tuple(slice(max(0, c - r), c + r + 1) for c, r in zip(centre, steps, strict=True))
+    return bool(canvas.taken[core].any())
 
 
 def _exactly(ranked: np.ndarray, limit: float, size: int) -> np.ndarray:

@@ -231,8 +231,9 @@ def _to_membrane(
         sites: (N, 3) sites in nm.
         candidates: (Y, X, 4) the sites that may be nearest.
     """
-    squared = ((place[:, :, None, :] - sites[candidates]) ** 2).sum(axis=-1)
-    order = np.argsort(squared, axis=-1)[..., :2]
+    away = place[:, :, None, :] - sites[candidates]
+    squared = np.einsum("yxki,yxki->yxk", away, away)
+    order = np.argpartition(squared, 1, axis=-1)[..., :2]
     near = np.take_along_axis(squared, order, axis=-1)
     pair = np.take_along_axis(candidates, order, axis=-1)
     between = sites[pair[..., 1]] - sites[pair[..., 0]]
