@@ -63,8 +63,9 @@ def copy_paste(patches: Patches, knobs: Mapping[str, Any], generator: torch.Gene
         other = (row + whole(generator, 1, total - 1)) % total if total > 1 else row
         source = _mirrored(_sample(patches, other), generator)
         target = _sample(patches, row)
-        labels_there = _chosen(source, float(knobs["max_obj_ratio"]), noise)
-        target = _paste(target, source, labels_there, int(knobs["border"]), noise)
+        instance = _chosen(source, float(knobs["max_obj_ratio"]), noise)
+        if instance is not None:
+            target = _paste(target, source, instance, int(knobs["border"]), noise)
         image[row, 0], labels[row], edt[row] = target.image, target.labels, target.edt
     return replace(patches, image=image, labels=labels, edt=edt)
 
@@ -86,7 +87,12 @@ def _mirrored(source: _Sample, generator: torch.Generator) -> _Sample:
     return _Sample(*(torch.flip(part, axes) for part in parts))
 
 
-def _chosen(source: _Sample, largest: float, noise: torch.Generator) -> Tensor:
+def _known_empty(best: Tensor) -> bool:
+    """Return whether nothing was found, where asking is free: on a CPU. Elsewhere go on blindly."""
+    return best.device.type == "cpu" and float(best) == 0
+
+
+def _chosen(source: _Sample, largest: float, noise: torch.Generator) -> Tensor | None:
     """Return the voxels of a random whole instance of at most a share of the patch, if any."""
     bucket = source.labels.bitwise_and(BUCKETS - 1).long()
     labelled = source.labels > 0
@@ -96,6 +102,8 @@ def _chosen(source: _Sample, largest: float, noise: torch.Generator) -> Tensor:
     worth = (sizes > 0) & (sizes <= largest * bucket.numel())
     score = torch.empty_like(sizes).uniform_(1e-3, 1.0, generator=noise) * worth
     best, pick = score.max(0)
+    if _known_empty(best):
+        return None
     return (bucket == pick) & labelled & (best > 0)
 
 
@@ -108,6 +116,8 @@ def _paste(
     free = _free_places(target.bad | _grown(taken, border, depth=1), length)
     score = torch.empty_like(free).uniform_(1e-3, 1.0, generator=noise)
     best, place = score.mul_(free).flatten().max(0)
+    if _known_empty(best):
+        return target
     _, lines, columns = free.shape
     at = torch.stack(
         (

@@ -13,6 +13,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -176,37 +178,34 @@ def affine(where: Coordinates, row: int, knobs: Knobs, generator: torch.Generato
             along it per unit along each other axis.
         generator: A generator on the CPU.
     """
-    matrix = torch.eye(3, dtype=torch.float64)
+    matrix = np.eye(3)
     for axis, reach in enumerate(knobs["rotate_range"]):
         angle = uniform(generator, (-float(reach), float(reach)))
         first, second = (other for other in range(3) if other != axis)
-        turn = torch.eye(3, dtype=torch.float64)
+        turn = np.eye(3)
         turn[first, first] = turn[second, second] = math.cos(angle)
         turn[first, second], turn[second, first] = -math.sin(angle), math.sin(angle)
         matrix = matrix @ turn
-    shear = torch.eye(3, dtype=torch.float64)
+    shear = np.eye(3)
     for axis, reach in enumerate(knobs["shear_range"]):
         for other in range(3):
             if other != axis:
                 shear[axis, other] = uniform(generator, (-float(reach), float(reach)))
-    scale = torch.diag(
-        torch.tensor(
-            [1.0 + uniform(generator, (-float(r), float(r))) for r in knobs["scale_range"]],
-            dtype=torch.float64,
-        )
-    )
-    size = torch.diag(torch.tensor(where.voxel_size, dtype=torch.float64))
-    matrix = torch.linalg.inv(size) @ matrix @ shear @ scale @ size
-    middle = torch.tensor([(n - 1) / 2 for n in where.shape], dtype=torch.float64)
-    offset = middle - matrix @ middle
-    device = where.points.device
-    flat = where.points[row].reshape(3, -1)
+    scale = [1.0 + uniform(generator, (-float(r), float(r))) for r in knobs["scale_range"]]
+    size = np.array(where.voxel_size)
+    matrix = (matrix @ shear @ np.diag(scale)) * size / size[:, None]
+    middle = (np.array(where.shape) - 1) / 2
     moved = torch.addmm(
-        offset.float().to(device, non_blocking=True)[:, None],
-        matrix.float().to(device, non_blocking=True),
-        flat,
+        _sent(middle - matrix @ middle, where.points)[:, None],
+        _sent(matrix, where.points),
+        where.points[row].reshape(3, -1),
     )
     where.points[row] = moved.reshape(where.points[row].shape)
+
+
+def _sent(values: npt.ArrayLike, like: Tensor) -> Tensor:
+    """Return a few numbers as float32 on the device of a tensor, without waiting for it."""
+    return torch.from_numpy(np.asarray(values, dtype=np.float32)).to(like.device, non_blocking=True)
 
 
 def resample(patches: Patches, where: Coordinates) -> Patches:
@@ -250,11 +249,11 @@ def _mirror(where: Coordinates) -> Tensor:
 
     They are mirrored at the rim once; what lies further out than a patch takes the rim's value.
     """
-    outside = torch.zeros_like(where.points[:, 0], dtype=torch.bool)
-    for axis, n in enumerate(where.shape):
-        along = where.points[:, axis]
-        outside |= (along - (n - 1) / 2).abs_() > n / 2
-        along.abs_().sub_(n - 1).abs_().sub_(n - 1).neg_().clamp_(0, n - 1)
+    points = where.points
+    last = _sent([n - 1 for n in where.shape], points).reshape(3, 1, 1, 1)
+    beyond = (points - last / 2).abs_() > (last + 1) / 2
+    outside = beyond[:, 0] | beyond[:, 1] | beyond[:, 2]
+    points.abs_().sub_(last).abs_().neg_().add_(last).clamp_(min=0.0)
     return outside
 
 
