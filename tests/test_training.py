@@ -1,0 +1,490 @@
+"""The loop does what its knobs say, says why it stops, and goes on as if it never had."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from hydralv_tune.config import Candidate, candidate_from_mapping
+from hydralv_tune.errors import CheckpointError, TrialFailed, TrialInterrupted
+from hydralv_tune.optimization import (
+    AveragedWeights,
+    EarlyStop,
+    build_optimizer,
+    rate_factor,
+    step_plan,
+)
+from hydralv_tune.prediction import network_of
+from hydralv_tune.randomness import seeded
+from hydralv_tune.records import load_checkpoint, save_checkpoint
+from hydralv_tune.sampling import PatchSampler, ResidentVolume
+from hydralv_tune.training import (
+    Trainer,
+    build_loss,
+    is_out_of_memory,
+    load_external_weights,
+    shared_parameter,
+)
+from hydralv_tune.volumes import Volume
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+def candidate(**sections: Any) -> Candidate:
+    """Return a candidate whose training takes milliseconds."""
+    small: dict[str, Any] = {
+        "system": {"training": {"batch_size": 2}},
+        "model": {
+            "architecture": "rsunet", "filters": [4, 8], "loss_balancing": {"strategy": "none"},
+            "loss_functions": ["DiceLoss", "BCEWithLogitsLoss", "DiceLoss", "BCEWithLogitsLoss",
+                               "SmoothL1Loss"],
+        },
+        "data": {
+            "patch_size": [4, 16, 16], "pad_size": [0, 0, 0], "iter_num_per_epoch": 8,
+            "augmentation": {"preset": "none"}, "sampling": {"foreground_share": 0.5},
+        },
+        "optimization": {
+            "max_epochs": 3, "accumulate_grad_batches": 1, "precision": "32",
+            "optimizer": {"lr": 1e-3}, "scheduler": {"warmup_epochs": 0, "min_lr": 0.0},
+            "ema": {"enabled": False},
+        },
+        "monitor": {"evaluation": {"count": 3}, "early_stopping": {"enabled": False}},
+    }  # fmt: skip
+    for name, keys in sections.items():
+        small[name] = _merged(small.get(name, {}), keys)
+    return candidate_from_mapping(small, place="test")
+
+
+def _merged(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(old)
+    for key, value in new.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merged(merged[key], value) if both else value
+    return merged
+
+
+def volume() -> Volume:
+    """Return a volume (8, 32, 32) with two bright balls."""
+    rng = np.random.default_rng(0)
+    label = np.zeros((8, 32, 32), np.uint16)
+    grid = np.indices(label.shape)
+    for number, centre in enumerate([(3, 9, 9), (4, 22, 20)], 1):
+        away = sum((g - c) ** 2 * w for g, c, w in zip(grid, centre, (4, 1, 1), strict=True))
+        label[away < 26] = number
+    image = np.where(label > 0, 180, 90) + rng.normal(0, 12, label.shape)
+    return Volume("balls", image.clip(0, 255).astype(np.uint8), label)
+
+
+def trainer(chosen: Candidate, network: nn.Module | None = None, *, seed: int = 0) -> Trainer:
+    """Return a trainer at its start."""
+    sampler = PatchSampler(
+        [ResidentVolume(volume(), chosen.data, CPU, seed)],
+        patch_size=chosen.data.patch_size,
+        foreground_share=chosen.data.sampling.foreground_share,
+        seed=seed,
+    )
+    if network is None:
+        with seeded(seed, CPU):
+            network = network_of(chosen)
+    return Trainer(chosen, network, sampler, CPU, seed=seed)
+
+
+def weights_of(network: nn.Module) -> torch.Tensor:
+    return torch.cat([value.double().flatten() for value in network.state_dict().values()])
+
+
+def test_an_epoch_counts_patches_not_steps() -> None:
+    chosen = candidate(
+        system={"training": {"batch_size": 8}},
+        data={"iter_num_per_epoch": 1280},
+        optimization={"accumulate_grad_batches": 2, "max_epochs": 10},
+    )
+    plan = step_plan(chosen)
+    assert (plan.effective_batch, plan.steps_per_epoch, plan.steps) == (16, 80, 800)
+    assert plan.patches_per_epoch == 1280
+    assert plan.evaluations == (267, 533, 800)
+
+
+def test_there_are_no_more_evaluations_than_steps() -> None:
+    chosen = candidate(
+        data={"iter_num_per_epoch": 2},
+        optimization={"max_epochs": 2},
+        monitor={"evaluation": {"count": 10}},
+    )
+    assert step_plan(chosen).evaluations == (1, 2)
+
+
+def test_the_rate_warms_up_from_a_factor_and_falls_to_a_rate() -> None:
+    chosen = candidate(
+        optimization={
+            "max_epochs": 10,
+            "optimizer": {"lr": 1e-2},
+            "scheduler": {"warmup_epochs": 2, "warmup_start_lr": 0.1, "min_lr": 1e-3},
+        }
+    ).optimization
+    plan = step_plan(candidate(optimization={"max_epochs": 10}))
+    factor = rate_factor(chosen, plan)
+    warm = 2 * plan.steps_per_epoch
+    assert factor(0) == pytest.approx(0.1)
+    assert factor(warm // 2) == pytest.approx(0.55)
+    assert factor(warm) == pytest.approx(1.0)
+    assert factor((warm + plan.steps) // 2) == pytest.approx((1 + 0.1) / 2)
+    assert factor(plan.steps) == pytest.approx(0.1)
+    constant = candidate(optimization={"scheduler": {"name": "constant"}}).optimization
+    assert rate_factor(constant, plan)(plan.steps // 2) == 1.0
+
+
+def test_the_optimizer_has_the_candidate_s_knobs_and_the_balancing_without_decay() -> None:
+    chosen = candidate(
+        model={"loss_balancing": {"strategy": "uncertainty"}},
+        optimization={"optimizer": {"weight_decay": 0.2, "betas": [0.8, 0.9], "eps": 1e-5}},
+    )
+    network, loss = network_of(chosen), build_loss(chosen.model)
+    network_group, balancing = build_optimizer(
+        network, loss.parameters(), chosen.optimization
+    ).param_groups
+    assert network_group["weight_decay"] == 0.2
+    assert network_group["betas"] == (0.8, 0.9)
+    assert network_group["eps"] == 1e-5
+    assert balancing["weight_decay"] == 0.0
+    assert len(balancing["params"]) == 1
+
+
+@pytest.mark.parametrize("strategy", ["uncertainty", "gradnorm"])
+def test_balancing_learns(strategy: str) -> None:
+    chosen = candidate(model={"loss_balancing": {"strategy": strategy}})
+    training = trainer(chosen)
+    before = {task: float(w) for task, w in training.loss.task_weights().items()}
+    training.run_to(10)
+    after = {task: float(w) for task, w in training.loss.task_weights().items()}
+    assert set(after) == {"label", "boundary", "edt"}
+    assert all(before[task] != after[task] for task in after)
+
+
+def test_the_shared_parameter_is_no_head_and_every_task_depends_on_it() -> None:
+    for name in ("rsunet", "monai_unet"):
+        chosen = candidate(
+            model={"architecture": name, "filters": [4, 8], "deep_supervision": False}
+        )
+        network = network_of(chosen)
+        parameter = shared_parameter(network, chosen.model)
+        output = network(torch.randn(1, 1, 4, 16, 16))
+        for channel in range(3):
+            (gradient,) = torch.autograd.grad(
+                output[:, channel].square().sum(), parameter, retain_graph=True
+            )
+            assert gradient.abs().sum() > 0
+
+
+def test_a_small_volume_is_learned() -> None:
+    chosen = candidate(optimization={"max_epochs": 20, "optimizer": {"lr": 1e-2}})
+    training = trainer(chosen)
+    training.run_to(10)
+    first = training.losses()
+    training.run_to(70)
+    training.losses()
+    training.run_to(80)
+    last = training.losses()
+    assert last["total"] < 0.5 * first["total"]
+    assert {"total", "label", "boundary", "edt", "plan_total"} <= set(last)
+    parts = [value for name, value in last.items() if name.startswith("label_")]
+    assert last["label"] == pytest.approx(sum(parts))
+    assert last["plan_total"] == pytest.approx(
+        0.5 * (last["label"] + last["boundary"] + last["edt"])
+    )
+
+
+def test_deep_supervision_trains_the_coarse_heads() -> None:
+    training = trainer(candidate(model={"deep_supervision": True, "filters": [4, 8, 8]}))
+    heads = {k: v.clone() for k, v in training.network.state_dict().items() if "ds_heads" in k}
+    training.run_to(2)
+    state = training.network.state_dict()
+    assert heads
+    assert all(not torch.equal(state[key], value) for key, value in heads.items())
+
+
+def test_accumulated_micro_batches_are_one_large_batch() -> None:
+    """Without batch statistics, four patches in one batch or in four give the same step."""
+
+    def chosen(batch: int, accumulate: int) -> Candidate:
+        return candidate(
+            system={"training": {"batch_size": batch}},
+            model={"norm": "instance", "loss_functions": ["BCEWithLogitsLoss"] * 4 + ["MSELoss"],
+                   "loss_kwargs": []},
+            optimization={"accumulate_grad_batches": accumulate},
+        )  # fmt: skip
+
+    one, four = trainer(chosen(4, 1)), trainer(chosen(1, 4))
+    one.run_to(1)
+    four.run_to(1)
+    torch.testing.assert_close(
+        weights_of(one.network), weights_of(four.network), atol=2e-5, rtol=1e-3
+    )
+    assert one.patches == four.patches == 4
+
+
+def test_gradients_are_clipped() -> None:
+    seen = []
+    for limit in (0.0, 1e-3):
+        training = trainer(candidate(optimization={"gradient_clip_val": limit}))
+        kept: list[float] = []
+
+        def norm(optimizer: Any, *_: Any, kept: list[float] = kept) -> None:
+            grads = [p.grad for g in optimizer.param_groups for p in g["params"]]
+            kept.append(float(torch.cat([g.flatten() for g in grads if g is not None]).norm()))
+
+        training.optimizer.register_step_pre_hook(norm)
+        training.run_to(1)
+        seen.append(kept[0])
+    assert seen[0] > 1e-2
+    assert seen[1] == pytest.approx(1e-3, rel=1e-3)
+
+
+def test_the_average_follows_the_weights_then_lags() -> None:
+    network = nn.Linear(2, 1, bias=False)
+    with torch.no_grad():
+        network.weight.fill_(1.0)
+    average = AveragedWeights(network, decay=0.5, warmup_steps=1)
+    with torch.no_grad():
+        network.weight.fill_(3.0)
+    average.update(network)
+    assert average.network.weight.tolist() == [[3.0, 3.0]]
+    with torch.no_grad():
+        network.weight.fill_(13.0)
+    average.update(network)  # the ramp begins at 1 / 10
+    assert average.network.weight[0, 0].item() == pytest.approx(0.1 * 3 + 0.9 * 13)
+    for _ in range(100):
+        before = average.network.weight[0, 0].item()
+        with torch.no_grad():
+            network.weight.add_(1.0)
+        average.update(network)
+    now = network.weight[0, 0].item()
+    assert average.network.weight[0, 0].item() == pytest.approx(0.5 * before + 0.5 * now)
+
+
+def test_the_averaged_network_is_evaluated_unless_said_otherwise() -> None:
+    averaged = trainer(
+        candidate(optimization={"ema": {"enabled": True, "decay": 0.9, "warmup_steps": 0}})
+    )
+    averaged.run_to(6)
+    assert averaged.evaluated is not averaged.network
+    assert not torch.equal(weights_of(averaged.evaluated), weights_of(averaged.network))
+    plain = trainer(candidate(optimization={"ema": {"enabled": True, "validate_with_ema": False}}))
+    assert plain.evaluated is plain.network
+
+
+def stopping(**keys: Any) -> EarlyStop:
+    return EarlyStop(
+        candidate(monitor={"early_stopping": {"enabled": True, **keys}}).monitor.early_stopping
+    )
+
+
+def test_early_stopping_waits_for_its_patience() -> None:
+    stop = stopping(patience=2, min_delta=0.1)
+    assert stop.check([1.0, 0.8, 0.75], 1) is None
+    assert "after epoch 4: no better loss than 0.8 for 2 epochs" in str(stop.check([0.71], 4))
+
+
+def test_early_stopping_ends_at_threshold_and_divergence() -> None:
+    assert "under the threshold 0.1" in str(stopping(threshold=0.1).check([0.5, 0.05], 1))
+    assert "it diverges" in str(stopping(divergence_threshold=2.0).check([1.0, 3.0], 1))
+    off = EarlyStop(candidate().monitor.early_stopping)
+    assert off.check([9.0] * 500, 1) is None
+
+
+def test_a_training_stops_early() -> None:
+    training = trainer(candidate(monitor={"early_stopping": {"enabled": True, "threshold": 50.0}}))
+    training.run_to(4)
+    assert training.stopped is not None
+    training.run_to(12)
+    assert training.step == 4
+
+
+class Poisoned(nn.Module):
+    """A network that gives not-a-number from a step on, as one that diverged does."""
+
+    def __init__(self, after: int) -> None:
+        super().__init__()
+        self.convolution = nn.Conv3d(1, 3, 1)
+        self.calls = 0
+        self.after = after
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        bad = math.nan if self.calls > self.after else 1.0
+        return self.convolution(x) * bad
+
+
+def test_a_loss_that_is_not_finite_names_step_and_parts() -> None:
+    training = trainer(candidate(), Poisoned(after=4))
+    with pytest.raises(
+        TrialFailed, match=r"not finite at step 5: total nan, label_DiceLoss_0 nan"
+    ) as e:
+        training.run_to(12)
+    assert e.value.stage == "training"
+    assert not e.value.retry
+
+
+class Hungry(nn.Module):
+    """A network that runs out of memory where a batch is larger than it can take."""
+
+    def __init__(self, most: int) -> None:
+        super().__init__()
+        self.convolution = nn.Conv3d(1, 3, 1)
+        self.most = most
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.shape[0] > self.most:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return self.convolution(x)
+
+
+def test_out_of_memory_halves_the_micro_batch_and_keeps_the_effective_one() -> None:
+    chosen = candidate(system={"training": {"batch_size": 8}}, data={"iter_num_per_epoch": 32})
+    training = trainer(chosen, Hungry(most=2))
+    training.run_to(3)
+    assert (training.plan.batch_size, training.plan.accumulate) == (2, 4)
+    assert training.plan.effective_batch == 8
+    assert training.patches == 24
+    assert "micro-batch 8 halved to 4, accumulation raised from 1 to 2" in training.notes[0]
+    assert "micro-batch 4 halved to 2, accumulation raised from 2 to 4" in training.notes[1]
+
+
+def test_a_single_patch_that_does_not_fit_fails_and_may_be_tried_elsewhere() -> None:
+    training = trainer(candidate(), Hungry(most=0))
+    with pytest.raises(TrialFailed, match="out of memory with a batch of one patch") as error:
+        training.run_to(1)
+    assert error.value.retry
+
+
+def test_out_of_memory_is_told_from_other_errors() -> None:
+    assert is_out_of_memory(torch.OutOfMemoryError("x"))
+    assert is_out_of_memory(RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes"))
+    assert is_out_of_memory(MemoryError())
+    assert not is_out_of_memory(RuntimeError("size mismatch"))
+    with pytest.raises(RuntimeError) as error:
+        torch.empty(1 << 60)
+    assert is_out_of_memory(error.value)
+
+
+EVERYTHING: dict[str, Any] = {
+    "model": {"loss_balancing": {"strategy": "gradnorm"}, "dropout": 0.2},
+    "data": {"augmentation": {"preset": "all"}},
+    "optimization": {
+        "ema": {"enabled": True, "decay": 0.9, "warmup_steps": 1},
+        "accumulate_grad_batches": 2,
+    },
+}
+
+
+def test_the_same_seed_gives_the_same_weights() -> None:
+    one, two, other = (trainer(candidate(**EVERYTHING), seed=s) for s in (1, 1, 2))
+    for training in (one, two, other):
+        torch.rand(17)  # what others draw in between changes nothing
+        training.run_to(3)
+    assert torch.equal(weights_of(one.network), weights_of(two.network))
+    assert not torch.equal(weights_of(one.network), weights_of(other.network))
+
+
+def test_training_leaves_the_global_generators_as_they_were() -> None:
+    torch.manual_seed(5)
+    np.random.seed(5)
+    expected = (torch.rand(3), np.random.rand(3))
+    torch.manual_seed(5)
+    np.random.seed(5)
+    trainer(candidate(**EVERYTHING)).run_to(2)
+    assert torch.equal(torch.rand(3), expected[0])
+    np.testing.assert_array_equal(np.random.rand(3), expected[1])
+
+
+@pytest.mark.parametrize("strategy", ["gradnorm", "uncertainty"])
+def test_a_continued_training_is_the_same_bit_for_bit(tmp_path: Path, strategy: str) -> None:
+    chosen = candidate(**{**EVERYTHING, "model": {"loss_balancing": {"strategy": strategy},
+                                                  "dropout": 0.2}})  # fmt: skip
+    whole = trainer(chosen)
+    whole.run_to(7)
+    first = trainer(chosen)
+    first.run_to(3)
+    save_checkpoint(tmp_path / "last.ckpt", first.state_dict())
+    second = trainer(chosen, seed=0)
+    second.load_state_dict(load_checkpoint(tmp_path / "last.ckpt"))
+    second.run_to(7)
+    assert torch.equal(weights_of(whole.network), weights_of(second.network))
+    assert torch.equal(weights_of(whole.evaluated), weights_of(second.evaluated))
+    assert whole.loss.state_dict().keys() == second.loss.state_dict().keys()
+    for key, value in whole.loss.state_dict().items():
+        assert torch.equal(value, second.loss.state_dict()[key])
+    assert whole.losses() == second.losses()
+    assert whole.patches == second.patches
+
+
+def test_a_checkpoint_of_another_network_is_refused() -> None:
+    state = trainer(candidate()).state_dict()
+    with pytest.raises(CheckpointError, match="does not fit this candidate"):
+        trainer(candidate(model={"filters": [4, 4]})).load_state_dict(state)
+
+
+def test_a_stop_comes_between_steps_and_loses_nothing() -> None:
+    asked = iter([False, False, True])
+    stopped = trainer(candidate())
+    with pytest.raises(TrialInterrupted, match="stopped at step 2 of 12"):
+        stopped.run_to(12, should_stop=lambda: next(asked))
+    assert stopped.step == 2
+    stopped.run_to(5)
+    whole = trainer(candidate())
+    whole.run_to(5)
+    assert torch.equal(weights_of(whole.network), weights_of(stopped.network))
+
+
+def test_time_is_told_apart() -> None:
+    training = trainer(candidate())
+    training.run_to(4)
+    assert set(training.clock.seconds) == {"data", "forward_backward", "optimizer"}
+    assert all(value > 0 for value in training.clock.seconds.values())
+
+
+@pytest.mark.parametrize("name", ["plain", "deep"])
+def test_weights_of_pytorch_connectomics_load_and_are_fine_tuned(
+    shared_data: Path, name: str
+) -> None:
+    chosen = candidate(
+        model={
+            "filters": [4, 8, 16],
+            "deep_supervision": name == "deep",
+            "external_weights_path": str(shared_data / "pytc-rsunet" / f"{name}.ckpt"),
+        }
+    )
+    network = network_of(chosen)
+    report = load_external_weights(network, chosen.model)
+    assert report is not None
+    assert "(100.0%)" in report
+    vectors = np.load(shared_data / "pytc-rsunet" / f"{name}.npz")
+    arrays = [torch.from_numpy(vectors[key]) for key in ("input", "output") if key in vectors]
+    if len(arrays) == 2:
+        with torch.no_grad():
+            torch.testing.assert_close(network.eval()(arrays[0]), arrays[1], atol=1e-5, rtol=1e-4)
+    before = weights_of(network).clone()
+    training = trainer(chosen, network)
+    training.run_to(3)
+    assert not torch.equal(before, weights_of(network))
+
+
+def test_a_wrong_prefix_is_refused_not_trained_from_scratch(shared_data: Path) -> None:
+    path = str(shared_data / "pytc-rsunet" / "plain.ckpt")
+    chosen = candidate(
+        model={"filters": [4, 8, 16], "external_weights_path": path,
+               "external_weights_key_prefix": "net."}
+    )  # fmt: skip
+    with pytest.raises(CheckpointError, match=r"plain\.ckpt.*model\."):
+        load_external_weights(network_of(chosen), chosen.model)
