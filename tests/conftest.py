@@ -84,10 +84,13 @@ class FakeStudy:
         self.folder = folder
         self.processes: list[subprocess.Popen[bytes]] = []
 
-    def start(self, **config: Any) -> subprocess.Popen[bytes]:
+    def start(
+        self, environment: dict[str, str] | None = None, **config: Any
+    ) -> subprocess.Popen[bytes]:
         """Start a driver; its events go to a file of its own.
 
         Args:
+            environment: Variables beside those of this process.
             config: As `fake_study.py` takes it; storage and out default to the folder.
         """
         config = {
@@ -107,7 +110,7 @@ class FakeStudy:
                 [sys.executable, str(REPOSITORY / "tests" / "fake_study.py"), str(path)],
                 stdout=out,
                 stderr=err,
-                env={**os.environ, "OMP_NUM_THREADS": "1"},
+                env={**os.environ, "OMP_NUM_THREADS": "1", **(environment or {})},
                 start_new_session=True,
             )
         self.processes.append(process)
@@ -169,3 +172,98 @@ def fake_study(tmp_path: Path) -> Iterator[FakeStudy]:
         yield study
     finally:
         study.end()
+
+
+@dataclass(frozen=True)
+class FinishedStudy:
+    """A study whose trials were really trained, for seconds each, without Ray."""
+
+    folder: Path
+    storage: str
+    name: str
+
+
+TINY_SPACE: dict[str, Any] = {
+    "base": "smoke",
+    "warm_starts": ["smoke"],
+    "fixed": {
+        "model": {"filters": [4, 8]},
+        "data": {"patch_size": [8, 32, 32], "iter_num_per_epoch": 24},
+        "optimization": {"max_epochs": 4},
+        "monitor": {"evaluation": {"count": 2}},
+        "inference": {"sliding_window": {"window_size": [8, 64, 64]}},
+    },
+    "parameters": {
+        "optimization.optimizer.lr": {"float": [1e-3, 1e-2], "log": True},
+        "data.sampling.foreground_share": {"choice": [0.5, 0.8]},
+    },
+    "decoding": {
+        "grid": {
+            "binary_threshold": {"seed": [0.3, 0.5, 0.7], "foreground": [0.3, 0.5]},
+            "contour_threshold": {"seed": [None], "foreground": [None]},
+            "distance_threshold": {"seed": [0.0, 0.3], "foreground": [-0.5, 0.0]},
+            "min_seed_size": [2],
+        }
+    },
+    "objective": {"guard": {"f1_iou50": 0.0}},
+    "budget": {"trials": 3},
+}
+
+
+@pytest.fixture(scope="session")
+def finished_study(tmp_path_factory: pytest.TempPathFactory) -> FinishedStudy:
+    """Return a study of three complete trials, one pruned and one failed, as `run` leaves it."""
+    from hydralv_tune.phantom import make_phantom
+    from hydralv_tune.publish import publish_study, publish_trial_end
+    from hydralv_tune.space import space_from_mapping
+    from hydralv_tune.study import Driver, Study
+    from hydralv_tune.trial import TrialSpec, run_trial
+    from hydralv_tune.trial_view import Outcome
+    from hydralv_tune.volumes import volume_paths, write_array
+
+    folder = tmp_path_factory.mktemp("finished")
+    made = make_phantom(shape=(12, 80, 80), instances=5, seed=3)
+    for name, array in (("im", made.image), ("label", made.label), ("mask", made.mask)):
+        write_array(folder / f"{name}.h5", array, voxel_size_nm=made.voxel_size_nm)
+    paths = volume_paths(*([str(folder / f"{name}.h5")] for name in ("im", "label", "mask")))
+    space = space_from_mapping(TINY_SPACE)
+    storage = f"sqlite:///{folder / 'study.db'}"
+    study = Study.open(storage, "tiny", space=space, create=True)
+    study.remember("out", str(folder))
+    with Driver(study, out=folder) as driver:
+        for state in ("COMPLETE", "COMPLETE", "COMPLETE", "PRUNED", "FAIL"):
+            asked = driver.ask(99)
+            assert not isinstance(asked, str), asked
+            attributes: dict[str, Any] = {"root": asked.root, "attempt": 1}
+            value = None
+            if state == "COMPLETE":
+                recipe = space.warm_start(asked.warm_start).overrides if asked.warm_start else {}
+                record = run_trial(
+                    TrialSpec(
+                        number=asked.number,
+                        root=asked.root,
+                        candidate=space.candidate(asked.params, recipe),
+                        objective=space.objective,
+                        grid=space.decoding,
+                        volumes=paths,
+                        out=str(folder / "trials" / str(asked.root)),
+                        device="cpu",
+                        threads=1,
+                        study="tiny",
+                    ),
+                    report=lambda e, n=asked.number: driver.report(n, e.step, e.value),
+                )
+                kept = {key: getattr(record, key) for key in ("metrics", "decoding", "losses")}
+                attributes |= {**kept, "warm_start": asked.warm_start}
+                value = record.value
+            elif state == "PRUNED":
+                driver.report(asked.number, 1, 0.9)
+                attributes["reason"] = "pruned at evaluation 1"
+            else:
+                attributes["reason"] = "training: the loss is not a number <b>at step 3</b>"
+            publish_trial_end(driver, asked.number, state, attributes)
+            violation = None if state == "FAIL" else 0.0
+            driver.tell(asked.number, Outcome(state, value, violation, attributes))
+    publish_study(study)
+    study.close()
+    return FinishedStudy(folder, storage, "tiny")

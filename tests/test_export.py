@@ -1,0 +1,251 @@
+"""What is exported trains, predicts and scores again, here and in PyTorch Connectomics' form."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+import yaml
+
+from hydralv_tune.architectures import build_network, match_weights
+from hydralv_tune.candidate import DecodingStep
+from hydralv_tune.cli import exit_code
+from hydralv_tune.config import load_candidate
+from hydralv_tune.errors import InputError, StudyError
+from hydralv_tune.export import export_best
+from hydralv_tune.pytc_blocks import PeerData
+from hydralv_tune.pytc_export import peer_config, peer_step, peer_weights
+from hydralv_tune.records import load_checkpoint, read_record
+from hydralv_tune.study import Study, open_readonly
+from hydralv_tune.volumes import VolumePaths
+
+DATA = PeerData(
+    volumes=[VolumePaths("im", "im.h5", "lab.h5", "mask.h5")],
+    voxel_size_nm=(30.0, 8.0, 8.0),
+    weights="best.ckpt",
+    experiment="best",
+    description="exported",
+)
+
+
+def best_record(finished_study: Any) -> Any:
+    """Return the record of the best trial."""
+    study = open_readonly(finished_study.storage, finished_study.name)
+    best = study.best()
+    folder = study.folder_of(best)
+    study.close()
+    return read_record(folder / "record.json")
+
+
+def test_exported_candidate_holds_everything_that_determines_the_score(
+    finished_study: Any, tmp_path: Path
+) -> None:
+    document = export_best(finished_study.storage, "tiny", tmp_path / "best.yaml")
+    record = best_record(finished_study)
+    candidate = load_candidate(document["out"])
+    assert candidate.test.decoding[0].kwargs == record.decoding["kwargs"]
+    assert candidate.test.decoding_grid is not None
+    assert candidate.test.decoding_grid.axes["binary_threshold.seed"] == (0.3, 0.5, 0.7)
+    again = {**candidate.as_mapping(), **dict.fromkeys(("experiment_name", "test"))}
+    trained = {**record.config, **dict.fromkeys(("experiment_name", "test"))}
+    assert again == trained
+    head = Path(document["out"]).read_text().split("experiment_name")[0]
+    for told in (f"{record.metrics['adapted_rand_error']:.4f}", record.volumes[0]["fingerprint"],
+                 "study 'tiny'", f"torch {torch.__version__}", "optimistic"):  # fmt: skip
+        assert told in head
+
+
+def test_exported_checkpoint_holds_weights_alone(finished_study: Any, tmp_path: Path) -> None:
+    document = export_best(finished_study.storage, "tiny", tmp_path / "best.yaml")
+    assert document["checkpoint"] == str(tmp_path / "best.ckpt")
+    content = load_checkpoint(document["checkpoint"])
+    assert sorted(content) == ["candidate", "format", "version", "weights"]
+
+
+def test_the_commands_it_prints_give_the_recorded_score(
+    finished_study: Any, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    document = export_best(finished_study.storage, "tiny", tmp_path / "best.yaml")
+    assert [shlex.split(c)[1] for c in document["commands"]] == [
+        "predict", "decode", "score", "train",
+    ]  # fmt: skip
+    for command in document["commands"][:3]:
+        capfd.readouterr()
+        assert exit_code([*shlex.split(command)[1:], "--json"]) == 0
+    scored = json.loads(capfd.readouterr().out)
+    metrics = best_record(finished_study).metrics
+    for key in ("adapted_rand_error", "adapted_rand_error_foreground", "f1_iou50"):
+        assert scored[key] == pytest.approx(metrics[key], abs=1e-12)
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".parquet"])
+def test_table_holds_every_finished_trial(finished_study: Any, tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"trials{suffix}"
+    export_best(finished_study.storage, "tiny", tmp_path / "best.yaml", table=path)
+    table = pd.read_csv(path) if suffix == ".csv" else pd.read_parquet(path)
+    assert list(table["state"]) == ["COMPLETE"] * 3 + ["PRUNED", "FAIL"]
+    assert table["metrics.f1_iou50"].notna().sum() == 3
+    assert "params.optimization.optimizer.lr" in table
+
+
+@pytest.mark.parametrize("format", ["pytc", "pytc-2026-01"])
+def test_peer_export_names_what_it_cannot_say_and_the_score_under_its_flood(
+    finished_study: Any, tmp_path: Path, format: str
+) -> None:
+    document = export_best(finished_study.storage, "tiny", tmp_path / "p.yaml", format=format)
+    text = Path(document["out"]).read_text()
+    head = [line for line in text.splitlines() if line.startswith("#")]
+    assert any("flood: volume" in line for line in head)
+    assert sum("adapted_rand_error " in line for line in head) == 2
+    assert any("inside the mask alone" in line for line in head)
+    mapping = yaml.safe_load(text)
+    assert "&id" not in text
+    model = mapping["default"]["model"] if format == "pytc" else mapping["model"]
+    assert model["external_weights_path"] == "p.ckpt"
+    assert model["external_weights_key_prefix"] == "model."
+
+
+def test_peer_export_of_todays_schema_has_no_key_that_its_example_lacks(
+    shared_data: Path,
+) -> None:
+    example = yaml.safe_load((shared_data.parent / "pytc_head_example.yaml").read_text())
+    candidate = load_candidate("baseline", {"model": {"deep_supervision": True}})
+    ours = peer_config(candidate, candidate.test.decoding[0], DATA, schema="pytc").mapping
+    # Fields of that tool's own classes which the example leaves at their defaults.
+    further = {
+        "default.data.augmentation", "train.optimization.optimizer", "train.optimization.ema",
+        "train.monitor.early_stopping",
+    }  # fmt: skip
+    new = {key for key in keys_of(ours) - keys_of(example)
+           if not any(key.startswith(f"{place}.") for place in further)}  # fmt: skip
+    assert new == set()
+    assert (
+        ours["default"]["model"]["loss"]["deep_supervision_weights"]
+        == (example["default"]["model"]["loss"]["deep_supervision_weights"])
+    )
+    # 5,000 patches at batch 4, accumulation 2, four devices are 156 steps there; one device here.
+    assert ours["train"]["optimization"]["n_steps_per_epoch"] == 1280 // (8 * 2)
+
+
+def keys_of(mapping: dict[str, Any], path: str = "") -> set[str]:
+    """Return the dotted keys of a nested mapping; keyword arguments are values."""
+    keys: set[str] = set()
+    for key, value in mapping.items():
+        nested = isinstance(value, dict) and key != "kwargs" and value
+        keys |= keys_of(value, f"{path}{key}.") if nested else {f"{path}{key}"}
+    return keys
+
+
+def test_peer_decoding_writes_channels_and_switches_tests_off_above_one() -> None:
+    step = DecodingStep(kwargs={"contour_threshold": [0.8, None], "flood": "support"})
+    kwargs = peer_step(step)["kwargs"]
+    assert kwargs["contour_threshold"] == [0.8, 1.1]
+    assert [kwargs[f"{c}_channels"] for c in ("binary", "contour", "distance")] == [[0], [1], [2]]
+    assert "flood" not in kwargs
+    assert "floor" not in kwargs
+
+
+def test_peer_decoding_knows_the_distance_decoder_by_that_tools_name() -> None:
+    step = DecodingStep(name="decode_instance_watershed_distance", kwargs={"min_seed_size": 8})
+    exported = peer_step(step)
+    assert exported["name"] == "decode_distance_watershed"
+    assert exported["kwargs"]["distance_channels"] == [2]
+
+
+@pytest.mark.parametrize(
+    ("step", "said"),
+    [
+        (DecodingStep(name="decode_by_magic"), "no decoder 'decode_by_magic'"),
+        (DecodingStep(kwargs={"binary_treshold": [0.5, 0.5]}), "binary_treshold"),
+    ],
+)
+def test_peer_decoding_refuses_what_its_loader_would_not_notice(
+    step: DecodingStep, said: str
+) -> None:
+    with pytest.raises(ValueError, match=said):
+        peer_step(step)
+
+
+def test_a_constant_rate_becomes_a_cosine_from_the_rate_to_the_rate() -> None:
+    candidate = load_candidate(
+        "baseline",
+        {"optimization": {"optimizer": {"lr": 1e-3}, "scheduler": {"name": "constant"}}},
+    )
+    exported = peer_config(candidate, candidate.test.decoding[0], DATA, schema="pytc")
+    assert exported.mapping["train"]["optimization"]["scheduler"]["min_lr"] == 1e-3
+    assert any("constant" in note for note in exported.notes)
+
+
+def test_mednext_weights_are_marked_as_not_loadable_there() -> None:
+    candidate = load_candidate("plan_mednext_s")
+    for schema in ("pytc", "pytc-2026-01"):
+        exported = peer_config(candidate, candidate.test.decoding[0], DATA, schema=schema)
+        assert any("NOT" in note for note in exported.notes)
+        assert "external_weights_path" not in str(exported.mapping)
+
+
+@pytest.mark.parametrize("kind", ["plain", "deep"])
+def test_weights_survive_the_way_to_that_tool_and_back(
+    shared_data: Path, tmp_path: Path, kind: str
+) -> None:
+    theirs = torch.load(shared_data / "pytc-rsunet" / f"{kind}.ckpt", weights_only=True)
+    vectors = np.load(shared_data / "pytc-rsunet" / f"{kind}.npz")
+    network = build_network("rsunet", filters=(4, 8, 16), deep_supervision=kind == "deep")
+    match_weights(network, theirs["state_dict"], prefix="model.")
+    torch.save(peer_weights(network), tmp_path / "best.ckpt")
+    ours = torch.load(tmp_path / "best.ckpt", weights_only=True)
+    assert set(ours["state_dict"]) == set(theirs["state_dict"])
+    again = build_network("rsunet", filters=(4, 8, 16), deep_supervision=kind == "deep").eval()
+    match_weights(again, ours["state_dict"], prefix="model.")
+    names = list(vectors.keys())
+    image = torch.from_numpy(vectors[next(n for n in names if n in ("input", "x", "image"))])
+    wanted = vectors[next(n for n in names if n.startswith("out"))]
+    with torch.no_grad():
+        given = again(image)
+    assert np.abs(given.numpy() - wanted).max() < 1e-5
+
+
+def test_study_without_a_finished_trial_is_refused(tmp_path: Path) -> None:
+    from hydralv_tune.space import load_space
+
+    storage = f"sqlite:///{tmp_path / 'study.db'}"
+    Study.open(storage, "empty", space=load_space("smoke"), create=True).close()
+    with pytest.raises(StudyError, match="no finished trial yet"):
+        export_best(storage, "empty", tmp_path / "best.yaml")
+    assert not (tmp_path / "best.yaml").exists()
+
+
+def test_unknown_format_names_the_known_ones(finished_study: Any, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="Did you mean 'pytc'"):
+        export_best(finished_study.storage, "tiny", tmp_path / "best.yaml", format="pytcc")
+    with pytest.raises(InputError, match=r"no \.yaml file"):
+        export_best(finished_study.storage, "tiny", tmp_path / "best.ckpt")
+    with pytest.raises(InputError, match=r"neither \.csv nor \.parquet"):
+        export_best(finished_study.storage, "tiny", tmp_path / "b.yaml", table=Path("t.xlsx"))
+    assert not list(tmp_path.iterdir())
+
+
+def test_missing_checkpoint_says_where_it_should_be(finished_study: Any, tmp_path: Path) -> None:
+    import shutil
+
+    copied = tmp_path / "copy"
+    shutil.copytree(finished_study.folder, copied)
+    storage = f"sqlite:///{copied / 'study.db'}"
+    study = open_readonly(storage, "tiny")
+    study.remember("out", str(copied))
+    folder = study.folder_of(study.best())
+    study.close()
+    for path in folder.glob("best*.ckpt"):
+        path.unlink()
+    with pytest.raises(InputError, match=r"best\.ckpt.*no checkpoint any more"):
+        export_best(storage, "tiny", tmp_path / "best.yaml")
+    (folder / "record.json").unlink()
+    with pytest.raises(InputError, match=r"no.*record\.json"):
+        export_best(storage, "tiny", tmp_path / "best.yaml")
+    assert not (tmp_path / "best.yaml").exists()
