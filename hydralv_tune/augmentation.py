@@ -55,7 +55,7 @@ class Augmentation:
 
 AUGMENTATIONS: dict[str, Augmentation] = {
     "copy_paste": Augmentation(
-        {"prob": 0.5, "max_obj_ratio": 0.05, "border": 1}, function=copy_paste.copy_paste
+        {"prob": 0.3, "max_obj_ratio": 0.05, "border": 1}, function=copy_paste.copy_paste
     ),
     "flip": Augmentation({"prob": 0.5, "spatial_axis": (0, 1, 2)}, function=warps.flip),
     "rotate": Augmentation({"prob": 0.5, "spatial_axes": (1, 2)}, function=warps.rotate),
