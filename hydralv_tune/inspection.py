@@ -201,7 +201,8 @@ def _judge_ids(
             else " Ids that were once stored as uint8 wrap at 256."
         )
         warnings.append(
-            f"{len(wrapped)} ids have pieces far apart, so one id stands for several objects: "
+            f"{len(wrapped)} of {len(ids)} ids have pieces far apart, so one id stands for "
+            "several objects: "
             f"{_named(wrapped)}.{cause if ids.max() <= 255 else ''} Give each piece its own id "
             "with skimage.measure.label(label, connectivity=3)."
         )
@@ -212,7 +213,8 @@ def _judge_ids(
         )
     if fragmented:
         warnings.append(
-            f"{len(fragmented)} ids consist of several pieces close together: {_named(fragmented)}."
+            f"{len(fragmented)} of {len(ids)} ids consist of several pieces close together: "
+            f"{_named(fragmented)}."
             " A decoder cannot join them; look at them, and join or renumber the pieces."
         )
 
@@ -224,14 +226,16 @@ def _judge_sizes(ids: np.ndarray, sizes: np.ndarray, warnings: list[str]) -> Non
     tiny = ids[sizes < limit]
     if len(tiny):
         warnings.append(
-            f"{len(tiny)} instances have under {limit:.0f} voxels, against a median of "
+            f"{len(tiny)} of {len(ids)} instances have under {limit:.0f} voxels, against a "
+            "median of "
             f"{median:.0f}: {_named(tiny)}. Remove them where they are slips of the brush, and "
             "keep min_instance_size below the smallest real one."
         )
     large = ids[sizes > LARGE_FACTOR * median]
     if len(large):
         warnings.append(
-            f"{len(large)} instances have over {LARGE_FACTOR} times the median of {median:.0f} "
+            f"{len(large)} of {len(ids)} instances have over {LARGE_FACTOR} times the median of "
+            f"{median:.0f} "
             f"voxels: {_named(large)}. Large ones weigh by their size squared in adapted Rand "
             "error; check that they are single objects."
         )
@@ -263,12 +267,13 @@ def _judge_mask(
     cut = outside_ids[outside < whole]
     if len(hidden):
         warnings.append(
-            f"{len(hidden)} instances lie wholly outside the mask and count nowhere: "
+            f"{len(hidden)} of {len(ids)} instances lie wholly outside the mask and count nowhere: "
             f"{_named(hidden)}. Widen the mask where they should count."
         )
     if len(cut):
         warnings.append(
-            f"{len(cut)} instances are cut by the mask, {int(outside[outside < whole].sum())} "
+            f"{len(cut)} of {len(ids)} instances are cut by the mask, "
+            f"{int(outside[outside < whole].sum())} "
             f"voxels lie outside: {_named(cut)}. Only the part inside is scored; widen the mask, "
             "or accept it."
         )
@@ -344,7 +349,8 @@ def _judge_sections(table: np.ndarray, warnings: list[str]) -> None:
     constant = sections[deviations == 0]
     if len(constant):
         warnings.append(
-            f"{len(constant)} sections are constant: {_named(constant)}. Leave them out with the "
+            f"{len(constant)} of {len(sections)} sections are constant: {_named(constant)}. "
+            "Leave them out with the "
             "mask, or fill them from their neighbours."
         )
     usual = float(np.median(deviations))
@@ -354,14 +360,16 @@ def _judge_sections(table: np.ndarray, warnings: list[str]) -> None:
         count = int((jumps > 0.5 * usual).sum())
         warnings.append(
             f"Brightness jumps between sections: their means run from {means.min():.0f} to "
-            f"{means.max():.0f}, {count} neighbours differ by over half the contrast, most "
+            f"{means.max():.0f}, {count} of {len(jumps)} steps are over half the contrast, the "
+            "largest between "
             f"{sections[at]} and {sections[at + 1]} (by {jumps[at]:.0f}). Keep intensity "
             "augmentation on, or normalise each section."
         )
     faint = sections[(deviations > 0) & (deviations < 0.4 * usual)]
     if len(faint):
         warnings.append(
-            f"{len(faint)} sections have under 40 % of the usual contrast: {_named(faint)}. Look "
+            f"{len(faint)} of {len(sections)} sections have under 40 % of the usual contrast: "
+            f"{_named(faint)}. Look "
             "at them; they may be out of focus."
         )
 
@@ -375,7 +383,8 @@ def _judge_copies(image: np.ndarray, warnings: list[str]) -> None:
     ]
     if copies:
         warnings.append(
-            f"{len(copies)} sections repeat the one before: {_named(copies)}. They stand for lost "
+            f"{len(copies)} of {len(image)} sections repeat the one before: {_named(copies)}. "
+            "They stand for lost "
             "sections; leave them out with the mask where labels do not repeat too."
         )
 
