@@ -22,8 +22,9 @@ from hydralv_tune.architectures import (
 )
 from hydralv_tune.config import Candidate, candidate_from_mapping
 from hydralv_tune.errors import CheckpointError, ConfigError, InputError, TrialFailed
-from hydralv_tune.normalisation import normalise
+from hydralv_tune.normalisation import fit_normalisation
 from hydralv_tune.records import FORMAT, load_checkpoint
+from hydralv_tune.sampling import padded_normalisation
 from hydralv_tune.tta import Transform, activate, distinct_transforms, ensemble
 
 Array = npt.NDArray[Any]
@@ -249,16 +250,9 @@ def predict(
     if mask is not None and mask.shape != image.shape:
         raise ValueError(f"mask has shape {mask.shape}, but the image has {image.shape}.")
     windows = plan_windows(image.shape, candidate)
-    settings = candidate.data.image_transform
-    volume = normalise(
-        np.asarray(image),
-        mode=settings.normalize,
-        clip_low=settings.clip_percentile_low,
-        clip_high=settings.clip_percentile_high,
-    )
     job = _Job(
         network=network,
-        padded=_padded(volume, windows, candidate),
+        padded=_padded(np.asarray(image), windows, candidate),
         candidate=candidate,
         windows=windows,
         transforms=transforms_of(candidate),
@@ -371,18 +365,26 @@ def _fits(shape: Size3, device: torch.device) -> bool:
     return needed < VOLUME_SHARE * torch.cuda.mem_get_info(device)[0]
 
 
-def _padded(volume: npt.NDArray[np.float32], windows: Windows, candidate: Candidate) -> Array:
-    """Return the volume padded as in training, then to a window at least."""
-    pad_size = candidate.data.pad_size
-    context = _pad(volume, [(p, p) for p in pad_size], candidate.data.pad_mode)
+def _padded(image: Array, windows: Windows, candidate: Candidate) -> Array:
+    """Return the normalised volume, padded as in training, then to a window at least."""
+    data, settings = candidate.data, candidate.data.image_transform
+    fitted = fit_normalisation(
+        image,
+        mode=settings.normalize,
+        clip_low=settings.clip_percentile_low,
+        clip_high=settings.clip_percentile_high,
+    )
+    # Intensities are padded before they are normalised: a rim of 0 is black, not average.
+    context = _pad(image, [(p, p) for p in data.pad_size], data.pad_mode)
+    volume = padded_normalisation(fitted, data.pad_size[0], data.pad_mode).apply(context)
     rest = [
         (before - pad, whole - side - (before - pad))
         for before, pad, whole, side in zip(
-            windows.before, pad_size, windows.shape, context.shape, strict=True
+            windows.before, data.pad_size, windows.shape, context.shape, strict=True
         )
     ]
     mode = candidate.inference.sliding_window.padding_mode
-    return np.ascontiguousarray(_pad(context, rest, mode))
+    return np.ascontiguousarray(_pad(volume, rest, mode))
 
 
 def _pad(volume: Array, widths: Sequence[tuple[int, int]], mode: str) -> Array:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from hydralv_tune.config import Candidate
 from hydralv_tune.errors import CheckpointError, ConfigError, InputError, TrialFailed
-from hydralv_tune.normalisation import normalise
+from hydralv_tune.normalisation import fit_normalisation, normalise
 from hydralv_tune.prediction import (
     load_network,
     network_of,
@@ -95,6 +95,22 @@ def test_a_convolution_sees_padding_as_in_training() -> None:
         maps = predict(network, image, setting)
         assert np.abs(maps - whole.detach().numpy()).max() < 2e-3
         assert np.abs(maps[:, 2:-2, 2:-2, 2:-2] - plain[:, 2:-2, 2:-2, 2:-2]).max() < 2e-3
+
+
+def test_a_rim_of_zeros_is_black_as_in_training() -> None:
+    image = picture((4, 12, 12)) // 2 + 100
+    settings = {"pad_size": [2, 2, 2], "pad_mode": "constant",
+                "image_transform": {"normalize": "z_volume"}}  # fmt: skip
+    setting = candidate(data={"patch_size": [8, 16, 16], **settings})
+    network = nn.Conv3d(1, 3, 3, padding=1)
+    fitted = fit_normalisation(image, mode="z_volume")
+    # Clipped to the darkest voxel of the volume, then normalised like every other.
+    black = float((fitted.low[0] - fitted.offset[0]) * fitted.scale[0])
+    volume = np.pad(fitted.apply(image), 2, constant_values=black)
+    logits = network(torch.from_numpy(volume)[None, None])
+    whole = activate(logits, [[0, 2, "sigmoid"], [2, 3, "tanh"]])[0, :, 2:-2, 2:-2, 2:-2]
+    assert black < -1
+    assert np.abs(predict(network, image, setting) - whole.detach().numpy()).max() < 2e-3
 
 
 def test_intensities_are_normalised_as_in_training() -> None:
