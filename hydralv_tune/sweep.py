@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, reduce
 from operator import add
@@ -21,6 +21,7 @@ import pandas as pd
 from hydralv_tune import metrics, tally
 from hydralv_tune.errors import unknown_name
 from hydralv_tune.sweep_choice import (
+    BOOKKEEPING,
     HIGHER_IS_BETTER,
     METRICS,
     SweepPoint,
@@ -32,6 +33,7 @@ from hydralv_tune.sweep_choice import (
     point,
 )
 from hydralv_tune.sweep_grid import (
+    PAIRS,
     Axes,
     Grid,
     GridLike,
@@ -100,15 +102,16 @@ class SweepResult:
         }
 
     def best_rows(self, count: int) -> list[dict[str, Any]]:
-        """Return the best combinations as plain rows, the winner first.
+        """Return the best outcomes as rows for a terminal, the winner first.
 
-        A row holds the axes that move and the figures that the rule reads, to fit a terminal.
+        Combinations with equal figures are one row, that of the best by the rule, and `alike`
+        says how many they are.
         """
-        best = self.table.iloc[by_rule(self.table, self.metric)[:count]]
-        moving = [name for name in self.axes if self.table[name].nunique() > 1]
-        figures = dict.fromkeys([self.metric, *METRICS[:3], "instances_predicted"])
-        rows = best[[*moving, *figures]].to_dict("records")
-        return [{str(key): plain(value) for key, value in row.items()} for row in rows]
+        figures = [name for name in self.table.columns if name not in (*self.axes, *BOOKKEEPING)]
+        alike = self.table.groupby(figures)[figures[0]].transform("size").rename("alike")
+        ordered = self.table.assign(alike=alike).iloc[by_rule(self.table, self.metric)]
+        best = ordered.drop_duplicates(figures).head(count)
+        return [_short(row, self.metric) for row in best.to_dict("records")]
 
     def important_axes(self) -> list[str]:
         """Return the axes with several values, the one that moves the metric most first.
@@ -140,6 +143,21 @@ class SweepResult:
         cost = table[self.metric] * (-1.0 if self.metric in HIGHER_IS_BETTER else 1.0)
         rows = cost.groupby([table[name] for name in names]).idxmin()
         return table.loc[rows.to_numpy()].set_index(list(names))
+
+
+def _short(row: Mapping[Any, Any], metric: str) -> dict[str, Any]:
+    """Return one row of the table with pairs in one column and short names."""
+    short: dict[str, Any] = {}
+    for name in PAIRS:
+        if f"{name}.seed" in row:
+            pair = (row[f"{name}.seed"], row[f"{name}.foreground"])
+            words = ["off" if np.isinf(value) else f"{value:g}" for value in pair]
+            short[name.removesuffix("_threshold")] = ", ".join(words)
+    names = {"min_seed_size": "min seed", "min_instance_size": "min inst"}
+    names |= {} if metric in METRICS[:3] else {metric: metric}
+    names |= dict(zip(METRICS[:3], ("error", "foreground", "f1"), strict=True))
+    names |= {"instances_predicted": "found", "alike": "alike"}
+    return {**short, **{new: plain(row[name]) for name, new in names.items()}}
 
 
 def sweep(

@@ -291,7 +291,7 @@ def test_equal_f1_goes_to_the_one_deepest_in_its_plateau() -> None:
 def test_depth_counts_steps_to_the_nearest_edge() -> None:
     near = np.zeros((5, 1, 6), bool)
     near[:, 0, 1:] = True
-    assert depths(near)[:, 0].tolist() == [
+    assert np.floor(depths(near))[:, 0].tolist() == [
         [0, 1, 1, 1, 1, 1],
         [0, 1, 2, 2, 2, 1],
         [0, 1, 2, 3, 2, 1],
@@ -299,6 +299,12 @@ def test_depth_counts_steps_to_the_nearest_edge() -> None:
         [0, 1, 1, 1, 1, 1],
     ]
     assert depths(np.ones((1, 1), bool)).tolist() == [[1]]
+
+
+def test_middle_of_a_plateau_one_step_deep_is_deeper_than_its_corner() -> None:
+    depth = depths(np.ones((2, 3, 3), bool))
+    assert depth[0, 1, 1] == depth.max() < 2
+    assert depth[0, 0, 0] == depth.min() > 1
 
 
 def test_halvings_are_nested_and_end_in_one_flood() -> None:
@@ -444,12 +450,15 @@ def swept() -> SweepResult:
     return sweep(maps, truth, None, Grid(CONTOUR, AXES))
 
 
-def test_best_rows_begin_with_the_winner() -> None:
+def test_best_rows_are_distinct_outcomes_and_begin_with_the_winner() -> None:
     result = swept()
     rows = result.best_rows(10)
     assert len(rows) == 10
-    for key in ("adapted_rand_error", "f1_iou50", "instances_predicted"):
-        assert rows[0][key] == result.winner.metrics[key]
+    assert rows[0]["error"] == result.winner.metrics["adapted_rand_error"]
+    assert rows[0]["found"] == result.winner.metrics["instances_predicted"]
+    outcomes = [(row["error"], row["foreground"], row["f1"], row["found"]) for row in rows]
+    assert len(set(outcomes)) == 10
+    assert sum(row["alike"] for row in result.best_rows(10**6)) == result.combinations
 
 
 def test_heatmap_is_a_picture_that_holds_the_winners_error(tmp_path: Path) -> None:
