@@ -18,6 +18,7 @@ Driving, from `launch.run_study` alone:
         driver.report(number, step, value)   # "go" | "prune" | "refused"
         driver.tell(number, Outcome(...))    # False: refused, or kept in the journal
         driver.poll()                        # journal, numbers that the database has taken away
+        driver.save_note(number, text), driver.attach_artifact(number, path)   # before tell
 
 Every change is made under the study mutex. The database is the only lasting truth: `reconcile`
 may run any number of times, and relaunching is resuming.
@@ -75,6 +76,7 @@ GRACE_S = 120.0
 DUPLICATE_TRIES = 3
 UNTRIED_TRIES = 200
 GUARD = "f1_iou50"
+ARTIFACTS = "artifacts"
 SPACE, OUT, VOLUMES = "space", "out", "volumes"
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -572,6 +574,36 @@ class Driver:
         except DatabaseAway:
             self._keep({"kind": "tell", "number": number, "outcome": outcome.as_mapping()})
             return "kept"
+
+    def save_note(self, number: int, text: str) -> None:
+        """Show a note on the trial's page of the Optuna dashboard, unless the database is away.
+
+        Args:
+            number: A live trial.
+            text: Markdown.
+        """
+        import optuna_dashboard  # not needed to start a study
+
+        if (trial := self._live.get(number)) is not None:
+            with contextlib.suppress(DatabaseAway), _database():
+                optuna_dashboard.save_note(trial, text)
+
+    def attach_artifact(self, number: int, path: Path) -> None:
+        """Copy a file to `out/artifacts` and show it on the trial's page.
+
+        Args:
+            number: A live trial.
+            path: Of the file; a name in the database is made of random digits alone.
+        """
+        if (trial := self._live.get(number)) is not None and path.is_file():
+            folder = self.out / ARTIFACTS
+            folder.mkdir(parents=True, exist_ok=True)
+            with contextlib.suppress(DatabaseAway), _database():
+                optuna.artifacts.upload_artifact(
+                    artifact_store=optuna.artifacts.FileSystemArtifactStore(folder),
+                    file_path=str(path),
+                    study_or_trial=trial,
+                )
 
     def poll(self) -> frozenset[int]:
         """Tell what waits, and return the trials that the database has taken away.

@@ -70,12 +70,12 @@ def make_trial(config: dict[str, Any]) -> Any:
             if step == 2 and end == "hang":
                 while True:
                     time.sleep(1.0)
-            with (folder / "steps.log").open("a") as log:
-                log.write(f"{number} {step} {os.getpid()}\n")
             value = float("nan") if step == 2 and end == "nan" else error + 0.5 / step
             temporary = folder / f".state-{number}"
             temporary.write_text(json.dumps({"step": step}))
             os.replace(temporary, state)
+            with (folder / "steps.log").open("a") as log:
+                log.write(f"{number} {step} {os.getpid()}\n")
             if step == 2 and end == "crash" and (number == root or config.get("crash_again")):
                 os.kill(os.getpid(), signal.SIGKILL)
             report(

@@ -1,0 +1,332 @@
+"""A study on Ray: every end is told as it was; budgets, signals and resources are kept."""
+
+from __future__ import annotations
+
+import json
+import signal
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hydralv_tune.bridge import MAX_CONSECUTIVE_FAILURES, Bridge, Event, StudyFailed
+from hydralv_tune.errors import ConfigError, TrialFailed, TrialInterrupted
+from hydralv_tune.space import space_from_mapping
+from hydralv_tune.study import Driver, Study, open_readonly
+from hydralv_tune.worker import failure, folder_owner, plain, run_worker
+
+FIGURES = {"adapted_rand_error": 0.2, "adapted_rand_error_foreground": 0.3, "f1_iou50": 0.8}
+
+
+def test_one_study_tells_every_end_as_it_was(fake_study: Any) -> None:
+    facts = fake_study.run(
+        trials=6,
+        steps=4,
+        ends={"0": "nan", "1": "crash", "2": "hang", "3": "error", "4": "infeasible", "7": "bad",
+              "8": "bad"},
+        space={
+            "pruner": {"name": "median", "warmup_evaluations": 2, "startup_trials": 2,
+                       "patience": 0},
+            "budget": {"trial_timeout_s": 15},
+        },
+    )  # fmt: skip
+    study = open_readonly(facts["storage"], "fake")
+    trials = {trial.number: trial for trial in study.trials()}
+    by_root = {trial.root: trial for trial in trials.values()}  # the last attempt of each
+    counts = facts["trials"]
+    assert counts["complete"] + counts["pruned"] == 6
+    assert counts["running"] == 0
+    for root, words in ((0, "objective is nan"), (2, "timeout"), (3, "a value that cannot work")):
+        if root in by_root:
+            assert by_root[root].state == "FAIL"
+            assert words in by_root[root].user_attrs["reason"]
+            assert by_root[root].value is None
+    assert trials[1].state == "FAIL"
+    assert "process died" in trials[1].user_attrs["reason"]
+    assert by_root[1].attempt == 2
+    assert by_root[1].state == "COMPLETE"
+    # The retry went on from the checkpoint: each step was made once, the last one by the retry.
+    assert [step for _, step in fake_study.steps()[1]] == [1, 2, 3, 4]
+    assert fake_study.steps()[1][-1][0] == by_root[1].number
+    assert sorted(by_root[1].intermediate) == [1, 3, 4]
+    complete = [trial for trial in trials.values() if trial.state == "COMPLETE"]
+    assert any(trial.state == "PRUNED" for trial in trials.values())
+    for trial in trials.values():
+        for key in ("driver", "host", "seconds", "gpus", "owner"):
+            assert key in trial.user_attrs, (trial.number, key)
+        if trial.state == "PRUNED":
+            assert trial.value == trial.intermediate[max(trial.intermediate)]
+    infeasible = [trial for trial in complete if not trial.is_feasible]
+    assert [trial.root for trial in infeasible] == [4]
+    assert facts["best"]["feasible"]
+    assert facts["best"]["adapted_rand_error"] == min(t.value for t in complete if t.is_feasible)
+    # stdout holds the caller's lines alone, whatever Ray has to say.
+    lines = (fake_study.folder / "driver-0.out").read_text().splitlines()
+    assert all(isinstance(json.loads(line), dict) for line in lines)
+    kinds = {row.get("event") for row in fake_study.said()}
+    assert {"trial_started", "evaluation", "trial_finished", "trial_pruned", "trial_failed",
+            "retry"} <= kinds  # fmt: skip
+
+
+def test_sigterm_saves_and_the_same_command_goes_on(fake_study: Any) -> None:
+    config = {"trials": 2, "steps": 12, "step_s": 0.5}
+    driver = fake_study.start(**config)
+    fake_study.until(
+        lambda rows: sum(row.get("event") == "evaluation" for row in rows) >= 4, timeout_s=120
+    )
+    driver.send_signal(signal.SIGTERM)
+    assert fake_study.wait(driver, 120) == 130
+    facts = fake_study.said()[-1]["facts"]
+    assert facts["trials"]["running"] == 0
+    assert facts["trials"]["complete"] == 0
+    assert facts["trials"]["waiting"] == facts["trials"]["fail"] == 2
+    facts = fake_study.run(**config)
+    assert facts["trials"] == {"complete": 2, "pruned": 0, "fail": 2, "running": 0, "waiting": 0}
+    study = open_readonly(facts["storage"], "fake")
+    assert all(trial.attempt == 1 for trial in study.trials())
+    assert all("SIGTERM" in t.user_attrs["reason"] for t in study.trials() if t.state == "FAIL")
+    for steps in fake_study.steps().values():
+        assert [step for _, step in steps] == list(range(1, 13))
+
+
+def test_a_cluster_too_small_for_a_trial_is_wrong_input(fake_study: Any) -> None:
+    driver = fake_study.start(trials=1, options={"gpus_per_trial": 99.0})
+    assert fake_study.wait(driver) == 2
+    assert "99 GPUs" in fake_study.said()[-1]["error"]
+
+
+class Rig:
+    """A bridge on a real study in SQLite, and what it has said."""
+
+    def __init__(self, folder: Path, space: Mapping[str, Any], **options: Any) -> None:
+        self.events: list[Event] = []
+        mapping = {
+            "name": "s",
+            "base": "start",
+            "recipes": {"start": {}},
+            "parameters": {"optimization.optimizer.lr": {"float": [1e-5, 1e-1], "log": True}},
+            "pruner": {"name": "none"},
+            **space,
+        }
+        study = Study.open(
+            f"sqlite:///{folder / 's.db'}", "s", space=space_from_mapping(mapping), create=True
+        )
+        self.driver = Driver(study, out=folder)
+        self.driver.__enter__()
+        settings: dict[str, Any] = {
+            "trials": 50,
+            "specification": lambda asked: {"number": asked.number},
+            "slots": lambda: 2,
+            "gpus_per_trial": 0.0,
+            "timeout_s": None,
+            "save_s": 30.0,
+            "on_event": self.events.append,
+            "on_trial_end": None,
+        }
+        self.bridge = Bridge(self.driver, **{**settings, **options})
+
+    def kinds(self) -> list[str]:
+        """Return what kinds of events there were."""
+        return [event.kind for event in self.events]
+
+    def finish(self, key: str, **figures: float) -> None:
+        """Let a trial come to its end."""
+        record = {"metrics": {**FIGURES, **figures}, "checkpoint": "c", "config": {"big": 1}}
+        self.bridge.on_message(key, {"kind": "final", "record": record})
+
+
+@pytest.fixture
+def rig(tmp_path: Path) -> Iterator[Any]:
+    """Return what makes a rig."""
+    rigs: list[Rig] = []
+
+    def make(space: Mapping[str, Any] | None = None, **options: Any) -> Rig:
+        rigs.append(Rig(tmp_path, space or {}, **options))
+        return rigs[-1]
+
+    yield make
+    for one in rigs:
+        one.driver.__exit__()
+        one.driver.study.close()
+
+
+def test_no_more_trials_are_live_than_fit(rig: Any) -> None:
+    bridge = rig().bridge
+    assert isinstance(bridge.suggest("a"), dict)
+    assert isinstance(bridge.suggest("b"), dict)
+    assert bridge.suggest("c") == "wait"
+
+
+def test_the_goal_ends_a_study_and_what_runs_is_enqueued_again(rig: Any) -> None:
+    one = rig({"objective": {"stop_at": 0.1}})
+    bridge = one.bridge
+    bridge.suggest("a")
+    bridge.suggest("b")
+    one.finish("a", adapted_rand_error=0.05, f1_iou50=0.2)  # under the goal, but blobs
+    assert isinstance(bridge.suggest("c"), dict)
+    one.finish("c", adapted_rand_error=0.05)
+    assert bridge.suggest("d") == "done"
+    assert "reached the goal" in one.events[-1].fields["reason"]
+    bridge.on_message("b", {"kind": "interrupted"})
+    assert one.driver.study.facts()["trials"] == {
+        "complete": 2, "pruned": 0, "fail": 1, "running": 0, "waiting": 1,
+    }  # fmt: skip
+
+
+def test_gpu_hours_end_a_study(rig: Any) -> None:
+    one = rig({"budget": {"gpu_hours": 1e-9}}, gpus_per_trial=1.0)
+    one.bridge.suggest("a")
+    one.bridge.started("a")
+    one.bridge.live["a"].started -= 10.0
+    one.finish("a")
+    assert one.bridge.suggest("b") == "done"
+    assert "GPU-hours" in one.events[-1].fields["reason"]
+
+
+def test_wall_clock_ends_a_run(rig: Any) -> None:
+    one = rig(timeout_s=1e-6, save_s=0.0)
+    one.bridge.suggest("a")
+    one.bridge.started("a")
+    assert one.bridge.tick() == {}
+    assert one.bridge.tick() == {"a": "kill"}
+    one.bridge.on_death("a", "killed")
+    assert one.bridge.suggest("b") == "done"
+    trials = one.driver.study.trials()
+    assert [t.state for t in trials] == ["FAIL", "WAITING"]
+    assert "the time of this run is over" in trials[0].user_attrs["reason"]
+
+
+def test_a_hang_is_failed_and_not_tried_again(rig: Any) -> None:
+    one = rig({"budget": {"trial_timeout_s": 5.0}})
+    one.bridge.suggest("a")
+    one.bridge.started("a")
+    assert one.bridge.tick() == {}
+    one.bridge.live["a"].started -= 6.0
+    assert one.bridge.tick() == {"a": "kill"}
+    one.bridge.on_death("a", "killed")
+    (trial,) = one.driver.study.trials()
+    assert (trial.state, trial.user_attrs["retry"]) == ("FAIL", "no")
+    assert "timeout" in trial.user_attrs["reason"]
+
+
+def test_a_study_in_which_everything_fails_ends_with_the_reason(rig: Any) -> None:
+    def specification(asked: Any) -> dict[str, Any]:
+        raise ConfigError("model.filters: too many")
+
+    bridge = rig(specification=specification).bridge
+    for index in range(100):
+        if bridge.suggest(str(index)) == "done":
+            break
+    assert isinstance(bridge.failure, StudyFailed)
+    assert "too many" in str(bridge.failure)
+    assert index == MAX_CONSECUTIVE_FAILURES
+
+
+def test_an_objective_that_is_no_number_is_a_fail_and_no_score(rig: Any) -> None:
+    one = rig()
+    one.bridge.suggest("a")
+    one.finish("a", adapted_rand_error=float("nan"))
+    one.bridge.suggest("b")
+    one.bridge.on_message("b", {"kind": "final", "record": {"metrics": {}}})
+    assert [(t.state, t.value) for t in one.driver.study.trials()] == [("FAIL", None)] * 2
+
+
+def test_the_hook_sees_each_end_before_it_is_told(rig: Any, tmp_path: Path) -> None:
+    seen: list[Any] = []
+    page = tmp_path / "page.txt"
+    page.write_text("hello")
+
+    def hook(driver: Driver, number: int, state: str, attributes: Mapping[str, Any]) -> None:
+        seen.append((number, state, attributes["metrics"]["f1_iou50"]))
+        driver.save_note(number, "a note")
+        driver.attach_artifact(number, page)
+
+    one = rig(on_trial_end=hook)
+    one.bridge.suggest("a")
+    one.finish("a")
+    assert seen == [(0, "COMPLETE", 0.8)]
+    (frozen,) = one.driver.study.frozen()
+    # The dashboard keeps the notes of trials with the study.
+    assert "a note" in json.dumps(one.driver.study.rdb.get_study_system_attrs(1))
+    assert any("artifacts:" in key for key in frozen.system_attrs)
+    assert "config" not in frozen.user_attrs
+
+
+def worker(folder: Path, function: Any, stop: bool = False) -> list[dict[str, Any]]:
+    """Run a worker here and return what it sends."""
+    sent: list[dict[str, Any]] = []
+    spec = {"out": str(folder), "number": 3}
+    run_worker(spec, send=sent.append, should_stop=lambda: stop, function=function)
+    return sent
+
+
+def evaluation(value: float) -> dict[str, Any]:
+    """Return an evaluation of a value."""
+    return {"step": 1, "value": value, "metrics": FIGURES}
+
+
+def test_a_worker_says_how_it_started_went_and_ended(tmp_path: Path) -> None:
+    def function(spec: dict[str, Any], report: Any) -> dict[str, Any]:
+        report(evaluation(0.5))
+        return {"metrics": FIGURES, "path": tmp_path, "nan": float("nan")}
+
+    sent = worker(tmp_path, function)
+    assert [message["kind"] for message in sent] == ["started", "evaluation", "final"]
+    assert sent[-1]["record"]["path"] == str(tmp_path)
+    assert sent[-1]["record"]["nan"] is None
+    json.dumps(sent, allow_nan=False)
+    assert folder_owner(tmp_path) == 3
+
+
+def test_a_worker_stops_when_told_or_when_another_attempt_owns_its_folder(tmp_path: Path) -> None:
+    def function(spec: dict[str, Any], report: Any) -> dict[str, Any]:
+        report(evaluation(0.5))
+        (tmp_path / "attempt.json").write_text('{"number": 9}')
+        report(evaluation(0.4))
+        return {}
+
+    assert [m["kind"] for m in worker(tmp_path, function)] == [
+        "started", "evaluation", "interrupted",
+    ]  # fmt: skip
+    assert [m["kind"] for m in worker(tmp_path, function, stop=True)] == ["started", "interrupted"]
+
+
+@pytest.mark.parametrize(
+    ("error", "retry"),
+    [
+        (TrialFailed("training", "the loss is nan", retry=False), "no"),
+        (TrialFailed("training", "out of memory", retry=True), "counted"),
+        (ConfigError("model: wrong"), "no"),
+        (ValueError("wrong"), "no"),
+        (OSError("the share is gone"), "counted"),
+        (RuntimeError("CUDA error"), "counted"),
+    ],
+)
+def test_what_may_pass_another_time_is_tried_again(error: Exception, retry: str) -> None:
+    message = failure(error)
+    assert message["retry"] == retry
+    assert message["reason"]
+
+
+def test_an_interrupted_trial_is_no_failure(tmp_path: Path) -> None:
+    def function(spec: dict[str, Any], report: Any) -> dict[str, Any]:
+        raise TrialInterrupted("saved")
+
+    assert worker(tmp_path, function)[-1]["kind"] == "interrupted"
+
+
+def test_a_nan_objective_ends_the_trial(tmp_path: Path) -> None:
+    def function(spec: dict[str, Any], report: Any) -> dict[str, Any]:
+        report(evaluation(float("inf")))
+        return {}
+
+    last = worker(tmp_path, function)[-1]
+    assert (last["kind"], last["retry"]) == ("failed", "no")
+
+
+def test_plain_values_are_json(tmp_path: Path) -> None:
+    import numpy as np
+
+    value = {"a": np.float32(1.5), 2: (np.int64(3), tmp_path), "b": float("inf"), "c": True}
+    assert plain(value) == {"a": 1.5, "2": [3, str(tmp_path)], "b": None, "c": True}
