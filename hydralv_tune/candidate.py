@@ -90,7 +90,7 @@ class Model(Section):
     norm: str | None = Field(None, description="null: the architecture's own.")
     activation: str | None = Field(None, description="null: the architecture's own.")
     kernel_size: Count | Size3 | None = Field(
-        None, description="Of the convolutions, odd; null: the architecture's own."
+        None, description="Odd; null: the architecture's own."
     )
     strides: list[int | list[int]] | None = Field(
         None, description="monai_unet: one per step between levels; null: [1, 2, 2] each."
@@ -99,12 +99,8 @@ class Model(Section):
     down_factors: list[list[int]] | None = Field(
         None, description="rsunet: pooling between levels; null: [1, 2, 2] each."
     )
-    upsample: str | None = Field(
-        None, description="monai_basic_unet3d: deconv, nontrainable or pixelshuffle."
-    )
-    mednext_size: Literal["S", "B", "M", "L"] | None = Field(
-        None, description="mednext: blocks and expansion; null: S."
-    )
+    upsample: str | None = Field(None, description="deconv, nontrainable or pixelshuffle.")
+    mednext_size: Literal["S", "B", "M", "L"] | None = Field(None, description="mednext; null: S.")
     mednext_kernel_size: Literal[3, 5, 7] | None = Field(None, description="mednext; null: 3.")
     loss_functions: Names = Field(
         ("DiceLoss", "WeightedBCEWithLogitsLoss", "DiceLoss", "WeightedBCEWithLogitsLoss",
@@ -231,9 +227,7 @@ class Data(Section):
     )
     patch_size: Size3 = Field((32, 128, 128), description="Voxels (z, y, x).")
     pad_size: Pad3 = Field((0, 0, 0), description="Voxels added around the volume.")
-    pad_mode: Literal["reflect", "constant", "replicate"] = Field(
-        "reflect", description="What is added."
-    )
+    pad_mode: Literal["reflect", "constant", "replicate"] = Field("reflect", description="How.")
     iter_num_per_epoch: Count = Field(1280, description="Patches per epoch.")
     image_transform: ImageTransform = ImageTransform()
     label_transform: LabelTransform = LabelTransform()
@@ -282,9 +276,7 @@ class Ema(Section):
     """`optimization.ema`: an exponential moving average of the weights."""
 
     enabled: bool = Field(False, description="Whether it acts.")
-    decay: Annotated[float, Field(gt=0, lt=1)] = Field(
-        0.999, description="Share of the average kept at each step."
-    )
+    decay: Annotated[float, Field(gt=0, lt=1)] = Field(0.999, description="Share that is kept.")
     warmup_steps: Whole = Field(0, description="Optimizer steps before averaging begins.")
     validate_with_ema: bool = Field(True, description="Evaluate and keep the average.")
 

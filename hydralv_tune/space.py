@@ -27,7 +27,16 @@ from hydralv_tune.config import (
 )
 from hydralv_tune.errors import ConfigError, InputError, unknown_name
 from hydralv_tune.section import Count, NotNegative, Positive, Section, Share, Whole
-from hydralv_tune.validation import MISSING, leaves, merged, nested, shown, validated, value_at
+from hydralv_tune.validation import (
+    MISSING,
+    check_keys,
+    leaves,
+    merged,
+    nested,
+    shown,
+    validated,
+    value_at,
+)
 from hydralv_tune.yaml_io import dump_yaml, read_yaml_mapping
 
 METRICS = ("adapted_rand_error", "adapted_rand_error_foreground", "f1_iou50", "voi")
@@ -218,6 +227,23 @@ class SearchSpace(Section):
             return load_candidate(self.base).as_mapping()
         place = f"{self.name}: base '{self.base}'"
         return _base_mapping(json.dumps(self.recipes[self.base]), place)
+
+    def with_fixed(self, overrides: Mapping[str, Any], place: str = "--set") -> SearchSpace:
+        """Return the space with a partial candidate that holds for every trial.
+
+        Args:
+            overrides: Wins over what `fixed` says already.
+            place: Where it came from, for the message.
+
+        Raises:
+            ConfigError: A key is unknown or searched, or a value gives no valid candidate.
+        """
+        from hydralv_tune.space_rules import check_space
+
+        check_keys(overrides, Candidate, place)
+        fixed = self.model_copy(update={"fixed": layered(self.fixed, overrides)})
+        check_space(fixed, place)
+        return fixed
 
     def is_active(self, key: str, params: Mapping[str, Any]) -> bool:
         """Return whether a parameter is searched, given the values of the earlier ones.

@@ -148,7 +148,9 @@ def test_hydra_lv_sweeps_every_threshold_and_the_baselines_among_them(hydra: Sea
 
 def test_smoke_is_small_and_has_two_architectures() -> None:
     space = load_space("smoke")
-    assert len(space.parameters["model.architecture"].choices) >= 2
+    networks = space.parameters["network"].choice
+    assert isinstance(networks, dict)
+    assert len({block["model"]["architecture"] for block in networks.values()}) >= 2
     assert space.budget.trials == 8
     for name in space.warm_starts:
         start = space.warm_start(name)
@@ -176,6 +178,24 @@ def test_a_trial_is_base_then_recipe_then_values_then_fixed(small: SearchSpace) 
     assert lower.optimization.optimizer.lr == 5e-3, "a sampled value wins over a recipe"
     heavy = small.candidate({"loss_set": "heavy"})
     assert heavy.model.loss_weights == (2.0, 2.0, 1.0, 1.0, 0.5)
+
+
+def test_what_the_command_line_fixes_holds_for_every_trial(small: SearchSpace) -> None:
+    fixed = small.with_fixed({"optimization": {"max_epochs": 9}, "data": {"pad_size": [0, 0, 0]}})
+    start = fixed.warm_start("wide")
+    candidate = fixed.candidate(start.params, start.overrides)
+    assert candidate.optimization.max_epochs == 9
+    assert candidate.system.seed == 3, "the file's own still holds"
+    assert candidate.data.pad_size == (0, 0, 0)
+    assert small.fixed["optimization"]["max_epochs"] == 7, "the space itself is left as it was"
+    with pytest.raises(
+        ConfigError, match=r"--set: parameters.optimization.optimizer.lr is searched"
+    ):
+        small.with_fixed({"optimization": {"optimizer": {"lr": 1e-3}}})
+    with pytest.raises(ConfigError, match=r"--set: optimization.max_epoch is no key.*max_epochs'"):
+        small.with_fixed({"optimization": {"max_epoch": 1}})
+    with pytest.raises(ConfigError, match=r"--set: .*max_epochs is 1, so the warm-up"):
+        small.with_fixed({"optimization": {"max_epochs": 1}})
 
 
 def test_a_condition_reaches_through_another(small: SearchSpace) -> None:
