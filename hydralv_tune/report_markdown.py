@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from hydralv_tune.report_data import Card, ReportData
+from hydralv_tune.report_data import METRICS, Card, ReportData
 from hydralv_tune.report_words import (
     all_trials,
     commands,
@@ -102,12 +102,15 @@ def _search(data: ReportData) -> list[str]:
 
 def _comparison(data: ReportData) -> list[str]:
     """Return the best trial beside the baseline."""
+    title = "## The best trial beside the baseline"
     if not data.comparison:
-        return []
+        figures = [(label, figure(data.metrics.get(key))) for key, label, _ in METRICS]
+        reason = "There is nothing to compare the best trial with. Its figures:"
+        return [title, reason, _table(["figure", "value"], figures)]
     rows = [(c.label, figure(c.baseline), figure(c.best), signed(c.change), c.verdict)
             for c in data.comparison]  # fmt: skip
     return [
-        "## The best trial beside the baseline",
+        title,
         f"Trial {data.winner.view.number} against trial {data.baseline_number}.",
         _table(["figure", "baseline", "best", "change", ""], rows),
     ]

@@ -1,0 +1,228 @@
+"""The dashboard opens in a real browser, shows what `run` left, and lets nobody change it."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import threading
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from hydralv_tune.dashboard import Guard, make_dashboard, serve
+from hydralv_tune.errors import InputError, StudyError
+from hydralv_tune.publish import ARTIFACTS, ArtifactFolder
+from hydralv_tune.study import open_readonly
+
+
+@pytest.fixture(scope="module")
+def address(finished_study: Any) -> Iterator[str]:
+    """Serve the dashboard of the finished study and return its address."""
+    with make_dashboard(finished_study.storage, port=0) as server:
+        thread = threading.Thread(target=server.serve_forever, daemon=True)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+        thread.join()
+
+
+def ask(address: str, method: str, path: str, **headers: str) -> tuple[int, dict[str, str], bytes]:
+    """Return status, headers and body of an answer."""
+    connection = http.client.HTTPConnection(address.removeprefix("http://"), timeout=30)
+    connection.request(method, path, body=b"{}" if method != "GET" else None, headers=headers)
+    answer = connection.getresponse()
+    body = answer.read()
+    connection.close()
+    return answer.status, {k.lower(): v for k, v in answer.getheaders()}, body
+
+
+def until(done: Callable[[], Any], seconds: float = 30.0) -> Any:
+    """Wait until something is true, and return it."""
+    end = time.monotonic() + seconds
+    while not (found := done()):
+        assert time.monotonic() < end, "the page did not get there"
+        time.sleep(0.2)
+    return found
+
+
+def test_a_trial_page_shows_note_and_pictures(address: str, chromium: Any) -> None:
+    chromium.get_log("browser")
+    chromium.get(f"{address}/dashboard/studies/1/trials?numbers=0")
+    text = until(lambda: _text_with(chromium, "Thresholds"))
+    assert "adapted Rand error" in text
+    assert "matched" in text
+    assert "missed" in text
+    assert "binary_threshold" in text
+    images = until(lambda: _images(chromium, 3))
+    assert all(width > 200 for width in images)
+    for name in ARTIFACTS:
+        assert name in text
+    assert severe(chromium) == []
+
+
+def _text_with(chromium: Any, word: str) -> str:
+    """Return the text of the page once a word is in it."""
+    text = str(chromium.execute_script("return document.body.innerText"))
+    return text if word in text else ""
+
+
+def _images(chromium: Any, count: int) -> list[int]:
+    """Return the widths of the artifacts that are drawn, once they are so many."""
+    widths = chromium.execute_script(
+        "return [...document.images].filter(i => i.src.includes('/artifacts/') && i.complete)"
+        ".map(i => i.naturalWidth)"
+    )
+    return list(widths) if len(widths) >= count else []
+
+
+def severe(chromium: Any) -> list[Any]:
+    """Return the errors of the console."""
+    return [entry for entry in chromium.get_log("browser") if entry["level"] == "SEVERE"]
+
+
+@pytest.mark.parametrize(
+    ("path", "word"),
+    [
+        ("/dashboard", "tiny"),
+        ("/dashboard/studies/1", "History"),
+        ("/dashboard/studies/1/analytics", "Parallel Coordinate"),
+        ("/dashboard/studies/1/trialTable", "Pruned"),
+        ("/dashboard/studies/1/note", "Best so far"),
+        ("/dashboard/studies/1/trials?numbers=3", "pruned at evaluation 1"),
+        ("/dashboard/studies/1/trials?numbers=4", "<b>at step 3</b>"),
+    ],
+)
+def test_pages_open_without_an_error(address: str, chromium: Any, path: str, word: str) -> None:
+    chromium.get_log("browser")
+    chromium.get(address + path)
+    until(lambda: _text_with(chromium, word))
+    assert severe(chromium) == []
+
+
+def test_study_note_says_what_comes_next(address: str, finished_study: Any) -> None:
+    study = json.loads(ask(address, "GET", "/api/studies/1")[2])
+    note = study["note"]["body"]
+    for word in ("**Objective** adapted_rand_error", "**Budget** 3 trials", "1 pruned", "1 fail",
+                 "fingerprint", "**Best so far** trial", "hydralv-tune export"):  # fmt: skip
+        assert word in note
+    assert f"--storage {finished_study.storage}" in note
+
+
+def test_intermediate_values_and_constraints_are_there_to_be_drawn(address: str) -> None:
+    trials = json.loads(ask(address, "GET", "/api/studies/1")[2])["trials"]
+    assert [t["state"] for t in trials] == ["Complete"] * 3 + ["Pruned", "Fail"]
+    assert all(len(t["intermediate_values"]) == 2 for t in trials[:3])
+
+
+def test_artifacts_are_what_the_trial_left(address: str, finished_study: Any) -> None:
+    trials = json.loads(ask(address, "GET", "/api/studies/1")[2])["trials"]
+    left = {a["filename"]: a["artifact_id"] for a in trials[0]["artifacts"]}
+    assert set(left) == set(ARTIFACTS)
+    status, headers, body = ask(address, "GET", f"/artifacts/1/1/{left['config.yaml']}")
+    assert status == 200
+    assert body == (finished_study.folder / "trials" / "0" / "config.yaml").read_bytes()
+    assert not any(name.startswith("access-control-") for name in headers)
+
+
+def test_a_checkpoint_is_not_stored_twice(finished_study: Any) -> None:
+    kept = (finished_study.folder / "trials" / "0" / "best.ckpt").stat()
+    inodes = {path.stat().st_ino for path in (finished_study.folder / "artifacts").iterdir()}
+    assert kept.st_ino in inodes
+
+
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [
+        ("DELETE", "/api/studies/1"),
+        ("PUT", "/api/studies/1/note"),
+        ("POST", "/api/studies/1/rename"),
+        ("POST", "/api/studies"),
+        ("POST", "/api/trials/1/user-attrs"),
+        ("POST", "/incompatible-rdb-schema"),
+        ("PATCH", "/api/studies/1"),
+    ],
+)
+def test_nothing_can_be_changed(address: str, finished_study: Any, method: str, path: str) -> None:
+    status, headers, body = ask(address, method, path)
+    assert status == 405
+    assert "--writable" in json.loads(body)["reason"]
+    assert headers["allow"] == "GET, HEAD"
+    study = open_readonly(finished_study.storage, "tiny")
+    assert len(study.trials()) == 5
+    study.close()
+
+
+def test_a_browser_cannot_delete_either(address: str, chromium: Any, finished_study: Any) -> None:
+    chromium.get(f"{address}/dashboard")
+    status = chromium.execute_async_script(
+        "const done = arguments[0];"
+        "fetch('/api/studies/1', {method: 'DELETE'})"
+        ".then(r => done(r.status), e => done(String(e)))"
+    )
+    assert status == 405
+    open_readonly(finished_study.storage, "tiny").close()
+
+
+def test_another_name_for_this_machine_is_refused(address: str) -> None:
+    assert ask(address, "GET", "/api/studies", Host="evil.example:8080")[0] == 403
+    assert ask(address, "GET", "/api/studies", Host="localhost:8080")[0] == 200
+
+
+def test_writable_lets_its_own_pages_change_and_no_others() -> None:
+    seen: list[str] = []
+
+    def application(environ: dict[str, Any], start_response: Any) -> list[bytes]:
+        seen.append(environ["REQUEST_METHOD"])
+        start_response("204 No Content", [("Access-Control-Allow-Origin", "*")])
+        return [b""]
+
+    def call(guard: Guard, **environ: str) -> tuple[str, list[Any]]:
+        answered: list[Any] = []
+        guard(
+            {"REQUEST_METHOD": "DELETE", "HTTP_HOST": "127.0.0.1:8080", **environ},
+            lambda status, headers, *_: answered.append((status, headers)),
+        )
+        return answered[0]
+
+    assert call(Guard(application))[0].startswith("405")
+    writable = Guard(application, writable=True)
+    assert call(writable, HTTP_ORIGIN="https://evil.example")[0].startswith("403")
+    assert seen == []
+    status, headers = call(writable, HTTP_ORIGIN="http://127.0.0.1:8080")
+    assert (status, headers) == ("204 No Content", [])
+    assert seen == ["DELETE"]
+
+
+def test_it_listens_on_this_machine_alone(finished_study: Any) -> None:
+    with make_dashboard(finished_study.storage, port=0) as server:
+        assert server.server_address[0] == "127.0.0.1"
+        with pytest.raises(InputError, match=r"--port: 127\.0\.0\.1:\d+ cannot be bound"):
+            make_dashboard(finished_study.storage, port=server.server_port)
+
+
+def test_serve_says_where_it_is_and_ends_on_ctrl_c(finished_study: Any) -> None:
+    told: list[str] = []
+
+    def ready(url: str) -> None:
+        told.append(url)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        serve(finished_study.storage, port=0, ready=ready)
+    with pytest.raises(OSError, match="refused"):
+        urllib.request.urlopen(told[0], timeout=5)
+
+
+def test_storage_that_does_not_exist_is_refused(tmp_path: Any) -> None:
+    with pytest.raises(StudyError):
+        make_dashboard(f"sqlite:///{tmp_path / 'none.db'}", port=0)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["../../etc/passwd", "x", "/etc/passwd", ""])
+def test_an_id_from_the_database_cannot_leave_the_folder(tmp_path: Any, name: str) -> None:
+    with pytest.raises(ValueError, match="UUID"):
+        ArtifactFolder(tmp_path).open_reader(name)
