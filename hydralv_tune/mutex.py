@@ -18,7 +18,7 @@ from sqlalchemy.engine import URL, Connection
 from sqlalchemy.exc import SQLAlchemyError
 
 from hydralv_tune.errors import HydraLVError
-from hydralv_tune.storage_url import engine_options, mask_passwords, sqlite_file
+from hydralv_tune.storage_url import engine_options, reason_of, sqlite_file
 
 try:
     import fcntl
@@ -105,7 +105,7 @@ class StudyMutex:
                 self._connection.commit()
             except SQLAlchemyError as error:
                 self._drop_connection()
-                raise MutexLost(f"the study mutex was lost: {_reason(error)}") from None
+                raise MutexLost(f"the study mutex was lost: {reason_of(error)}") from None
 
     def _acquire_file(self) -> None:
         """Lock the file beside the database."""
@@ -144,7 +144,7 @@ class StudyMutex:
             self._take(self._connection)
         except SQLAlchemyError as error:
             self._drop_connection()
-            raise MutexLost(f"the study mutex cannot be had: {_reason(error)}") from None
+            raise MutexLost(f"the study mutex cannot be had: {reason_of(error)}") from None
 
     def _take(self, connection: Connection) -> None:
         """Wait for the advisory lock on the server, which queues the drivers fairly."""
@@ -162,9 +162,3 @@ class StudyMutex:
             with contextlib.suppress(SQLAlchemyError):
                 self._connection.close()
             self._connection = None
-
-
-def _reason(error: SQLAlchemyError) -> str:
-    """Return the first line of a database error, without passwords."""
-    lines = mask_passwords(str(getattr(error, "orig", None) or error)).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

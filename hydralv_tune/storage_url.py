@@ -33,6 +33,12 @@ def mask_passwords(text: str) -> str:
     return _PASSWORD_QUERY.sub(r"\g<head>***", text)
 
 
+def reason_of(error: BaseException) -> str:
+    """Return the first line of a database error, without passwords."""
+    text = mask_passwords(str(getattr(error, "orig", None) or error)).strip()
+    return text.splitlines()[0] if text else type(error).__name__
+
+
 def parse_storage(storage: str) -> URL:
     """Return a storage URL with our database drivers.
 
@@ -124,9 +130,8 @@ def probe(url: URL, *, create: bool) -> None:
             else:
                 connection.execute(sqlalchemy.text("SELECT 1"))
     except (SQLAlchemyError, NoSuchModuleError, UnicodeError) as error:
-        reason = mask_passwords(str(getattr(error, "orig", None) or error)).strip().splitlines()
         raise StudyError(
-            f"--storage: {masked(url)} does not answer: {reason[0] if reason else error}. "
+            f"--storage: {masked(url)} does not answer: {reason_of(error)}. "
             "Check the address, and that the database runs."
         ) from None
     finally:
