@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ SLICES = 2
 
 
 class Monitor:
-    """Writes TensorBoard events under a folder.
+    """Writes TensorBoard events under a folder; a full disk ends the writing, not the trial.
 
     Args:
         folder: Where the events go.
@@ -30,6 +31,7 @@ class Monitor:
         # Imported here: it takes a second, and nothing else needs it.
         from torch.utils.tensorboard import SummaryWriter
 
+        self.problem: str | None = None
         self.writer = SummaryWriter(str(folder), purge_step=step + 1)
 
     def scalars(self, step: int, groups: Mapping[str, Mapping[str, Any]]) -> None:
@@ -39,10 +41,11 @@ class Monitor:
             step: Of the evaluation, from 1.
             groups: Name of a group to names and values; what is no number is left out.
         """
-        for group, values in groups.items():
-            for name, value in values.items():
-                if isinstance(value, int | float) and not isinstance(value, bool):
-                    self.writer.add_scalar(f"{group}/{name}", value, step)
+        with self._watched():
+            for group, values in groups.items():
+                for name, value in values.items():
+                    if isinstance(value, int | float) and not isinstance(value, bool):
+                        self.writer.add_scalar(f"{group}/{name}", value, step)
 
     def slices(self, step: int, volume: Volume, probabilities: Array, segmentation: Array) -> None:
         """Write sections of image, targets, prediction and segmentation side by side.
@@ -67,13 +70,24 @@ class Monitor:
                 (probabilities[2, z].astype(np.float32) + 1) / 2,
                 (segmentation[z] > 0).astype(np.float32),
             ]
-            self.writer.add_image(
-                f"{volume.name}/section_{z}", np.concatenate(row, axis=1), step, dataformats="HW"
-            )
+            with self._watched():
+                self.writer.add_image(
+                    f"{volume.name}/section_{z}", np.concatenate(row, axis=1), step,
+                    dataformats="HW",
+                )  # fmt: skip
 
     def close(self) -> None:
         """Write what is pending."""
-        self.writer.close()
+        with self._watched():
+            self.writer.close()
+
+    @contextmanager
+    def _watched(self) -> Iterator[None]:
+        """Remember why events cannot be written, and go on without them."""
+        try:
+            yield
+        except OSError as error:
+            self.problem = f"TensorBoard events are incomplete: {error.strerror or error}"
 
 
 def _grey(section: Array) -> npt.NDArray[np.float32]:

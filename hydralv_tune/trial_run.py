@@ -428,6 +428,8 @@ class TrialRun:
         thinned = [f"evaluation {row['evaluation']}: {row['thinned']}"
                    for row in self.history if row.get("thinned")]  # fmt: skip
         stopped = [last["stopped"]] if last.get("stopped") else []
+        if self._monitor is not None and self._monitor.problem is not None:
+            stopped.append(self._monitor.problem)
         return TrialRecord(
             state=state,
             number=self.spec.number,

@@ -188,13 +188,13 @@ def test_the_shared_parameter_is_no_head_and_every_task_depends_on_it() -> None:
 
 
 def test_a_small_volume_is_learned() -> None:
-    chosen = candidate(optimization={"max_epochs": 20, "optimizer": {"lr": 1e-2}})
+    chosen = candidate(optimization={"max_epochs": 30, "optimizer": {"lr": 1e-2}})
     training = trainer(chosen)
     training.run_to(10)
     first = training.losses()
-    training.run_to(70)
+    training.run_to(110)
     training.losses()
-    training.run_to(80)
+    training.run_to(120)
     last = training.losses()
     assert last["total"] < 0.5 * first["total"]
     assert {"total", "label", "boundary", "edt", "plan_total"} <= set(last)

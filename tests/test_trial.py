@@ -1,0 +1,486 @@
+"""A trial from volumes to record: it keeps the best, goes on after a kill, and tells the truth."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from hydralv_tune import metrics
+from hydralv_tune.config import Candidate, DecodingGrid, candidate_from_mapping
+from hydralv_tune.decoding import decode
+from hydralv_tune.errors import InputError, TrialFailed, TrialInterrupted
+from hydralv_tune.evaluation import Outcome, better, evaluate
+from hydralv_tune.prediction import load_network, predict
+from hydralv_tune.records import load_checkpoint, previous, read_record
+from hydralv_tune.space import Objective
+from hydralv_tune.trial import Evaluation, TrialSpec, run_trial
+from hydralv_tune.trial_facts import verdicts
+from hydralv_tune.volumes import Volume, VolumePaths, write_array
+
+GRID = DecodingGrid.model_validate(
+    {
+        "grid": {
+            "binary_threshold": {"seed": [0.3, 0.5], "foreground": [0.2, 0.4]},
+            "contour_threshold": {"seed": [0.6, None], "foreground": [None]},
+            "distance_threshold": {"seed": [-0.3, 0.2], "foreground": [-0.9]},
+            "min_seed_size": [1],
+        }
+    }
+)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+def volume(seed: int = 0, name: str = "balls") -> Volume:
+    """Return a volume (8, 32, 48) with three bright balls in noise."""
+    rng = np.random.default_rng(seed)
+    label = np.zeros((8, 32, 48), np.uint16)
+    grid = np.indices(label.shape)
+    for number, centre in enumerate([(3, 9, 9), (4, 22, 20), (3, 12, 36)], 1):
+        away = sum((g - c) ** 2 * w for g, c, w in zip(grid, centre, (4, 1, 1), strict=True))
+        label[away < 30] = number
+    image = np.where(label > 0, 190, 80) + rng.normal(0, 10, label.shape)
+    mask = np.ones(label.shape, bool)
+    mask[:, :2] = False
+    return Volume(name, image.clip(0, 255).astype(np.uint8), label, mask, (30.0, 8.0, 8.0))
+
+
+def candidate(**sections: Any) -> Candidate:
+    """Return a candidate that learns bright balls within seconds."""
+    small: dict[str, Any] = {
+        "system": {"training": {"batch_size": 2}},
+        "model": {
+            "architecture": "monai_unet", "filters": [4, 8], "num_res_units": 0,
+            "loss_balancing": {"strategy": "uncertainty"},
+            "loss_functions": ["DiceLoss", "BCEWithLogitsLoss", "DiceLoss", "BCEWithLogitsLoss",
+                               "SmoothL1Loss"],
+        },
+        "data": {
+            "patch_size": [4, 16, 16], "pad_size": [0, 0, 0], "iter_num_per_epoch": 20,
+            "augmentation": {"preset": "some"}, "sampling": {"foreground_share": 0.7},
+        },
+        "optimization": {
+            "max_epochs": 6, "accumulate_grad_batches": 1, "precision": "32",
+            "optimizer": {"lr": 2e-2}, "scheduler": {"warmup_epochs": 0, "min_lr": 1e-4},
+            "ema": {"enabled": True, "decay": 0.8, "warmup_steps": 2},
+        },
+        "monitor": {"evaluation": {"count": 3}, "early_stopping": {"enabled": False}},
+        "inference": {"sliding_window": {"window_size": [4, 32, 32]},
+                      "test_time_augmentation": {"enabled": False}},
+    }  # fmt: skip
+    for name, keys in sections.items():
+        small[name] = {**small.get(name, {}), **keys}
+    return candidate_from_mapping(small, place="test")
+
+
+def spec(out: Path, chosen: Candidate | None = None, **keys: Any) -> TrialSpec:
+    values: dict[str, Any] = {
+        "number": 4, "root": 4, "candidate": chosen or candidate(), "objective": Objective(),
+        "grid": GRID, "volumes": [], "out": str(out), "device": "cpu", "threads": 1, "study": "s",
+    }  # fmt: skip
+    return TrialSpec(**{**values, **keys})
+
+
+def run(given: TrialSpec, report: Callable[[Evaluation], None] | None = None, **keys: Any) -> Any:
+    keys = {"volumes": [volume()], **keys}
+    return run_trial(given, report or (lambda _: None), **keys)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, list[Evaluation], Path]:
+    """Return record, evaluations and folder of one trial."""
+    torch.set_num_threads(1)
+    out = tmp_path_factory.mktemp("trial")
+    seen: list[Evaluation] = []
+    return run(spec(out), seen.append), seen, out
+
+
+def test_a_trial_learns_what_it_is_given(finished: Any) -> None:
+    record, _, _ = finished
+    assert record.metrics["f1_iou50"] == 1.0
+    assert record.value < 0.2
+
+
+def test_it_reports_each_evaluation_with_the_best_so_far(finished: Any) -> None:
+    record, seen, _ = finished
+    assert [e.step for e in seen] == [1, 2, 3]
+    assert [e.epoch for e in seen] == [2, 4, 6]
+    assert {"adapted_rand_error", "f1_iou50", "missed_count"} <= set(seen[0].metrics)
+    assert {"total", "label", "boundary", "edt"} <= set(seen[0].losses)
+    assert seen[0].seconds < seen[1].seconds < seen[2].seconds
+    json.dumps(seen[-1].as_mapping())
+    # Intermediate and final values are one quantity, unless the sweep in between was thinned.
+    if not any(row["thinned"] for row in record.history):
+        assert record.value == seen[-1].value
+
+
+def test_it_leaves_every_file_it_promises(finished: Any) -> None:
+    record, _, out = finished
+    names = {entry.name for entry in out.iterdir()}
+    assert {
+        "last.ckpt", "best.ckpt", "record.json", "sweep.parquet", "config.yaml",
+        "contact_sheet.png", "sweep.png", "losses.png", "tensorboard",
+    } <= names  # fmt: skip
+    assert not [name for name in names if name.endswith(".tmp")]
+    for name in ("contact_sheet.png", "sweep.png", "losses.png"):
+        with Image.open(out / name) as picture:
+            assert min(picture.size) > 100
+    table = pd.read_parquet(out / "sweep.parquet")
+    assert len(table) == record.sweep["combinations"] == 16
+    assert yaml.safe_load((out / "config.yaml").read_text()) == record.config
+
+
+def test_the_best_checkpoint_gives_the_recorded_score(finished: Any) -> None:
+    record, _, _ = finished
+    network, chosen = load_network(record.checkpoint)
+    given = volume()
+    maps = predict(network, given.image, chosen, mask=given.mask)
+    kept = load_checkpoint(record.checkpoint)
+    assert kept["decoding"] == record.decoding
+    segments = decode(kept["decoding"]["name"], maps, given.mask, **kept["decoding"]["kwargs"])
+    score = metrics.score(prediction=segments, truth=given.label, mask=given.mask)
+    assert score.adapted_rand_error == record.metrics["adapted_rand_error"]
+    assert score.voi_split == record.metrics["voi_split"]
+    assert list(score.invented) == list(record.metrics["invented"])
+
+
+def test_the_record_is_complete(finished: Any) -> None:
+    record, _, out = finished
+    assert read_record(out / "record.json").as_mapping() == record.as_mapping()
+    assert record.state == "complete"
+    assert (record.number, record.root, record.study, record.seed) == (4, 4, "s", 42)
+    assert record.config == candidate().as_mapping()
+    assert record.provenance["versions"]["torch"]
+    assert record.device["type"] == "cpu"
+    assert record.split["kind"] == "none"
+    assert "optimistic" in record.split["sentence"]
+    facts = record.volumes[0]
+    assert (facts["name"], list(facts["shape"])) == ("balls", [8, 32, 48])
+    assert facts["fingerprint"] == volume().fingerprint()
+    training = record.training
+    assert training["effective_batch"] == 2
+    assert training["steps"] == training["steps_done"] == 60
+    assert training["patches"] == 120
+    assert training["patches_per_s"] == pytest.approx(2 * training["steps_per_s"])
+    assert set(training["share"]) == {"data", "forward_backward", "optimizer", "evaluation"}
+    assert sum(training["share"].values()) == pytest.approx(1.0)
+    row = record.history[0]
+    assert {"total", "label", "boundary", "edt", "label_DiceLoss_0"} <= set(row["losses"])
+    assert {"adapted_rand_precision", "adapted_rand_recall", "adapted_rand_error_foreground",
+            "split_count", "merged_count", "invented_count"} <= set(row["metrics"])  # fmt: skip
+    assert row["lr"] == pytest.approx(2e-2 * 0.75, rel=0.02)
+    assert record.history[0]["task_weights"] != record.history[2]["task_weights"]
+    assert any(line.startswith("loss ") for line in record.verdicts)
+    assert {"best_by_f1", "best_unguarded", "plateau", "seconds"} <= set(record.sweep)
+    summary = record.summary()
+    assert summary["adapted_rand_error"] == record.metrics["adapted_rand_error"]
+    assert summary["losses"]["total"] == record.history[-1]["losses"]["total"]
+
+
+def test_tensorboard_has_scalars_and_slices_of_every_evaluation(finished: Any) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    record, _, out = finished
+    events = EventAccumulator(str(out / "tensorboard"))
+    events.Reload()
+    losses = events.Scalars("loss/total")
+    assert [event.step for event in losses] == [1, 2, 3]
+    assert losses[-1].value == pytest.approx(record.history[-1]["losses"]["total"], rel=1e-5)
+    assert len(events.Tags()["images"]) == 2
+
+
+def test_a_finished_trial_returns_its_record_at_once(finished: Any) -> None:
+    record, _, out = finished
+    before = (out / "record.json").stat().st_mtime_ns
+    seen: list[Evaluation] = []
+    again = run(spec(out), seen.append)
+    assert again.as_mapping() == record.as_mapping()
+    assert seen == []
+    assert (out / "record.json").stat().st_mtime_ns == before
+
+
+def test_a_folder_of_another_trial_is_refused(finished: Any) -> None:
+    _, _, out = finished
+    other = candidate(optimization={"max_epochs": 6, "optimizer": {"lr": 1e-3}})
+    with pytest.raises(InputError, match=r"optimization\.optimizer\.lr = 0\.02"):
+        run(spec(out, other))
+    with pytest.raises(InputError, match="other volumes"):
+        run(spec(out), volumes=[volume(seed=9)])
+    threads = candidate(system={"training": {"batch_size": 2}, "cpu_threads": 2})
+    assert run(spec(out, threads)).state == "complete"
+
+
+class KilledError(Exception):
+    """What ends a trial from outside."""
+
+
+def final_weights(out: Path) -> dict[str, torch.Tensor]:
+    state = load_checkpoint(out / "last.ckpt")["folds"][0]
+    return {**state["network"], **{f"average.{k}": v for k, v in
+                                   state["average"]["weights"].items()}}  # fmt: skip
+
+
+@pytest.mark.parametrize("after", [1, 2])
+def test_a_killed_trial_goes_on_to_the_same_weights_bit_for_bit(
+    finished: Any, tmp_path: Path, after: int
+) -> None:
+    record, seen, whole = finished
+
+    def kill(evaluation: Evaluation) -> None:
+        if evaluation.step == after:
+            raise KilledError
+
+    with pytest.raises(KilledError):
+        run(spec(tmp_path), kill)
+    assert read_record(tmp_path / "record.json").state == "stopped"
+    again: list[Evaluation] = []
+    second = run(spec(tmp_path), again.append)
+    expected, got = final_weights(whole), final_weights(tmp_path)
+    assert expected.keys() == got.keys()
+    assert all(torch.equal(expected[key], got[key]) for key in expected)
+    # What was reported before is reported again: the database may lack the last of it.
+    assert [e.step for e in again] == [1, 2, 3]
+    assert second.value == record.value
+    assert [e.losses for e in again] == [e.losses for e in seen]
+    assert any("continued from step" in note for note in second.notes)
+
+
+def test_a_truncated_state_falls_back_and_the_record_says_so(finished: Any, tmp_path: Path) -> None:
+    def kill(evaluation: Evaluation) -> None:
+        if evaluation.step == 2:
+            raise KilledError
+
+    with pytest.raises(KilledError):
+        run(spec(tmp_path), kill)
+    last = tmp_path / "last.ckpt"
+    assert previous(last).exists()
+    last.write_bytes(last.read_bytes()[:1000])
+    second = run(spec(tmp_path))
+    assert any("last.previous.ckpt, is used" in note for note in second.notes)
+    expected, got = final_weights(finished[2]), final_weights(tmp_path)
+    assert all(torch.equal(expected[key], got[key]) for key in expected)
+
+
+def test_a_stop_saves_in_the_middle_and_goes_on_to_the_same_weights(
+    finished: Any, tmp_path: Path
+) -> None:
+    asked = iter(range(1000))
+    with pytest.raises(TrialInterrupted, match="step 27 of 60"):
+        run(spec(tmp_path), should_stop=lambda: next(asked) == 27)
+    assert read_record(tmp_path / "record.json").state == "interrupted"
+    second = run(spec(tmp_path))
+    assert any("continued from step 27" in note for note in second.notes)
+    expected, got = final_weights(finished[2]), final_weights(tmp_path)
+    assert all(torch.equal(expected[key], got[key]) for key in expected)
+    assert second.history[1]["losses"] == finished[0].history[1]["losses"]
+
+
+def test_a_spec_survives_the_way_to_another_process(tmp_path: Path) -> None:
+    given = spec(tmp_path, volumes=[VolumePaths("v", "im.h5", "label.h5", None)], timeout_s=9.5)
+    assert TrialSpec.from_mapping(json.loads(json.dumps(given.as_mapping()))) == given
+
+
+def test_a_loss_that_diverges_fails_without_a_retry(tmp_path: Path) -> None:
+    wild = candidate(
+        optimization={
+            "max_epochs": 6, "optimizer": {"lr": 9.0}, "gradient_clip_val": 0,
+            "ema": {"enabled": False},
+        },
+        model={"architecture": "rsunet", "filters": [4, 8], "norm": "none", "num_res_units": None,
+               "loss_functions": ["MSELoss"] * 5,
+               "loss_kwargs": [{"tanh": False}] * 5},
+    )  # fmt: skip
+    with pytest.raises(TrialFailed, match=r"not finite at step \d+: total") as error:
+        run(spec(tmp_path, wild))
+    assert not error.value.retry
+    record = read_record(tmp_path / "record.json")
+    assert record.state == "fail"
+    assert "not finite at step" in str(record.error)
+    assert record.value is None or np.isfinite(record.value)
+
+
+def test_a_trial_that_takes_too_long_fails(tmp_path: Path) -> None:
+    with pytest.raises(TrialFailed, match=r"took longer than 0\.001 s") as error:
+        run(spec(tmp_path, timeout_s=0.001))
+    assert not error.value.retry
+
+
+@pytest.mark.parametrize(
+    ("sections", "said"),
+    [
+        ({"data": {"patch_size": [16, 16, 16]}}, r"Volume 'balls'.*patch_size is 16 along z"),
+        ({"data": {"patch_size": [4, 16, 16], "split": {"kind": "holdout"}}}, "to train on"),
+        ({"model": {"external_weights_path": "none.ckpt"}}, r"none\.ckpt: no such checkpoint"),
+    ],
+)
+def test_a_candidate_that_does_not_fit_the_volumes_is_the_user_s_error(
+    tmp_path: Path, sections: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(InputError, match=said):
+        run(spec(tmp_path, candidate(**sections)))
+
+
+def test_volumes_are_read_from_their_paths_and_lazily_where_large(
+    finished: Any, tmp_path: Path
+) -> None:
+    given = volume()
+    arrays = {"im": given.image, "label": given.label, "mask": given.mask}
+    for name, array in arrays.items():
+        whole = array.astype(np.uint8) if name == "mask" else array
+        write_array(tmp_path / f"{name}.h5", whole, voxel_size_nm=given.voxel_size_nm)
+    image, label, mask = (str(tmp_path / f"{n}.h5") for n in ("im", "label", "mask"))
+    paths = [VolumePaths("balls", image, label, mask)]
+    expected = final_weights(finished[2])
+    size = given.image.size
+    for limit_gb, scored in ((8.0, 8), (size * 10 / 1e9 * 0.99, 1)):
+        data = {**candidate().data.model_dump(mode="json"), "memory_limit_gb": limit_gb}
+        out = tmp_path / f"out_{scored}"
+        record = run_trial(spec(out, candidate(data=data), volumes=paths), lambda _: None)
+        got = final_weights(out)
+        # Read lazily, the patches are the same, and so are the weights.
+        assert all(torch.equal(expected[key], got[key]) for key in expected)
+        lazy = [note for note in record.notes if "read lazily" in note]
+        assert len(lazy) == (limit_gb < 8)
+
+
+def test_a_holdout_is_scored_where_it_was_not_trained(tmp_path: Path) -> None:
+    data = {
+        **candidate().data.model_dump(mode="json"),
+        "split": {"kind": "holdout", "axis": 2, "fraction": 0.4, "margin": 2},
+    }
+    record = run(spec(tmp_path, candidate(data=data)))
+    assert record.split["folds"][0]["train"] == ["balls[x 0:27] 8×32×27"]
+    assert record.split["folds"][0]["score"] == ["balls[x 29:48] 8×32×19"]
+    assert record.metrics["instances_true"] == 1
+    assert "held out" in record.split["sentence"]
+
+
+def test_cross_validation_scores_the_mean_and_keeps_each_fold(tmp_path: Path) -> None:
+    data = {
+        **candidate().data.model_dump(mode="json"),
+        "split": {"kind": "cross_validation", "folds": 2},
+    }
+    seen: list[Evaluation] = []
+    volumes = [volume(1, "one"), volume(2, "two")]
+    record = run(spec(tmp_path, candidate(data=data)), seen.append, volumes=volumes)
+    assert [fold["name"] for fold in record.folds] == ["fold_1", "fold_2"]
+    values = [fold["value"] for fold in record.folds]
+    assert record.value == pytest.approx(np.mean(values))
+    errors = [fold["metrics"]["adapted_rand_error"] for fold in record.folds]
+    assert record.metrics["adapted_rand_error"] == pytest.approx(np.mean(errors))
+    one, two = (load_checkpoint(tmp_path / f"fold_{n}" / "best.ckpt") for n in (1, 2))
+    assert any(not torch.equal(one["weights"][k], two["weights"][k]) for k in one["weights"])
+    root = load_checkpoint(tmp_path / "best.ckpt")
+    best = (one, two)[int(np.argmin(values))]
+    assert all(torch.equal(root["weights"][k], best["weights"][k]) for k in root["weights"])
+    assert seen[-1].value == pytest.approx(record.value)
+
+
+@pytest.mark.parametrize(
+    ("metric", "expected"),
+    [
+        ("f1_iou50", lambda m: 1 - m["f1_iou50"]),
+        ("adapted_rand_error_foreground", lambda m: m["adapted_rand_error_foreground"]),
+        ("voi", lambda m: m["voi_split"] + m["voi_merge"]),
+    ],
+)
+def test_other_objectives_are_minimised_too(
+    finished: Any, metric: str, expected: Callable[[dict[str, float]], float]
+) -> None:
+    network, chosen = load_network(finished[0].checkpoint)
+
+    class Whole:
+        name = "all"
+        score = (volume(),)
+
+    Whole.network = network  # type: ignore[attr-defined]
+    outcome = evaluate(
+        [Whole()],  # type: ignore[list-item]
+        chosen, GRID, Objective(metric=metric), device=torch.device("cpu"), threads=1,
+    )  # fmt: skip
+    assert outcome.value == pytest.approx(expected(outcome.metrics))
+
+
+def test_a_blob_of_small_error_does_not_outlive_a_good_checkpoint(finished: Any) -> None:
+    def outcome(value: float, f1: float) -> Outcome:
+        return Outcome(value, {"f1_iou50": f1}, None, {}, (), (), (), (), {})  # type: ignore[arg-type]
+
+    assert better(outcome(0.9, 0.0), None, 0.0, 0.05)
+    assert better(outcome(0.10, 0.9), 0.04, 0.2, 0.05)
+    assert not better(outcome(0.01, 0.2), 0.10, 0.9, 0.05)
+    assert better(outcome(0.09, 0.88), 0.10, 0.9, 0.05)
+    assert not better(outcome(0.11, 0.92), 0.10, 0.9, 0.05)
+
+
+def test_the_plan_s_checkpoints_appear_as_verdicts() -> None:
+    def row(step: int, loss: float) -> dict[str, Any]:
+        return {"step": step, "losses": {"plan_total": loss, "label": loss, "edt": 0.005}}
+
+    history = [row(10, 0.9), row(25, 0.25), row(100, 0.15)]
+    scores = {"adapted_rand_error": 0.03, "adapted_rand_precision": 0.99,
+              "adapted_rand_recall": 0.9}  # fmt: skip
+    lines = verdicts(history, scores, 100)
+    assert lines[0] == "loss 0.250 after 25% of the run, under 0.3: on track"
+    assert "plan_total 0.15, wanted < 0.2: met" in lines
+    assert "recall 0.9, wanted > 0.95: not met" in lines
+    late = verdicts([row(20, 0.5)], {}, 100)
+    assert "above 0.4: change the architecture" in late[0]
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_full_disk_fails_the_trial_and_keeps_the_state_before(tmp_path: Path) -> None:
+    import resource
+    import signal
+
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+
+    def fill(evaluation: Evaluation) -> None:
+        if evaluation.step == 1:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limit[1]))
+
+    try:
+        with pytest.raises(TrialFailed, match="large") as error:
+            run(spec(tmp_path), fill)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+        signal.signal(signal.SIGXFSZ, before)
+    assert error.value.retry
+    assert len(load_checkpoint(tmp_path / "last.ckpt")["history"]) == 1
+    record = run(spec(tmp_path))
+    assert record.state == "complete"
+    assert not [name for name in os.listdir(tmp_path) if name.endswith(".tmp")]
+
+
+def test_threads_are_given_back(finished: Any, tmp_path: Path) -> None:
+    torch.set_num_threads(2)
+    with pytest.raises(InputError):
+        run(spec(tmp_path, candidate(data={"patch_size": [16, 16, 16]})))
+    assert torch.get_num_threads() == 2
+
+
+def test_early_stopping_ends_the_trial_with_a_last_evaluation(tmp_path: Path) -> None:
+    chosen = candidate(
+        monitor={
+            "evaluation": {"count": 3},
+            "early_stopping": {"enabled": True, "threshold": 50.0, "divergence_threshold": None},
+        }
+    )
+    record = run(replace(spec(tmp_path), candidate=chosen))
+    assert len(record.history) == 1
+    assert record.state == "complete"
+    assert any("stopped early after epoch" in note for note in record.notes)
