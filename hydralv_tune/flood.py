@@ -137,10 +137,9 @@ def _lowest_bit(word: Any) -> int:
 
 
 @njit(cache=True, nogil=True)
-def _push(
-    node: int, rank: int, head: Any, tail: Any, follows: Any, bits: Any, tops: Any, lowest: int
-) -> int:
+def _push(node: int, rank: int, queues: Any, lowest: int) -> int:
     """Put a node at the end of its rank's queue; return the lowest word that may hold a bit."""
+    head, tail, follows, bits, tops = queues
     follows[node] = -1
     if head[rank] < 0:
         head[rank] = node
@@ -154,8 +153,9 @@ def _push(
 
 
 @njit(cache=True, nogil=True)
-def _pop(top: int, head: Any, follows: Any, bits: Any, tops: Any) -> int:
+def _pop(top: int, queues: Any) -> int:
     """Take the first node out of the lowest rank, which is known to lie under this word."""
+    head, _, follows, bits, tops = queues
     word = (top << 6) + _lowest_bit(tops[top])
     rank = (word << 6) + _lowest_bit(bits[word])
     node = head[rank]
@@ -165,6 +165,29 @@ def _pop(top: int, head: Any, follows: Any, bits: Any, tops: Any) -> int:
         if bits[word] == 0:
             tops[top] &= ~(np.uint64(1) << np.uint64(word & 63))
     return node
+
+
+@njit(cache=True, nogil=True)
+def _start(
+    seeds: Any, seed_labels: Any, ranks: Any, levels: int, wanted: Any, missing: int, dry: Any,
+    position: Any, labels: Any, queues: Any, later: Any,
+) -> Any:  # fmt: skip
+    """Label and queue the seeds; return what is missing, the lowest word, and the plain's end."""
+    lowest, later_ends = len(queues[-1]), 0
+    for index in range(len(seeds)):
+        node = seeds[index]
+        place = np.int64(position[node])
+        bit = np.uint64(1) << np.uint64(place & 63)
+        if dry[place >> 6] & bit:
+            dry[place >> 6] ^= bit
+            labels[node] = seed_labels[index]
+            missing -= wanted[node]
+            if ranks[node] < levels:
+                lowest = _push(node, ranks[node], queues, lowest)
+            else:
+                later[later_ends] = place << 32 | np.int64(seed_labels[index])
+                later_ends += 1
+    return missing, lowest, later_ends
 
 
 @njit(cache=True, nogil=True)
@@ -182,43 +205,30 @@ def flood(
     labels in memory. The flood ends when no wanted node is missing, since a label never changes.
 
     Args:
-        seeds, seed_labels: Nodes in raster order, labels from 1; a seed that is not dry is
-            passed over.
+        seeds, seed_labels: Nodes in raster order, labels from 1; one that is not dry is skipped.
         ranks, levels, wanted, dry, known, where, position: Of `Relief`; `dry` is written to.
         missing: How many nodes are wanted.
         faces: Offsets of the 6 neighbours, in raster order.
         labels: (nodes,), int32, zeros.
         follows, now, later: Room for the queues.
     """
-    one = np.uint64(1)
-    head = np.full(levels, -1, np.int32)
-    tail = np.full(levels, -1, np.int32)
-    bits = np.zeros((levels >> 6) + 1, np.uint64)
     tops = np.zeros((levels >> 12) + 1, np.uint64)
-    lowest, at, now_ends, later_ends = len(tops), 0, 0, 0
-    for index in range(len(seeds)):
-        node = seeds[index]
-        place = np.int64(position[node])
-        bit = one << np.uint64(place & 63)
-        if dry[place >> 6] & bit:
-            dry[place >> 6] ^= bit
-            labels[node] = seed_labels[index]
-            missing -= wanted[node]
-            if ranks[node] < levels:
-                lowest = _push(node, ranks[node], head, tail, follows, bits, tops, lowest)
-            else:
-                later[later_ends] = place << 32 | np.int64(seed_labels[index])
-                later_ends += 1
+    queues = (
+        np.full(levels, -1, np.int32), np.full(levels, -1, np.int32), follows,
+        np.zeros((levels >> 6) + 1, np.uint64), tops,
+    )  # fmt: skip
+    missing, lowest, later_ends = _start(
+        seeds, seed_labels, ranks, levels, wanted, missing, dry, position, labels, queues, later
+    )
+    at, now_ends = 0, 0
     while missing > 0:
         while lowest < len(tops) and tops[lowest] == 0:
             lowest += 1
         if lowest < len(tops):
-            node = _pop(lowest, head, follows, bits, tops)
-            place = np.int64(position[node])
-            label = np.int64(labels[node])
+            node = _pop(lowest, queues)
+            place, label = np.int64(position[node]), np.int64(labels[node])
         elif at < now_ends:
-            place = now[at] >> 32
-            label = now[at] & 0xFFFFFFFF
+            place, label = now[at] >> 32, now[at] & 0xFFFFFFFF
             at += 1
         elif later_ends > 0:
             now, later = later, now
@@ -228,7 +238,7 @@ def flood(
             break
         for offset in faces:
             other = place + offset
-            bit = one << np.uint64(other & 63)
+            bit = np.uint64(1) << np.uint64(other & 63)
             if dry[other >> 6] & bit:
                 dry[other >> 6] ^= bit
                 if known[other >> 6] & bit:
@@ -236,7 +246,7 @@ def flood(
                     labels[node] = label
                     missing -= wanted[node]
                     if ranks[node] < levels:
-                        lowest = _push(node, ranks[node], head, tail, follows, bits, tops, lowest)
+                        lowest = _push(node, ranks[node], queues, lowest)
                         continue
                 later[later_ends] = other << 32 | label
                 later_ends += 1

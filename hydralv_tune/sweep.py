@@ -197,19 +197,12 @@ def sweep(
     Raises:
         ValueError: The input or the grid breaks a rule, or a volume has no truth in its mask.
     """
-    metric = str(getattr(objective, "metric", METRICS[0]))
-    guard = float(getattr(getattr(objective, "guard", None), "f1_below_best", 0.05))
-    if metric not in METRICS:
-        raise ValueError(unknown_name("metric", metric, METRICS))
-    if time_limit_s is not None and not time_limit_s >= 0:
-        raise ValueError(f"time_limit_s is {time_limit_s}, but it is a number of seconds from 0 on")
-    if threads is not None and threads < 1:
-        raise ValueError(f"threads is {threads}, but at least one must work")
+    metric, guard = _checked(objective, time_limit_s, threads)
     compile_s = warm_up()
     clock = _Clock(time.perf_counter(), NO_LIMIT if time_limit_s is None else time_limit_s)
     axes = checked_axes(grid)
     volumes = _volumes(probabilities, labels, mask, grid, axes, metric == "voi")
-    runner = _Runner(volumes, threads or len(os.sched_getaffinity(0)), clock)
+    runner = _Runner(volumes, threads or _cores(), clock)
     grids = [runner.first(axes)]
     tables = [_table(runner.sums(grids[0]), grids[0])]
     for number in range(1, grid.refine + 1):
@@ -221,6 +214,24 @@ def sweep(
         tables.append(_table(runner.sums(around), around))
     table = _joined(tables, grids, metric, guard)
     return _result(table, grids, grid, metric, guard, clock, compile_s, runner.told(axes, grids))
+
+
+def _checked(objective: Any, time_limit_s: float | None, threads: int | None) -> tuple[str, float]:
+    """Return metric and guard of an objective, all settings checked."""
+    metric = str(getattr(objective, "metric", METRICS[0]))
+    if metric not in METRICS:
+        raise ValueError(unknown_name("metric", metric, METRICS))
+    if time_limit_s is not None and not time_limit_s >= 0:
+        raise ValueError(f"time_limit_s is {time_limit_s}, but it is a number of seconds from 0 on")
+    if threads is not None and threads < 1:
+        raise ValueError(f"threads is {threads}, but at least one must work")
+    return metric, float(getattr(getattr(objective, "guard", None), "f1_below_best", 0.05))
+
+
+def _cores() -> int:
+    """Return how many cores this process may use."""
+    affinity = getattr(os, "sched_getaffinity", None)  # Linux alone has it
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
 @dataclass

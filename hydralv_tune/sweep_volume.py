@@ -142,8 +142,13 @@ class SweptVolume:
                 work()
                 continue
             with ThreadPoolExecutor(threads) as pool:
-                for future in [pool.submit(work) for _ in range(threads)]:
-                    future.result()
+                try:
+                    for future in [pool.submit(work) for _ in range(threads)]:
+                        future.result()
+                finally:
+                    # After an error or Ctrl-C the others would finish the whole list first.
+                    for _ in todo:
+                        pass
         return all(key in self._row_of for key in new)
 
     def _passes(self, keys: list[Key]) -> Iterator[tuple[Relief, Array, Any, Any]]:
