@@ -9,8 +9,6 @@
 #SBATCH --cpus-per-task=32
 #SBATCH --gpus-per-node=4
 #SBATCH --time=24:00:00
-# Three minutes before the end the workers are told to save; what runs is enqueued again.
-#SBATCH --signal=TERM@180
 #SBATCH --output=%x-%j.log
 set -euo pipefail
 
@@ -21,6 +19,10 @@ mkdir -p "$out"
 
 head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 port=$((20000 + SLURM_JOB_ID % 20000)) # two jobs may share a node
+
+# Five minutes before the job ends the workers are told to save, and what runs is enqueued again.
+# SLURM's own signal would reach Ray's daemons too, and take the workers down before they save.
+seconds=$((${SLURM_JOB_END_TIME:?needs SLURM 22.05 or later} - $(date +%s) - 300))
 
 # One token for this cluster; srun hands the environment to every node.
 export RAY_AUTH_MODE=token RAY_USAGE_STATS_ENABLED=0
@@ -34,4 +36,4 @@ exec srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" \
     --num-cpus "$SLURM_CPUS_PER_TASK" --num-gpus "${SLURM_GPUS_ON_NODE:-0}" --include-dashboard false -- \
     hydralv-tune run "$space" --image "$image" --label "$label" ${mask:+--mask "$mask"} \
     --study "$study" --out "$out" --storage "${HYDRALV_STORAGE:-sqlite:///$out/study.db}" \
-    --ray-address "$head:$port"
+    --ray-address "$head:$port" --timeout-s "$seconds"

@@ -108,6 +108,7 @@ class Bridge:
         self.driver, self.trials = driver, trials
         self.space: SearchSpace = driver.space
         self.live: dict[str, LiveTrial] = {}
+        self.stop_wanted: str | None = None  # set by a signal, met at the next turn
         self.stop_reason: str | None = None
         self.failure: HydraLVError | None = None
         self._stop_deadline = math.inf
@@ -201,7 +202,9 @@ class Bridge:
         `kill` means at once, `drop` that nobody waits for its result any more.
         """
         now = time.monotonic()
-        if now > self._deadline and self.stop_reason is None:
+        if self.stop_wanted is not None:
+            self.stop(self.stop_wanted)
+        if now > self._deadline:
             self.stop("the time of this run is over")
         if now > self._next_poll:
             self._next_poll = now + POLL_EVERY_S

@@ -62,6 +62,7 @@ from ray.tune.search import Searcher  # noqa: E402
 
 from hydralv_tune.bridge import Bridge, Event, StudyFailed  # noqa: E402
 from hydralv_tune.errors import HydraLVError, InputError  # noqa: E402
+from hydralv_tune.mirror import Mirror  # noqa: E402
 from hydralv_tune.sampling import check_patch_fits  # noqa: E402
 from hydralv_tune.space import SearchSpace  # noqa: E402
 from hydralv_tune.study import GRACE_S, HEARTBEAT_S, OUT, Driver, Study, open_readonly  # noqa: E402
@@ -111,6 +112,7 @@ def run_study(
     on_trial_end: TrialEndHook | None = None,
     extend: bool = False,
     warm_start_from: str | None = None,
+    checkpoints: str | None = None,
     heartbeat_s: float = HEARTBEAT_S,
     grace_s: float = GRACE_S,
     save_s: float = SAVE_S,
@@ -135,6 +137,8 @@ def run_study(
         on_trial_end: Called with driver, number, state and attributes before each trial is told.
         extend: Accept a space that differs from the stored one.
         warm_start_from: Another study of the same storage whose fitting trials are learnt from.
+        checkpoints: Path or URL (`s3://…`, `gs://…`) that the trials' folders are mirrored to, for
+            nodes that do not share `out`; the best trial's folder is fetched at the end.
         heartbeat_s: Seconds between two signs of life.
         grace_s: Silence after which other drivers take this one's trials over.
         save_s: Seconds that workers get to save after a stop.
@@ -173,9 +177,13 @@ def run_study(
                 on_event=on_event,
                 on_trial_end=on_trial_end,
             )
-            interrupted = _tune(bridge, resources, trial_function or _real_trial(read))
+            function = trial_function or _real_trial(read)
+            interrupted = _tune(bridge, resources, function, checkpoints)
         if bridge.failure is not None:
             raise bridge.failure
+        best = opened.best()
+        if checkpoints is not None and best is not None:
+            Mirror(out / "trials" / str(best.root), checkpoints, str(best.root)).pull()
         facts = opened.facts()
     finally:
         opened.close()
@@ -194,14 +202,16 @@ def _check_patches(space: SearchSpace, volumes: Sequence[Volume]) -> None:
         check_patch_fits(volume.name, sides, data.patch_size)
 
 
-def _tune(bridge: Bridge, resources: _Resources, function: TrialFunction) -> str | None:
+def _tune(
+    bridge: Bridge, resources: _Resources, function: TrialFunction, checkpoints: str | None
+) -> str | None:
     """Let Ray Tune run trials until the bridge has no more; return the signal that ended it."""
     flag = ray.remote(num_cpus=0)(_StopFlag).remote()
     scratch = Path(tempfile.mkdtemp(prefix="hydralv-tune-"))
     faces = _Searcher(bridge), _Scheduler(bridge, flag)
     tuner = tune.Tuner(
         tune.with_resources(
-            _trainable(function, flag), {"cpu": resources.cpus, "gpu": resources.gpus}
+            _trainable(function, flag, checkpoints), {"cpu": resources.cpus, "gpu": resources.gpus}
         ),
         tune_config=tune.TuneConfig(
             search_alg=faces[0], scheduler=faces[1], num_samples=ENDLESS, reuse_actors=False
@@ -222,7 +232,9 @@ def _tune(bridge: Bridge, resources: _Resources, function: TrialFunction) -> str
     return received[0] if received else None
 
 
-def _trainable(function: TrialFunction, flag: Any) -> Callable[[dict[str, Any]], None]:
+def _trainable(
+    function: TrialFunction, flag: Any, checkpoints: str | None
+) -> Callable[[dict[str, Any]], None]:
     """Return the function that Ray runs in a fresh process for each trial."""
 
     # A function inside a function travels whole. One of this module would travel by name, and
@@ -258,6 +270,7 @@ def _trainable(function: TrialFunction, flag: Any) -> Callable[[dict[str, Any]],
             send=lambda message: tune.report({message_key: json.dumps(message)}),
             should_stop=stop.is_set,
             function=function,
+            checkpoints=checkpoints,
         )
 
     return trial
@@ -537,7 +550,8 @@ def _signals(bridge: Bridge) -> Iterator[list[str]]:
         if received:
             raise KeyboardInterrupt
         received.append(f"Stopped by {name}")
-        bridge.stop(f"stopped by {name}")
+        # Only noted here: an event printed from within a handler could meet a half-printed one.
+        bridge.stop_wanted = f"stopped by {name}"
 
     if threading.current_thread() is not threading.main_thread():
         yield received

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from hydralv_tune.errors import HydraLVError, TrialFailed, TrialInterrupted
+from hydralv_tune.mirror import Mirror
 
 Send = Callable[[dict[str, Any]], None]
 OWNER_FILE = "attempt.json"
@@ -37,13 +38,19 @@ class Reporter:
         should_stop: Whether the driver asks for the end.
         folder: Folder of the trial, shared by all its attempts.
         number: The trial's number, the latest of which owns the folder.
+        mirror: Where the folder is copied to before each message, if anywhere.
     """
 
     def __init__(
-        self, send: Send, should_stop: Callable[[], bool], folder: Path, number: int
+        self,
+        send: Send,
+        should_stop: Callable[[], bool],
+        folder: Path,
+        number: int,
+        mirror: Mirror | None = None,
     ) -> None:
         self._send, self._should_stop = send, should_stop
-        self._folder, self._number = folder, number
+        self._folder, self._number, self._mirror = folder, number, mirror
 
     def __call__(self, evaluation: Any) -> None:
         """Send one evaluation.
@@ -57,6 +64,8 @@ class Reporter:
         if not math.isfinite(value):
             raise TrialFailed("training", f"the objective is {value}", retry=False)
         self.check()
+        if self._mirror is not None:
+            self._mirror.push()
         self._send({**message, "kind": "evaluation"})
         self.check()
 
@@ -96,6 +105,7 @@ def run_worker(
     send: Send,
     should_stop: Callable[[], bool],
     function: TrialFunction,
+    checkpoints: str | None = None,
 ) -> None:
     """Run one trial and send how it started, went and ended; never raises for the trial's faults.
 
@@ -104,12 +114,19 @@ def run_worker(
         send: Takes a message of plain JSON types to the driver.
         should_stop: Asked now and then; true ends the trial without a fault.
         function: The trial function.
+        checkpoints: URL that the trial's folder is mirrored to; None where all nodes see it.
     """
-    report = Reporter(send, should_stop, Path(spec["out"]), int(spec["number"]))
+    folder, mirror = Path(spec["out"]), None
     try:
+        if checkpoints is not None:
+            mirror = Mirror(folder, checkpoints, str(spec["root"]))
+            mirror.pull()
+        report = Reporter(send, should_stop, folder, int(spec["number"]), mirror)
         report.claim()
         send({"kind": "started", **whereabouts()})
         record = function(spec, report)
+        if mirror is not None:
+            mirror.push()
         send({"kind": "final", "record": plain(dict(record))})
     except TrialInterrupted:
         send({"kind": "interrupted"})
