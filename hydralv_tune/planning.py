@@ -22,6 +22,7 @@ from hydralv_tune.errors import ConfigError, InputError, TrialFailed, as_input_e
 from hydralv_tune.explanation import without_effect
 from hydralv_tune.optimization import step_plan
 from hydralv_tune.prediction import network_of, pick_device
+from hydralv_tune.randomness import seeded
 from hydralv_tune.records import write_atomically
 from hydralv_tune.sampling import (
     PatchSampler,
@@ -74,7 +75,8 @@ def plan_facts(
     """
     plan = step_plan(candidate)
     warnings: list[str] = []
-    network = network_of(candidate)
+    with seeded(candidate.system.seed, torch.device("cpu")):
+        network = network_of(candidate)
     facts: dict[str, Any] = {
         "candidate": candidate.experiment_name,
         "architecture": candidate.model.architecture,
