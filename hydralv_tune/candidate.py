@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Field, field_validator
 
 from hydralv_tune.section import (
+    Channels,
     Count,
     Filters,
     Names,
@@ -22,6 +23,7 @@ from hydralv_tune.section import (
     Positive,
     Section,
     Share,
+    Side,
     Size3,
     Whole,
     spelled,
@@ -75,7 +77,7 @@ class Model(Section):
     """`model`."""
 
     architecture: str = Field("rsunet", description="A name of the table of architectures.")
-    in_channels: Count = Field(1, description="Channels of the image.")
+    in_channels: Channels = Field(1, description="Channels of the image.")
     out_channels: Literal[3] = Field(3, description="Binary, boundary, distance.")
     input_size: Size3 | None = Field(None, description="No effect: `data.patch_size` decides.")
     output_size: Size3 | None = Field(None, description="No effect: `data.patch_size` decides.")
@@ -89,9 +91,7 @@ class Model(Section):
     )
     norm: str | None = Field(None, description="null: the architecture's own.")
     activation: str | None = Field(None, description="null: the architecture's own.")
-    kernel_size: Count | Size3 | None = Field(
-        None, description="Odd; null: the architecture's own."
-    )
+    kernel_size: Side | Size3 | None = Field(None, description="Odd; null: the architecture's own.")
     strides: list[int | list[int]] | None = Field(
         None, description="monai_unet: one per step between levels; null: [1, 2, 2] each."
     )

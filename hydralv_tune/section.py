@@ -10,11 +10,14 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
-Count = Annotated[int, Field(ge=1)]
-Whole = Annotated[int, Field(ge=0)]
-Size3 = Annotated[tuple[Count, Count, Count], Field(strict=False)]
+# The upper bounds keep a slip of the finger from overflowing a 64-bit size.
+Count = Annotated[int, Field(ge=1, le=1_000_000_000)]
+Whole = Annotated[int, Field(ge=0, lt=2**32)]
+Channels = Annotated[int, Field(ge=1, le=4096)]
+Side = Annotated[int, Field(ge=1, le=65536)]
+Size3 = Annotated[tuple[Side, Side, Side], Field(strict=False)]
 Pad3 = Annotated[tuple[Whole, Whole, Whole], Field(strict=False)]
-Filters = Annotated[tuple[Count, ...], Field(strict=False, min_length=2)]
+Filters = Annotated[tuple[Channels, ...], Field(strict=False, min_length=2)]
 Numbers = Annotated[tuple[NotNegative, ...], Field(strict=False)]
 Names = Annotated[tuple[str, ...], Field(strict=False, min_length=1)]
 Paths = str | list[str] | None

@@ -263,6 +263,20 @@ def test_a_fault_is_told_by_place_key_value_and_rule(text: str, message: str) ->
     assert told.startswith("x.yaml: ")
 
 
+ODD = [[], {}, "x", -1, 10**30, float("nan"), [None], {"a": [{}]}]
+
+
+@pytest.mark.parametrize("odd", ODD, ids=str)
+def test_no_odd_value_at_any_key_is_a_crash(odd: Any) -> None:
+    paths = [*key_paths(Candidate), "data.augmentation.flip", "data.augmentation.cutout.hole_size"]
+    for path in paths:
+        try:
+            candidate = candidate_from_mapping(nested(path, odd), place="x.yaml")
+        except ConfigError:
+            continue
+        assert candidate_from_mapping(candidate.as_mapping(), place="again", base={}) is not None
+
+
 def test_a_mapping_is_due() -> None:
     with pytest.raises(ConfigError, match="but a mapping of keys to values is due"):
         of("[1, 2]")
