@@ -65,7 +65,15 @@ from hydralv_tune.errors import HydraLVError, InputError  # noqa: E402
 from hydralv_tune.mirror import Mirror  # noqa: E402
 from hydralv_tune.sampling import check_patch_fits  # noqa: E402
 from hydralv_tune.space import SearchSpace  # noqa: E402
-from hydralv_tune.study import GRACE_S, HEARTBEAT_S, OUT, Driver, Study, open_readonly  # noqa: E402
+from hydralv_tune.study import (  # noqa: E402
+    GRACE_S,
+    HEARTBEAT_S,
+    OUT,
+    DatabaseAway,
+    Driver,
+    Study,
+    open_readonly,
+)
 from hydralv_tune.trial_view import Asked  # noqa: E402
 from hydralv_tune.volumes import Volume, VolumePaths, read_volume  # noqa: E402
 from hydralv_tune.worker import Reporter, TrialFunction  # noqa: E402
@@ -153,6 +161,7 @@ def run_study(
     # Wrong input must leave nothing behind, so the volumes come before the study.
     read = [] if trial_function is not None else [read_volume(paths) for paths in volumes]
     _check_patches(space, read)
+    interrupted: str | None = None
     opened = Study.open(storage, study, space=space, create=True, extend=extend)
     try:
         opened.remember(OUT, str(out))
@@ -181,15 +190,24 @@ def run_study(
             interrupted = _tune(bridge, resources, function, checkpoints)
         if bridge.failure is not None:
             raise bridge.failure
-        best = opened.best()
-        if checkpoints is not None and best is not None:
-            Mirror(out / "trials" / str(best.root), checkpoints, str(best.root)).pull()
-        facts = opened.facts()
+        facts = _facts(opened, out, checkpoints)
+    except DatabaseAway:
+        if interrupted is None:
+            raise
+        facts = {}  # what is not told yet waits in the journal
     finally:
         opened.close()
     if interrupted is not None:
         raise StudyInterrupted(interrupted, facts)
     return facts
+
+
+def _facts(study: Study, out: Path, checkpoints: str | None) -> dict[str, Any]:
+    """Return the facts of a study, once the best trial's folder is here."""
+    best = study.best()
+    if checkpoints is not None and best is not None:
+        Mirror(out / "trials" / str(best.root), checkpoints, str(best.root)).pull()
+    return study.facts()
 
 
 def _check_patches(space: SearchSpace, volumes: Sequence[Volume]) -> None:

@@ -363,7 +363,9 @@ def test_results_wait_in_the_journal_while_sqlite_is_locked(
     finally:
         writer.execute("ROLLBACK")
         writer.close()
-    driver.poll()
+    # What waits is told before anything else, and its trial is nobody's orphan until then.
+    third = asked(driver)
+    assert third.retry_of is None
     assert driver.waiting_results == 0
     told = driver.study.trials()[first.number]
     assert (told.state, told.value, dict(told.intermediate)) == ("COMPLETE", 0.2, {1: 0.4})

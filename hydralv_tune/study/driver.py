@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import threading
+import time
 import uuid
 import warnings
 from collections.abc import Mapping
@@ -37,6 +38,7 @@ HEARTBEAT_S = 30.0
 GRACE_S = 120.0
 DUPLICATE_TRIES = 3
 UNTRIED_TRIES = 200
+ABANDONED_S = 3600.0  # of a journal, after which its driver on another machine is not awaited
 GUARD = "f1_iou50"
 ARTIFACTS = "artifacts"
 
@@ -106,23 +108,35 @@ class Driver:
         Raises:
             DatabaseAway: Try again later.
         """
-        with database_errors(), self._mutex:
-            self.reconcile()
-            counts = count_states(self.study.trials())
-            finished = counts["complete"] + counts["pruned"]
-            if finished >= target:
-                return "done"
-            if finished + counts["running"] >= target:
-                return "wait"
-            for _ in range(DUPLICATE_TRIES):
-                asked = self._new_trial()
-                if asked is not None:
-                    return asked
-            params = self._untried()
-            if params is None:  # the space has no more combinations
-                return "wait" if counts["running"] else "done"
-            self.study.optuna.enqueue_trial(params)
-            return self._new_trial() or "wait"
+        before = set(self._live)
+        try:
+            with database_errors(), self._mutex:
+                self._flush()
+                self.reconcile()
+                return self._next_trial(target)
+        except DatabaseAway:
+            # Nobody will run a trial that was claimed just before: it is to be found an orphan.
+            for number in set(self._live) - before:
+                self._live.pop(number)
+            raise
+
+    def _next_trial(self, target: int) -> Asked | Literal["wait", "done"]:
+        """Return a new trial if one is wanted; under the mutex."""
+        counts = count_states(self.study.trials())
+        finished = counts["complete"] + counts["pruned"]
+        if finished >= target:
+            return "done"
+        if finished + counts["running"] >= target:
+            return "wait"
+        for _ in range(DUPLICATE_TRIES):
+            asked = self._new_trial()
+            if asked is not None:
+                return asked
+        params = self._untried()
+        if params is None:  # the space has no more combinations
+            return "wait" if counts["running"] else "done"
+        self.study.optuna.enqueue_trial(params)
+        return self._new_trial() or "wait"
 
     def report(self, number: int, step: int, value: float) -> Literal["go", "prune", "refused"]:
         """Store an intermediate value and return whether the trial goes on.
@@ -137,6 +151,7 @@ class Driver:
             return "refused"
         try:
             with database_errors(), warnings.catch_warnings():
+                self._flush()
                 warnings.simplefilter("ignore")  # a retry reports again what the one before did
                 trial.report(value, step)
                 return "prune" if trial.should_prune() else "go"
@@ -156,6 +171,7 @@ class Driver:
             return "refused"
         try:
             with database_errors(), self._mutex:
+                self._flush()
                 return "told" if self._tell_now(number, outcome, self.identity) else "refused"
         except DatabaseAway:
             self._keep({"kind": "tell", "number": number, "outcome": outcome.as_mapping()})
@@ -198,8 +214,7 @@ class Driver:
             DatabaseAway: Try again later.
         """
         with database_errors():
-            if self._journal.path.exists():
-                self._journal.drain(self._tell_entry)
+            self._flush()
             states = {trial.number: trial.state for trial in self.study.frozen()}
         lost = frozenset(n for n in self._live if states.get(n) != TrialState.RUNNING)
         for number in lost:
@@ -210,8 +225,14 @@ class Driver:
         """Tell the results that dead drivers left in this folder."""
         for journal in journals_in(self.out):
             entries = journal.entries()
-            if entries and is_surely_dead(entries[0].get("process")):
+            abandoned = time.time() - journal.path.stat().st_mtime > ABANDONED_S
+            if entries and (abandoned or is_surely_dead(entries[0].get("process"))):
                 journal.drain(self._tell_entry)
+
+    def _flush(self) -> None:
+        """Tell what waits, in order: a later result must not overtake an earlier one."""
+        if self._journal.path.exists():
+            self._journal.drain(self._tell_entry)
 
     def reconcile(self) -> None:
         """Fail the trials whose driver is gone and give each FAIL that deserves it one successor.
@@ -320,10 +341,12 @@ class Driver:
         study, storage = self.study.optuna, self.study.rdb
         frozen = trial_by_number(study, number)
         owner = (frozen.user_attrs.get("owner") or {}) if frozen is not None else {}
-        self._live.pop(number, None) if identity == self.identity else None
-        if frozen is None or frozen.state != TrialState.RUNNING:
-            return False
-        if owner.get("identity") != identity:
+        if (
+            frozen is None
+            or frozen.state != TrialState.RUNNING
+            or owner.get("identity") != identity
+        ):
+            self._live.pop(number, None)
             return False
         for key, value in outcome.attributes.items():
             storage.set_trial_user_attr(frozen._trial_id, key, value)
@@ -333,6 +356,8 @@ class Driver:
             optuna.Trial(study, frozen._trial_id).set_constraint(GUARD, outcome.violation)
         values = outcome.value if outcome.state == "COMPLETE" else None
         study.tell(number, values, state=TrialState[outcome.state])
+        # Only now: until it is told, a trial must not look like an orphan.
+        self._live.pop(number, None)
         if outcome.state == "FAIL":
             self.reconcile()
         return True
@@ -383,3 +408,9 @@ class Driver:
                 with contextlib.suppress(DatabaseAway), database_errors():
                     self.study.rdb.record_heartbeat(trial._trial_id)
         self.study.rdb.remove_session()
+
+
+def _owner(trial: FrozenTrial) -> str | None:
+    """Return the identity of the driver that a trial belongs to."""
+    identity = (trial.user_attrs.get("owner") or {}).get("identity")
+    return None if identity is None else str(identity)

@@ -47,6 +47,7 @@ class Study:
         self.storage = shown
         self.name = study.study_name
         self._space: SearchSpace | None = None
+        self._finished: dict[int, TrialView] = {}
 
     @classmethod
     def open(
@@ -136,7 +137,15 @@ class Study:
 
     def trials(self) -> list[TrialView]:
         """Return all trials, in order of their numbers."""
-        return [view_of(trial) for trial in self.frozen()]
+        views = []
+        for trial in self.frozen():
+            view = self._finished.get(trial.number)
+            if view is None:
+                view = view_of(trial)
+                if trial.state.is_finished():  # and cannot change any more
+                    self._finished[trial.number] = view
+            views.append(view)
+        return views
 
     def best(self) -> TrialView | None:
         """Return the best feasible COMPLETE trial, or the one nearest to feasible, or None."""
