@@ -260,6 +260,7 @@ class Bridge:
             params=dict(asked.params),
             warm_start=asked.warm_start,
             attempt=asked.attempt,
+            **_plan(spec.get("candidate") or {}),
         )
         return spec
 
@@ -438,4 +439,15 @@ def _kept(record: Mapping[str, Any]) -> dict[str, Any]:
         key: value
         for key, value in record.items()
         if key in KEPT and value is not None and len(json.dumps(value)) <= MAX_ATTRIBUTE_CHARACTERS
+    }
+
+
+def _plan(candidate: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a candidate sets out to do, as far as it says so."""
+    if not candidate:
+        return {}
+    return {
+        "architecture": candidate["model"]["architecture"],
+        "epochs": candidate["optimization"]["max_epochs"],
+        "evaluations": candidate["monitor"]["evaluation"]["count"],
     }

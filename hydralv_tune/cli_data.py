@@ -89,7 +89,7 @@ def phantom(
     if json:
         print_json(facts)
     else:
-        print_facts(f"Phantom {out}", facts)
+        _print_volume(f"Phantom {out}", facts)
 
 
 def inspect(
@@ -124,10 +124,15 @@ def inspect(
         print_json(one if len(documents) == 1 else {**one, "volumes": documents})
         return
     for facts in documents:
-        warnings = facts.pop("warnings")
-        print_facts(str(facts.pop("image")), facts)
-        for warning in warnings:
-            say(f"warning: {warning}")
+        _print_volume(str(facts.pop("image")), facts)
+
+
+def _print_volume(title: str, facts: dict[str, Any]) -> None:
+    """Print what is in a volume, then what is wrong with it, a sentence a line."""
+    warnings = [*facts.pop("warnings"), *facts.pop("plan_warnings", [])]
+    print_facts(title, facts)
+    for warning in warnings:
+        say(f"warning: {warning}")
 
 
 def _plan(volume: Volume, name: str, out: Path | None) -> dict[str, Any]:

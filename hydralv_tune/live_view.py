@@ -21,6 +21,12 @@ STATES = {
     "trial_failed": "fail",
 }
 SHOWN = ("adapted_rand_error", "adapted_rand_error_foreground", "f1_iou50")
+TOLD = {
+    "trial_started": ("warm_start", "architecture", "attempt", "params"),
+    "evaluation": ("step", "epoch", *SHOWN, "seconds"),
+}
+"""The fields worth a line of a log; every field of the other events is."""
+
 COLUMNS = ("trial", "recipe", "epoch", "evaluation", "loss", "error", "F1", "ETA", "GPU memory")
 
 
@@ -43,7 +49,8 @@ def event_line(event: EventLike) -> str:
     """
     what = event.kind.replace("_", " ")
     who = "" if event.number is None else f" {event.number}"
-    told = {key: value for key, value in event.fields.items() if value is not None}
+    told = {name: event.fields.get(name) for name in TOLD.get(event.kind, tuple(event.fields))}
+    told = {name: value for name, value in told.items() if value is not None}
     return f"{what}{who}" + (f": {format_value(told)}" if told else "")
 
 
@@ -99,7 +106,7 @@ class LiveView:
         Args:
             event: What happened, to which trial.
         """
-        if self._live is None or event.kind in (*STATES, "retry", "stopped"):
+        if self._live is None or event.kind in (*STATES, "retry", "stopped", "waiting"):
             say(event_line(event))
         number = -1 if event.number is None else event.number
         if event.kind == "trial_started":
@@ -150,18 +157,26 @@ class LiveView:
 
 def _cells(facts: Mapping[str, Any]) -> list[str]:
     """Return the cells of one running trial."""
-    recipe = facts.get("recipe") or facts.get("architecture")
+    recipe = facts.get("warm_start") or facts.get("architecture")
     memory = facts.get("gpu_memory_gb")
     return [
         "–" if recipe is None else str(recipe),
         _of(facts.get("epoch"), facts.get("epochs")),
         _of(facts.get("step"), facts.get("evaluations")),
-        format_value(facts.get("loss")),
+        format_value((facts.get("losses") or {}).get("total")),
         format_value(facts.get("adapted_rand_error")),
         format_value(facts.get("f1_iou50")),
-        clock(facts.get("eta_s")),
+        clock(_left_s(facts)),
         "–" if memory is None else f"{memory:.1f} GB",
     ]
+
+
+def _left_s(facts: Mapping[str, Any]) -> float | None:
+    """Return the seconds to the end of a trial at its pace so far."""
+    epoch, epochs, seconds = (facts.get(name) for name in ("epoch", "epochs", "seconds"))
+    if not epoch or epochs is None or seconds is None:
+        return None
+    return float(seconds) / epoch * max(epochs - epoch, 0)
 
 
 def _of(done: Any, total: Any) -> str:

@@ -23,10 +23,11 @@ class Happened:
 
 
 STORY = [
-    Happened("trial_started", 0, {"recipe": "smoke", "architecture": "rsunet", "evaluations": 4}),
-    Happened("trial_started", 1, {"recipe": None, "architecture": "mednext", "evaluations": 4}),
-    Happened("evaluation", 0, {"step": 2, "epoch": 5, "epochs": 10, "adapted_rand_error": 0.25,
-                               "f1_iou50": 0.75, "loss": 0.5, "eta_s": 61.0}),
+    Happened("trial_started", 0, {"warm_start": "smoke", "architecture": "rsunet", "epochs": 10,
+                                  "evaluations": 4, "params": {"lr": 0.25}}),
+    Happened("trial_started", 1, {"warm_start": None, "architecture": "mednext"}),
+    Happened("evaluation", 0, {"step": 2, "epoch": 5, "adapted_rand_error": 0.25, "seconds": 61.0,
+                               "f1_iou50": 0.75, "losses": {"total": 0.5, "label": 0.375}}),
     Happened("trial_finished", 1, {"value": 0.125, "adapted_rand_error": 0.125,
                                    "adapted_rand_error_foreground": 0.375, "f1_iou50": 0.875}),
     Happened("trial_failed", 2, {"reason": "training: loss is NaN at step 7", "retry": False}),
@@ -79,9 +80,16 @@ def test_without_a_terminal_each_event_is_one_line(capfd: pytest.CaptureFixture[
     )  # fmt: skip
 
 
+def test_an_evaluation_is_told_in_one_short_line() -> None:
+    told = event_line(STORY[2])
+    assert told == (
+        "evaluation 0: step 2, epoch 5, adapted_rand_error 0.2500, f1_iou50 0.7500, seconds 61.0000"
+    )
+
+
 def test_event_lines_leave_out_what_is_not_known() -> None:
     assert event_line(Happened("waiting")) == "waiting"
-    assert "recipe" not in event_line(STORY[1])
+    assert "warm_start" not in event_line(STORY[1])
 
 
 @pytest.mark.parametrize(
