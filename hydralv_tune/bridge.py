@@ -61,8 +61,11 @@ class Event:
     fields: Mapping[str, Any] = field(default_factory=dict)
 
 
+RAY_DIED = "Ray's daemons on this machine died. Run the same command again to go on."
+
+
 class StudyFailed(HydraLVError):  # noqa: N818 - what happened, as TrialFailed
-    """Every trial fails: the work itself is broken, and going on would not help."""
+    """The work itself is broken, every trial fails or Ray died: going on would not help."""
 
 
 @dataclass
@@ -90,6 +93,7 @@ class Bridge:
         save_s: Seconds that workers get to save after a stop.
         on_event: Takes each event.
         on_trial_end: Called with driver, number, state and attributes before a trial is told.
+        ray_is_alive: Whether Ray can still run anything.
     """
 
     def __init__(
@@ -104,6 +108,7 @@ class Bridge:
         save_s: float,
         on_event: Callable[[Event], None] | None,
         on_trial_end: Callable[[Driver, int, str, Mapping[str, Any]], None] | None,
+        ray_is_alive: Callable[[], bool] = lambda: True,
     ) -> None:
         self.driver, self.trials = driver, trials
         self.space: SearchSpace = driver.space
@@ -116,6 +121,7 @@ class Bridge:
         self._gpus, self._save_s = gpus_per_trial, save_s
         self._deadline = time.monotonic() + timeout_s if timeout_s else math.inf
         self._on_event, self._on_trial_end = on_event, on_trial_end
+        self._ray_is_alive = ray_is_alive
         self._next_ask = self._next_poll = 0.0
         self._away_said = False
 
@@ -186,6 +192,7 @@ class Bridge:
         live = self.live.get(key)
         if live is None:
             return
+        self._stop_without_ray()
         if live.verdict == "interrupted" or self.stop_reason is not None:
             self._interrupted(key, live)
         elif live.verdict == "hang":
@@ -200,8 +207,14 @@ class Bridge:
         """Do what is due and return the trials to be stopped: Ray's name to why.
 
         `kill` means at once, `drop` that nobody waits for its result any more.
+
+        Raises:
+            StudyFailed: Ray died.
         """
         now = time.monotonic()
+        if self._stop_without_ray():
+            self.abandon()
+            raise StudyFailed(RAY_DIED)
         if self.stop_wanted is not None:
             self.stop(self.stop_wanted)
         if now > self._deadline:
@@ -232,6 +245,13 @@ class Bridge:
             self.stop_reason = reason
             self._stop_deadline = time.monotonic() + self._save_s
             self.emit("stopped", None, reason=reason)
+
+    def _stop_without_ray(self) -> bool:
+        """Stop the run where Ray died, and return whether it did."""
+        dead = not self._ray_is_alive()
+        if dead:
+            self.stop("Ray died")
+        return dead
 
     def abandon(self) -> None:
         """Tell every live trial as interrupted: Ray is gone, or this process ends now."""

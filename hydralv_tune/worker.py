@@ -180,3 +180,18 @@ def plain(value: Any) -> Any:
     if hasattr(value, "item"):
         return plain(value.item())
     return str(value)
+
+
+class StopFlag:
+    """Tells every worker of this driver, on whatever machine, to save and end."""
+
+    def __init__(self) -> None:
+        self._raised = False
+
+    def raise_it(self) -> None:
+        """Ask the workers to end."""
+        self._raised = True
+
+    def is_raised(self) -> bool:
+        """Return whether they are asked to."""
+        return self._raised
