@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -57,10 +57,8 @@ def draw_heatmap(result: SweptLike, path: str | Path) -> Path:
     panels = figure.subplots(1, len(columns), squeeze=False)[0]
     for panel, column in zip(panels, columns, strict=True):
         _panel(figure, panel, result.heatmap(column), column, result.winner.arguments)
-    figure.suptitle(
-        f"{result.combinations:,} combinations, the other thresholds chosen by the sweep's rule",
-        fontsize=9,
-    )
+    many = f"{result.combinations:,} combination{'s' * (result.combinations > 1)}"
+    figure.suptitle(f"{many}, the other thresholds chosen by the sweep's rule", fontsize=9)
     path = Path(path)
     figure.savefig(path, dpi=150, format="png")
     return path
@@ -78,14 +76,14 @@ def _panel(
         image, ax=panel, label=f"{NAMES[column]} ({'higher' if higher else 'lower'} is better)"
     )
     crossed = table.columns.name is not None
-    panel.set_yticks(range(len(table.index)), [_label(value) for value in table.index])
+    _set_ticks(panel.set_yticks, list(table.index))
     panel.set_ylabel(_axis_name(str(table.index.name)))
     if crossed:
-        panel.set_xticks(range(len(table.columns)), [_label(value) for value in table.columns])
+        _set_ticks(panel.set_xticks, list(table.columns))
         panel.set_xlabel(_axis_name(str(table.columns.name)))
     else:
         panel.set_xticks([])
-    panel.tick_params(axis="x", labelrotation=45 if len(table.columns) > MOST_NUMBERS else 0)
+    panel.tick_params(axis="x", labelrotation=45 if len(table.columns) > 8 else 0)
     y = _nearest(list(table.index), _own(winner, str(table.index.name)))
     x = _nearest(list(table.columns), _own(winner, str(table.columns.name))) if crossed else 0
     if max(values.shape) <= MOST_NUMBERS:
@@ -102,6 +100,12 @@ def _panel(
         )
     )
     panel.set_title("winner framed in red", fontsize=9, color="red")
+
+
+def _set_ticks(set_ticks: Callable[..., Any], values: Sequence[Any]) -> None:
+    """Label an axis, every value or, where they are many, every second, third and so on."""
+    places = range(0, len(values), -(-len(values) // MOST_NUMBERS))
+    set_ticks(list(places), [_label(values[place]) for place in places])
 
 
 def _axis_name(name: str) -> str:

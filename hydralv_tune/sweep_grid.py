@@ -9,13 +9,22 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from hydralv_tune.decoding import checked_size, checked_threshold, decoder_arguments
+from hydralv_tune.decoding import (
+    DECODERS,
+    checked_size,
+    checked_threshold,
+    decode_instance_binary_contour_distance,
+    decode_instance_watershed_distance,
+    decoder_arguments,
+)
 from hydralv_tune.errors import unknown_name
 
 PAIRS = ("binary_threshold", "contour_threshold", "distance_threshold")
 SIZES = ("min_seed_size", "min_instance_size")
 MOST_COMBINATIONS = 1_000_000
 """450 bytes a combination while the table is made: this many are 0.45 GB."""
+
+SWEPT = (decode_instance_binary_contour_distance, decode_instance_watershed_distance)
 
 Axes = dict[str, tuple[Any, ...]]
 
@@ -54,10 +63,15 @@ def checked_axes(grid: GridLike) -> Axes:
     """Return every axis of the decoder in the order of the table, its values sorted.
 
     Raises:
-        ValueError: The decoder or an axis is unknown, an axis is empty, a value is wrong, or
+        ValueError: The decoder or an axis is unknown or not swept, an axis is empty, a value is wrong, or
             the combinations are too many.
     """
     known = decoder_arguments(grid.decoder)
+    if DECODERS[grid.decoder] not in SWEPT:
+        raise ValueError(
+            f"decoder '{grid.decoder}' can be run but not swept: the sweep takes seeds and floods "
+            f"apart, and knows how for {', '.join(one.__name__ for one in SWEPT)} alone"
+        )
     for key in grid.fixed:
         if key not in known:
             raise ValueError(unknown_name(f"argument of {grid.decoder}", key, known))

@@ -20,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import ndimage
 
-from hydralv_tune.decoding import decode
+from hydralv_tune.decoding import DECODERS, decode
 from hydralv_tune.degradation import degraded_probabilities
 from hydralv_tune.figures import draw_heatmap
 from hydralv_tune.metrics import score
@@ -433,6 +433,14 @@ def test_wrong_input_is_refused(change: Callable[..., Any], reason: str) -> None
     maps, truth, _ = noisy()
     with pytest.raises(ValueError, match=reason):
         sweep(*change(maps, truth), Grid(CONTOUR, {}))
+
+
+def test_decoder_that_the_sweep_cannot_take_apart_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(DECODERS, "decode_mine", lambda maps, mask=None: np.zeros(maps.shape[1:]))
+    with pytest.raises(ValueError, match="can be run but not swept"):
+        checked_axes(Grid("decode_mine", {}))
 
 
 def test_wrong_settings_are_refused() -> None:
