@@ -88,8 +88,7 @@ def severe(chromium: Any) -> list[Any]:
     [
         ("/dashboard", "tiny"),
         ("/dashboard/studies/1", "History"),
-        ("/dashboard/studies/1/analytics", "Parallel Coordinate"),
-        ("/dashboard/studies/1/trialTable", "Pruned"),
+        ("/dashboard/studies/1/analytics", "Hyperparameter Relationships"),
         ("/dashboard/studies/1/note", "Best so far"),
         ("/dashboard/studies/1/trials?numbers=3", "pruned at evaluation 1"),
         ("/dashboard/studies/1/trials?numbers=4", "<b>at step 3</b>"),
