@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import typer
 
@@ -12,7 +13,9 @@ from hydralv_tune.console import say
 from hydralv_tune.errors import HydraLVError, InputError
 
 # Typer carries its own copy of Click; this is the base of its usage errors, whichever copy it is.
-ClickError = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
+ClickError: type[Any] = next(
+    base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException"
+)
 
 EXIT_WORK_FAILED = 1
 EXIT_WRONG_INPUT = 2
@@ -26,7 +29,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-COMMANDS = {
+COMMANDS: dict[str, dict[str, Callable[..., None]]] = {
     "Data": {
         "phantom": cli_data.phantom,
         "inspect": cli_data.inspect,
