@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import time
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -375,7 +376,10 @@ class Bridge:
             **{k: v for k, v in attributes.items() if v is not None},
         }
         if self._on_trial_end is not None:
-            self._on_trial_end(self.driver, number, state, known)
+            try:
+                self._on_trial_end(self.driver, number, state, known)
+            except Exception as error:  # a picture or a note must not cost the result
+                warnings.warn(f"trial {number}: not published: {error!r}", stacklevel=2)
         told = self.driver.tell(
             number, Outcome(state, value, violation, {**known, "driver": self.driver.name}, retry)
         )

@@ -233,24 +233,23 @@ def test_an_objective_that_is_no_number_is_a_fail_and_no_score(rig: Any) -> None
     assert [(t.state, t.value) for t in one.driver.study.trials()] == [("FAIL", None)] * 2
 
 
-def test_the_hook_sees_each_end_before_it_is_told(rig: Any, tmp_path: Path) -> None:
+def test_the_hook_sees_each_end_before_it_is_told_and_cannot_cost_it(rig: Any) -> None:
     seen: list[Any] = []
-    page = tmp_path / "page.txt"
-    page.write_text("hello")
 
     def hook(driver: Driver, number: int, state: str, attributes: Mapping[str, Any]) -> None:
         seen.append((number, state, attributes["metrics"]["f1_iou50"]))
-        driver.save_note(number, "a note")
-        driver.attach_artifact(number, page)
+        driver.study.write_note(number, "a note")
+        raise RuntimeError("the picture cannot be drawn")
 
     one = rig(on_trial_end=hook)
     one.bridge.suggest("a")
-    one.finish("a")
+    with pytest.warns(UserWarning, match="cannot be drawn"):
+        one.finish("a")
     assert seen == [(0, "COMPLETE", 0.8)]
     (frozen,) = one.driver.study.frozen()
     # The dashboard keeps the notes of trials with the study.
     assert "a note" in json.dumps(one.driver.study.rdb.get_study_system_attrs(1))
-    assert any("artifacts:" in key for key in frozen.system_attrs)
+    assert frozen.state.name == "COMPLETE"
     assert "config" not in frozen.user_attrs
 
 

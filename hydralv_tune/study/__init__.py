@@ -18,7 +18,6 @@ Driving, from `launch.run_study` alone:
         driver.report(number, step, value)   # "go" | "prune" | "refused"
         driver.tell(number, Outcome(...))    # False: refused, or kept in the journal
         driver.poll()                        # journal, numbers that the database has taken away
-        driver.save_note(number, text), driver.attach_artifact(number, path)   # before tell
 
 Every change is made under the study mutex. The database is the only lasting truth: `reconcile`
 may run any number of times, and relaunching is resuming.

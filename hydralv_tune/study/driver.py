@@ -40,7 +40,6 @@ DUPLICATE_TRIES = 3
 UNTRIED_TRIES = 200
 ABANDONED_S = 3600.0  # of a journal, after which its driver on another machine is not awaited
 GUARD = "f1_iou50"
-ARTIFACTS = "artifacts"
 
 
 class Driver:
@@ -176,36 +175,6 @@ class Driver:
         except DatabaseAway:
             self._keep({"kind": "tell", "number": number, "outcome": outcome.as_mapping()})
             return "kept"
-
-    def save_note(self, number: int, text: str) -> None:
-        """Show a note on the trial's page of the Optuna dashboard, unless the database is away.
-
-        Args:
-            number: A live trial.
-            text: Markdown.
-        """
-        import optuna_dashboard  # not needed to start a study
-
-        if (trial := self._live.get(number)) is not None:
-            with contextlib.suppress(DatabaseAway), database_errors():
-                optuna_dashboard.save_note(trial, text)
-
-    def attach_artifact(self, number: int, path: Path) -> None:
-        """Copy a file to `out/artifacts` and show it on the trial's page.
-
-        Args:
-            number: A live trial.
-            path: Of the file; a name in the database is made of random digits alone.
-        """
-        if (trial := self._live.get(number)) is not None and path.is_file():
-            folder = self.out / ARTIFACTS
-            folder.mkdir(parents=True, exist_ok=True)
-            with contextlib.suppress(DatabaseAway), database_errors():
-                optuna.artifacts.upload_artifact(
-                    artifact_store=optuna.artifacts.FileSystemArtifactStore(folder),
-                    file_path=str(path),
-                    study_or_trial=trial,
-                )
 
     def poll(self) -> frozenset[int]:
         """Tell what waits, and return the trials that the database has taken away.
