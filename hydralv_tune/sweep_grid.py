@@ -63,8 +63,8 @@ def checked_axes(grid: GridLike) -> Axes:
     """Return every axis of the decoder in the order of the table, its values sorted.
 
     Raises:
-        ValueError: The decoder or an axis is unknown or not swept, an axis is empty, a value is wrong, or
-            the combinations are too many.
+        ValueError: The decoder or an axis is unknown or not swept, an axis is empty, a value is
+            wrong, or the combinations are too many.
     """
     known = decoder_arguments(grid.decoder)
     if DECODERS[grid.decoder] not in SWEPT:

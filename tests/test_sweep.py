@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import subprocess
 import sys
@@ -20,14 +19,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import ndimage
 
-from hydralv_tune.decoding import DECODERS, decode
+from hydralv_tune.decoding import decode
 from hydralv_tune.degradation import degraded_probabilities
 from hydralv_tune.figures import draw_heatmap
 from hydralv_tune.metrics import score
 from hydralv_tune.phantom import make_phantom
 from hydralv_tune.sweep import Grid, SweepResult, sweep
-from hydralv_tune.sweep_choice import by_rule, depths, judge
-from hydralv_tune.sweep_grid import checked_axes, count, finer, halvings, slow_axes
+from hydralv_tune.sweep_grid import checked_axes, count
 
 CONTOUR = "decode_instance_binary_contour_distance"
 DISTANCE = "decode_instance_watershed_distance"
@@ -268,67 +266,6 @@ def test_voi_is_a_metric_like_the_others() -> None:
     assert result.winner.metrics["voi"] == pytest.approx(wanted.voi_split + wanted.voi_merge)
 
 
-def ranked(rows: list[tuple[float, float]], guard: float = 0.05) -> list[int]:
-    """Return the order of (error, F1) rows on one axis."""
-    table = pd.DataFrame(rows, columns=["adapted_rand_error", "f1_iou50"])
-    judge(table, [[len(rows)]], "adapted_rand_error", guard)
-    return by_rule(table, "adapted_rand_error").tolist()
-
-
-def test_smallest_error_with_poor_f1_does_not_win() -> None:
-    assert ranked([(0.045, 0.17), (0.148, 0.64), (0.12, 0.60)]) == [2, 1, 0]
-
-
-def test_near_ties_go_to_the_higher_f1() -> None:
-    assert ranked([(0.1000, 0.60), (0.1019, 0.63), (0.1021, 0.64)])[0] == 1
-
-
-def test_equal_f1_goes_to_the_one_deepest_in_its_plateau() -> None:
-    edge_first = [(0.1, 0.6), (0.101, 0.6), (0.1005, 0.6), (0.101, 0.6), (0.101, 0.6), (0.3, 0.6)]
-    assert ranked(edge_first)[0] == 2
-
-
-def test_depth_counts_steps_to_the_nearest_edge() -> None:
-    near = np.zeros((5, 1, 6), bool)
-    near[:, 0, 1:] = True
-    assert np.floor(depths(near))[:, 0].tolist() == [
-        [0, 1, 1, 1, 1, 1],
-        [0, 1, 2, 2, 2, 1],
-        [0, 1, 2, 3, 2, 1],
-        [0, 1, 2, 2, 2, 1],
-        [0, 1, 1, 1, 1, 1],
-    ]
-    assert depths(np.ones((1, 1), bool)).tolist() == [[1]]
-
-
-def test_middle_of_a_plateau_one_step_deep_is_deeper_than_its_corner() -> None:
-    depth = depths(np.ones((2, 3, 3), bool))
-    assert depth[0, 1, 1] == depth.max() < 2
-    assert depth[0, 0, 0] == depth.min() > 1
-
-
-def test_halvings_are_nested_and_end_in_one_flood() -> None:
-    axes = checked_axes(Grid(CONTOUR, AXES))
-    grids = halvings(axes)
-    assert grids[-1] == axes
-    assert all(len(grids[0][name]) == 1 for name in slow_axes(axes))
-    for small, large in itertools.pairwise(grids):
-        assert count(small) < count(large)
-        assert all(set(small[name]) <= set(large[name]) for name in axes)
-
-
-def test_finer_axes_go_half_way_to_the_neighbours() -> None:
-    axes = checked_axes(Grid(CONTOUR, {"binary_threshold.seed": [0.5, 0.7, 0.9],
-                                       "contour_threshold.seed": [0.5, None],
-                                       "min_seed_size": [1, 8]}))  # fmt: skip
-    point = {name: values[0] for name, values in axes.items()}
-    point |= {"binary_threshold.seed": 0.7, "contour_threshold.seed": 0.5}
-    around = finer(axes, point, 0.5)
-    assert around["binary_threshold.seed"] == (0.6, 0.7, 0.8)
-    assert around["contour_threshold.seed"] == (0.5,)
-    assert around["min_seed_size"] == (1, 4)
-
-
 def test_no_seed_anywhere_is_error_one() -> None:
     maps, truth, _ = noisy()
     result = sweep(maps, truth, None, Grid(CONTOUR, {"binary_threshold.seed": [1.0]}))
@@ -433,14 +370,6 @@ def test_wrong_input_is_refused(change: Callable[..., Any], reason: str) -> None
     maps, truth, _ = noisy()
     with pytest.raises(ValueError, match=reason):
         sweep(*change(maps, truth), Grid(CONTOUR, {}))
-
-
-def test_decoder_that_the_sweep_cannot_take_apart_is_refused(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setitem(DECODERS, "decode_mine", lambda maps, mask=None: np.zeros(maps.shape[1:]))
-    with pytest.raises(ValueError, match="can be run but not swept"):
-        checked_axes(Grid("decode_mine", {}))
 
 
 def test_wrong_settings_are_refused() -> None:
