@@ -8,10 +8,12 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
+from sqlalchemy.engine import make_url
 
 from hydralv_tune.study import Study, open_readonly
 
@@ -21,6 +23,12 @@ QUICK = {"heartbeat_s": 1.0, "grace_s": 8.0}
 def evaluations(count: int) -> Any:
     """Return whether a driver has seen so many evaluations."""
     return lambda rows: sum(row.get("event") == "evaluation" for row in rows) >= count
+
+
+def with_password(url: str, password: str) -> str:
+    """Return a storage URL with a password."""
+    made = make_url(url).set(password=password)
+    return made.render_as_string(hide_password=False)
 
 
 def check_truth(study: Study, folder_steps: dict[int, list[tuple[int, int]]], trials: int) -> None:
@@ -140,7 +148,8 @@ def test_ray_killed_under_the_driver_ends_in_order_and_goes_on(
 def test_two_drivers_share_a_study_and_one_takes_over_from_the_other(
     fake_study: Any, postgres: Any
 ) -> None:
-    storage = postgres.new_database()
+    # The server trusts everybody; the password is there to be looked for afterwards.
+    storage = with_password(postgres.new_database(), "s3cr3t")
     config = {
         "storage": storage, "trials": 14, "steps": 6, "step_s": 0.5,
         "options": {**QUICK, "cpus_per_trial": 1},
@@ -159,6 +168,12 @@ def test_two_drivers_share_a_study_and_one_takes_over_from_the_other(
     orphans = [t for t in study.trials() if t.state == "FAIL"]
     assert orphans
     assert {t.user_attrs["owner"]["pid"] for t in orphans} == {first.pid}
+    for process in (first, second):
+        for path in Path("/tmp/ray").glob(f"session_*_{process.pid}/logs/*"):
+            assert not path.is_file() or b"s3cr3t" not in path.read_bytes(), path
+    written = [p for p in fake_study.folder.rglob("*") if p.is_file() and p.suffix != ".json"]
+    assert written
+    assert not [path for path in written if b"s3cr3t" in path.read_bytes()]
 
 
 @pytest.mark.slow

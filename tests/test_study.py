@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import pickle
 import sqlite3
 import subprocess
 import sys
@@ -332,6 +333,37 @@ def test_samplers_search_by_name_and_no_pickle_goes_to_the_database(
     assert len({tuple(t.params.items()) for t in trials}) == 16
     attributes = [a for t in driver.study.frozen() for a in t.system_attrs]
     assert not any("optimizer" in a for a in attributes)
+
+
+class Trap:
+    """An object whose pickle makes a file when it is loaded."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (Path.touch, (self.path,))
+
+
+def test_a_pickle_in_the_database_is_never_loaded(
+    tmp_path: Path, make_driver: Callable[..., Driver]
+) -> None:
+    trap = tmp_path / "sprung"
+    space = make_space(sampler={"name": "cmaes", "startup_trials": 1})
+    driver = make_driver(f"sqlite:///{tmp_path / 'x.db'}", space)
+    for _ in range(3):
+        trial = asked(driver)
+        for prefix in ("cma", "sepcma", "cmawm"):
+            driver.study.rdb.set_trial_system_attr(
+                driver._live[trial.number]._trial_id,
+                f"{prefix}:optimizer:0",
+                pickle.dumps(Trap(trap)).hex(),
+            )
+        driver.tell(trial.number, complete(0.3))
+    asked(driver)
+    assert not trap.exists()
+    pickle.loads(pickle.dumps(Trap(trap)))
+    assert trap.exists()
 
 
 def test_a_second_driver_does_not_draw_the_same_trials(
