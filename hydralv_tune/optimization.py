@@ -88,7 +88,11 @@ def step_plan(candidate: Candidate) -> StepPlan:
 
 
 def build_optimizer(
-    network: nn.Module, balancing: Iterable[nn.Parameter], settings: Optimization
+    network: nn.Module,
+    balancing: Iterable[nn.Parameter],
+    settings: Optimization,
+    *,
+    fused: bool = False,
 ) -> AdamW:
     """Return AdamW over the network and, without weight decay, the parameters of the balancing.
 
@@ -96,6 +100,7 @@ def build_optimizer(
         network: Its trained parameters are optimised.
         balancing: Parameters of the loss; decay would pull their weights back to equal ones.
         settings: `optimization` of the candidate.
+        fused: Whether one kernel updates all parameters, on a GPU.
     """
     chosen = settings.optimizer
     own = [p for p in network.parameters() if p.requires_grad]
@@ -104,7 +109,7 @@ def build_optimizer(
     if extra:
         groups.append({"params": extra, "weight_decay": 0.0})
     beta1, beta2 = chosen.betas
-    return AdamW(groups, lr=chosen.lr, betas=(beta1, beta2), eps=chosen.eps)
+    return AdamW(groups, lr=chosen.lr, betas=(beta1, beta2), eps=chosen.eps, fused=fused or None)
 
 
 def rate_factor(settings: Optimization, plan: StepPlan) -> Callable[[int], float]:

@@ -39,6 +39,9 @@ LOG_STEPS = 50
 
 GRADNORM_RATE = 0.025
 
+COMPILE_STEPS = 2000
+"""Optimizer steps from which compiling on a GPU, which takes minutes, is worth while."""
+
 
 def loss_terms(model: Model) -> list[LossTerm]:
     """Return the losses of a candidate, each with its channels and its task."""
@@ -151,7 +154,9 @@ class Trainer:
         self.plan: StepPlan = step_plan(candidate)
         settings = candidate.optimization
         self.loss = build_loss(candidate.model).to(device)
-        self.optimizer = build_optimizer(network, self.loss.parameters(), settings)
+        self.optimizer = build_optimizer(
+            network, self.loss.parameters(), settings, fused=device.type == "cuda"
+        )
         self.schedule = build_schedule(self.optimizer, settings, self.plan)
         self.average: AveragedWeights | None = None
         if settings.ema.enabled:
@@ -176,6 +181,12 @@ class Trainer:
         self.shared: Tensor | None = None
         if candidate.model.loss_balancing.strategy == "gradnorm":
             self.shared = shared_parameter(network, candidate.model)
+        self.compiled: Callable[[Tensor], Any] | None = None
+        self.compiled_works = False
+        if device.type == "cuda":
+            torch.backends.cudnn.benchmark = True
+            if self.plan.steps >= COMPILE_STEPS:
+                self.compiled = torch.compile(network)
         with seeded(seed + 2, device):
             self.random = capture_random(device)
 
@@ -264,13 +275,19 @@ class Trainer:
             try:
                 values = self._gradients()
             except Exception as error:
-                if not is_out_of_memory(error):
+                untried = self.compiled is not None and not self.compiled_works
+                if not is_out_of_memory(error) and not untried:
                     raise
-                failed = str(error).splitlines()[0] if str(error) else type(error).__name__
+                failed = (str(error).splitlines() or [type(error).__name__])[0]
+                memory = is_out_of_memory(error)
             if failed is None:
+                self.compiled_works = True
                 break
             # Outside the handler: the exception holds the tensors that are to be freed.
-            self._halve(failed)
+            if memory:
+                self._halve(failed)
+            else:
+                self._run_uncompiled(failed)
             self.sampler.load_state_dict(before[0])
             self.generator.set_state(before[1])
         clip = self.candidate.optimization.gradient_clip_val
@@ -310,12 +327,19 @@ class Trainer:
 
     def _forward(self, image: Tensor, targets: Tensor, mask: Tensor) -> LossResult:
         """Return the losses of a micro-batch."""
+        network = self.network if self.compiled is None else self.compiled
         if not self.autocast:
-            return self.loss(self.network(image), targets, mask)
+            return self.loss(network(image), targets, mask)
         with torch.autocast("cuda", torch.bfloat16):
-            outputs = self.network(image)
+            outputs = network(image)
         heads = [outputs] if isinstance(outputs, Tensor) else outputs
         return self.loss([head.float() for head in heads], targets, mask)
+
+    def _run_uncompiled(self, reason: str) -> None:
+        """Go on with the network as it is, after its compiled form failed at its first step."""
+        self.compiled = None
+        self.optimizer.zero_grad(set_to_none=True)
+        self.notes.append(f"torch.compile does not work here, so it is not used: {reason[:200]}")
 
     def _halve(self, reason: str) -> None:
         """Halve the micro-batch after memory ran out.

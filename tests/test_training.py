@@ -368,6 +368,24 @@ def test_a_single_patch_that_does_not_fit_fails_and_may_be_tried_elsewhere() -> 
     assert error.value.retry
 
 
+def test_a_network_that_cannot_be_compiled_is_trained_as_it_is() -> None:
+    expected = trainer(candidate())
+    expected.run_to(3)
+    training = trainer(candidate())
+
+    def broken(_: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("backend='inductor' raised: cannot find a C compiler")
+
+    training.compiled = broken
+    training.run_to(3)
+    assert torch.equal(weights_of(expected.network), weights_of(training.network))
+    assert "torch.compile does not work here" in training.notes[0]
+    # Once it has worked, an error is an error.
+    training.compiled, training.compiled_works = broken, True
+    with pytest.raises(RuntimeError, match="inductor"):
+        training.run_to(4)
+
+
 def test_out_of_memory_is_told_from_other_errors() -> None:
     assert is_out_of_memory(torch.OutOfMemoryError("x"))
     assert is_out_of_memory(RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes"))
