@@ -370,12 +370,16 @@ def _card(verdict: Verdict, kind: str, where: str, picture: bytes | None) -> Car
 def _picture(judgement: Judgement, part: int, verdict: Verdict, kind: str) -> bytes:
     """Return the thumbnail of an instance."""
     scored = judgement.parts[part]
+    truths, segments = scored.boxes
+    invented = verdict.truth_id is None
+    box = segments[verdict.segment_ids[0]] if invented else truths[verdict.truth_id or 0]
     return thumbnail(
         image=scored.volume.image,
         truth=scored.truth,
         prediction=scored.inside_prediction,
-        truth_ids=[] if verdict.truth_id is None else [verdict.truth_id],
+        truth_ids=[] if invented else [verdict.truth_id or 0],
         segment_ids=verdict.segment_ids,
         colour=KIND_COLOURS[kind],
         voxel_size_nm=scored.volume.voxel_size_nm,
+        box=box,
     )

@@ -56,7 +56,7 @@ def _limits(data: ReportData) -> list[str]:
     if not data.limits:
         return []
     rows = [
-        (limit.count, limit.kind, figure(limit.worth), figure(limit.error),
+        (limit.count, limit.kind, figure(max(limit.worth, 0.0)), figure(limit.error),
          figure(limit.error_foreground), limit.text, f"`trials/{limit.recipe}.yaml`")
         for limit in data.limits
     ]  # fmt: skip

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from scipy import ndimage
 
 from hydralv_tune.architectures import network_arguments, receptive_field
 from hydralv_tune.decoding import decode
@@ -59,9 +60,21 @@ class ScoredVolume:
             prediction=self.prediction, truth=self.truth, mask=self.volume.mask
         )
 
+    @cached_property
+    def boxes(self) -> tuple[dict[int, tuple[slice, ...]], dict[int, tuple[slice, ...]]]:
+        """Return where each instance of the truth, and each segment, lies."""
+        return _boxes(self.truth), _boxes(self.inside_prediction)
+
     def _inside(self, labels: Array) -> Array:
         """Return the labels with 0 outside the mask."""
         return labels if self.volume.mask is None else np.where(self.volume.mask, labels, 0)
+
+
+def _boxes(labels: Array) -> dict[int, tuple[slice, ...]]:
+    """Return the bounding box of each id; ids may be far apart."""
+    ids, dense = np.unique(labels, return_inverse=True)
+    found = ndimage.find_objects(dense.reshape(labels.shape) + 1)
+    return {int(i): box for i, box in zip(ids, found, strict=True) if i and box is not None}
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,7 @@ def thumbnail(
     colour: str,
     voxel_size_nm: Sequence[float] | None = None,
     side: int = 120,
+    box: tuple[slice, ...] | None = None,
 ) -> bytes:
     """Return a WebP strip of the planes xy, xz and yz through an instance.
 
@@ -48,15 +49,18 @@ def thumbnail(
         colour: Hexadecimal, `#rrggbb`.
         voxel_size_nm: (z, y, x); voxels are shown as cubes where it is unknown.
         side: Pixels of each of the three squares.
+        box: Where the instance lies, if that is known; the whole volume is searched otherwise.
 
     Raises:
         ValueError: None of the ids is in the volume.
     """
-    own = np.isin(truth, list(truth_ids)) if truth_ids else np.isin(prediction, list(segment_ids))
+    place = box if box is not None else tuple(slice(0, side) for side in truth.shape)
+    labels, ids = (truth, truth_ids) if truth_ids else (prediction, segment_ids)
+    own = np.isin(labels[place], list(ids))
     if not own.any():
         raise ValueError(f"neither truth {truth_ids} nor segments {segment_ids} are in the volume")
     size = np.asarray(voxel_size_nm if voxel_size_nm is not None else (1.0, 1.0, 1.0), float)
-    inside = np.nonzero(own)
+    inside = [axis + s.start for axis, s in zip(np.nonzero(own), place, strict=True)]
     low, high = np.array([axis.min() for axis in inside]), np.array([axis.max() for axis in inside])
     extent_nm = float(((high - low + 1) * size).max()) * ZOOM_OUT + 8 * float(size.min())
     # The section through the middle of the body, not of the box, which a bent one may miss.

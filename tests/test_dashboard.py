@@ -8,14 +8,18 @@ import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from hydralv_tune.dashboard import Guard, make_dashboard, serve
 from hydralv_tune.errors import InputError, StudyError
-from hydralv_tune.publish import ARTIFACTS, ArtifactFolder
-from hydralv_tune.study import open_readonly
+from hydralv_tune.pictures import draw_losses
+from hydralv_tune.publish import ARTIFACTS, ArtifactFolder, publish_study, publish_trial_end
+from hydralv_tune.space import space_from_mapping
+from hydralv_tune.study import Driver, Study, open_readonly
+from hydralv_tune.trial_view import Outcome
 
 
 @pytest.fixture(scope="module")
@@ -219,6 +223,45 @@ def test_storage_that_does_not_exist_is_refused(tmp_path: Any) -> None:
     with pytest.raises(StudyError):
         make_dashboard(f"sqlite:///{tmp_path / 'none.db'}", port=0)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_study_in_postgresql_is_shown_and_its_password_is_not(
+    postgres: Any, tmp_path: Path
+) -> None:
+    storage = postgres.new_database().replace("//postgres:@", "//postgres:s3cret@")
+    storage = storage.replace("//postgres@", "//postgres:s3cret@")
+    assert "s3cret" in storage
+    space = space_from_mapping(
+        {"base": "smoke", "parameters": {"optimization.optimizer.lr": {"float": [1e-4, 1e-2]}}}
+    )
+    study = Study.open(storage, "shared", space=space, create=True)
+    study.remember("out", str(tmp_path))
+    with Driver(study, out=tmp_path) as driver:
+        asked = driver.ask(1)
+        assert not isinstance(asked, str)
+        folder = tmp_path / "trials" / str(asked.root)
+        draw_losses([], folder / "losses.png")
+        attributes = {"root": asked.root, "metrics": {"f1_iou50": 0.75, "missed": [3, 4]}}
+        publish_trial_end(driver, asked.number, "COMPLETE", attributes)
+        driver.tell(asked.number, Outcome("COMPLETE", 0.2, 0.0, attributes))
+    publish_study(study)
+    study.close()
+    with make_dashboard(storage, port=0) as server:
+        thread = threading.Thread(target=server.serve_forever, daemon=True)
+        thread.start()
+        address = f"http://127.0.0.1:{server.server_port}"
+        body = ask(address, "GET", "/api/studies/1")[2]
+        found = json.loads(body)
+        artifact = found["trials"][0]["artifacts"][0]
+        picture = ask(address, "GET", f"/artifacts/1/1/{artifact['artifact_id']}")[2]
+        refused = ask(address, "DELETE", "/api/studies/1")[0]
+        server.shutdown()
+        thread.join()
+    assert b"s3cret" not in body
+    assert "0.7500" in found["trials"][0]["note"]["body"]
+    assert "2 missed" in found["trials"][0]["note"]["body"]
+    assert (artifact["filename"], picture[:4]) == ("losses.png", b"\x89PNG")
+    assert refused == 405
 
 
 @pytest.mark.parametrize("name", ["../../etc/passwd", "x", "/etc/passwd", ""])

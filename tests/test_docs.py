@@ -9,6 +9,7 @@ import os
 import re
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -36,7 +37,6 @@ SMALLER = {
     "--instances": ["6"],
     "--trials": ["1"],
     "--gpus-per-trial": ["0"],
-    "--port": ["0"],
 }
 
 
@@ -88,7 +88,10 @@ def environment() -> dict[str, str]:
 
 
 def serve_and_stop(words: list[str], folder: Path) -> None:
-    """Start the dashboard, open it, and end it as a user does."""
+    """Start the dashboard on a free port, open it, and end it as a user does."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        words = [*words, "--port", str(free.getsockname()[1])]
     process = subprocess.Popen(
         [sys.executable, "-m", "hydralv_tune", *words],
         stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, cwd=folder,
