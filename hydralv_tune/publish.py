@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import shutil
 import uuid
+import warnings
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any, BinaryIO
 
@@ -13,8 +15,9 @@ from hydralv_tune.errors import HydraLVError
 from hydralv_tune.records import TrialRecord, read_record, write_atomically
 from hydralv_tune.space import SearchSpace
 from hydralv_tune.study import Driver, Study, open_readonly
+from hydralv_tune.study.database import database_errors
 from hydralv_tune.trial_view import TrialView, best_trial, count_states
-from hydralv_tune.wording import figure, number_of
+from hydralv_tune.wording import figure, number_of, objective_label
 
 ARTIFACTS = ("contact_sheet.png", "sweep.png", "losses.png", "best.ckpt", "config.yaml")
 """Files of a trial's folder that the dashboard offers."""
@@ -101,11 +104,10 @@ def publish_trial_end(
     if study.out is None:
         return
     folder = study.out / "trials" / str(int(attributes.get("root", number)))
-    try:
+    # A note must not cost a result: what cannot be written now is left out.
+    with suppress(HydraLVError, OSError), database_errors():
         publish_trial(study, number, state, folder, attributes)
         publish_study(study)
-    except (HydraLVError, OSError):
-        return
 
 
 def publish_trial(
@@ -135,18 +137,20 @@ def publish_trial(
 
 def publish_study_end(storage: str, name: str) -> None:
     """Write the note of a study once its run is over; it counts the last trial too."""
-    try:
+    with suppress(HydraLVError, OSError), database_errors():
         study = open_readonly(storage, name)
         try:
             publish_study(study)
         finally:
             study.close()
-    except (HydraLVError, OSError):
-        return
 
 
 def publish_study(study: Study) -> None:
-    """Write the note of a study as it stands."""
+    """Write the note of a study as it stands, and what its values are called."""
+    if study.optuna.metric_names is None:
+        with warnings.catch_warnings():  # the name is for the dashboard's axes alone
+            warnings.simplefilter("ignore")
+            study.optuna.set_metric_names([objective_label(study.space.objective.metric)])
     trials = study.trials()
     best = best_trial(trials)
     record = None

@@ -17,6 +17,7 @@ from hydralv_tune.candidate import DecodingStep
 from hydralv_tune.pictures import COLOURS
 from hydralv_tune.space import SearchSpace
 from hydralv_tune.trial_view import TrialView
+from hydralv_tune.wording import objective_label
 
 INK, FAINT, GRID, ACCENT = "#1c2430", "#8a94a3", "#e7eaef", "#0072B2"
 STATES = {
@@ -62,16 +63,6 @@ def _styled(figure: go.Figure, *, height: int, x: str = "", y: str = "") -> go.F
     figure.update_xaxes(title={"text": x, "font": {"size": 13}}, **shared)
     figure.update_yaxes(title={"text": y, "font": {"size": 13}}, **shared)
     return figure
-
-
-def objective_label(metric: str) -> str:
-    """Return what the study minimises, in words."""
-    return {
-        "adapted_rand_error": "adapted Rand error",
-        "adapted_rand_error_foreground": "adapted Rand error, foreground form",
-        "f1_iou50": "1 − F1 at IoU 0.5",
-        "voi": "variation of information",
-    }.get(metric, metric.replace("_", " "))
 
 
 def history(trials: Sequence[TrialView], metric: str) -> go.Figure:

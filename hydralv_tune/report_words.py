@@ -9,10 +9,9 @@ from typing import Any
 
 from hydralv_tune.pictures import COLOURS
 from hydralv_tune.report_data import KIND_COLOURS, ReportData
-from hydralv_tune.report_figures import objective_label
 from hydralv_tune.report_limits import STILL_LEARNING
 from hydralv_tune.trial_view import TrialView
-from hydralv_tune.wording import counted, duration, figure, number_of
+from hydralv_tune.wording import counted, duration, figure, number_of, objective_label
 
 BAD_ERROR = 0.2
 """Adapted Rand error under which losses above the plan's no longer matter most."""

@@ -43,3 +43,13 @@ def duration(seconds: float) -> str:
     if seconds < 5400:
         return f"{seconds / 60:.0f} min"
     return f"{seconds / 3600:.1f} h"
+
+
+def objective_label(metric: str) -> str:
+    """Return what the study minimises, in words."""
+    return {
+        "adapted_rand_error": "adapted Rand error",
+        "adapted_rand_error_foreground": "adapted Rand error, foreground form",
+        "f1_iou50": "1 − F1 at IoU 0.5",
+        "voi": "variation of information",
+    }.get(metric, metric.replace("_", " "))

@@ -130,6 +130,24 @@ def test_artifacts_are_what_the_trial_left(address: str, finished_study: Any) ->
     assert not any(name.startswith("access-control-") for name in headers)
 
 
+def test_a_trial_that_was_taken_over_takes_no_more_files(
+    finished_study: Any, tmp_path: Path
+) -> None:
+    study = open_readonly(finished_study.storage, "tiny")
+    picture = draw_losses([], tmp_path / "late.png")
+    with pytest.raises(StudyError, match="trial 0 of study 'tiny' is finished|Trial 0"):
+        study.attach(0, picture, ArtifactFolder(tmp_path / "artifacts"))
+    with pytest.raises(StudyError, match="no trial 99"):
+        study.write_note(99, "a note")
+    study.close()
+
+
+def test_axes_are_named_after_the_objective(address: str) -> None:
+    assert json.loads(ask(address, "GET", "/api/studies/1")[2])["metric_names"] == [
+        "adapted Rand error"
+    ]
+
+
 def test_a_checkpoint_is_not_stored_twice(finished_study: Any) -> None:
     kept = (finished_study.folder / "trials" / "0" / "best.ckpt").stat()
     inodes = {path.stat().st_ino for path in (finished_study.folder / "artifacts").iterdir()}

@@ -236,15 +236,23 @@ class Study:
 
         Raises:
             DatabaseAway: Try again later.
-            StudyError: There is no such trial.
+            StudyError: There is no such trial, or it is finished.
         """
-        owner = self.optuna if number is None else trial_by_number(self.optuna, number)
-        if owner is None:
-            raise StudyError(f"Study '{self.name}' has no trial {number}.")
         with database_errors():
-            return optuna.artifacts.upload_artifact(
-                artifact_store=store, file_path=str(path), study_or_trial=owner, storage=self.rdb
-            )
+            owner = self.optuna if number is None else trial_by_number(self.optuna, number)
+            if owner is None:
+                raise StudyError(f"Study '{self.name}' has no trial {number}.")
+            try:
+                return optuna.artifacts.upload_artifact(
+                    artifact_store=store,
+                    file_path=str(path),
+                    study_or_trial=owner,
+                    storage=self.rdb,
+                )
+            except optuna.exceptions.UpdateFinishedTrialError:
+                raise StudyError(
+                    f"Trial {number} of study '{self.name}' is finished; it takes no more files."
+                ) from None
 
     def write_note(self, number: int | None, text: str) -> None:
         """Write the note that the dashboard shows of a trial, or of the study.
