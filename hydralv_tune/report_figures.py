@@ -187,7 +187,8 @@ def _dimension(name: str, column: Sequence[Any], *, log: bool) -> dict[str, Any]
     """Return one axis; what a trial did not have lies at the bottom under a dash."""
     label = name.split(".")[-1].replace("_", " ")
     missing = any(value is None for value in column)
-    numeric = all(
+    # A conditional choice may be null in every trial: one tick, a dash, tells that too.
+    numeric = any(value is not None for value in column) and all(
         value is None or (isinstance(value, int | float) and not isinstance(value, bool))
         for value in column
     )
