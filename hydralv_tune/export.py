@@ -12,7 +12,7 @@ import pandas as pd
 import torch
 
 from hydralv_tune.candidate import Candidate
-from hydralv_tune.config import candidate_from_mapping
+from hydralv_tune.config import baseline, candidate_from_mapping
 from hydralv_tune.errors import InputError, as_input_error, unknown_name
 from hydralv_tune.prediction import load_network
 from hydralv_tune.pytc_blocks import PeerData
@@ -79,7 +79,7 @@ def _export_own(winner: Winner, out: Path, format: str) -> dict[str, Any]:
     content = load_checkpoint(winner.checkpoint)
     kept = {key: content[key] for key in CHECKPOINT_KEYS if key in content}
     candidate = exported_candidate(winner)
-    text = _comments(_head_lines(winner)) + dump_yaml(_told(candidate))
+    text = _comments(_head_lines(winner)) + dump_yaml(told(candidate))
     _write_weights(checkpoint, kept)
     write_atomically(out, text.encode())
     return {
@@ -111,16 +111,24 @@ def _grid_of(winner: Winner) -> dict[str, Any]:
     return mapping
 
 
-def _told(candidate: Candidate) -> dict[str, Any]:
-    """Return the candidate as a mapping without the keys that say nothing."""
+def told(candidate: Candidate) -> dict[str, Any]:
+    """Return the candidate as a mapping without the keys that say nothing.
 
-    def said(value: Any) -> Any:
-        if isinstance(value, Mapping):
-            kept = {key: said(entry) for key, entry in value.items() if entry is not None}
-            return {key: entry for key, entry in kept.items() if entry != {}}
-        return [said(entry) for entry in value] if isinstance(value, list) else value
+    A null says nothing only where the baseline, which stands under every file, has one too.
+    """
 
-    mapping: dict[str, Any] = said(candidate.as_mapping())
+    def said(value: Any, base: Any) -> Any:
+        if not isinstance(value, Mapping):
+            return value
+        known = base if isinstance(base, Mapping) else {}
+        kept = {
+            key: said(entry, known.get(key))
+            for key, entry in value.items()
+            if entry is not None or known.get(key) is not None
+        }
+        return {key: entry for key, entry in kept.items() if entry != {} or known.get(key)}
+
+    mapping: dict[str, Any] = said(candidate.as_mapping(), baseline())
     return mapping
 
 

@@ -249,7 +249,8 @@ def trial_note(
             lines.append(f"**Instances** {matched} of {true} matched, {', '.join(counts)}.")
     decoding = attributes.get("decoding") or (record.decoding if record else None) or {}
     if decoding:
-        rows = [(f"`{k}`", f"`{v}`") for k, v in (decoding.get("kwargs") or {}).items()]
+        kwargs = decoding.get("kwargs") or {}
+        rows = [(f"`{k}`", f"`{_threshold(v)}`") for k, v in kwargs.items()]
         lines += [f"**Thresholds** of `{decoding.get('name')}`", _table(rows)]
     losses = attributes.get("losses") or (record.losses if record else {})
     if losses:
@@ -258,6 +259,13 @@ def trial_note(
         lines += ["**Verdict**", "\n".join(f"- {_plain(line)}" for line in record.verdicts)]
         lines += [f"> {_plain(note)}" for note in record.notes]
     return "\n\n".join(line for line in lines if line) + "\n"
+
+
+def _threshold(value: Any) -> str:
+    """Return a decoder's argument as people read it; None is a test that is off."""
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(_threshold(entry) for entry in value)}]"
+    return "off" if value is None else str(value)
 
 
 def _plain(text: Any) -> str:

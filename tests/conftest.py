@@ -187,9 +187,9 @@ TINY_SPACE: dict[str, Any] = {
     "base": "smoke",
     "warm_starts": ["smoke"],
     "fixed": {
-        "model": {"filters": [4, 8]},
-        "data": {"patch_size": [8, 32, 32], "iter_num_per_epoch": 24},
-        "optimization": {"max_epochs": 4},
+        "model": {"architecture": "rsunet", "filters": [6, 12]},
+        "data": {"patch_size": [8, 32, 32], "iter_num_per_epoch": 40},
+        "optimization": {"max_epochs": 6},
         "monitor": {"evaluation": {"count": 2}},
         "inference": {"sliding_window": {"window_size": [8, 64, 64]}},
     },

@@ -16,14 +16,15 @@ import yaml
 from hydralv_tune.architectures import build_network, match_weights
 from hydralv_tune.candidate import DecodingStep
 from hydralv_tune.cli import exit_code
-from hydralv_tune.config import load_candidate
+from hydralv_tune.config import known_names, load_candidate
 from hydralv_tune.errors import InputError, StudyError
-from hydralv_tune.export import export_best
+from hydralv_tune.export import export_best, told
 from hydralv_tune.pytc_blocks import PeerData
 from hydralv_tune.pytc_export import peer_config, peer_step, peer_weights
 from hydralv_tune.records import load_checkpoint, read_record
 from hydralv_tune.study import Study, open_readonly
 from hydralv_tune.volumes import VolumePaths
+from hydralv_tune.yaml_io import dump_yaml
 
 DATA = PeerData(
     volumes=[VolumePaths("im", "im.h5", "lab.h5", "mask.h5")],
@@ -56,9 +57,9 @@ def test_exported_candidate_holds_everything_that_determines_the_score(
     trained = {**record.config, **dict.fromkeys(("experiment_name", "test"))}
     assert again == trained
     head = Path(document["out"]).read_text().split("experiment_name")[0]
-    for told in (f"{record.metrics['adapted_rand_error']:.4f}", record.volumes[0]["fingerprint"],
+    for word in (f"{record.metrics['adapted_rand_error']:.4f}", record.volumes[0]["fingerprint"],
                  "study 'tiny'", f"torch {torch.__version__}", "optimistic"):  # fmt: skip
-        assert told in head
+        assert word in head
 
 
 def test_exported_checkpoint_holds_weights_alone(finished_study: Any, tmp_path: Path) -> None:
@@ -249,3 +250,11 @@ def test_missing_checkpoint_says_where_it_should_be(finished_study: Any, tmp_pat
     with pytest.raises(InputError, match=r"no.*record\.json"):
         export_best(storage, "tiny", tmp_path / "best.yaml")
     assert not (tmp_path / "best.yaml").exists()
+
+
+@pytest.mark.parametrize("name", known_names("trials"))
+def test_every_recipe_survives_being_written_and_read(name: str, tmp_path: Path) -> None:
+    candidate = load_candidate(name)
+    path = tmp_path / "again.yaml"
+    path.write_text(dump_yaml(told(candidate)))
+    assert load_candidate(path) == candidate
