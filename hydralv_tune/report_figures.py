@@ -22,7 +22,7 @@ from hydralv_tune.wording import objective_label
 INK, FAINT, GRID, ACCENT = "#1c2430", "#8a94a3", "#e7eaef", "#0072B2"
 STATES = {
     "COMPLETE": ("circle", ACCENT),
-    "PRUNED": ("line-ns-open", "#9aa5b4"),
+    "PRUNED": ("x-thin-open", "#7d8896"),
     "INFEASIBLE": ("circle-open", "#D55E00"),
 }
 AXES = (

@@ -373,3 +373,35 @@ def test_page_fits_a_phone_and_a_desk_without_an_error(
     assert loaded == []
     errors = [e for e in chromium.get_log("browser") if e["level"] == "SEVERE"]
     assert errors == []
+
+
+def test_a_prediction_of_nothing_is_all_missed(tmp_path: Path) -> None:
+    truth = cubes((1, 1, 1), (8, 10, 10))
+    nothing = np.zeros_like(truth)
+    table = contingency_table(prediction=nothing, truth=truth)
+    verdicts = judge(table)
+    assert [v.verdict for v in verdicts] == ["missed", "missed"]
+    assert errors_if_mended(table, verdicts) == pytest.approx((0.0, 0.0), abs=1e-12)
+    assert bootstrap(table, resamples=20)["adapted_rand_error"] == (1.0, 1.0)
+    found = limits(table, verdicts, metric="adapted_rand_error", recipes=["foreground_weighted"])
+    assert [(limit.kind, limit.recipe) for limit in found] == [("missed", "foreground_weighted")]
+    path = draw_contact_sheet(
+        image=truth, truth=truth, prediction=nothing, mask=None, path=tmp_path / "s.png"
+    )
+    assert path.stat().st_size > 1000
+
+
+def test_a_loose_outline_is_told_by_its_direction() -> None:
+    truth = cubes((4, 4, 4), (4, 4, 20), side=6)
+    core = truth.copy()
+    core[4], core[:, 4] = 0, 0
+    halo = truth.copy()
+    halo[10, 4:10, 4:10], halo[10, 4:10, 20:26] = 1, 2
+    halo[4:10, 10, 4:10], halo[4:10, 10, 20:26] = 1, 2
+    recipes = ["foreground_weighted", "plan_focal"]
+    for prediction, recipe in ((core, "foreground_weighted"), (halo, "plan_focal")):
+        table = contingency_table(prediction=prediction, truth=truth)
+        found = limits(table, judge(table), metric="adapted_rand_error_foreground", recipes=recipes)
+        assert [(limit.kind, limit.count, limit.recipe) for limit in found] == [
+            ("loose", 2, recipe)
+        ]
