@@ -297,7 +297,7 @@ def concurrent(where: str, steps: int, counts: tuple[int, ...]) -> None:
         ]
         for process in processes:
             process.start()
-        found = [rates.get(timeout=600) for _ in processes]
+        found = [rates.get(timeout=120) for _ in processes]
         for process in processes:
             process.join()
         total = sum(patches for patches, _ in found) / max(seconds for _, seconds in found)

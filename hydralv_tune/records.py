@@ -260,6 +260,7 @@ class TrialRecord:
         out: Folder of the trial.
         config: The whole candidate.
         objective: Metric and guards.
+        grid: Combinations of thresholds that were swept.
         provenance: As `provenance()` gives.
         seed: Of weights, patches and augmentation.
         device: What it ran on.
@@ -293,6 +294,7 @@ class TrialRecord:
     split: dict[str, Any]
     volumes: list[dict[str, Any]]
     training: dict[str, Any]
+    grid: dict[str, Any] = field(default_factory=dict)
     history: list[dict[str, Any]] = field(default_factory=list)
     sweep: dict[str, Any] | None = None
     metrics: dict[str, Any] = field(default_factory=dict)

@@ -204,7 +204,7 @@ def _evaluation(row: Mapping[str, Any]) -> Evaluation:
 
 
 def _finished(spec: TrialSpec, volumes: Sequence[Volume] | None) -> TrialRecord | None:
-    """Return the record of a trial that is complete.
+    """Return the record of a complete trial; None where other thresholds are asked for.
 
     Raises:
         InputError: It is that of another candidate or of other volumes.
@@ -217,7 +217,10 @@ def _finished(spec: TrialSpec, volumes: Sequence[Volume] | None) -> TrialRecord 
         return None
     fingerprints = None if volumes is None else [v.fingerprint() for v in volumes]
     check_continues(spec.out, record.config, record.volumes, spec.candidate, fingerprints)
-    return record
+    swept = (record.objective, record.grid)
+    asked = (spec.objective.model_dump(mode="json"), spec.grid.model_dump(mode="json"))
+    # The training is done, and `TrialRun` will know; another grid only needs another sweep.
+    return record if swept == asked else None
 
 
 def _read(spec: TrialSpec) -> list[Volume]:

@@ -438,6 +438,7 @@ class TrialRun:
             out=self.spec.out,
             config=self.candidate.as_mapping(),
             objective=self.spec.objective.model_dump(mode="json"),
+            grid=self.spec.grid.model_dump(mode="json"),
             provenance=records.provenance(),
             seed=self.candidate.system.seed,
             device=device_facts(self.device),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -211,6 +212,19 @@ def test_a_finished_trial_returns_its_record_at_once(finished: Any) -> None:
     assert again.as_mapping() == record.as_mapping()
     assert seen == []
     assert (out / "record.json").stat().st_mtime_ns == before
+
+
+def test_a_finished_trial_sweeps_another_grid_without_training(
+    finished: Any, tmp_path: Path
+) -> None:
+    record, _, whole = finished
+    shutil.copytree(whole, tmp_path / "copy")
+    other = GRID.model_copy(update={"grid": {**GRID.grid, "min_seed_size": [1, 6]}})
+    again = run(spec(tmp_path / "copy", grid=other))
+    assert again.sweep["combinations"] == 32
+    assert again.training["steps_done"] == 60
+    assert again.training["seconds"]["data"] == record.training["seconds"]["data"]
+    assert again.value <= record.value + 0.002  # a near tie may go to the higher F1
 
 
 def test_a_folder_of_another_trial_is_refused(finished: Any) -> None:
