@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import shutil
 import threading
 import time
 import urllib.request
@@ -286,3 +287,17 @@ def test_a_study_in_postgresql_is_shown_and_its_password_is_not(
 def test_an_id_from_the_database_cannot_leave_the_folder(tmp_path: Any, name: str) -> None:
     with pytest.raises(ValueError, match="UUID"):
         ArtifactFolder(tmp_path).open_reader(name)
+
+
+def test_writable_really_writes(finished_study: Any, tmp_path: Path) -> None:
+    shutil.copy(finished_study.folder / "study.db", tmp_path / "study.db")
+    storage = f"sqlite:///{tmp_path / 'study.db'}"
+    with make_dashboard(storage, port=0, writable=True) as server:
+        thread = threading.Thread(target=server.serve_forever, daemon=True)
+        thread.start()
+        status, _, _ = ask(f"http://127.0.0.1:{server.server_port}", "DELETE", "/api/studies/1")
+        server.shutdown()
+        thread.join()
+    assert status == 204
+    with pytest.raises(StudyError):
+        open_readonly(storage, "tiny")
