@@ -25,7 +25,7 @@ from hydralv_tune.wording import figure, signed
 def as_markdown(data: ReportData) -> tuple[str, dict[str, bytes]]:
     """Return the text, and the pictures it names by their file names."""
     pictures: dict[str, bytes] = {}
-    blocks = [f"# {headline(data)}", lead(data)]
+    blocks = [f"# {headline(data)}", f"Study `{data.study}`, {data.written}.", lead(data)]
     blocks += [f"> {_line(note)}" for note in data.notes]
     blocks.append(_table(["figure", "value", ""], tiles(data)))
     if verdict_bar(data):
