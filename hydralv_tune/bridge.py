@@ -65,7 +65,7 @@ class Event:
 RAY_DIED = "Ray's daemons on this machine died. Run the same command again to go on."
 
 
-class StudyFailed(HydraLVError):  # noqa: N818 - what happened, as TrialFailed
+class StudyFailed(HydraLVError):
     """The work itself is broken, every trial fails or Ray died: going on would not help."""
 
 
@@ -204,10 +204,8 @@ class Bridge:
         else:
             self._fail(key, live, reason, "counted")
 
-    def tick(self) -> dict[str, str]:
-        """Do what is due and return the trials to be stopped: Ray's name to why.
-
-        `kill` means at once, `drop` that nobody waits for its result any more.
+    def tick(self) -> list[str]:
+        """Do what is due and return Ray's names of the trials whose processes are to be ended.
 
         Raises:
             StudyFailed: Ray died.
@@ -223,17 +221,17 @@ class Bridge:
         if now > self._next_poll:
             self._next_poll = now + POLL_EVERY_S
             self._poll()
-        doomed: dict[str, str] = {}
+        doomed = []
         limit = self.space.budget.trial_timeout_s or math.inf
         for key, live in self.live.items():
             if live.verdict == "refused":
-                doomed[key] = "drop"
+                doomed.append(key)
             elif now > self._stop_deadline or (self.stop_reason and live.started is None):
                 live.verdict = "interrupted"
-                doomed[key] = "kill"
+                doomed.append(key)
             elif live.started is not None and now - live.started > limit:
                 live.verdict = "hang"
-                doomed[key] = "kill"
+                doomed.append(key)
         return doomed
 
     def stop(self, reason: str) -> None:

@@ -106,6 +106,7 @@ def run_worker(
     should_stop: Callable[[], bool],
     function: TrialFunction,
     checkpoints: str | None = None,
+    place: Mapping[str, Any] | None = None,
 ) -> None:
     """Run one trial and send how it started, went and ended; never raises for the trial's faults.
 
@@ -115,6 +116,7 @@ def run_worker(
         should_stop: Asked now and then; true ends the trial without a fault.
         function: The trial function.
         checkpoints: URL that the trial's folder is mirrored to; None where all nodes see it.
+        place: What the launcher knows of where this runs, for the record.
     """
     folder, mirror = Path(spec["out"]), None
     try:
@@ -123,7 +125,7 @@ def run_worker(
             mirror.pull()
         report = Reporter(send, should_stop, folder, int(spec["number"]), mirror)
         report.claim()
-        send({"kind": "started", **whereabouts()})
+        send({"kind": "started", **whereabouts(), **(place or {})})
         record = function(spec, report)
         if mirror is not None:
             mirror.push()

@@ -241,6 +241,7 @@ def test_a_node_of_a_cluster_dies_and_the_study_goes_on(fake_study: Any) -> None
         assert cluster.stdout.readline().strip() == "killed"
         assert fake_study.wait(driver, 400) == 0, fake_study.errors()
         check_truth(study, fake_study.steps(), 8)
+        assert len({t.user_attrs["node"] for t in study.trials() if "node" in t.user_attrs}) == 2
         dead = [t for t in study.trials() if t.state == "FAIL"]
         assert dead
         assert all(t.user_attrs["retry"] == "counted" for t in dead)

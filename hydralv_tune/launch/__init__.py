@@ -28,6 +28,7 @@ ENVIRONMENT = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     "TUNE_DISABLE_SIGINT_HANDLER": "1",
     "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
+    "TUNE_FUNCTION_THREAD_TIMEOUT_S": "15",  # a trial that was pruned may still write its record
     "TUNE_FORCE_TRIAL_CLEANUP_S": "10",  # a worker that does not end by itself is killed
     "TUNE_GLOBAL_CHECKPOINT_S": "600",
     "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",

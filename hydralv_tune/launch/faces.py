@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import threading
-import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -108,25 +107,30 @@ class DecidingFace(_Face, TrialScheduler):
 
     def choose_trial_to_run(self, tune_controller: Any) -> Any:
         """Do what is due at every turn of Ray's loop, and return the next pending trial."""
-        for key, how in self.bridge.tick().items():
-            self._end(tune_controller, key, how)
+        for key in self.bridge.tick():
+            self._end(tune_controller, key)
+        for key in list(self.bridge.live):
+            # An actor that could not be re-used ends its next trial without a word.
+            trial = self._trials.get(key)
+            if trial is not None and trial.status in ("ERROR", "TERMINATED"):
+                self.bridge.on_death(key, "worker: its process could not be had")
         if self.bridge.stop_reason is not None and not self._flag_raised:
             self._flag_raised = True
             self._flag.raise_it.remote()
         pending = (t for t in tune_controller.get_trials() if t.status == "PENDING")
         return next(pending, None)
 
-    def _end(self, tune_controller: Any, key: str, how: str) -> None:
-        """Stop a trial: its process at once, or the trial where it has none yet."""
+    def _end(self, tune_controller: Any, key: str) -> None:
+        """End a trial's process at once, or the trial where it has none yet."""
         trial = self._trials.get(key)
         if trial is None:
             self.bridge.on_death(key, "worker: Ray does not know the trial")
             return
         actor = trial.temporary_state.ray_actor
-        if how == "kill" and actor is not None:
-            ray.kill(actor, no_restart=True)
-        else:
+        if actor is None:
             tune_controller.stop_trial(trial)
+        else:
+            ray.kill(actor, no_restart=True)
 
     def debug_string(self) -> str:
         """Return a line for Ray's own output, which is off."""
@@ -146,7 +150,7 @@ def _death(trial: Any) -> str:
 def make_trainable(
     function: TrialFunction, flag: Any, checkpoints: str | None
 ) -> Callable[[dict[str, Any]], None]:
-    """Return the function that Ray runs in a fresh process for each trial."""
+    """Return the function that Ray runs for each trial."""
 
     # A function inside a function travels whole. One of this module would travel by name, and
     # make every worker import the study, its database and PyTorch before its first step.
@@ -160,25 +164,29 @@ def make_trainable(
 
         from hydralv_tune.worker import run_worker
 
-        stop = threading.Event()
+        stop, over = threading.Event(), threading.Event()
 
         def watch() -> None:
-            while not stop.is_set():
-                time.sleep(poll_s)
+            while not over.wait(poll_s):
                 try:
                     if ray.get(flag.is_raised.remote(), timeout=30.0):
                         stop.set()
+                        return
                 except ray.exceptions.RayError:
                     return
 
         threading.Thread(target=watch, daemon=True).start()
-        run_worker(
-            json.loads(config["spec"]),
-            # One text, since Ray flattens mappings.
-            send=lambda message: tune.report({message_key: json.dumps(message)}),
-            should_stop=stop.is_set,
-            function=function,
-            checkpoints=checkpoints,
-        )
+        try:
+            run_worker(
+                json.loads(config["spec"]),
+                # One text, since Ray flattens mappings.
+                send=lambda message: tune.report({message_key: json.dumps(message)}),
+                should_stop=stop.is_set,
+                function=function,
+                checkpoints=checkpoints,
+                place={"node": ray.get_runtime_context().get_node_id()},
+            )
+        finally:
+            over.set()
 
     return trial

@@ -10,16 +10,18 @@ import optuna
 import sqlalchemy
 from optuna.exceptions import StorageInternalError
 from optuna.storages import RDBStorage
+from optuna.storages._rdb import models
+from optuna.storages._rdb.storage import _create_scoped_session
 from sqlalchemy import exc as sqlalchemy_errors
 
 from hydralv_tune.errors import HydraLVError, StudyError, unknown_name
 from hydralv_tune.mutex import MutexLost
-from hydralv_tune.storage_url import masked, reason_of
+from hydralv_tune.storage_url import engine_options, masked, reason_of, sqlite_file
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 
 
-class DatabaseAway(HydraLVError):  # noqa: N818 - what happened
+class DatabaseAway(HydraLVError):
     """The database does not answer right now; what was to be told waits in the journal."""
 
 
@@ -42,6 +44,45 @@ def database_errors() -> Iterator[None]:
         raise
     except lost as error:
         raise DatabaseAway(reason_of(error)) from None
+
+
+def open_storage(url: sqlalchemy.engine.URL, *, create: bool) -> RDBStorage:
+    """Return Optuna's storage of a URL.
+
+    Args:
+        url: From `parse_storage`.
+        create: Make the tables where there are none.
+    """
+    storage = RDBStorage(
+        url_template(url), engine_kwargs=engine_options(url), skip_table_creation=not create
+    )
+    if sqlite_file(url) is not None:
+        # As safe as deleting the rollback journal at each commit, and half as slow. A write-ahead
+        # log would be faster still, but breaks on shared folders.
+        @sqlalchemy.event.listens_for(storage.engine, "connect")
+        def _(connection: Any, record: object) -> None:
+            connection.execute("PRAGMA journal_mode = TRUNCATE")
+
+        storage.engine.dispose()  # connections made before
+    return storage
+
+
+def set_attributes(storage: RDBStorage, trial_id: int, attributes: Mapping[str, Any]) -> None:
+    """Store user attributes of a trial in one transaction; Optuna itself takes one for each.
+
+    Args:
+        storage: That holds the trial.
+        trial_id: Of a trial that is not finished.
+        attributes: Plain JSON types by name.
+
+    Raises:
+        UpdateFinishedTrialError: The trial is finished.
+    """
+    with _create_scoped_session(storage.scoped_session, True) as session:
+        for key, value in attributes.items():
+            storage._set_trial_attr_without_commit(
+                session, models.TrialUserAttributeModel, trial_id, key, value
+            )
 
 
 def url_template(url: sqlalchemy.engine.URL) -> str:

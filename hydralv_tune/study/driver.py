@@ -19,7 +19,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from hydralv_tune.journal import PREFIX, SUFFIX, Journal, journals_in
 from hydralv_tune.mutex import StudyMutex
-from hydralv_tune.study.database import DatabaseAway, database_errors
+from hydralv_tune.study.database import DatabaseAway, database_errors, set_attributes
 from hydralv_tune.study.search import distribution_of, make_pruner, make_sampler, suggest
 from hydralv_tune.study.study import Study, trial_by_number
 from hydralv_tune.trial_view import (
@@ -235,9 +235,9 @@ class Driver:
     def _fail_orphan(self, trial: FrozenTrial, reason: str) -> None:
         """Tell an orphan as FAIL; whatever was asked for on purpose is asked for again."""
         wanted = "owner" in trial.user_attrs or bool(trial.system_attrs.get("fixed_params"))
-        storage = self.study.rdb
-        storage.set_trial_user_attr(trial._trial_id, "reason", reason)
-        storage.set_trial_user_attr(trial._trial_id, "retry", "free" if wanted else "no")
+        attributes = {"reason": reason, "retry": "free" if wanted else "no"}
+        with contextlib.suppress(UpdateFinishedTrialError):
+            set_attributes(self.study.rdb, trial._trial_id, attributes)
         with contextlib.suppress(UpdateFinishedTrialError, ValueError):
             self.study.optuna.tell(trial.number, state=TrialState.FAIL)
 
@@ -254,14 +254,16 @@ class Driver:
         retry_of = attributes.get("retry_of")
         earlier = duplicate_of(params, warm_start, trials, number=trial.number)
         if earlier is not None and retry_of is None:
-            trial.set_user_attr("duplicate_of", earlier)
-            trial.set_user_attr("reason", f"duplicate of trial {earlier}, not trained again")
+            reason = f"duplicate of trial {earlier}, not trained again"
+            repeated = {"duplicate_of": earlier, "reason": reason}
+            set_attributes(self.study.rdb, trial._trial_id, repeated)
             study.tell(trial, state=TrialState.FAIL)
             return None
         self._inherit(trial, retry_of, trials)
-        trial.set_user_attr("driver", self.name)
         # Last of all: a RUNNING trial without an owner was never fully asked for.
-        trial.set_user_attr("owner", {**self.process, "identity": self.identity})
+        owner = {**self.process, "identity": self.identity}
+        claim = {"driver": self.name, "owner": owner}
+        set_attributes(self.study.rdb, trial._trial_id, claim)
         self._live[trial.number] = trial
         return Asked(
             number=trial.number,
@@ -307,7 +309,7 @@ class Driver:
 
     def _tell_now(self, number: int, outcome: Outcome, identity: str) -> bool:
         """End a trial if the database still has it RUNNING and owned by this driver."""
-        study, storage = self.study.optuna, self.study.rdb
+        study = self.study.optuna
         frozen = trial_by_number(study, number)
         owner = (frozen.user_attrs.get("owner") or {}) if frozen is not None else {}
         if (
@@ -317,10 +319,8 @@ class Driver:
         ):
             self._live.pop(number, None)
             return False
-        for key, value in outcome.attributes.items():
-            storage.set_trial_user_attr(frozen._trial_id, key, value)
-        if outcome.state == "FAIL":
-            storage.set_trial_user_attr(frozen._trial_id, "retry", outcome.retry)
+        retry = {"retry": outcome.retry} if outcome.state == "FAIL" else {}
+        set_attributes(self.study.rdb, frozen._trial_id, {**outcome.attributes, **retry})
         if outcome.violation is not None and math.isfinite(outcome.violation):
             optuna.Trial(study, frozen._trial_id).set_constraint(GUARD, outcome.violation)
         values = outcome.value if outcome.state == "COMPLETE" else None

@@ -23,8 +23,8 @@ from hydralv_tune.study.database import (
     DatabaseAway,
     database_errors,
     load_named,
+    open_storage,
     require_tables,
-    url_template,
 )
 from hydralv_tune.study.search import imported_trial, require_compatible
 from hydralv_tune.trial_view import (
@@ -75,16 +75,15 @@ class Study:
         url = parse_storage(storage)
         probe(url, create=create)
         options = engine_options(url)
-        text = url_template(url)
         if not create:
             require_tables(url, options)
-            rdb = RDBStorage(text, engine_kwargs=options, skip_table_creation=True)
+            rdb = open_storage(url, create=False)
             return cls(rdb, load_named(rdb, name, masked(url)), masked(url))
         assert space is not None, "a study is made from its space"
         mutex = StudyMutex(url, name)
         try:
             with database_errors(), mutex:
-                rdb = RDBStorage(text, engine_kwargs=options)
+                rdb = open_storage(url, create=True)
                 study = cls(
                     rdb,
                     optuna.create_study(
@@ -364,7 +363,7 @@ def study_names(storage: str) -> list[str]:
     probe(url, create=False)
     options = engine_options(url)
     require_tables(url, options)
-    rdb = RDBStorage(url_template(url), engine_kwargs=options, skip_table_creation=True)
+    rdb = open_storage(url, create=False)
     try:
         with database_errors():
             return sorted(optuna.get_all_study_names(rdb))
@@ -382,7 +381,7 @@ def open_all(storage: str) -> list[Study]:
     probe(url, create=False)
     options = engine_options(url)
     require_tables(url, options)
-    rdb = RDBStorage(url_template(url), engine_kwargs=options, skip_table_creation=True)
+    rdb = open_storage(url, create=False)
     names = optuna.get_all_study_names(rdb)
     if not names:
         raise StudyError(f"--storage: {masked(url)} holds no study. Start one with `run`.")
