@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -85,7 +86,10 @@ def print_facts(title: str, facts: Mapping[str, Any]) -> None:
 
 def print_rows(title: str, rows: Sequence[Mapping[str, Any]]) -> None:
     """Print rows of the same keys as a table on stdout."""
-    table = Table(title=title, title_justify="left")
+    # Narrow enough that the ten best combinations fit a terminal of 80 columns unbroken.
+    table = Table(
+        title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True
+    )
     for name in rows[0] if rows else []:
         table.add_column(str(name).replace("_", " "), justify="right", overflow="fold")
     for row in rows:
