@@ -87,9 +87,7 @@ def print_facts(title: str, facts: Mapping[str, Any]) -> None:
 def print_rows(title: str, rows: Sequence[Mapping[str, Any]]) -> None:
     """Print rows of the same keys as a table on stdout."""
     # Narrow enough that the ten best combinations fit a terminal of 80 columns unbroken.
-    table = Table(
-        title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True
-    )
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False, padding=0)
     for name in rows[0] if rows else []:
         table.add_column(str(name).replace("_", " "), justify="right", overflow="fold")
     for row in rows:
