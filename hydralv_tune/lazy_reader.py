@@ -15,7 +15,7 @@ import torch
 
 from hydralv_tune.config import Data
 from hydralv_tune.errors import VolumeError, as_input_error
-from hydralv_tune.normalisation import Normalisation
+from hydralv_tune.normalisation import FILL_SHARE, FLAT, Normalisation
 from hydralv_tune.patches import INTENSITY_RANGES, Patches
 from hydralv_tune.sampling import (
     MOST_PLACES,
@@ -262,29 +262,39 @@ def stream_normalisation(image: Windowed, data: Data) -> Normalisation:
     chosen = data.image_transform
     low, high = _clip_range(image, chosen.clip_percentile_low, chosen.clip_percentile_high)
     depth = len(image)
-    mean, deviation = np.zeros(depth), np.zeros(depth)
+    mean, deviation, voxels = np.zeros(depth), np.zeros(depth), np.zeros(depth)
     for z, section in enumerate(image):
-        clipped = np.clip(section.astype(np.float64), low, high)
-        flat = section.min() == section.max()
-        mean[z], deviation[z] = (0.0, 0.0) if flat else (clipped.mean(), clipped.std())
+        clipped = np.clip(_tissue(section).astype(np.float64), low, high)
+        voxels[z] = clipped.size
+        if clipped.size:
+            mean[z], deviation[z] = clipped.mean(), clipped.std()
     if chosen.normalize == "z_section":
         offset, spread = mean, deviation
     elif chosen.normalize == "z_volume":
-        used = deviation > 0 if (deviation > 0).any() else np.ones(depth, bool)
-        centre = mean[used].mean()
-        whole = np.sqrt((deviation[used] ** 2 + (mean[used] - centre) ** 2).mean())
+        weights = voxels if voxels.any() else np.ones(depth)
+        centre = np.average(mean, weights=weights)
+        whole = np.sqrt(np.average(deviation**2 + (mean - centre) ** 2, weights=weights))
         offset, spread = np.full(depth, centre), np.full(depth, whole)
     elif chosen.normalize == "0-1":
         offset, spread = np.full(depth, low), np.full(depth, high - low)
     else:
         offset, spread = np.zeros(depth), np.ones(depth)
-    scale = np.divide(1.0, spread, out=np.zeros(depth), where=spread > 1e-6 * max(abs(high), 1e-6))
+    tiny = FLAT * max(abs(low), abs(high))
+    scale = np.divide(1.0, spread, out=np.zeros(depth), where=spread > tiny)
     return Normalisation(
         low=np.full(depth, low, np.float32),
         high=np.full(depth, high, np.float32),
         offset=offset.astype(np.float32),
         scale=scale.astype(np.float32),
     )
+
+
+def _tissue(section: Array) -> Array:
+    """Return the voxels that statistics come from: none of a constant section, no fill."""
+    if section.min() == section.max():
+        return section[:0].ravel()
+    zeros = section == 0
+    return section[~zeros] if zeros.mean() >= FILL_SHARE else section.ravel()
 
 
 def _clip_range(image: Windowed, low: float, high: float) -> tuple[float, float]:
@@ -295,12 +305,13 @@ def _clip_range(image: Windowed, low: float, high: float) -> tuple[float, float]
     histogram = image.dtype.kind == "u" and image.dtype.itemsize <= 2
     for section in image:
         lowest, highest = min(lowest, float(section.min())), max(highest, float(section.max()))
-        if (low, high) == (0.0, 1.0) or section.min() == section.max():
+        if (low, high) == (0.0, 1.0):
             continue
+        tissue = _tissue(section)
         if histogram:
-            counts += np.bincount(section.ravel(), minlength=len(counts))
+            counts += np.bincount(tissue, minlength=len(counts))
         else:
-            samples.append(section.ravel()[:: max(section.size // 4096, 1)])
+            samples.append(tissue[:: max(tissue.size // 4096, 1)])
     if histogram and counts.any():
         # Two values of the sorted volume around each quantile, as NumPy interpolates them.
         places = np.array([low, high]) * (counts.sum() - 1)
