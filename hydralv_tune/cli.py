@@ -90,8 +90,9 @@ def exit_code(arguments: Sequence[str] | None = None) -> int:
         say(f"error: {error}")
         return EXIT_WRONG_INPUT
     except HydraLVError as error:
-        say(f"error: {error}")
-        return EXIT_WORK_FAILED
+        code = getattr(error, "exit_code", EXIT_WORK_FAILED)
+        say(str(error) if code == EXIT_INTERRUPTED else f"error: {error}")
+        return int(code)
     except (KeyboardInterrupt, typer.Abort):
         say("Interrupted.")
         return EXIT_INTERRUPTED

@@ -50,6 +50,8 @@ class StudyInterrupted(HydraLVError):
         facts: As `run_study` returns them.
     """
 
+    exit_code = 130
+
     def __init__(self, reason: str, facts: dict[str, Any]) -> None:
         super().__init__(f"{reason}. Run the same command again to go on.")
         self.facts = facts
