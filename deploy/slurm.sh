@@ -9,6 +9,8 @@
 #SBATCH --cpus-per-task=32
 #SBATCH --gpus-per-node=4
 #SBATCH --time=24:00:00
+# `ray symmetric-run` refuses a node on which Ray already runs, and stops all of Ray at its end.
+#SBATCH --exclusive
 #SBATCH --output=%x-%j.log
 set -euo pipefail
 
@@ -18,7 +20,7 @@ out=${HYDRALV_OUT:-$PWD/runs/$study} # a folder that every node sees
 mkdir -p "$out"
 
 head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-port=$((20000 + SLURM_JOB_ID % 20000)) # two jobs may share a node
+port=$((20000 + SLURM_JOB_ID % 20000))
 
 # Five minutes before the job ends the workers are told to save, and what runs is enqueued again.
 # SLURM's own signal would reach Ray's daemons too, and take the workers down before they save.
