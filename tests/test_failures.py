@@ -81,10 +81,13 @@ def test_drivers_killed_at_random_lose_nothing(fake_study: Any) -> None:
     kills = 0
     while kills < 10:
         driver = fake_study.start(**config)
-        # From before Ray is up to the middle of trials.
-        deadline = time.monotonic() + chance.uniform(2.0, 26.0)
+        # Now before Ray is up, mostly in the middle of trials, asks and tells.
+        if chance.random() < 0.8:
+            while not fake_study.said() and driver.poll() is None:
+                time.sleep(0.05)
+        deadline = time.monotonic() + chance.uniform(0.1, 9.0)
         while time.monotonic() < deadline and driver.poll() is None:
-            time.sleep(0.1)
+            time.sleep(0.02)
         if driver.poll() is not None:
             assert driver.returncode == 0, fake_study.errors()
             config["trials"] += 4  # it was faster than the killer
