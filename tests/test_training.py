@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+from hydralv_tune.architectures import ARCHITECTURES
 from hydralv_tune.config import Candidate, candidate_from_mapping
 from hydralv_tune.errors import CheckpointError, TrialFailed, TrialInterrupted
 from hydralv_tune.optimization import (
@@ -212,6 +213,28 @@ def test_deep_supervision_trains_the_coarse_heads() -> None:
     state = training.network.state_dict()
     assert heads
     assert all(not torch.equal(state[key], value) for key, value in heads.items())
+
+
+@pytest.mark.parametrize("name", sorted(ARCHITECTURES))
+def test_every_architecture_trains(name: str) -> None:
+    deep = name in ("monai_basic_unet3d", "mednext")
+    chosen = candidate(
+        model={
+            "architecture": name,
+            "filters": [4, 8, 16, 32, 64] if deep else [4, 8],
+            "deep_supervision": ARCHITECTURES[name].deep_supervision,
+            "mednext_size": "S" if name == "mednext" else None,
+        },
+        data={"patch_size": [16, 32, 32] if deep else [4, 16, 16], "pad_size": [8, 8, 8]},
+        inference={"sliding_window": {"window_size": None}},
+    )
+    training = trainer(chosen)
+    before = weights_of(training.network).clone()
+    training.run_to(4)
+    first = training.losses()["total"]
+    training.run_to(12)
+    assert not torch.equal(before, weights_of(training.network))
+    assert training.losses()["total"] < first
 
 
 def test_accumulated_micro_batches_are_one_large_batch() -> None:

@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -273,6 +278,31 @@ def test_a_killed_trial_goes_on_to_the_same_weights_bit_for_bit(
     assert any("continued from step" in note for note in second.notes)
 
 
+def test_a_process_that_is_killed_goes_on_to_the_same_weights(
+    finished: Any, tmp_path: Path
+) -> None:
+    """As above, with SIGKILL in the middle of a step and another process to go on."""
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[2])\n"
+        "from pathlib import Path; import test_trial as t\n"
+        "t.run(t.spec(Path(sys.argv[1])))\n"
+    )
+    words = [sys.executable, "-c", code, str(tmp_path), str(Path(__file__).parent)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(words, env=environment) as process:
+        deadline = time.monotonic() + 120
+        while not (tmp_path / "last.ckpt").exists() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        time.sleep(0.05)
+        process.kill()
+    assert process.returncode == -signal.SIGKILL
+    assert not (tmp_path / "sweep.parquet").exists()
+    record = run(spec(tmp_path))
+    assert any("continued from step 20" in note for note in record.notes)
+    expected, got = final_weights(finished[2]), final_weights(tmp_path)
+    assert all(torch.equal(expected[key], got[key]) for key in expected)
+
+
 def test_a_truncated_state_falls_back_and_the_record_says_so(finished: Any, tmp_path: Path) -> None:
     def kill(evaluation: Evaluation) -> None:
         if evaluation.step == 2:
@@ -457,9 +487,6 @@ def test_the_plan_s_checkpoints_appear_as_verdicts() -> None:
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_full_disk_fails_the_trial_and_keeps_the_state_before(tmp_path: Path) -> None:
-    import resource
-    import signal
-
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
     before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 
