@@ -240,12 +240,28 @@ def _process_namespace() -> str:
 
 def own_process() -> dict[str, Any]:
     """Return what lets another process on this machine see whether this one lives."""
-    process = psutil.Process()
-    return {
-        "machine": machine_identity(),
-        "pid": process.pid,
-        "created": round(process.create_time(), 2),
-    }
+    pid = os.getpid()
+    return {"machine": machine_identity(), "pid": pid, "start": process_start(pid)}
+
+
+def process_start(pid: int) -> str | None:
+    """Return what tells a process from a later one of the same number; None where it is gone.
+
+    On Linux it is the tick since boot: a time of day would shift whenever the clock is set.
+
+    Args:
+        pid: Of any process on this machine.
+    """
+    try:
+        # After the program's name, which may hold anything: the state first, the start 20th.
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return None if fields[0] in "ZX" else fields[19]
+    except (OSError, IndexError):
+        pass
+    try:
+        return f"{psutil.Process(pid).create_time():.0f}"
+    except psutil.Error:
+        return None
 
 
 def is_surely_dead(process: Mapping[str, Any] | None) -> bool:
@@ -257,14 +273,7 @@ def is_surely_dead(process: Mapping[str, Any] | None) -> bool:
     """
     if not process or process.get("machine") != machine_identity():
         return False
-    try:
-        found = psutil.Process(int(process["pid"]))
-        same = abs(found.create_time() - float(process["created"])) < 1.0
-        return not same or found.status() == psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return True
-    except (psutil.Error, KeyError, TypeError, ValueError):
-        return False
+    return process_start(int(process["pid"])) != process.get("start")
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,13 @@ from hydralv_tune.mutex import MutexLost, StudyMutex
 from hydralv_tune.space import SearchSpace, space_from_mapping
 from hydralv_tune.storage_url import mask_passwords, masked, parse_storage
 from hydralv_tune.study import DatabaseAway, Driver, Study, facts_of, open_readonly, study_names
-from hydralv_tune.trial_view import Asked, Outcome, own_process
+from hydralv_tune.trial_view import (
+    Asked,
+    Outcome,
+    is_surely_dead,
+    own_process,
+    process_start,
+)
 
 LR, DECAY = "optimization.optimizer.lr", "optimization.optimizer.weight_decay"
 METRICS = {"adapted_rand_error": 0.2, "adapted_rand_error_foreground": 0.3, "f1_iou50": 0.8}
@@ -88,7 +94,7 @@ def abandon(driver: Driver) -> None:
     driver._stop.set()
     for number in driver.live:
         trial = driver._live[number]
-        trial.set_user_attr("owner", {**own_process(), "created": 1.0, "identity": "gone"})
+        trial.set_user_attr("owner", {**own_process(), "start": "1", "identity": "gone"})
     driver._live.clear()
 
 
@@ -412,7 +418,7 @@ def test_the_journal_of_a_dead_driver_is_told_by_the_next_one(
     trial = asked(dead)
     outcome = complete(0.15)
     entry = {"kind": "tell", "number": trial.number, "outcome": outcome.as_mapping()}
-    process = {**own_process(), "created": 1.0}
+    process = {**own_process(), "start": "1"}
     dead._journal.append({**entry, "identity": dead.identity, "process": process})
     dead._live.clear()
     make_driver(storage)
@@ -577,6 +583,21 @@ def test_the_mutex_excludes_other_processes_and_falls_with_its_holder(storage: s
         holder.kill()
         holder.wait(10)
         holder.stdout.close()
+
+
+def test_a_process_is_known_by_its_start_and_a_zombie_is_dead() -> None:
+    assert not is_surely_dead(own_process())
+    assert is_surely_dead({**own_process(), "start": "1"})
+    assert not is_surely_dead({**own_process(), "machine": "elsewhere", "start": "1"})
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    process = {**own_process(), "pid": child.pid, "start": process_start(child.pid)}
+    assert not is_surely_dead(process)
+    child.kill()
+    deadline = time.monotonic() + 10
+    while not is_surely_dead(process):  # while nobody has waited for it, it is a zombie
+        assert time.monotonic() < deadline
+    child.wait()
+    assert is_surely_dead(process)
 
 
 def test_many_threads_asking_never_pass_the_target(
