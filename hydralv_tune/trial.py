@@ -154,6 +154,9 @@ def run_trial(
     if found is not None:
         return found
     device = pick_device(spec.device)
+    if device.type == "cuda":
+        # Events and fresh tensors go to the current GPU.
+        torch.cuda.set_device(device)
     deadline = None if spec.timeout_s is None else time.monotonic() + spec.timeout_s
     with _threads(spec.threads or spec.candidate.system.cpu_threads):
         with stage("reading"):

@@ -413,6 +413,23 @@ def test_a_holdout_is_scored_where_it_was_not_trained(tmp_path: Path) -> None:
     assert "held out" in record.split["sentence"]
 
 
+def test_a_volume_of_its_own_is_scored_where_the_candidate_names_one(tmp_path: Path) -> None:
+    other = volume(3, "other")
+    write_array(tmp_path / "val.h5", other.image)
+    write_array(tmp_path / "val_label.h5", other.label)
+    data = {
+        **candidate().data.model_dump(mode="json"),
+        "split": {"kind": "volumes"},
+        "val_image": str(tmp_path / "val.h5"),
+        "val_label": str(tmp_path / "val_label.h5"),
+    }
+    record = run(spec(tmp_path / "out", candidate(data=data)))
+    assert record.split["folds"][0]["train"] == ["balls 8×32×48"]
+    assert record.split["folds"][0]["score"] == ["val 8×32×48"]
+    assert [facts["name"] for facts in record.volumes] == ["balls", "val"]
+    assert "not trained on" in record.split["sentence"]
+
+
 def test_cross_validation_scores_the_mean_and_keeps_each_fold(tmp_path: Path) -> None:
     data = {
         **candidate().data.model_dump(mode="json"),
