@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import signal
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
@@ -32,12 +34,13 @@ from hydralv_tune.study import (
     Study,
     open_readonly,
 )
-from hydralv_tune.trial_view import Asked
+from hydralv_tune.trial_view import Asked, process_start
 from hydralv_tune.volumes import Volume, VolumePaths, read_volume
 from hydralv_tune.worker import Reporter, StopFlag, TrialFunction
 
 ENDLESS = 10**9
 SAVE_S = 30.0
+SCRATCH, SCRATCH_KEPT_S = "hydralv-tune-", 24 * 3600.0
 
 TrialEndHook = Callable[[Driver, int, str, Mapping[str, Any]], None]
 
@@ -183,7 +186,7 @@ def _tune(
 ) -> str | None:
     """Let Ray Tune run trials until the bridge has no more; return the signal that ended it."""
     flag = ray.remote(num_cpus=0)(StopFlag).remote()
-    scratch = Path(tempfile.mkdtemp(prefix="hydralv-tune-"))
+    scratch = _scratch_folder()
     faces = AskingFace(bridge), DecidingFace(bridge, flag)
     tuner = tune.Tuner(
         tune.with_resources(
@@ -212,6 +215,17 @@ def _tune(
             bridge.abandon()
             shutil.rmtree(scratch, ignore_errors=True)
     return received[0] if received else None
+
+
+def _scratch_folder() -> Path:
+    """Return an empty folder for what Ray Tune writes; old ones of killed drivers are removed."""
+    for path in Path(tempfile.gettempdir()).glob(f"{SCRATCH}*-*"):
+        owner = path.name.removeprefix(SCRATCH).split("-")[0]
+        with suppress(OSError):
+            is_old = time.time() - path.stat().st_mtime > SCRATCH_KEPT_S
+            if is_old and owner.isdigit() and process_start(int(owner)) is None:
+                shutil.rmtree(path, ignore_errors=True)
+    return Path(tempfile.mkdtemp(prefix=f"{SCRATCH}{os.getpid()}-"))
 
 
 def _specification(
