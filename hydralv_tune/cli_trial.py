@@ -32,15 +32,14 @@ def train(
     """
     from hydralv_tune.config import load_candidate, parse_overrides
     from hydralv_tune.space import load_space
-    from hydralv_tune.trial import Evaluation, TrialSpec, run_trial
-    from hydralv_tune.volumes import read_volume, volume_paths
+    from hydralv_tune.trial import Evaluation, TrialSpec, run_trial, stop_on_signal
+    from hydralv_tune.volumes import volume_paths
 
     loaded = load_candidate(candidate, parse_overrides(settings or []))
     searched = load_space(space)
     paths = volume_paths(image, label or [], mask or [])
     if not label:
         raise InputError("train: --label is missing; training needs instance labels.")
-    volumes = [read_volume(entry) for entry in paths]
 
     def show(evaluation: Evaluation) -> None:
         shown = {"error": evaluation.value, **evaluation.losses}
@@ -62,8 +61,8 @@ def train(
         study=None,
         timeout_s=None,
     )
-    with progress_bar("Train") as move:
-        record = run_trial(spec, report=show, volumes=volumes, progress=move)
+    with progress_bar("Train") as move, stop_on_signal() as should_stop:
+        record = run_trial(spec, report=show, progress=move, should_stop=should_stop)
     document = record.summary()
     if json:
         print_json(document)

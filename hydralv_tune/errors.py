@@ -60,6 +60,8 @@ def _rebuild_trial_failed(stage: str, reason: str, retry: bool) -> TrialFailed:
 class TrialInterrupted(HydraLVError):
     """A trial was asked to stop, saved its state and can be continued."""
 
+    exit_code = 130
+
 
 def unknown_name(kind: str, name: object, known: Iterable[str]) -> str:
     """Return the message for a name outside a table, with the nearest known one first.

@@ -6,11 +6,14 @@ It knows neither Optuna nor Ray: what it is told is plain, and so is what it rep
 from __future__ import annotations
 
 import os
+import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from signal import SIGINT, SIGTERM
+from types import FrameType
 from typing import Any
 
 import torch
@@ -284,6 +287,28 @@ def _line(error: Exception) -> str:
 
 
 @contextmanager
+def stop_on_signal() -> Iterator[Callable[[], bool]]:
+    """Yield a `should_stop` that is true once Ctrl-C or SIGTERM came; the second one ends at once.
+
+    Only for the main thread of a process of its own.
+    """
+    asked = False
+
+    def remember(number: int, frame: FrameType | None) -> None:
+        nonlocal asked
+        if asked:
+            raise KeyboardInterrupt
+        asked = True
+
+    before = {number: signal.signal(number, remember) for number in (SIGINT, SIGTERM)}
+    try:
+        yield lambda: asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
 def _threads(count: int | None) -> Iterator[None]:
     """Let torch use so many CPU threads for a while; all that this process may use without."""
     before = torch.get_num_threads()
@@ -294,4 +319,4 @@ def _threads(count: int | None) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-__all__ = ["Evaluation", "InputError", "TrialRecord", "TrialSpec", "run_trial"]
+__all__ = ["Evaluation", "InputError", "TrialRecord", "TrialSpec", "run_trial", "stop_on_signal"]

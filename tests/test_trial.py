@@ -30,7 +30,7 @@ from hydralv_tune.evaluation import Outcome, better, evaluate
 from hydralv_tune.prediction import load_network, predict
 from hydralv_tune.records import load_checkpoint, previous, read_record
 from hydralv_tune.space import Objective
-from hydralv_tune.trial import Evaluation, TrialSpec, run_trial
+from hydralv_tune.trial import Evaluation, TrialSpec, run_trial, stop_on_signal
 from hydralv_tune.trial_facts import verdicts
 from hydralv_tune.volumes import Volume, VolumePaths, write_array
 
@@ -331,6 +331,18 @@ def test_a_stop_saves_in_the_middle_and_goes_on_to_the_same_weights(
     expected, got = final_weights(finished[2]), final_weights(tmp_path)
     assert all(torch.equal(expected[key], got[key]) for key in expected)
     assert second.history[1]["losses"] == finished[0].history[1]["losses"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_asks_to_stop_and_a_second_one_ends_at_once(number: signal.Signals) -> None:
+    before = signal.getsignal(number)
+    with stop_on_signal() as should_stop:
+        assert not should_stop()
+        os.kill(os.getpid(), number)
+        assert should_stop()
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(number)
+    assert signal.getsignal(number) is before
 
 
 def test_a_spec_survives_the_way_to_another_process(tmp_path: Path) -> None:
