@@ -239,15 +239,22 @@ def _searched(winner: Winner) -> list[tuple[str, str, str]]:
     """Return key, what was searched, and the best trial's value."""
     space = winner.study.space
     return [
-        (key, _range(parameter), _shown(winner.view.params.get(key)))
+        (key, _range(parameter), _best_value(winner.view.params, key))
         for key, parameter in space.parameters.items()
     ]
+
+
+def _best_value(params: Mapping[str, Any], key: str) -> str:
+    """Return the best trial's value of a parameter; a dash where it had none."""
+    if key not in params:
+        return "–"
+    return "null" if params[key] is None else _shown(params[key])
 
 
 def _range(parameter: Parameter) -> str:
     """Return what a parameter may be, in words."""
     if parameter.choice is not None:
-        text = ", ".join(_shown(choice) for choice in parameter.choices)
+        text = ", ".join("null" if c is None else _shown(c) for c in parameter.choices)
     else:
         low, high = parameter.float_ or parameter.int_ or (0, 0)
         text = f"{low:g} to {high:g}" + (", log" if parameter.log else "")

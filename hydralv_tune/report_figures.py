@@ -155,7 +155,11 @@ def parallel_coordinates(
     None where fewer than two trials have a value.
     """
     done = [t for t in trials if t.state in ("COMPLETE", "PRUNED") and _value(t) is not None]
-    names = list(dict.fromkeys(name for t in done for name in t.params))
+    names = [
+        name
+        for name in dict.fromkeys(name for t in done for name in t.params)
+        if len({str(t.params.get(name)) for t in done}) > 1
+    ]
     if len(done) < 2 or not names:
         return None
     values = [float(_value(t) or 0.0) for t in done]

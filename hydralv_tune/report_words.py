@@ -16,6 +16,9 @@ from hydralv_tune.wording import counted, duration, figure, number_of, objective
 BAD_ERROR = 0.2
 """Adapted Rand error under which losses above the plan's no longer matter most."""
 
+GOOD_ERROR = 0.02
+"""Adapted Rand error under which a study's goal is reached by default."""
+
 KIND_WORDS = {
     "missed": "missed",
     "split": "split into pieces",
@@ -119,8 +122,12 @@ def limits_lead(data: ReportData) -> str:
     learning = still_learning(data)
     if first.worth <= 0:
         return f"{learning}Nothing that can be mended instance by instance costs error now."
+    little = number_of(data.metrics.get("adapted_rand_error"))
+    most = (
+        "What little is lost, is lost" if little is not None and little < 0.02 else "Most is lost"
+    )
     return (
-        f"{learning}Most is lost by {counted(first.count, 'instance')} {KIND_WORDS[first.kind]}. "
+        f"{learning}{most} by {counted(first.count, 'instance')} {KIND_WORDS[first.kind]}. "
         "Each bar says by how much the error would fall if all of that kind fitted exactly and "
         "nothing else changed."
     )

@@ -96,7 +96,7 @@ def _winner(study: Study) -> Winner:
         counts = count_states(study.trials())
         told = ", ".join(f"{number} {state}" for state, number in counts.items() if number)
         raise StudyError(
-            f"Study '{study.name}' in {study.storage} has no finished trial yet "
+            f"Study '{study.name}' in {study.storage} has no complete trial yet "
             f"({told or 'no trial at all'}). Continue it with `run --study {study.name}`."
         )
     folder, record = record_of(study, view)

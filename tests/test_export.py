@@ -217,7 +217,7 @@ def test_study_without_a_finished_trial_is_refused(tmp_path: Path) -> None:
 
     storage = f"sqlite:///{tmp_path / 'study.db'}"
     Study.open(storage, "empty", space=load_space("smoke"), create=True).close()
-    with pytest.raises(StudyError, match="no finished trial yet"):
+    with pytest.raises(StudyError, match="no complete trial yet"):
         export_best(storage, "empty", tmp_path / "best.yaml")
     assert not (tmp_path / "best.yaml").exists()
 
