@@ -15,7 +15,7 @@ import torch
 
 from hydralv_tune.config import Data
 from hydralv_tune.errors import VolumeError, as_input_error
-from hydralv_tune.normalisation import FILL_SHARE, FLAT, Normalisation
+from hydralv_tune.normalisation import FILL_SHARE, Normalisation, normalisation_of
 from hydralv_tune.patches import INTENSITY_RANGES, Patches
 from hydralv_tune.sampling import (
     MOST_PLACES,
@@ -261,32 +261,8 @@ def stream_normalisation(image: Windowed, data: Data) -> Normalisation:
     """
     chosen = data.image_transform
     low, high = _clip_range(image, chosen.clip_percentile_low, chosen.clip_percentile_high)
-    depth = len(image)
-    mean, deviation, voxels = np.zeros(depth), np.zeros(depth), np.zeros(depth)
-    for z, section in enumerate(image):
-        clipped = np.clip(_tissue(section).astype(np.float64), low, high)
-        voxels[z] = clipped.size
-        if clipped.size:
-            mean[z], deviation[z] = clipped.mean(), clipped.std()
-    if chosen.normalize == "z_section":
-        offset, spread = mean, deviation
-    elif chosen.normalize == "z_volume":
-        weights = voxels if voxels.any() else np.ones(depth)
-        centre = np.average(mean, weights=weights)
-        whole = np.sqrt(np.average(deviation**2 + (mean - centre) ** 2, weights=weights))
-        offset, spread = np.full(depth, centre), np.full(depth, whole)
-    elif chosen.normalize == "0-1":
-        offset, spread = np.full(depth, low), np.full(depth, high - low)
-    else:
-        offset, spread = np.zeros(depth), np.ones(depth)
-    tiny = FLAT * max(abs(low), abs(high))
-    scale = np.divide(1.0, spread, out=np.zeros(depth), where=spread > tiny)
-    return Normalisation(
-        low=np.full(depth, low, np.float32),
-        high=np.full(depth, high, np.float32),
-        offset=offset.astype(np.float32),
-        scale=scale.astype(np.float32),
-    )
+    sections = (_tissue(section) for section in image)
+    return normalisation_of(chosen.normalize, low, high, sections, len(image))
 
 
 def _tissue(section: Array) -> Array:
@@ -298,7 +274,7 @@ def _tissue(section: Array) -> Array:
 
 
 def _clip_range(image: Windowed, low: float, high: float) -> tuple[float, float]:
-    """Return the intensities at the two shares; constant sections do not count."""
+    """Return the intensities at the two shares; fill counts where they are 0 and 1 alone."""
     lowest, highest = np.inf, -np.inf
     samples: list[Array] = []
     counts = np.zeros(1 << 16, np.int64)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, overload
 
@@ -78,7 +79,8 @@ def fit_normalisation(
 
     Statistics never come from constant sections, which are missing, nor from zeros that fill a
     share of a section from `FILL_SHARE` on; they come from the mask where one is given. A
-    prediction seldom knows the mask of the training: give one in both, or in neither.
+    prediction seldom knows the mask of the training: give one in both, or in neither. Shares of 0
+    and 1 clip nothing: they are the smallest and largest voxel of all, fill included.
 
     Args:
         image: (Z, Y, X), any number type.
@@ -111,13 +113,31 @@ def fit_normalisation(
         low, high = map(float, np.quantile(np.concatenate(sections), [clip_low, clip_high]))
     if not (np.isfinite(low) and np.isfinite(high)):
         raise ValueError("the image holds values that are not finite (NaN or inf).")
-    depth = len(volume)
-    moments = [_moments(section, low, high) for section in sections if mode.startswith("z_")]
+    return normalisation_of(mode, low, high, sections, len(volume))
+
+
+def normalisation_of(
+    mode: str, low: float, high: float, sections: Iterable[Array], depth: int
+) -> Normalisation:
+    """Return the normalisation that follows from the range of a volume and its sections.
+
+    Args:
+        mode: One of `MODES`.
+        low: Least intensity kept.
+        high: Largest intensity kept.
+        sections: The voxels of each that statistics come from; read where the mode has any.
+        depth: Number of sections.
+    """
+    if mode.startswith("z_"):
+        moments = [_moments(section, low, high) for section in sections]
+        mean, deviation, voxels = (np.array(column) for column in zip(*moments, strict=True))
     if mode == "z_section":
-        offset, spread = (np.array([m[i] for m in moments]) for i in range(2))
+        offset, spread = mean, deviation
     elif mode == "z_volume":
-        mean, deviation = _pooled(moments)
-        offset, spread = np.full(depth, mean), np.full(depth, deviation)
+        weights = voxels if voxels.any() else np.ones(depth)
+        centre = np.average(mean, weights=weights)
+        variance = np.average(deviation**2 + (mean - centre) ** 2, weights=weights)
+        offset, spread = np.full(depth, centre), np.full(depth, np.sqrt(variance))
     elif mode == "0-1":
         offset, spread = np.full(depth, low), np.full(depth, high - low)
     else:
@@ -193,11 +213,3 @@ def _moments(values: Array, low: float, high: float) -> tuple[float, float, int]
         return 0.0, 0.0, 0
     clipped = np.clip(values.astype(np.float64), low, high)
     return float(clipped.mean()), float(clipped.std()), clipped.size
-
-
-def _pooled(parts: list[tuple[float, float, int]]) -> tuple[float, float]:
-    """Return mean and standard deviation of all values from those of their parts."""
-    means, deviations, sizes = (np.array(column) for column in zip(*parts, strict=True))
-    mean = np.average(means, weights=sizes)
-    variance = np.average(deviations**2 + (means - mean) ** 2, weights=sizes)
-    return float(mean), float(np.sqrt(variance))
