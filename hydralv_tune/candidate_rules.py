@@ -6,6 +6,7 @@ The tables stand in modules that import torch, so they are imported where they a
 from __future__ import annotations
 
 import json
+import math
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -250,7 +251,7 @@ def check_data(candidate: Candidate, place: str) -> None:
     _check_targets(candidate, place)
     for key in ("train_resolution", "val_resolution"):
         size = getattr(data, key)
-        if size is not None and (len(size) != 3 or min(size) <= 0):
+        if size is not None and (len(size) != 3 or not all(0 < side < math.inf for side in size)):
             refuse(place, f"data.{key}", size, "it is three lengths in nm above 0 (z, y, x)",
                    "Try [30, 8, 8].")  # fmt: skip
     if data.split.volumes and data.split.kind != "volumes":

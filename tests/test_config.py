@@ -179,6 +179,7 @@ FAULTS = [
     ("data: {image_transform: {clip_percentile_low: 0.9, clip_percentile_high: 0.2}}",
      "clip_percentile_low is 0.9, but clip_percentile_high is 0.2"),
     ("data: {image_transform: {normalize: zscor}}", "normalize is 'zscor', but it must be one of"),
+    ("data: {train_resolution: [.nan, 8, 8]}", "train_resolution .*three lengths in nm"),
     ("data: {train_resolution: [30, 8]}", "train_resolution .*three lengths in nm"),
     ("data: {split: {kind: holdout, fraction: 1}}", "split.fraction is 1.*must be below 1"),
     ("data: {split: {volumes: [a]}}", "split.volumes .*data.split.kind is none"),
