@@ -10,6 +10,8 @@ from hydralv_tune.errors import InputError
 
 # What belongs to one node and one moment.
 LOCAL_ONLY = ("attempt.json",)
+UNFINISHED = ".part"
+"""End of a name that is still being copied, or was when its node died."""
 
 
 class Mirror:
@@ -45,7 +47,7 @@ class Mirror:
             # Names come from elsewhere and must not leave the folder.
             if not info.is_file or not target.is_relative_to(self._folder.resolve()):
                 continue
-            if target.name.startswith(".") or target.exists():
+            if target.name.startswith(".") or target.name.endswith(UNFINISHED) or target.exists():
                 continue
             target.parent.mkdir(parents=True, exist_ok=True)
             temporary = target.with_name(f".{target.name}.pulled")
@@ -68,9 +70,9 @@ class Mirror:
             target = f"{self._root}/{relative}"
             self._files.create_dir(os.path.dirname(target), recursive=True)
             # A reader sees the file before or the whole new one: stores rename or replace whole.
-            with self._files.open_output_stream(f"{target}.part") as sink:
+            with self._files.open_output_stream(f"{target}{UNFINISHED}") as sink:
                 sink.write(path.read_bytes())
-            self._files.move(f"{target}.part", target)
+            self._files.move(f"{target}{UNFINISHED}", target)
             self._seen[relative] = state
             copied += 1
         return copied

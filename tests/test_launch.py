@@ -344,6 +344,7 @@ def test_a_folder_is_mirrored_and_fetched_by_the_next_node(tmp_path: Path) -> No
     assert first.push() == 1
     (tmp_path / "two").mkdir()
     (tmp_path / "two" / "kept").write_text("mine")
+    (tmp_path / "shared" / "7" / "best.ckpt.part").write_bytes(b"its node died here")
     second = Mirror(tmp_path / "two", shared, "7")
     assert second.pull() == 1
     assert (tmp_path / "two" / "last.ckpt").read_bytes() == b"state 22"
