@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from io import BytesIO
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -11,6 +12,8 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+
+from hydralv_tune.records import write_atomically
 
 NAMES = {
     "adapted_rand_error": "adapted Rand error",
@@ -59,9 +62,9 @@ def draw_heatmap(result: SweptLike, path: str | Path) -> Path:
         _panel(figure, panel, result.heatmap(column), column, result.winner.arguments)
     many = f"{result.combinations:,} combination{'s' * (result.combinations > 1)}"
     figure.suptitle(f"{many}, the other thresholds chosen by the sweep's rule", fontsize=9)
-    path = Path(path)
-    figure.savefig(path, dpi=150, format="png")
-    return path
+    buffer = BytesIO()
+    figure.savefig(buffer, dpi=150, format="png")
+    return write_atomically(path, buffer.getvalue())
 
 
 def _panel(
