@@ -61,7 +61,9 @@ class LossBalancing(Section):
         "none", description="How the loss terms are weighted while training; null is none."
     )
     gradnorm_alpha: NotNegative = Field(0.5, description="Pull toward equal training rates.")
-    gradnorm_lambda: NotNegative = Field(1.0, description="Weight of the balancing loss.")
+    gradnorm_lambda: NotNegative = Field(
+        1.0, description="Factor on the step of the task weights; 0: none."
+    )
     gradnorm_parameter_strategy: Literal["first", "last"] = Field(
         "last", description="Which shared weights the gradient norms are measured on."
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
@@ -13,10 +14,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from hydralv_tune.candidate import (
-    Candidate,
-    DecodingGrid,
-)
+from hydralv_tune.candidate import Candidate, DecodingGrid
 from hydralv_tune.config import (
     candidate_from_mapping,
     explain,
@@ -459,9 +457,7 @@ def explain_file(path: str | Path) -> list[str]:
 
 def explain_space(space: SearchSpace) -> list[str]:
     """Return sentences: what is searched and swept, when it ends, and what the base amounts to."""
-    combinations = 1
-    for values in space.decoding.axes.values():
-        combinations *= len(values)
+    combinations = math.prod(len(values) for values in space.decoding.axes.values())
     budget = [f"{space.budget.trials} trials"]
     budget += [f"{space.budget.timeout_s:g} s"] if space.budget.timeout_s else []
     budget += [f"{space.budget.gpu_hours:g} GPU hours"] if space.budget.gpu_hours else []

@@ -205,11 +205,3 @@ def drawn(space: SearchSpace, generator: random.Random) -> dict[str, Any]:
         else:
             params[key] = generator.uniform(*(parameter.float_ or (0.0, 0.0)))
     return params
-
-
-def grid_size(axes: Mapping[str, Any]) -> int:
-    """Return the number of combinations of a decoding grid."""
-    size = 1
-    for values in axes.values():
-        size *= len(values)
-    return size
