@@ -11,12 +11,12 @@ from scipy.ndimage import gaussian_filter
 
 from hydralv_tune.targets import binary_target, instance_boundary, instance_edt
 
-TARGETS: tuple[tuple[Callable[[npt.NDArray[Any]], npt.NDArray[Any]], float], ...] = (
+CHANNELS: tuple[tuple[Callable[[npt.NDArray[Any]], npt.NDArray[Any]], float], ...] = (
     (binary_target, 0.0),
     (instance_boundary, 0.0),
     (instance_edt, -1.0),
 )
-"""Of each channel, with the lowest value it takes."""
+"""The target of each channel, with the lowest value it takes."""
 
 GRAIN = 2.0
 """The width of the noise in voxels: a network errs in patches, not in single voxels."""
@@ -38,7 +38,7 @@ def degraded_probabilities(
     """
     rng = np.random.default_rng(seed)
     maps = np.empty((3, *labels.shape), np.float16)
-    for channel, (target, lowest) in enumerate(TARGETS):
+    for channel, (target, lowest) in enumerate(CHANNELS):
         grain = gaussian_filter(rng.standard_normal(labels.shape, dtype=np.float32), GRAIN)
         grain *= noise / max(float(grain.std()), 1e-9)
         clean = gaussian_filter(target(labels).astype(np.float32), blur)
