@@ -184,17 +184,8 @@ def draw_body(
     form, angle = _metric(body, canvas.voxel_size_nm, centre, low, high, 0.0)
     others = canvas.taken[box]
     free = (others == 0) & allowed[box]
-    mean_half = body.radius_nm(canvas.voxel_size_nm)
-    whole = np.partition(form.ravel(), min(body.size, form.size - 1))[body.size - 1]
-    near = others[form <= whole + spacing_nm / mean_half]
-    inside = form <= whole
-    if partner:
-        shared = int((others[inside] == partner).sum())
-        if shared > 0.06 * body.size or ((near != 0) & (near != partner)).any():
-            return None
-    elif near.any():
-        return None
-    if int((inside & ~free).sum()) > 0.10 * body.size or int(free.sum()) < body.size:
+    spacing = spacing_nm / body.radius_nm(canvas.voxel_size_nm)
+    if not _has_room(body.size, form, others, free, spacing, partner):
         return None
     ranked = np.where(free, form, np.inf)
     limit = np.partition(ranked.ravel(), body.size - 1)[body.size - 1]
@@ -222,6 +213,36 @@ def _core_taken(
     ]
     core = tuple(slice(max(0, c - r), c + r + 1) for c, r in zip(centre, steps, strict=True))
     return bool(canvas.taken[core].any())
+
+
+def _has_room(
+    size: int,
+    form: np.ndarray,
+    others: np.ndarray,
+    free: np.ndarray,
+    spacing: float,
+    partner: int,
+) -> bool:
+    """Return whether a body of `size` voxels keeps its distance and loses at most a tenth.
+
+    Args:
+        size: Its voxels.
+        form: The distance from its centre in its own metric.
+        others: The numbers of the bodies that are there.
+        free: Where its voxels may lie.
+        spacing: How far others stay away, in its own metric.
+        partner: The one that may be near and overlap a little; 0 for none.
+    """
+    whole = np.partition(form.ravel(), min(size, form.size - 1))[size - 1]
+    near = others[form <= whole + spacing]
+    inside = form <= whole
+    if partner:
+        shared = int((others[inside] == partner).sum())
+        if shared > 0.06 * size or ((near != 0) & (near != partner)).any():
+            return False
+    elif near.any():
+        return False
+    return int((inside & ~free).sum()) <= 0.10 * size and int(free.sum()) >= size
 
 
 def _exactly(ranked: np.ndarray, limit: float, size: int) -> np.ndarray:
