@@ -252,6 +252,15 @@ class Bridge:
             self.stop("Ray died")
         return dead
 
+    def on_losses(self, reason: str) -> None:
+        """Take in that Ray gave up all live trials at once, whichever of them was to blame.
+
+        Args:
+            reason: What is known of it.
+        """
+        for key in list(self.live):
+            self.on_death(key, reason)
+
     def abandon(self) -> None:
         """Tell every live trial as interrupted: Ray is gone, or this process ends now."""
         for key, live in list(self.live.items()):

@@ -45,7 +45,8 @@ def make_trial(config: dict[str, Any]) -> Any:
     """Return a trial function that behaves as `config` says.
 
     Keys: `steps`, `step_s`, `ends` (number of the first attempt -> `nan`, `error`, `crash`,
-    `hang`, `bad`, `infeasible`), `rates` (end -> share, drawn anew for each attempt), `seed`.
+    `hang`, `hog`, `bad`, `infeasible`), `rates` (end -> share, drawn anew for each attempt),
+    `seed`.
     """
 
     def trial(spec: dict[str, Any], report: Any) -> dict[str, Any]:
@@ -70,6 +71,11 @@ def make_trial(config: dict[str, Any]) -> Any:
             if step == 2 and end == "hang":
                 while True:
                     time.sleep(1.0)
+            if step == 2 and end == "hog" and number == root:
+                hoard = []
+                while len(hoard) < 64:  # 8 GB: far beyond the limit that the test sets
+                    hoard.append(bytearray(os.urandom(1)) * (1 << 27))
+                    time.sleep(0.05)
             value = float("nan") if step == 2 and end == "nan" else error + 0.5 / step
             temporary = folder / f".state-{number}"
             temporary.write_text(json.dumps({"step": step}))

@@ -148,6 +148,20 @@ def test_ray_killed_under_the_driver_ends_in_order_and_goes_on(
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
+def test_a_worker_killed_for_want_of_memory_is_retried_and_the_study_goes_on(
+    fake_study: Any,
+) -> None:
+    memory = psutil.virtual_memory()
+    limit = (memory.total - memory.available + 3e9) / memory.total
+    config = {"trials": 3, "steps": 4, "step_s": 0.2, "ends": {"1": "hog"}}
+    environment = {"RAY_memory_usage_threshold": f"{limit:.3f}"}
+    assert fake_study.wait(fake_study.start(environment, **config)) == 0, fake_study.errors()
+    study = open_readonly(fake_study.said()[-1]["facts"]["storage"], "fake")
+    check_truth(study, fake_study.steps(), 3)
+    reasons = [t.user_attrs["reason"] for t in study.trials() if t.state == "FAIL"]
+    assert any("low on memory" in reason for reason in reasons), reasons
+
+
 def test_two_drivers_share_a_study_and_one_takes_over_from_the_other(
     fake_study: Any, postgres: Any
 ) -> None:

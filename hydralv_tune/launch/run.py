@@ -186,20 +186,35 @@ def _tune(
 ) -> str | None:
     """Let Ray Tune run trials until the bridge has no more; return the signal that ended it."""
     flag = ray.remote(num_cpus=0)(StopFlag).remote()
-    scratch = _scratch_folder()
+    trainable = tune.with_resources(
+        make_trainable(function, flag, checkpoints), {"cpu": resources.cpus, "gpu": resources.gpus}
+    )
+    with _signals(bridge) as received:
+        try:
+            while not _fit(bridge, flag, trainable, reuse_actors=not resources.gpus):
+                pass
+        finally:
+            bridge.abandon()
+    return received[0] if received else None
+
+
+def _fit(bridge: Bridge, flag: Any, trainable: Any, *, reuse_actors: bool) -> bool:
+    """Run Ray Tune once, and return False where it gave up over processes that Ray killed.
+
+    A node that runs low on memory has a worker killed, which ends Ray Tune as a whole: it knows
+    errors of actors and of tasks only. What was live is told, and the next fit goes on.
+    """
     faces = AskingFace(bridge), DecidingFace(bridge, flag)
+    scratch = _scratch_folder()
     tuner = tune.Tuner(
-        tune.with_resources(
-            make_trainable(function, flag, checkpoints),
-            {"cpu": resources.cpus, "gpu": resources.gpus},
-        ),
+        trainable,
         tune_config=tune.TuneConfig(
             search_alg=faces[0],
             scheduler=faces[1],
             num_samples=ENDLESS,
             # A fresh process a trial frees a GPU's memory for sure. On a CPU it frees nothing that
             # matters, and costs 2 s against 0.5 s, and the imports of PyTorch and MONAI again.
-            reuse_actors=not resources.gpus,
+            reuse_actors=reuse_actors,
         ),
         run_config=tune.RunConfig(
             name="study",
@@ -208,13 +223,16 @@ def _tune(
             failure_config=tune.FailureConfig(max_failures=0),
         ),
     )
-    with _signals(bridge) as received:
-        try:
-            tuner.fit()
-        finally:
-            bridge.abandon()
-            shutil.rmtree(scratch, ignore_errors=True)
-    return received[0] if received else None
+    try:
+        tuner.fit()
+    except RuntimeError as error:
+        if not isinstance(error.__cause__, ray.exceptions.OutOfMemoryError):
+            raise
+        bridge.on_losses("worker: killed, since its machine ran low on memory")
+        return False
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return True
 
 
 def _scratch_folder() -> Path:
