@@ -245,15 +245,20 @@ def _problem(knob: str, value: Any, default: Any) -> str | None:
     numbers = list(value) if isinstance(value, list | tuple) else [value]
     if not numbers or any(isinstance(n, bool) or not isinstance(n, int | float) for n in numbers):
         return "a number or a list of numbers"
+    several = isinstance(value, list | tuple)
     if knob == "prob" or knob.endswith("_prob") or knob == "rotate_ratio":
-        return None if len(numbers) == 1 and 0 <= numbers[0] <= 1 else "a number from 0 to 1"
+        return None if not several and 0 <= numbers[0] <= 1 else "a number from 0 to 1"
     if knob == "spatial_axis":
-        return None if set(numbers) <= {0, 1, 2} else "one or more of 0 (z), 1 (y), 2 (x)"
+        fits = len(set(numbers)) == len(numbers) and set(numbers) <= {0, 1, 2}
+        fits &= all(isinstance(n, int) for n in numbers)
+        return None if fits else "one or more of 0 (z), 1 (y), 2 (x)"
     if knob == "spatial_axes":
         fits = len(set(numbers)) == len(numbers) == 2 and set(numbers) <= {0, 1, 2}
         return None if fits else "two of 0 (z), 1 (y), 2 (x)"
     if any(not 0 <= n < float("inf") for n in numbers):
         return "not negative and finite"
+    if several and isinstance(default, int | float) and knob != "num_sections":
+        return "a single number"
     return _shape_problem(knob, value, numbers)
 
 
@@ -272,6 +277,8 @@ def _shape_problem(knob: str, value: Any, numbers: Sequence[float]) -> str | Non
         return "whole numbers"
     if knob == "contrast_range" and min(numbers) <= 0:
         return "above 0"
+    if knob == "down_ratio_range" and min(numbers) < 1:
+        return "1 or more"
     return None
 
 

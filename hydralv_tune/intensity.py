@@ -181,7 +181,8 @@ def cutout(patches: Patches, knobs: Knobs, generator: torch.Generator) -> Patche
     if not chosen:
         return patches
     size = knobs["hole_size"]
-    edges = [size] * 3 if isinstance(size, int | float) else list(size)
+    sizes = [size] if isinstance(size, int | float) else list(size)
+    edges = sizes * 3 if len(sizes) == 1 else sizes
     lengths = [min(int(e), n) for e, n in zip(edges, patches.shape, strict=True)]
     image = patches.image.clone()
     for row in chosen:

@@ -246,3 +246,37 @@ def test_an_unknown_knob_is_refused_by_name(name: str) -> None:
 def test_a_wrong_probability_is_refused(name: str, prob: object) -> None:
     with pytest.raises(ValueError, match=rf"{name}\.prob is "):
         check_augmentation(name, {"prob": prob})
+
+
+VALUES = (
+    0, 0.0, 1, 2.5, 9, True, [0], [4], [0, 0], [1, 2], [0.0, 0.5], [2, 1], [0, 1, 2], [3, 3, 3],
+    [1.0, 1.0, 1.0], "much", None,
+)  # fmt: skip
+
+
+def test_every_value_that_passes_the_check_can_be_run(name: str) -> None:
+    """A knob that fails in training fails after hours, so whatever would is refused before."""
+    accepted = 0
+    for knob in AUGMENTATIONS[name].defaults:
+        for value in VALUES:
+            try:
+                check_augmentation(name, {knob: value})
+            except ValueError:
+                continue
+            accepted += 1
+            knobs = {**always(name), knob: value}
+            for seed in range(2):
+                generator = torch.Generator().manual_seed(seed)
+                result = AUGMENTATIONS[name].apply(tiny(), knobs, generator)
+                result.check()
+                assert result.image.isfinite().all()
+    assert accepted > 2
+
+
+def tiny() -> Patches:
+    """Return two patches of a few voxels, each with an instance."""
+    labels = torch.zeros((2, 4, 16, 16), dtype=torch.int32)
+    labels[:, 1:3, 3:7, 3:7] = 3
+    image = torch.rand((2, 1, 4, 16, 16), generator=torch.Generator().manual_seed(0))
+    edt = torch.where(labels > 0, 1.0, -1.0)
+    return Patches(image, labels, edt, torch.ones_like(labels, dtype=torch.bool))
