@@ -69,9 +69,11 @@ def check_loss(name: str, kwargs: Mapping[str, Any]) -> None:
         )
     voxels = torch.zeros(1, 1, 1, 2, 2)
     try:
-        LOSSES[name](voxels, voxels, torch.ones_like(voxels, dtype=torch.bool), **kwargs)
+        value = LOSSES[name](voxels, voxels, torch.ones_like(voxels, dtype=torch.bool), **kwargs)
     except TypeError as error:
         raise ValueError(f"{name}: {error}") from error
+    if not value.isfinite():
+        raise ValueError(f"{name} is {value.item()} with {dict(kwargs)}; give finite numbers.")
 
 
 def _known(name: str) -> Loss:

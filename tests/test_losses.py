@@ -174,6 +174,7 @@ class TestArguments:
             ("MSELoss", {"foreground_weight": True}, "foreground_weight is True"),
             ("DiceCELoss", {"sigmoid": False}, "it takes logits"),
             ("TverskyLoss", {"alpha": "high"}, "TverskyLoss: "),
+            ("DiceLoss", {"smooth_nr": math.nan}, "DiceLoss is nan with .*finite numbers"),
         ],
     )
     def test_wrong_ones_are_refused(
