@@ -154,6 +154,12 @@ def _threshold_flags(candidate: Candidate) -> Iterator[str]:
                 )
             if seed is None or seed > 1:
                 yield f"contour_threshold's seed {shown(seed)} switches that test off."
+            if foreground is not None and foreground < min(1, math.inf if seed is None else seed):
+                yield (
+                    f"contour_threshold's seed {shown(seed)} is above its foreground "
+                    f"{foreground:g}: seeds may lie where there is no foreground. A lower contour "
+                    "threshold is the stricter one."
+                )
         elif seed < foreground:
             yield (
                 f"{key}'s seed {seed:g} is below its foreground {foreground:g}: seeds may lie "
