@@ -320,7 +320,9 @@ class EarlyStopping(Section):
     min_delta: NotNegative = Field(0.0, description="What counts as better.")
     threshold: float | None = Field(None, description="Stop once the loss is under it.")
     divergence_threshold: float | None = Field(None, description="Stop once it is above.")
-    check_finite: bool = Field(True, description="Stop when the loss is not finite.")
+    check_finite: bool = Field(
+        True, description="No effect: a loss that is not finite fails the trial."
+    )
 
 
 class Evaluation(Section):
