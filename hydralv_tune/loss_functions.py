@@ -61,7 +61,7 @@ def dice(
         soft_label=True,
         reduction="none",
     )
-    return _overlap(overlap, logits, target, mask, sigmoid, smooth_dr, reduction)
+    return _overlap(overlap, logits, target, mask, sigmoid, batch, smooth_dr, reduction)
 
 
 def tversky(
@@ -110,7 +110,7 @@ def tversky(
         soft_label=True,
         reduction="none",
     )
-    return _overlap(overlap, logits, target, mask, sigmoid, smooth_dr, reduction)
+    return _overlap(overlap, logits, target, mask, sigmoid, batch, smooth_dr, reduction)
 
 
 def focal(
@@ -400,6 +400,7 @@ def _overlap(
     target: Tensor,
     mask: Tensor,
     sigmoid: bool,
+    batch: bool,
     smooth_dr: float,
     reduction: str,
 ) -> Tensor:
@@ -412,9 +413,9 @@ def _overlap(
         raise ValueError(f"smooth_dr is {smooth_dr}, but must be above 0, as 1e-5.")
     logits, target, mask = _prepared(logits, target, mask)
     probability = torch.sigmoid(logits) if sigmoid else logits
-    scores = overlap(probability * mask, target * mask).flatten(start_dim=1)
+    scores = overlap(probability * mask, target * mask)
     seen = mask.flatten(start_dim=1).amax(dim=1)
-    if scores.ndim == 1 or scores.shape[0] != seen.shape[0]:
+    if batch:
         seen = seen.amax(dim=0, keepdim=True)
     scores = scores.reshape(seen.shape[0], -1) * seen[:, None]
     if reduction == "sum":

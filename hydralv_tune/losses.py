@@ -67,6 +67,9 @@ def check_loss(name: str, kwargs: Mapping[str, Any]) -> None:
         raise ValueError(
             f"{name} takes no argument '{unknown[0]}'. Known: {', '.join(sorted(accepted))}."
         )
+    for key, given in kwargs.items():
+        if isinstance(accepted[key], bool) and not isinstance(given, bool):
+            raise ValueError(f"{name}: {key} is {given!r}, but must be true or false.")
     voxels = torch.zeros(1, 1, 1, 2, 2)
     try:
         value = LOSSES[name](voxels, voxels, torch.ones_like(voxels, dtype=torch.bool), **kwargs)

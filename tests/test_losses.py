@@ -174,6 +174,7 @@ class TestArguments:
             ("MSELoss", {"foreground_weight": True}, "foreground_weight is True"),
             ("DiceCELoss", {"sigmoid": False}, "it takes logits"),
             ("TverskyLoss", {"alpha": "high"}, "TverskyLoss: "),
+            ("DiceLoss", {"batch": 1}, "DiceLoss: batch is 1, but must be true or false"),
             ("DiceLoss", {"smooth_nr": math.nan}, "DiceLoss is nan with .*finite numbers"),
         ],
     )

@@ -208,3 +208,21 @@ def test_foreground_counts_more_with_a_foreground_weight(name: str) -> None:
     assert LOSSES[name](logits, target, mask, foreground_weight=1.0).item() == pytest.approx(
         LOSSES[name](logits, target, mask).item(), rel=1e-5
     )
+
+
+@pytest.mark.parametrize("name", [n for n in sorted(LOSSES) if "batch" in loss_arguments(n)])
+@pytest.mark.parametrize("channels", [1, 2])
+def test_one_overlap_over_the_batch_is_that_of_its_samples_side_by_side(
+    name: str, channels: int
+) -> None:
+    torch.manual_seed(0)
+    logits = torch.randn(2, channels, 2, 4, 4)
+    target = (torch.rand(logits.shape) > 0.5).float()
+    mask = torch.ones(2, 1, 2, 4, 4, dtype=torch.bool)
+    mask[1] = False  # an empty sample changes nothing
+    mask[0, 0, 0] = False
+    check_loss(name, {"batch": True})
+    loss = LOSSES[name](logits, target, mask, batch=True)
+    assert loss.ndim == 0
+    beside = (torch.cat(list(t[:, None]), dim=2) for t in (logits, target, mask))
+    torch.testing.assert_close(loss, LOSSES[name](*beside))
