@@ -12,6 +12,7 @@ import pytest
 
 from hydralv_tune.bridge import MAX_CONSECUTIVE_FAILURES, Bridge, Event, StudyFailed
 from hydralv_tune.errors import ConfigError, InputError, TrialFailed, TrialInterrupted
+from hydralv_tune.launch.cluster import Resources
 from hydralv_tune.mirror import Mirror
 from hydralv_tune.space import space_from_mapping
 from hydralv_tune.study import Driver, Study, open_readonly
@@ -91,10 +92,50 @@ def test_sigterm_saves_and_the_same_command_goes_on(fake_study: Any) -> None:
         assert [step for _, step in steps] == list(range(1, 13))
 
 
-def test_a_cluster_too_small_for_a_trial_is_wrong_input(fake_study: Any) -> None:
-    driver = fake_study.start(trials=1, options={"gpus_per_trial": 99.0})
-    assert fake_study.wait(driver) == 2
-    assert "99 GPUs" in fake_study.said()[-1]["error"]
+class TwoNodes:
+    """A cluster of two nodes as Ray describes it, and a third that died."""
+
+    @staticmethod
+    def nodes() -> list[dict[str, Any]]:
+        """Return what each node has."""
+        return [
+            {"Alive": True, "Resources": {"CPU": 8.0, "GPU": 2.0}},
+            {"Alive": True, "Resources": {"CPU": 3.0}},
+            {"Alive": False, "Resources": {"CPU": 64.0, "GPU": 8.0}},
+        ]
+
+    @staticmethod
+    def cluster_resources() -> dict[str, float]:
+        """Return what the living nodes have together."""
+        return {"CPU": 11.0, "GPU": 2.0}
+
+
+@pytest.mark.parametrize(
+    ("gpus", "cpus", "slots", "takes"),
+    [
+        (None, None, 2, (1.0, 4)),  # a GPU each, and the cores of its node divided
+        (0.5, 1, 4, (0.5, 1)),
+        (0.0, 2, 5, (0.0, 2)),  # four on the first node, one on the second
+        (0.0, None, 11, (0.0, 1)),
+    ],
+)
+def test_as_many_trials_run_at_once_as_fit_into_living_nodes(
+    monkeypatch: pytest.MonkeyPatch,
+    gpus: float | None,
+    cpus: int | None,
+    slots: int,
+    takes: tuple[float, int],
+) -> None:
+    monkeypatch.setattr("hydralv_tune.launch.cluster.ray", TwoNodes)
+    resources = Resources(gpus, cpus)
+    assert (resources.gpus, resources.cpus) == takes
+    assert resources.slots() == slots
+
+
+def test_a_cluster_too_small_for_a_trial_is_wrong_input(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hydralv_tune.launch.cluster.ray", TwoNodes)
+    with pytest.raises(InputError, match="99 GPUs"):
+        Resources(99.0, 1)
 
 
 class Rig:

@@ -31,16 +31,22 @@ class Resources:
         total = ray.cluster_resources()
         gpus, cpus = total.get("GPU", 0.0), total.get("CPU", 1.0)
         self.gpus = float((1.0 if gpus else 0.0) if gpus_per_trial is None else gpus_per_trial)
-        if cpus_per_trial is None:
-            at_once = max(1, int(gpus / self.gpus)) if self.gpus else int(cpus)
-            cpus_per_trial = max(1, int(cpus // at_once))
-        self.cpus = cpus_per_trial
+        self.cpus = cpus_per_trial or self._fair_share()
         self._next_look, self._slots = 0.0, 0
         if self.slots() < 1:
             raise InputError(
                 f"run: a trial takes {self.cpus} CPU cores and {self.gpus:g} GPUs, but the Ray "
                 f"cluster has {cpus:g} and {gpus:g}. Lower --cpus-per-trial or --gpus-per-trial."
             )
+
+    def _fair_share(self) -> int:
+        """Return the cores of a trial where all GPUs are busy; 1 where there is no GPU."""
+        shares = [
+            int(node["Resources"].get("CPU", 0.0) // int(node["Resources"]["GPU"] / self.gpus))
+            for node in ray.nodes()
+            if self.gpus and node["Alive"] and node["Resources"].get("GPU", 0.0) >= self.gpus
+        ]
+        return max(1, min(shares, default=1))
 
     def slots(self) -> int:
         """Return how many trials fit into the nodes that are alive."""
