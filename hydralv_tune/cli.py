@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
+import traceback
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -20,6 +24,7 @@ ClickError: type[Any] = next(
 EXIT_WORK_FAILED = 1
 EXIT_WRONG_INPUT = 2
 EXIT_INTERRUPTED = 130
+TRACEBACK_VARIABLE = "HYDRALV_TUNE_TRACEBACK"
 
 app = typer.Typer(
     name="hydralv-tune",
@@ -96,9 +101,51 @@ def exit_code(arguments: Sequence[str] | None = None) -> int:
     except (KeyboardInterrupt, typer.Abort):
         say("Interrupted.")
         return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        # Whoever read stdout has seen enough (`| head`); nothing more can be written there.
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+        return 0
+    except MemoryError as error:
+        say(
+            f"error: not enough memory. {error} Take a smaller volume or batch, or another machine."
+        )
+        return EXIT_WORK_FAILED
+    except OSError as error:
+        place = f": {error.filename}" if error.filename else ""
+        say(
+            f"error: {error.strerror or error}{place}. Check the path, its permissions and the "
+            "free space."
+        )
+        return EXIT_WORK_FAILED
+    except Exception as error:
+        _tell_unexpected(error)
+        return EXIT_WORK_FAILED
     return code if isinstance(code, int) else 0
+
+
+def _tell_unexpected(error: Exception) -> None:
+    """Say in one line what should not have happened, and how to see where it did."""
+    if os.environ.get(TRACEBACK_VARIABLE):
+        traceback.print_exception(error)
+    lines = str(error).strip().splitlines() or ["no message"]
+    say(
+        f"error: {type(error).__name__}: {lines[0]} This is a fault of hydralv-tune, not of your "
+        f"input. Set {TRACEBACK_VARIABLE}=1 to see where it happened, and report it."
+    )
+
+
+def _interrupt(number: int, frame: object) -> None:
+    """End as Ctrl-C ends, so that half-written files are removed."""
+    raise KeyboardInterrupt
+
+
+def _tell_warning(message: Warning | str, *_: object, **__: object) -> None:
+    """Say a warning of a library in one line, without the place in its code."""
+    say(f"warning: {message}")
 
 
 def main() -> None:
     """Run the command line of this process and exit."""
+    signal.signal(signal.SIGTERM, _interrupt)
+    warnings.showwarning = _tell_warning
     sys.exit(exit_code())

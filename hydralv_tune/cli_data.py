@@ -5,6 +5,9 @@ Imports stand inside the commands, because `--help` must not wait for torch and 
 
 from __future__ import annotations
 
+import math
+import os
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -32,18 +35,79 @@ Settings = Annotated[
     list[str] | None, typer.Option("--set", help="key=value, the value read as YAML.")
 ]
 
+LARGEST_PHANTOM = 10**9
+"""Voxels; a hundred times the plan's volume, and more than most memories hold."""
+
+
+def check_folder(option: str, path: Path) -> None:
+    """Refuse a place where no folder can be made, before any work is done for it.
+
+    Args:
+        option: What the user calls it, for the message.
+        path: The folder; it need not exist yet.
+
+    Raises:
+        InputError: A file stands in its way, or its folder cannot be written.
+    """
+    place = path.absolute()
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    if not place.is_dir():
+        raise InputError(f"{option}: {path}: {place} is a file, not a folder. Name another folder.")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise InputError(
+            f"{option}: {path}: {place} cannot be written. Name another folder, or change its "
+            "permissions."
+        )
+
+
+def check_file_out(
+    option: str, path: Path, suffixes: Collection[str], inputs: Collection[str | Path] = ()
+) -> None:
+    """Refuse a file that cannot be written or must not be, before any work is done for it.
+
+    Args:
+        option: What the user calls it, for the message.
+        path: The file; `file:dataset` is a dataset of it.
+        suffixes: What its name may end with.
+        inputs: Files that the command reads, which it must not replace.
+
+    Raises:
+        InputError: The suffix is another, a folder of that name exists, the folder cannot be
+            written, or the file is one of the inputs.
+    """
+    from hydralv_tune.formats import locate
+
+    location = locate(path)
+    file = location.path
+    if file.suffix.lower() not in suffixes:
+        raise InputError(
+            f"{option}: {path} ends with '{file.suffix}', but one of {', '.join(suffixes)} is due. "
+            "Name the file so."
+        )
+    if file.is_dir() and file.suffix.lower() != ".zarr":
+        raise InputError(f"{option}: {path} is a folder, but a file is due. Name a file in it.")
+    check_folder(option, file.parent)
+    for given in inputs:
+        other = locate(given)
+        if other.path.absolute() == file.absolute() and other.dataset == location.dataset:
+            raise InputError(
+                f"{option}: {path} is what the command reads, and would be lost. Name another file."
+            )
+
 
 def read_mask(path: str | None, shape: tuple[int, ...]) -> np.ndarray | None:
     """Return the mask as booleans, or None where no path is given.
 
     Raises:
-        InputError: Its shape differs from that of the volume it belongs to.
+        InputError: It cannot be read, has no valid voxel, or its shape differs from that of the
+            volume it belongs to.
     """
-    from hydralv_tune.volumes import read_array
+    from hydralv_tune import volumes
 
     if path is None:
         return None
-    mask = read_array(path) > 0
+    mask = volumes.read_mask(path)
     if mask.shape != shape:
         raise InputError(
             f"{path}: the mask has shape {mask.shape}, but the volume has {shape}. "
@@ -60,7 +124,7 @@ def phantom(
         516,
     ),
     instances: Annotated[int, typer.Option(help="How many vesicles.")] = 51,
-    seed: Annotated[int, typer.Option(help="The same seed gives the same volume.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same volume.")] = 0,
     json: Json = False,
 ) -> None:
     """Write a synthetic EM volume with known vesicles.
@@ -71,6 +135,12 @@ def phantom(
     from hydralv_tune.phantom import make_phantom
     from hydralv_tune.volumes import Volume, write_array
 
+    check_folder("phantom", out)
+    if math.prod(shape) > LARGEST_PHANTOM and min(shape) > 0:
+        raise InputError(
+            f"--shape: {shape} has {math.prod(shape):,} voxels, but a phantom has at most "
+            f"{LARGEST_PHANTOM:,}. Choose a smaller shape."
+        )
     with as_input_error("phantom"):
         made = make_phantom(shape=shape, instances=instances, seed=seed)
     files = {}
@@ -112,6 +182,8 @@ def inspect(
     from hydralv_tune.inspection import characteristics
     from hydralv_tune.volumes import read_volume, volume_paths
 
+    if out is not None:
+        check_folder("--out", out)
     documents = []
     for paths in volume_paths(image, label or [], mask or []):
         volume = read_volume(paths)
@@ -217,8 +289,10 @@ def decode(
     """
     from hydralv_tune.config import decoding_step, parse_overrides
     from hydralv_tune.decoding import decode as decode_labels
+    from hydralv_tune.formats import SUFFIXES
     from hydralv_tune.volumes import read_probabilities, write_array
 
+    check_file_out("--out", out, SUFFIXES, [probabilities, *([mask] if mask else [])])
     step = decoding_step(decoder, parse_overrides(settings or []))
     maps = read_probabilities(probabilities)
     with as_input_error(probabilities):
@@ -255,6 +329,8 @@ def sweep(
     from hydralv_tune.sweep import sweep as sweep_grid
     from hydralv_tune.volumes import read_labels, read_probabilities
 
+    if out is not None:
+        check_file_out("--out", out, (".yaml", ".yml"))
     loaded = load_space(space)
     maps = read_probabilities(probabilities)
     truth = read_labels(label)

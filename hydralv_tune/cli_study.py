@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from hydralv_tune.cli_data import Images, Json, Labels, Masks, Settings
+from hydralv_tune.cli_data import Images, Json, Labels, Masks, Settings, check_folder
 from hydralv_tune.console import format_value, print_facts, print_json, say
 from hydralv_tune.errors import InputError
 
@@ -41,6 +41,8 @@ CpusPerTrial = Annotated[
 DEMO_SHAPE = (24, 128, 128)
 DEMO_INSTANCES = 14
 DEMO_TRIALS = 8
+LONGEST_STUDY_NAME = 200
+"""Characters; with an ending, still the name of a file."""
 
 
 def run(
@@ -118,8 +120,10 @@ def _run(
     space = load_space(space_name)
     if settings:
         space = space.with_fixed(parse_overrides(settings))
-    name = study or space.name
+    name = space.name if study is None else study
+    _check_study_name(name, names_folder=out is None)
     folder = out or Path("runs") / name
+    check_folder("--out", folder)
     url = storage or f"sqlite:///{folder / 'study.db'}"
     with LiveView(name, trials=options["trials"] or space.budget.trials) as view:
         facts = run_study(
@@ -134,6 +138,28 @@ def _run(
         )
     publish_study_end(url, name)
     return facts
+
+
+def _check_study_name(name: str, *, names_folder: bool) -> None:
+    """Refuse a name that nobody could type again, or that would lead out of `runs/`.
+
+    Args:
+        name: Of the study.
+        names_folder: Whether a folder is called after it, since `--out` is not given.
+
+    Raises:
+        InputError: It is blank, too long, holds control characters, or is no name of a folder.
+    """
+    if not name.strip() or not name.isprintable() or len(name) > LONGEST_STUDY_NAME:
+        raise InputError(
+            f"--study: {name[:40]!r} is no name; it must be printable, not blank, and at most "
+            f"{LONGEST_STUDY_NAME} characters long. Choose another."
+        )
+    if names_folder and (name in (".", "..") or "/" in name or "\\" in name):
+        raise InputError(
+            f"--study: {name!r} is no name of a folder, and without --out the study is kept in "
+            "runs/STUDY. Choose another name, or give --out."
+        )
 
 
 def _show_facts(facts: dict[str, Any], json: bool) -> None:
@@ -190,6 +216,9 @@ def export(
     """
     from hydralv_tune.export import export_best
 
+    check_folder("--out", out.parent)
+    if table is not None:
+        check_folder("--table", table.parent)
     document = export_best(storage, study, out, format=format, table=table)
     if json:
         print_json(document)
@@ -212,6 +241,7 @@ def report(
     """
     from hydralv_tune.report import write_report
 
+    check_folder("--out", out)
     page = write_report(storage, study, out)
     if json:
         print_json({"out": str(page)})
@@ -238,6 +268,7 @@ def dashboard(
 def demo(
     out: Annotated[Path, typer.Option(help="Folder of the demo.")] = Path("runs/demo"),
     trials: Annotated[int, typer.Option(min=1, help="Finished trials.")] = DEMO_TRIALS,
+    settings: Settings = None,
     json: Json = False,
 ) -> None:
     """Do the main job on a phantom: study, best config, report.
@@ -249,6 +280,7 @@ def demo(
     from hydralv_tune.report import write_report
     from hydralv_tune.volumes import volume_paths, write_array
 
+    check_folder("--out", out)
     folder = out / "phantom"
     files = {name: folder / f"{name}.h5" for name in ("im", "label", "mask")}
     if not all(path.exists() for path in files.values()):
@@ -262,7 +294,7 @@ def demo(
         study="demo",
         storage=None,
         out=out,
-        settings=[],
+        settings=settings or [],
         trials=trials,
         timeout_s=None,
         gpus_per_trial=None,

@@ -7,9 +7,20 @@ from typing import Annotated
 
 import typer
 
-from hydralv_tune.cli_data import Images, Json, Labels, Masks, Settings
+from hydralv_tune.cli_data import (
+    Images,
+    Json,
+    Labels,
+    Masks,
+    Settings,
+    check_file_out,
+    check_folder,
+)
 from hydralv_tune.console import format_value, print_facts, print_json, progress_bar, say
-from hydralv_tune.errors import InputError
+from hydralv_tune.errors import InputError, as_input_error
+
+PREDICTION_BLOCKS = {"inference", "system"}
+"""What of a candidate may still be changed when its network is trained."""
 
 
 def train(
@@ -35,6 +46,7 @@ def train(
     from hydralv_tune.trial import Evaluation, TrialSpec, run_trial, stop_on_signal
     from hydralv_tune.volumes import volume_paths
 
+    check_folder("--out", out)
     loaded = load_candidate(candidate, parse_overrides(settings or []))
     searched = load_space(space)
     paths = volume_paths(image, label or [], mask or [])
@@ -86,17 +98,25 @@ def predict(
     import time
 
     from hydralv_tune.config import parse_overrides
+    from hydralv_tune.formats import SUFFIXES
     from hydralv_tune.prediction import load_network, pick_device
     from hydralv_tune.prediction import predict as predict_volume
-    from hydralv_tune.volumes import read_array, write_array
+    from hydralv_tune.volumes import VolumePaths, read_volume, write_array
 
+    check_file_out("--out", out, SUFFIXES, [image, checkpoint])
+    overrides = parse_overrides(settings or [])
+    if other := sorted(set(overrides) - PREDICTION_BLOCKS):
+        raise InputError(
+            f"--set: '{other[0]}' is fixed by the checkpoint; predict takes keys of "
+            f"{', '.join(sorted(PREDICTION_BLOCKS))} only. Leave it out."
+        )
     target = pick_device(device)
     network, candidate = load_network(checkpoint, device=target)
-    if settings:
-        candidate = candidate.with_overrides(parse_overrides(settings))
-    volume = read_array(image)
+    if overrides:
+        candidate = candidate.with_overrides(overrides)
+    volume = read_volume(VolumePaths(name=image, image=image)).image
     started = time.perf_counter()
-    with progress_bar("Predict") as move:
+    with progress_bar("Predict") as move, as_input_error(image):
         maps = predict_volume(network, volume, candidate, device=target, progress=move)
     write_array(out, maps)
     document = {"out": str(out), "seconds": round(time.perf_counter() - started, 3)}

@@ -154,10 +154,6 @@ def _sweep(
     time_limit_s: float | None,
 ) -> SweepResult:
     """Return the sweep over all volumes together."""
-    if objective.metric == "voi":
-        # Variation of information does not add up over instances, so thresholds are chosen by
-        # adapted Rand error, and the winner is scored by it.
-        objective = objective.model_copy(update={"metric": "adapted_rand_error"})
     with as_input_error("sweep"):
         return sweep(
             list(maps),

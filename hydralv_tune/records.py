@@ -10,6 +10,7 @@ import io
 import json
 import math
 import os
+import pickle
 import platform
 import subprocess
 import tempfile
@@ -176,7 +177,16 @@ def _load(path: Path) -> dict[str, Any]:
     if not path.exists():
         raise CheckpointError(f"{path}: no such checkpoint.")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            # What torch has to say about a foreign pickle helps nobody who gave the wrong file.
+            warnings.simplefilter("ignore")
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        # torch's own message advises to load it all the same, which would run what is in it.
+        raise CheckpointError(
+            f"{path}: is damaged, or holds more than weights; nothing in it was run. "
+            "Give best.ckpt of a trial, or an exported checkpoint."
+        ) from error
     except Exception as error:  # torch raises whatever a damaged archive provokes
         reason = str(error).strip().splitlines()[0] if str(error).strip() else "it is damaged"
         raise CheckpointError(

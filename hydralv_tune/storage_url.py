@@ -52,7 +52,7 @@ def parse_storage(storage: str) -> URL:
     shown = mask_passwords(storage)
     try:
         url = make_url(storage)
-    except ArgumentError:
+    except (ArgumentError, ValueError):  # ValueError: the port is no number
         raise StudyError(
             f"--storage: '{shown}' is no database URL. Write it like {EXAMPLES}."
         ) from None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import subprocess
 import sys
 from collections.abc import Callable
@@ -75,6 +76,21 @@ def volume(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "mask": write(folder / "mask.h5", made.mask),
         "p": write(folder / "p.h5", np.clip(maps, [[[[0]]], [[[0]]], [[[-1]]]], 1).astype("f2")),
     }
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory, volume: dict[str, Path]) -> Path:
+    """Return the checkpoint of a training of two epochs."""
+    out = tmp_path_factory.mktemp("trained")
+    settings = (
+        "optimization.max_epochs=2", "data.iter_num_per_epoch=2", "monitor.evaluation.count=1",
+        "data.patch_size=[8,32,32]", "inference.sliding_window.window_size=[8,64,64]",
+        "model.filters=[4,8]",
+    )  # fmt: skip
+    words = ["train", "smoke", "--image", str(volume["im"]), "--label", str(volume["label"])]
+    words += ["--out", str(out), *(word for setting in settings for word in ("--set", setting))]
+    assert exit_code(words) == 0
+    return out / "best.ckpt"
 
 
 def one_error(result: tuple[int, str, str]) -> str:
@@ -297,3 +313,122 @@ def test_runs_as_a_module() -> None:
     for command in ("phantom", "inspect", "check", "score", "decode", "sweep", "train", "predict",
                     "run", "status", "export", "report", "dashboard", "demo"):  # fmt: skip
         assert command in result.stdout
+
+
+def test_places_that_cannot_be_written_are_refused_before_any_work(
+    run: Run, volume: dict[str, Path], tmp_path: Path
+) -> None:
+    taken = tmp_path / "taken"
+    taken.write_text("a file")
+    data = ["--image", volume["im"], "--label", volume["label"]]
+    maps = ["--probabilities", volume["p"]]
+    storage = ["--storage", f"sqlite:///{tmp_path / 'none.db'}", "--study", "s"]
+    for words in (
+        ["phantom", taken],
+        ["inspect", *data, "--out", taken],
+        ["train", "smoke", *data, "--out", taken],
+        ["train", "smoke", *data, "--out", taken / "inside"],
+        ["run", "smoke", *data, "--out", taken],
+        ["decode", *maps, "--out", taken / "seg.h5"],
+        ["decode", *maps, "--out", tmp_path],
+        ["decode", *maps, "--out", tmp_path / "seg.xyz"],
+        ["sweep", *maps, "--label", volume["label"], "--out", taken / "best.yaml"],
+        ["sweep", *maps, "--label", volume["label"], "--out", tmp_path / "best.png"],
+        ["export", *storage, "--out", taken / "best.yaml"],
+        ["report", *storage, "--out", taken],
+        ["demo", "--out", taken],
+    ):
+        assert "out" in one_error(run(*words)) or words[0] == "phantom"
+    assert [path.name for path in tmp_path.iterdir()] == ["taken"]
+    assert taken.read_text() == "a file"
+
+
+def test_an_input_is_never_replaced_by_the_output(run: Run, volume: dict[str, Path]) -> None:
+    before = volume["p"].read_bytes()
+    message = one_error(run("decode", "--probabilities", volume["p"], "--out", volume["p"]))
+    assert "would be lost" in message
+    assert volume["p"].read_bytes() == before
+
+
+@pytest.mark.parametrize("name", ["a/b", "..", "../x", "", " ", "a\nb", "x" * 300])
+def test_study_names_that_are_no_folder_are_refused(
+    run: Run, volume: dict[str, Path], tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = ["run", "smoke", "--image", volume["im"], "--label", volume["label"], "--trials", 1]
+    assert "--study" in one_error(run(*words, "--study", name))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_port_that_is_no_number_keeps_the_password(run: Run) -> None:
+    url = "postgresql+psycopg://user:topsecret@127.0.0.1:port/db"
+    message = one_error(run("status", "--storage", url, "--study", "s"))
+    assert "topsecret" not in message
+
+
+def test_a_pickle_as_checkpoint_is_refused_and_not_run(
+    run: Run, volume: dict[str, Path], tmp_path: Path
+) -> None:
+    hacked, checkpoint = tmp_path / "hacked", tmp_path / "evil.ckpt"
+
+    class Evil:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return Path.touch, (hacked,)
+
+    checkpoint.write_bytes(pickle.dumps(Evil()))
+    message = one_error(
+        run(
+            "predict",
+            "--checkpoint",
+            checkpoint,
+            "--image",
+            volume["im"],
+            "--out",
+            tmp_path / "p.h5",
+        )
+    )
+    assert "evil.ckpt" in message
+    assert "weights_only" not in message, "torch's advice would run the pickle"
+    assert not hacked.exists()
+
+
+@pytest.mark.parametrize("kind", ["2-D", "4-D", "NaN", "missing", "truncated"])
+def test_predict_refuses_a_wrong_image(
+    run: Run, volume: dict[str, Path], tmp_path: Path, kind: str, checkpoint: Path
+) -> None:
+    options, word = bad_volume(kind, tmp_path, volume)
+    out = tmp_path / "p.h5"
+    message = one_error(
+        run("predict", "--checkpoint", checkpoint, "--image", options["image"], "--out", out)
+    )
+    assert word in message
+    assert not out.exists()
+
+
+def test_predict_refuses_settings_that_the_checkpoint_fixes(
+    run: Run, volume: dict[str, Path], tmp_path: Path, checkpoint: Path
+) -> None:
+    words = ["predict", "--checkpoint", checkpoint, "--image", volume["im"], "--out"]
+    message = one_error(run(*words, tmp_path / "p.h5", "--set", "model.filters=[3,3]"))
+    assert "'model' is fixed" in message
+    assert "would be lost" in one_error(run(*words, volume["im"]))
+
+
+def test_a_phantom_too_large_for_any_memory_is_refused_at_once(run: Run, tmp_path: Path) -> None:
+    shape = ["--shape", "999999", "999999", "999999"]
+    assert "voxels" in one_error(run("phantom", tmp_path / "x", *shape))
+    assert "--seed" in one_error(run("phantom", tmp_path / "x", "--seed", "-1"))
+
+
+def test_what_nobody_expected_is_told_in_one_line(
+    run: Run, volume: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(**_: object) -> None:
+        raise RuntimeError("first line\nsecond line")
+
+    monkeypatch.setattr("hydralv_tune.metrics.score", fail)
+    code, out, err = run("score", "--prediction", volume["label"], "--label", volume["label"])
+    assert (code, out) == (1, "")
+    assert err.startswith("error: RuntimeError: first line")
+    assert err.count("\n") == 1
+    assert "HYDRALV_TUNE_TRACEBACK" in err

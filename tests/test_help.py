@@ -1,0 +1,124 @@
+"""Every command's `--help` has an example, and the examples work, one after the other.
+
+What is changed stands in `SMALLER`: how large, how long, and nothing else.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+from hydralv_tune.cli import COMMANDS, exit_code
+
+ALL = {name: command for panel in COMMANDS.values() for name, command in panel.items()}
+ORDER = (
+    "doctor", "phantom", "inspect", "check", "train", "predict", "sweep", "decode", "score",
+    "run", "status", "export", "report", "dashboard", "demo",
+)  # fmt: skip
+"""Each after those whose files its example reads."""
+
+SMALLER_TRAINING = (
+    "optimization.max_epochs=2", "data.iter_num_per_epoch=4", "monitor.evaluation.count=1",
+    "data.patch_size=[8,32,32]", "inference.sliding_window.window_size=[8,64,64]",
+    "system.training.batch_size=2", "system.cpu_threads=1",
+)  # fmt: skip
+SMALLER = {"--trials": "1"}
+
+
+def smaller(words: list[str]) -> list[str]:
+    """Return the same command with a budget of seconds."""
+    shorter = [SMALLER.get(before, word) for before, word in zip(["", *words], words, strict=False)]
+    if words[0] in ("run", "train", "demo"):
+        shorter += [part for setting in SMALLER_TRAINING for part in ("--set", setting)]
+    return shorter
+
+
+def environment() -> dict[str, str]:
+    """Return an environment of one thread and no colours."""
+    return {**os.environ, "NO_COLOR": "1", "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+
+
+def serve_and_stop(words: list[str], folder: Path) -> None:
+    """Start the dashboard on a free port, open it, and end it as Ctrl-C does."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        words[words.index("--port") + 1] = str(free.getsockname()[1])
+    with subprocess.Popen(
+        [sys.executable, "-m", "hydralv_tune", *words],
+        stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, cwd=folder,
+        env=environment(),
+    ) as process:  # fmt: skip
+        assert process.stderr is not None
+        try:
+            said = ""
+            while not (found := re.search(r"http://127\.0\.0\.1:\d+/", said)):
+                line = process.stderr.readline()
+                assert line, said
+                said += line
+            with urllib.request.urlopen(found.group(0), timeout=30) as answer:
+                assert answer.status == 200
+            process.send_signal(signal.SIGINT)
+            assert process.wait(timeout=30) in (0, 130)
+        finally:
+            process.kill()
+
+
+def example(name: str) -> list[str]:
+    """Return the words of a command's example, without the name of the program."""
+    text = " ".join((ALL[name].__doc__ or "").split())
+    found = re.findall(r"Example: `([^`]*)`", text)
+    assert len(found) == 1, f"{name}: one example is due in its docstring"
+    program, *words = shlex.split(found[0])
+    assert program == "hydralv-tune"
+    assert words[0] == name
+    return words
+
+
+def test_every_command_is_in_order() -> None:
+    assert sorted(ORDER) == sorted(ALL)
+
+
+@pytest.mark.parametrize("name", sorted(ALL))
+def test_help_shows_what_the_docstring_promises(
+    name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert exit_code([name, "--help"]) == 0
+    shown = "".join(re.sub(r"[│╭╮╰╯─]", " ", capsys.readouterr().out).split())
+    assert "Example:hydralv-tune" + "".join(example(name)) in shown
+
+
+def test_help_needs_none_of_the_slow_libraries() -> None:
+    program = (
+        "import sys; from hydralv_tune.cli import exit_code; code = exit_code(['run', '--help']); "
+        "slow = {'torch', 'ray', 'optuna', 'monai', 'numba', 'pandas'} & set(sys.modules); "
+        "sys.exit(f'imported {slow}' if slow else code)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=False,
+        env=environment(), timeout=60,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.timeout(300)
+def test_examples_work_as_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ORDER:
+        words = smaller(example(name))
+        if name == "dashboard":
+            serve_and_stop(words, tmp_path)
+        else:
+            code = exit_code(words)
+            told = capfd.readouterr()
+            assert code == 0, f"hydralv-tune {shlex.join(words)}\n{told.err[-3000:]}"
