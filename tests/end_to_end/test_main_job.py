@@ -91,7 +91,7 @@ def test_the_exported_commands_give_the_score_of_the_study(
     )  # fmt: skip
     best = study["best"]
     step = yaml.safe_load((folder / "best.yaml").read_text())["test"]["decoding"][0]
-    assert step["kwargs"] == best["decoding"]
+    assert {"name": step["name"], "kwargs": step["kwargs"]} == best["decoding"]
     assert all(shlex.split(command)[0] == "hydralv-tune" for command in exported["commands"])
     hydralv(
         "predict", "--checkpoint", exported["checkpoint"], *data("image"), "--out", "p.h5",
