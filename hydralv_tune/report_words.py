@@ -16,8 +16,6 @@ from hydralv_tune.wording import counted, duration, figure, number_of, objective
 BAD_ERROR = 0.2
 """Adapted Rand error under which losses above the plan's no longer matter most."""
 
-"""Adapted Rand error under which a study's goal is reached by default."""
-
 KIND_WORDS = {
     "missed": "missed",
     "split": "split into pieces",
