@@ -21,9 +21,9 @@ from typing import Any
 import optuna
 import sqlalchemy
 
-from hydralv_tune.space import space_from_mapping
-from hydralv_tune.study import Driver, Study
-from hydralv_tune.trial_view import Asked, Outcome
+from hydralv_tune.studies.study import Driver, Study
+from hydralv_tune.studies.trial_view import Asked, Outcome
+from hydralv_tune.vocabulary.space import space_from_mapping
 
 REPOSITORY = Path(__file__).parents[1]
 SPACE = {

@@ -18,15 +18,15 @@ from typing import Any
 
 import torch
 
-from hydralv_tune import metrics
-from hydralv_tune.config import Candidate, load_candidate
-from hydralv_tune.decoding import decode
-from hydralv_tune.prediction import load_network, pick_device, predict
-from hydralv_tune.records import TrialRecord
-from hydralv_tune.space import load_space
-from hydralv_tune.splits import slab
-from hydralv_tune.trial import TrialSpec, run_trial
-from hydralv_tune.volumes import Volume, read_volume, volume_paths
+from hydralv_tune.disk.records import TrialRecord
+from hydralv_tune.disk.volumes import Volume, read_volume, volume_paths
+from hydralv_tune.numerics import metrics
+from hydralv_tune.numerics.decoding import decode
+from hydralv_tune.one_trial.prediction import load_network, pick_device, predict
+from hydralv_tune.one_trial.splits import slab
+from hydralv_tune.one_trial.trial import TrialSpec, run_trial
+from hydralv_tune.vocabulary.config import Candidate, load_candidate
+from hydralv_tune.vocabulary.space import load_space
 
 VOLUMES = {
     "hydra-11-5": ("im_sparse.h5", "label.h5", "im_sparse_valid.h5"),

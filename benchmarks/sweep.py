@@ -52,8 +52,8 @@ def growing_axes(tens: int) -> dict[str, list[Any]]:
 
 def make_volume(folder: Path) -> None:
     """Write the plan's phantom and its degraded targets, as arrays that can be mapped."""
-    from hydralv_tune.degradation import degraded_probabilities
-    from hydralv_tune.phantom import make_phantom
+    from hydralv_tune.numerics.degradation import degraded_probabilities
+    from hydralv_tune.numerics.phantom import make_phantom
 
     made = make_phantom()
     np.save(folder / "maps.npy", degraded_probabilities(made.label))
@@ -67,7 +67,7 @@ def reference(folder: Path) -> dict[str, float]:
     from skimage.metrics import adapted_rand_error
     from skimage.segmentation import watershed
 
-    from hydralv_tune.metrics import score
+    from hydralv_tune.numerics.metrics import score
 
     maps = np.load(folder / "maps.npy")
     labels, mask = np.load(folder / "labels.npy"), np.load(folder / "mask.npy")
@@ -98,9 +98,9 @@ def reference(folder: Path) -> dict[str, float]:
 
 def work(folder: Path, task: dict[str, Any]) -> dict[str, Any]:
     """Run one sweep in this process, and say how long it took and how much memory it had."""
-    from hydralv_tune.decoding import decode
-    from hydralv_tune.metrics import score
-    from hydralv_tune.sweep import Grid, sweep, warm_up
+    from hydralv_tune.numerics.decoding import decode
+    from hydralv_tune.numerics.metrics import score
+    from hydralv_tune.one_trial.sweep import Grid, sweep, warm_up
 
     compile_s = warm_up()
     maps, labels = np.load(folder / "maps.npy"), np.load(folder / "labels.npy")

@@ -34,15 +34,15 @@ from monai.transforms import (
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.flop_counter import FlopCounterMode
 
-from hydralv_tune.config import Candidate, load_candidate
-from hydralv_tune.optimization import build_optimizer
-from hydralv_tune.phantom import make_phantom
-from hydralv_tune.prediction import network_of
-from hydralv_tune.randomness import seeded
-from hydralv_tune.sampling import PatchSampler, ResidentVolume
-from hydralv_tune.targets import binary_target, instance_boundary, instance_edt
-from hydralv_tune.training import Trainer, build_loss
-from hydralv_tune.volumes import Volume
+from hydralv_tune.disk.volumes import Volume
+from hydralv_tune.numerics.phantom import make_phantom
+from hydralv_tune.numerics.randomness import seeded
+from hydralv_tune.numerics.targets import binary_target, instance_boundary, instance_edt
+from hydralv_tune.one_trial.optimization import build_optimizer
+from hydralv_tune.one_trial.prediction import network_of
+from hydralv_tune.one_trial.sampling import PatchSampler, ResidentVolume
+from hydralv_tune.one_trial.training import Trainer, build_loss
+from hydralv_tune.vocabulary.config import Candidate, load_candidate
 
 WARM_UP = 4
 """Steps before the clock runs: memory is allocated, kernels are chosen."""
@@ -73,7 +73,7 @@ def main() -> None:
 
 def _unsaid() -> dict[str, Any]:
     """Return settings that let every augmentation act, whatever the candidate switched off."""
-    from hydralv_tune.augmentation import AUGMENTATIONS
+    from hydralv_tune.numerics.augmentation import AUGMENTATIONS
 
     return {name: {"enabled": True} for name in AUGMENTATIONS}
 

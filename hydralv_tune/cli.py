@@ -12,9 +12,11 @@ from typing import Any
 
 import typer
 
-from hydralv_tune import cli_data, cli_study, cli_trial
-from hydralv_tune.console import say
-from hydralv_tune.errors import HydraLVError, InputError
+from hydralv_tune.commands import candidates as cli_trial
+from hydralv_tune.commands import data as cli_data
+from hydralv_tune.commands import studies as cli_study
+from hydralv_tune.commands.console import say
+from hydralv_tune.vocabulary.errors import HydraLVError, InputError
 
 # Typer carries its own copy of Click; this is the base of its usage errors, whichever copy it is.
 ClickError: type[Any] = next(

@@ -107,9 +107,9 @@ def make_trial(config: dict[str, Any]) -> Any:
 
 def main(config: dict[str, Any]) -> int:
     """Run a study and return the exit code."""
-    from hydralv_tune.errors import InputError
-    from hydralv_tune.launch import StudyInterrupted, run_study
-    from hydralv_tune.space import space_from_mapping
+    from hydralv_tune.studies.launch import StudyInterrupted, run_study
+    from hydralv_tune.vocabulary.errors import InputError
+    from hydralv_tune.vocabulary.space import space_from_mapping
 
     def say(**fields: Any) -> None:
         print(json.dumps(fields), flush=True, file=sys.__stdout__)

@@ -10,16 +10,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from hydralv_tune import warps
-from hydralv_tune.augmentation import (
+from hydralv_tune.numerics import warps
+from hydralv_tune.numerics.augmentation import (
     AUGMENTATIONS,
     Patches,
     augment,
     check_augmentation,
     resolve_preset,
 )
-from hydralv_tune.copy_paste import PASTED
-from hydralv_tune.targets import instance_edt
+from hydralv_tune.numerics.copy_paste import PASTED
+from hydralv_tune.numerics.targets import instance_edt
 
 SHAPE = (10, 40, 40)
 NM = (30.0, 8.0, 8.0)
@@ -384,7 +384,7 @@ class TestCopyPaste:
 
 
 def test_a_line_kernel_sums_to_one_in_every_direction() -> None:
-    from hydralv_tune.intensity import _line_kernel
+    from hydralv_tune.numerics.intensity import _line_kernel
 
     for angle in np.linspace(0, math.pi, 9):
         kernel = _line_kernel(7, float(angle))

@@ -17,7 +17,7 @@ import pytest
 import yaml
 
 from hydralv_tune.cli import exit_code
-from hydralv_tune.phantom import make_phantom
+from hydralv_tune.numerics.phantom import make_phantom
 
 Run = Callable[..., tuple[int, str, str]]
 SCORE_KEYS = {
@@ -426,7 +426,7 @@ def test_what_nobody_expected_is_told_in_one_line(
     def fail(**_: object) -> None:
         raise RuntimeError("first line\nsecond line")
 
-    monkeypatch.setattr("hydralv_tune.metrics.score", fail)
+    monkeypatch.setattr("hydralv_tune.numerics.metrics.score", fail)
     code, out, err = run("score", "--prediction", volume["label"], "--label", volume["label"])
     assert (code, out) == (1, "")
     assert err.startswith("error: RuntimeError: first line")

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -14,9 +15,10 @@ from typing import Any
 
 import pytest
 
-from hydralv_tune.architectures import build_network, network_arguments, parameter_count
-from hydralv_tune.augmentation import resolve_preset
-from hydralv_tune.config import (
+from hydralv_tune.numerics.architectures import build_network, network_arguments, parameter_count
+from hydralv_tune.numerics.augmentation import resolve_preset
+from hydralv_tune.one_trial.optimization import step_plan
+from hydralv_tune.vocabulary.config import (
     Candidate,
     candidate_from_mapping,
     decoding_step,
@@ -26,11 +28,10 @@ from hydralv_tune.config import (
     load_candidate,
     parse_overrides,
 )
-from hydralv_tune.errors import ConfigError
-from hydralv_tune.optimization import step_plan
-from hydralv_tune.reference import reference
-from hydralv_tune.validation import key_paths, nested
-from hydralv_tune.yaml_io import dump_yaml, parse_yaml
+from hydralv_tune.vocabulary.errors import ConfigError
+from hydralv_tune.vocabulary.reference import reference
+from hydralv_tune.vocabulary.validation import key_paths, nested
+from hydralv_tune.vocabulary.yaml_io import dump_yaml, parse_yaml
 
 REPOSITORY = Path(__file__).parents[1]
 TRIALS = sorted(path.stem for path in (REPOSITORY / "trials").glob("*.yaml"))
@@ -119,13 +120,13 @@ def test_an_unknown_file_is_told_with_the_nearest_name(tmp_path: Path) -> None:
 def test_bare_names_are_found_inside_an_installed_package(tmp_path: Path) -> None:
     """The wheel holds both folders inside the package, as pyproject's force-include says."""
     package = tmp_path / "hydralv_tune"
-    package.mkdir()
-    for source in (REPOSITORY / "hydralv_tune").glob("*.py"):
-        (package / source.name).write_bytes(source.read_bytes())
+    shutil.copytree(
+        REPOSITORY / "hydralv_tune", package, ignore=shutil.ignore_patterns("__pycache__")
+    )
     for kind in ("trials", "search_spaces"):
         (package / kind).symlink_to(REPOSITORY / kind)
     code = (
-        "import hydralv_tune.config as c; print(c.__file__); "
+        "import hydralv_tune.vocabulary.config as c; print(c.__file__); "
         "print(c.find_file('baseline', 'trials'), c.find_file('smoke', 'search_spaces'))"
     )
     out = subprocess.run(
@@ -136,7 +137,7 @@ def test_bare_names_are_found_inside_an_installed_package(tmp_path: Path) -> Non
 
 
 def test_importing_the_vocabulary_does_not_import_torch() -> None:
-    code = "import sys, hydralv_tune.space; sys.exit('torch' in sys.modules)"
+    code = "import sys, hydralv_tune.vocabulary.space; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, check=False).returncode == 0
 
 
@@ -491,14 +492,14 @@ def test_focal_alpha_is_explained() -> None:
 
 def test_the_reference_is_up_to_date_and_names_every_key() -> None:
     text = (REPOSITORY / "docs" / "config.md").read_text()
-    assert text == reference(), "run: python -m hydralv_tune.reference > docs/config.md"
+    assert text == reference(), "run: python -m hydralv_tune.vocabulary.reference > docs/config.md"
     for path in key_paths(Candidate):
         assert f"`{path.rpartition('.')[2]}`" in text or f"`{path}`" in text, path
 
 
 def test_every_key_says_what_it_means() -> None:
     def walk(model: Any, path: str) -> None:
-        from hydralv_tune.validation import names_of, sub_model
+        from hydralv_tune.vocabulary.validation import names_of, sub_model
 
         for name, annotation in names_of(model).items():
             inner = sub_model(annotation)

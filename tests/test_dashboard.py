@@ -14,13 +14,13 @@ from typing import Any
 
 import pytest
 
-from hydralv_tune.dashboard import Guard, make_dashboard, serve
-from hydralv_tune.errors import InputError, StudyError
-from hydralv_tune.pictures import draw_losses
-from hydralv_tune.publish import ARTIFACTS, ArtifactFolder, publish_study, publish_trial_end
-from hydralv_tune.space import space_from_mapping
-from hydralv_tune.study import Driver, Study, open_readonly
-from hydralv_tune.trial_view import Outcome
+from hydralv_tune.disk.pictures import draw_losses
+from hydralv_tune.studies.dashboard import Guard, make_dashboard, serve
+from hydralv_tune.studies.publish import ARTIFACTS, ArtifactFolder, publish_study, publish_trial_end
+from hydralv_tune.studies.study import Driver, Study, open_readonly
+from hydralv_tune.studies.trial_view import Outcome
+from hydralv_tune.vocabulary.errors import InputError, StudyError
+from hydralv_tune.vocabulary.space import space_from_mapping
 
 
 @pytest.fixture(scope="module")

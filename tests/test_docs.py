@@ -19,8 +19,8 @@ from pathlib import Path
 import pytest
 
 from hydralv_tune.cli import app, exit_code
-from hydralv_tune.phantom import make_phantom
-from hydralv_tune.volumes import write_array
+from hydralv_tune.disk.volumes import write_array
+from hydralv_tune.numerics.phantom import make_phantom
 
 REPOSITORY = Path(__file__).parents[1]
 PAGES = ("README.md", "docs/tutorial.md")

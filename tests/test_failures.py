@@ -15,7 +15,7 @@ import psutil
 import pytest
 from sqlalchemy.engine import make_url
 
-from hydralv_tune.study import Study, open_readonly
+from hydralv_tune.studies.study import Study, open_readonly
 
 QUICK = {"heartbeat_s": 1.0, "grace_s": 8.0}
 
@@ -57,14 +57,14 @@ def check_truth(study: Study, folder_steps: dict[int, list[tuple[int, int]]], tr
 
 
 def test_a_driver_killed_in_the_middle_is_taken_up_by_the_next(fake_study: Any) -> None:
-    config = {"trials": 3, "steps": 8, "step_s": 0.4}
+    config = {"trials": 2, "steps": 8, "step_s": 0.3}
     driver = fake_study.start(**config)
     fake_study.until(evaluations(5))
     driver.kill()
     driver.wait(30)
     facts = fake_study.run(**config)
     study = open_readonly(facts["storage"], "fake")
-    check_truth(study, fake_study.steps(), 3)
+    check_truth(study, fake_study.steps(), 2)
     orphans = [t for t in study.trials() if t.state == "FAIL"]
     assert orphans
     assert all("process is gone" in trial.user_attrs["reason"] for trial in orphans)
@@ -162,6 +162,8 @@ def test_a_worker_killed_for_want_of_memory_is_retried_and_the_study_goes_on(
     assert any("low on memory" in reason for reason in reasons), reasons
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_two_drivers_share_a_study_and_one_takes_over_from_the_other(
     fake_study: Any, postgres: Any
 ) -> None:

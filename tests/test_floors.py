@@ -1,4 +1,4 @@
-"""The house has floors: imports point down only, and two libraries have one door each."""
+"""The house has floors, a folder each: imports point down only, and two libraries have one door."""
 
 from __future__ import annotations
 
@@ -8,23 +8,25 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[1] / "hydralv_tune"
-FLOORS = {
-    0: {"metrics", "targets", "flood", "decoding", "losses", "architectures", "rsunet",
-        "augmentation", "normalisation", "phantom"},
-    1: {"errors", "yaml_io", "config", "space"},
-    2: {"volumes", "formats", "inspection", "records", "figures", "pictures"},
-    3: {"sampling", "training", "prediction", "sweep", "trial", "planning"},
-    4: {"study", "launch", "export", "report", "dashboard", "doctor"},
-    5: {"console", "live_view", "cli_data", "cli_trial", "cli_study", "cli", "__main__"},
-}  # fmt: skip
-FLOOR_OF = {module: floor for floor, modules in FLOORS.items() for module in modules}
+FLOORS = ("numerics", "vocabulary", "disk", "one_trial", "studies", "commands")
+GROUND = FLOORS[0]
+UNDER_THE_ROOF = {"cli", "__main__", "__init__"}
 MODULES = sorted(PACKAGE.rglob("*.py"))
+DOORS = {"optuna": "studies/study", "ray": "studies/launch"}
 
 
-def module_of(path: Path) -> str:
-    """Return the module that a file is, or the package that it belongs to."""
-    inside = path.relative_to(PACKAGE)
-    return inside.parts[0] if len(inside.parts) > 1 else path.stem
+def named(path: Path) -> str:
+    """Return a module's path as people say it."""
+    return path.relative_to(PACKAGE).with_suffix("").as_posix()
+
+
+def floor_of(path: Path) -> int:
+    """Return the floor of a module, above all floors for the entry points."""
+    first = path.relative_to(PACKAGE).parts[0]
+    if first.removesuffix(".py") in UNDER_THE_ROOF:
+        return len(FLOORS)
+    assert first in FLOORS, f"{named(path)} stands on no floor"
+    return FLOORS.index(first)
 
 
 def imported(path: Path) -> set[str]:
@@ -36,33 +38,27 @@ def imported(path: Path) -> set[str]:
         elif isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
             names |= {f"{node.module}.{alias.name}" for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.level:
-            pytest.fail(f"{path.name}:{node.lineno} imports relatively; name the package")
+            pytest.fail(f"{named(path)}:{node.lineno} imports relatively; name the package")
     return names
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", MODULES, ids=named)
 def test_imports_point_down_only(path: Path) -> None:
-    module = module_of(path)
-    if module == "__init__":
-        return
-    assert module in FLOOR_OF, f"{path.name} stands on no floor; add it to FLOORS"
+    own = floor_of(path)
     for name in imported(path):
         parts = name.split(".")
-        if parts[0] == "hydralv_tune" and len(parts) > 1 and parts[1] in FLOOR_OF:
-            assert FLOOR_OF[parts[1]] <= FLOOR_OF[module], f"{path.name} imports {name}"
+        if parts[0] == "hydralv_tune" and len(parts) > 1 and parts[1] in FLOORS:
+            assert FLOORS.index(parts[1]) <= own, f"{named(path)} imports {name}"
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted((PACKAGE / GROUND).glob("*.py")), ids=named)
 def test_numerics_know_no_files_no_config_no_study(path: Path) -> None:
-    if FLOOR_OF.get(module_of(path)) != 0:
-        return
     roots = {name.split(".")[0] for name in imported(path)}
     assert not roots & {"optuna", "ray", "pydantic", "yaml", "h5py", "tifffile", "zarr"}
 
 
-@pytest.mark.parametrize(
-    ("library", "door"), [("optuna", "study"), ("ray", "launch")], ids=["optuna", "ray"]
-)
-def test_one_file_alone_imports(library: str, door: str) -> None:
-    doors = {module_of(p) for p in MODULES if library in {n.split(".")[0] for n in imported(p)}}
-    assert doors <= {door}
+@pytest.mark.parametrize("library", DOORS)
+def test_one_package_alone_imports(library: str) -> None:
+    doors = {named(p) for p in MODULES if library in {n.split(".")[0] for n in imported(p)}}
+    assert doors, f"nothing imports {library}: the test reads the wrong folder"
+    assert all(door.startswith(f"{DOORS[library]}/") for door in doors), doors

@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 
-from hydralv_tune.bridge import MAX_CONSECUTIVE_FAILURES, Bridge, Event, StudyFailed
-from hydralv_tune.errors import ConfigError, InputError, TrialFailed, TrialInterrupted
-from hydralv_tune.launch.cluster import Resources
-from hydralv_tune.mirror import Mirror
-from hydralv_tune.space import space_from_mapping
-from hydralv_tune.study import Driver, Study, open_readonly
-from hydralv_tune.worker import failure, folder_owner, plain, run_worker
+from hydralv_tune.disk.mirror import Mirror
+from hydralv_tune.studies.bridge import MAX_CONSECUTIVE_FAILURES, Bridge, Event, StudyFailed
+from hydralv_tune.studies.launch.cluster import Resources
+from hydralv_tune.studies.study import Driver, Study, open_readonly
+from hydralv_tune.studies.worker import failure, folder_owner, plain, run_worker
+from hydralv_tune.vocabulary.errors import ConfigError, InputError, TrialFailed, TrialInterrupted
+from hydralv_tune.vocabulary.space import space_from_mapping
 
 FIGURES = {"adapted_rand_error": 0.2, "adapted_rand_error_foreground": 0.3, "f1_iou50": 0.8}
 
@@ -72,7 +72,7 @@ def test_one_study_tells_every_end_as_it_was(fake_study: Any) -> None:
 
 
 def test_sigterm_saves_and_the_same_command_goes_on(fake_study: Any) -> None:
-    config = {"trials": 2, "steps": 12, "step_s": 0.5}
+    config = {"trials": 2, "steps": 8, "step_s": 0.4}
     driver = fake_study.start(**config)
     fake_study.until(
         lambda rows: sum(row.get("event") == "evaluation" for row in rows) >= 4, timeout_s=120
@@ -89,7 +89,7 @@ def test_sigterm_saves_and_the_same_command_goes_on(fake_study: Any) -> None:
     assert all(trial.attempt == 1 for trial in study.trials())
     assert all("SIGTERM" in t.user_attrs["reason"] for t in study.trials() if t.state == "FAIL")
     for steps in fake_study.steps().values():
-        assert [step for _, step in steps] == list(range(1, 13))
+        assert [step for _, step in steps] == list(range(1, 9))
 
 
 class TwoNodes:
@@ -126,14 +126,14 @@ def test_as_many_trials_run_at_once_as_fit_into_living_nodes(
     slots: int,
     takes: tuple[float, int],
 ) -> None:
-    monkeypatch.setattr("hydralv_tune.launch.cluster.ray", TwoNodes)
+    monkeypatch.setattr("hydralv_tune.studies.launch.cluster.ray", TwoNodes)
     resources = Resources(gpus, cpus)
     assert (resources.gpus, resources.cpus) == takes
     assert resources.slots() == slots
 
 
 def test_a_cluster_too_small_for_a_trial_is_wrong_input(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hydralv_tune.launch.cluster.ray", TwoNodes)
+    monkeypatch.setattr("hydralv_tune.studies.launch.cluster.ray", TwoNodes)
     with pytest.raises(InputError, match="99 GPUs"):
         Resources(99.0, 1)
 

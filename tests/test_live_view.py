@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from hydralv_tune.live_view import LiveView, clock, event_line
+from hydralv_tune.commands.live_view import LiveView, clock, event_line
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from hydralv_tune.normalisation import MODES, fit_normalisation, normalise
+from hydralv_tune.numerics.normalisation import MODES, fit_normalisation, normalise
 
 
 def volume(seed: int = 0) -> np.ndarray:

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from hydralv_tune import metrics
-from hydralv_tune.phantom import Phantom, make_phantom
-from hydralv_tune.phantom_bodies import CONNECT_26
+from hydralv_tune.numerics import metrics
+from hydralv_tune.numerics.phantom import Phantom, make_phantom
+from hydralv_tune.numerics.phantom_bodies import CONNECT_26
 
 SMALL = (24, 128, 128)
 

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from hydralv_tune import planning
-from hydralv_tune.config import Candidate, candidate_from_mapping
-from hydralv_tune.errors import InputError
-from hydralv_tune.phantom import make_phantom
-from hydralv_tune.planning import _Part, _predicted_s, draw_patches, plan_facts
-from hydralv_tune.volumes import Volume
+from hydralv_tune.disk.volumes import Volume
+from hydralv_tune.numerics.phantom import make_phantom
+from hydralv_tune.one_trial import planning
+from hydralv_tune.one_trial.planning import _Part, _predicted_s, draw_patches, plan_facts
+from hydralv_tune.vocabulary.config import Candidate, candidate_from_mapping
+from hydralv_tune.vocabulary.errors import InputError
 
 # Too short for any step: the two smallest parts of one are timed all the same.
 BRIEF = 1e-6

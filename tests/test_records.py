@@ -16,8 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-from hydralv_tune.errors import CheckpointError, InputError
-from hydralv_tune.records import (
+from hydralv_tune.disk.records import (
     TrialRecord,
     load_checkpoint,
     plain,
@@ -29,6 +28,7 @@ from hydralv_tune.records import (
     write_atomically,
     write_json,
 )
+from hydralv_tune.vocabulary.errors import CheckpointError, InputError
 
 
 @contextmanager

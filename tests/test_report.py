@@ -11,27 +11,22 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hydralv_tune.errors import InputError, StudyError
-from hydralv_tune.metrics import (
+from hydralv_tune.disk.pictures import (
+    COLOURS,
+    choose_sections,
+    draw_contact_sheet,
+    draw_losses,
+)
+from hydralv_tune.disk.thumbnails import thumbnail
+from hydralv_tune.disk.volumes import Volume
+from hydralv_tune.numerics.metrics import (
     adapted_rand,
     adapted_rand_foreground,
     contingency_table,
     match_instances,
     score,
 )
-from hydralv_tune.pictures import (
-    COLOURS,
-    choose_sections,
-    draw_contact_sheet,
-    draw_losses,
-)
-from hydralv_tune.report import write_report
-from hydralv_tune.report_data import compare
-from hydralv_tune.report_limits import limits, plan_targets
-from hydralv_tune.scored_volumes import ScoredVolume, judge_all
-from hydralv_tune.study import open_readonly
-from hydralv_tune.thumbnails import thumbnail
-from hydralv_tune.verdicts import (
+from hydralv_tune.numerics.verdicts import (
     bootstrap,
     errors_if_mended,
     joined_tables,
@@ -39,7 +34,12 @@ from hydralv_tune.verdicts import (
     segment_verdicts,
     truth_verdicts,
 )
-from hydralv_tune.volumes import Volume
+from hydralv_tune.studies.report import write_report
+from hydralv_tune.studies.report_data import compare
+from hydralv_tune.studies.report_limits import limits, plan_targets
+from hydralv_tune.studies.scored_volumes import ScoredVolume, judge_all
+from hydralv_tune.studies.study import open_readonly
+from hydralv_tune.vocabulary.errors import InputError, StudyError
 
 
 @pytest.fixture(scope="module")
@@ -276,8 +276,8 @@ def test_study_that_does_not_exist_leaves_nothing(finished_study: Any, tmp_path:
 def test_segmentation_is_decoded_again_where_its_file_is_gone(
     finished_study: Any, tmp_path: Path
 ) -> None:
-    from hydralv_tune.scored_volumes import scored_volumes
-    from hydralv_tune.winner import open_winner
+    from hydralv_tune.studies.scored_volumes import scored_volumes
+    from hydralv_tune.studies.winner import open_winner
 
     copied = tmp_path / "copy"
     shutil.copytree(finished_study.folder, copied)

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from hydralv_tune.config import Data, Split
-from hydralv_tune.errors import ConfigError, VolumeError
-from hydralv_tune.lazy_reader import (
+from hydralv_tune.disk.volumes import Volume, VolumePaths
+from hydralv_tune.numerics.normalisation import fit_normalisation, normalise
+from hydralv_tune.numerics.targets import instance_edt
+from hydralv_tune.one_trial.lazy_reader import (
     LazySource,
     as_lazy,
     has_truth,
@@ -22,11 +23,16 @@ from hydralv_tune.lazy_reader import (
     stream_normalisation,
     windowed,
 )
-from hydralv_tune.normalisation import fit_normalisation, normalise
-from hydralv_tune.sampling import PatchSampler, ResidentVolume, crop, gather, resident_bytes
-from hydralv_tune.splits import slab, split_volumes
-from hydralv_tune.targets import instance_edt
-from hydralv_tune.volumes import Volume, VolumePaths
+from hydralv_tune.one_trial.sampling import (
+    PatchSampler,
+    ResidentVolume,
+    crop,
+    gather,
+    resident_bytes,
+)
+from hydralv_tune.one_trial.splits import slab, split_volumes
+from hydralv_tune.vocabulary.config import Data, Split
+from hydralv_tune.vocabulary.errors import ConfigError, VolumeError
 
 CPU = torch.device("cpu")
 SIZE = (4, 16, 16)

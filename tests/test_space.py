@@ -11,9 +11,10 @@ from typing import Any
 
 import pytest
 
-from hydralv_tune.config import load_candidate
-from hydralv_tune.errors import ConfigError
-from hydralv_tune.space import (
+from hydralv_tune.one_trial.sweep import checked_axes
+from hydralv_tune.vocabulary.config import load_candidate
+from hydralv_tune.vocabulary.errors import ConfigError
+from hydralv_tune.vocabulary.space import (
     Objective,
     SearchSpace,
     check_file,
@@ -23,10 +24,9 @@ from hydralv_tune.space import (
     space_from_mapping,
     thresholds_yaml,
 )
-from hydralv_tune.space_rules import drawn
-from hydralv_tune.sweep import checked_axes
-from hydralv_tune.validation import merged, value_at
-from hydralv_tune.yaml_io import parse_yaml
+from hydralv_tune.vocabulary.space_rules import drawn
+from hydralv_tune.vocabulary.validation import merged, value_at
+from hydralv_tune.vocabulary.yaml_io import parse_yaml
 
 REPOSITORY = Path(__file__).parents[1]
 SPACES = sorted(path.stem for path in (REPOSITORY / "search_spaces").glob("*.yaml"))

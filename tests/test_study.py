@@ -15,19 +15,26 @@ from typing import Any
 
 import pytest
 
-from hydralv_tune.errors import StudyError
-from hydralv_tune.journal import Journal
-from hydralv_tune.mutex import MutexLost, StudyMutex
-from hydralv_tune.space import SearchSpace, space_from_mapping
-from hydralv_tune.storage_url import mask_passwords, masked, parse_storage
-from hydralv_tune.study import DatabaseAway, Driver, Study, facts_of, open_readonly, study_names
-from hydralv_tune.trial_view import (
+from hydralv_tune.studies.journal import Journal
+from hydralv_tune.studies.mutex import MutexLost, StudyMutex
+from hydralv_tune.studies.storage_url import mask_passwords, masked, parse_storage
+from hydralv_tune.studies.study import (
+    DatabaseAway,
+    Driver,
+    Study,
+    facts_of,
+    open_readonly,
+    study_names,
+)
+from hydralv_tune.studies.trial_view import (
     Asked,
     Outcome,
     is_surely_dead,
     own_process,
     process_start,
 )
+from hydralv_tune.vocabulary.errors import StudyError
+from hydralv_tune.vocabulary.space import SearchSpace, space_from_mapping
 
 LR, DECAY = "optimization.optimizer.lr", "optimization.optimizer.weight_decay"
 METRICS = {"adapted_rand_error": 0.2, "adapted_rand_error_foreground": 0.3, "f1_iou50": 0.8}
@@ -383,7 +390,7 @@ def test_a_second_driver_does_not_draw_the_same_trials(
 def test_results_wait_in_the_journal_while_sqlite_is_locked(
     tmp_path: Path, make_driver: Callable[..., Driver], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("hydralv_tune.storage_url.BUSY_TIMEOUT_S", 0.2)
+    monkeypatch.setattr("hydralv_tune.studies.storage_url.BUSY_TIMEOUT_S", 0.2)
     path = tmp_path / "study.db"
     driver = make_driver(f"sqlite:///{path}", heartbeat_s=600)
     first, second = asked(driver), asked(driver)
@@ -563,8 +570,8 @@ def test_names_in_the_database_cannot_leave_the_output_folder(
 def test_the_mutex_excludes_other_processes_and_falls_with_its_holder(storage: str) -> None:
     script = (
         "import sys, time\n"
-        "from hydralv_tune.mutex import StudyMutex\n"
-        "from hydralv_tune.storage_url import parse_storage\n"
+        "from hydralv_tune.studies.mutex import StudyMutex\n"
+        "from hydralv_tune.studies.storage_url import parse_storage\n"
         f"with StudyMutex(parse_storage({storage!r}), 's'):\n"
         "    print('held', flush=True)\n"
         "    time.sleep(60)\n"

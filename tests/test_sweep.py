@@ -19,13 +19,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import ndimage
 
-from hydralv_tune.decoding import decode
-from hydralv_tune.degradation import degraded_probabilities
-from hydralv_tune.figures import draw_heatmap
-from hydralv_tune.metrics import score
-from hydralv_tune.phantom import make_phantom
-from hydralv_tune.sweep import Grid, SweepResult, sweep
-from hydralv_tune.sweep_grid import checked_axes, count
+from hydralv_tune.disk.figures import draw_heatmap
+from hydralv_tune.numerics.decoding import decode
+from hydralv_tune.numerics.degradation import degraded_probabilities
+from hydralv_tune.numerics.metrics import score
+from hydralv_tune.numerics.phantom import make_phantom
+from hydralv_tune.one_trial.sweep import Grid, SweepResult, sweep
+from hydralv_tune.one_trial.sweep_grid import checked_axes, count
 
 CONTOUR = "decode_instance_binary_contour_distance"
 DISTANCE = "decode_instance_watershed_distance"
@@ -410,7 +410,7 @@ def test_heatmap_is_a_picture_that_holds_the_winners_error(tmp_path: Path) -> No
 
 MEMORY = """
 import numpy as np
-from hydralv_tune.sweep import Grid, sweep
+from hydralv_tune.one_trial.sweep import Grid, sweep
 maps = np.zeros((3, 51, 516, 516), np.float16)
 maps[2] = -1
 truth = np.zeros((51, 516, 516), np.uint16)

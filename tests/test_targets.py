@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from scipy.ndimage import distance_transform_edt
 
-from hydralv_tune.targets import (
+from hydralv_tune.numerics.targets import (
     TARGETS,
     binary_target,
     connected_pieces,

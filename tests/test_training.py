@@ -11,28 +11,28 @@ import pytest
 import torch
 from torch import nn
 
-from hydralv_tune.architectures import ARCHITECTURES
-from hydralv_tune.config import Candidate, candidate_from_mapping
-from hydralv_tune.errors import CheckpointError, TrialFailed, TrialInterrupted
-from hydralv_tune.optimization import (
+from hydralv_tune.disk.records import load_checkpoint, save_checkpoint
+from hydralv_tune.disk.volumes import Volume
+from hydralv_tune.numerics.architectures import ARCHITECTURES
+from hydralv_tune.numerics.randomness import seeded
+from hydralv_tune.one_trial.optimization import (
     AveragedWeights,
     EarlyStop,
     build_optimizer,
     rate_factor,
     step_plan,
 )
-from hydralv_tune.prediction import network_of
-from hydralv_tune.randomness import seeded
-from hydralv_tune.records import load_checkpoint, save_checkpoint
-from hydralv_tune.sampling import PatchSampler, ResidentVolume
-from hydralv_tune.training import (
+from hydralv_tune.one_trial.prediction import network_of
+from hydralv_tune.one_trial.sampling import PatchSampler, ResidentVolume
+from hydralv_tune.one_trial.training import (
     Trainer,
     build_loss,
     is_out_of_memory,
     load_external_weights,
     shared_parameter,
 )
-from hydralv_tune.volumes import Volume
+from hydralv_tune.vocabulary.config import Candidate, candidate_from_mapping
+from hydralv_tune.vocabulary.errors import CheckpointError, TrialFailed, TrialInterrupted
 
 CPU = torch.device("cpu")
 

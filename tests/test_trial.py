@@ -22,17 +22,17 @@ import torch
 import yaml
 from PIL import Image
 
-from hydralv_tune import metrics
-from hydralv_tune.config import Candidate, DecodingGrid, candidate_from_mapping
-from hydralv_tune.decoding import decode
-from hydralv_tune.errors import InputError, TrialFailed, TrialInterrupted
-from hydralv_tune.evaluation import Outcome, better, evaluate
-from hydralv_tune.prediction import load_network, predict
-from hydralv_tune.records import load_checkpoint, previous, read_record
-from hydralv_tune.space import Objective
-from hydralv_tune.trial import Evaluation, TrialSpec, run_trial, stop_on_signal
-from hydralv_tune.trial_facts import verdicts
-from hydralv_tune.volumes import Volume, VolumePaths, write_array
+from hydralv_tune.disk.records import load_checkpoint, previous, read_record
+from hydralv_tune.disk.volumes import Volume, VolumePaths, write_array
+from hydralv_tune.numerics import metrics
+from hydralv_tune.numerics.decoding import decode
+from hydralv_tune.one_trial.evaluation import Outcome, better, evaluate
+from hydralv_tune.one_trial.prediction import load_network, predict
+from hydralv_tune.one_trial.trial import Evaluation, TrialSpec, run_trial, stop_on_signal
+from hydralv_tune.one_trial.trial_facts import verdicts
+from hydralv_tune.vocabulary.config import Candidate, DecodingGrid, candidate_from_mapping
+from hydralv_tune.vocabulary.errors import InputError, TrialFailed, TrialInterrupted
+from hydralv_tune.vocabulary.space import Objective
 
 GRID = DecodingGrid.model_validate(
     {

@@ -12,9 +12,8 @@ import pytest
 import tifffile
 import zarr
 
-from hydralv_tune import formats
-from hydralv_tune.errors import VolumeError
-from hydralv_tune.volumes import (
+from hydralv_tune.disk import formats
+from hydralv_tune.disk.volumes import (
     Volume,
     VolumePaths,
     open_lazy,
@@ -27,6 +26,7 @@ from hydralv_tune.volumes import (
     volume_paths,
     write_array,
 )
+from hydralv_tune.vocabulary.errors import VolumeError
 
 SHAPE = (9, 20, 21)
 KINDS = ["v.h5", "v.hdf5", "v.tif", "v.zarr", "v.h5:raw/em", "v.zarr:raw/em"]

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from hydralv_tune import warps
-from hydralv_tune.augmentation import AUGMENTATIONS, Patches
-from hydralv_tune.targets import instance_edt
+from hydralv_tune.numerics import warps
+from hydralv_tune.numerics.augmentation import AUGMENTATIONS, Patches
+from hydralv_tune.numerics.targets import instance_edt
 
 SHAPE = (10, 40, 40)
 NM = (30.0, 8.0, 8.0)

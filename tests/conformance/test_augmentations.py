@@ -14,15 +14,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hydralv_tune.augmentation import (
+from hydralv_tune.numerics.augmentation import (
     AUGMENTATIONS,
     Patches,
     augment,
     check_augmentation,
     resolve_preset,
 )
-from hydralv_tune.copy_paste import PASTED
-from hydralv_tune.targets import derive_targets, instance_edt
+from hydralv_tune.numerics.copy_paste import PASTED
+from hydralv_tune.numerics.targets import derive_targets, instance_edt
 
 MOVES_VOXELS = {"copy_paste", "flip", "rotate", "misalignment", "elastic", "affine"}
 FIELDS = ("image", "labels", "edt", "mask")

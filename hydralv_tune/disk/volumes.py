@@ -1,0 +1,340 @@
+"""Volumes on disk: HDF5, TIFF and Zarr in, checked once at the edge; written whole or not at all.
+
+The formats themselves are in `formats.py`; here is what a volume must be.
+"""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from hydralv_tune.disk.formats import (
+    Location,
+    locate,
+    open_lazy,
+    read_array,
+    read_voxel_size_nm,
+    write_array,
+)
+from hydralv_tune.vocabulary.errors import VolumeError
+
+__all__ = [
+    "Volume",
+    "VolumePaths",
+    "open_lazy",
+    "read_array",
+    "read_labels",
+    "read_mask",
+    "read_probabilities",
+    "read_volume",
+    "read_voxel_size_nm",
+    "volume_paths",
+    "write_array",
+]
+
+GENERIC_STEMS = {"im", "img", "image", "images", "raw", "volume", "vol", "em", "main", "data"}
+LARGEST_ID = np.iinfo(np.int32).max
+
+
+@dataclass(frozen=True)
+class VolumePaths:
+    """Where one volume lies.
+
+    Args:
+        name: What messages call it; unique within a study.
+        image: File, or `file:dataset`.
+        label: The same for the instance labels, or None.
+        mask: The same for the valid mask, or None where every voxel is valid.
+    """
+
+    name: str
+    image: str
+    label: str | None = None
+    mask: str | None = None
+
+
+@dataclass(frozen=True)
+class Volume:
+    """One volume in memory, already checked.
+
+    Args:
+        name: What messages call it.
+        image: (Z, Y, X) in the dtype of its file.
+        label: (Z, Y, X) integer instance ids, 0 is background; None where there is no truth.
+        mask: (Z, Y, X) bool, True where voxels count; None where all do.
+        voxel_size_nm: Size of a voxel along z, y, x; None where the file does not say.
+    """
+
+    name: str
+    image: np.ndarray
+    label: np.ndarray | None = None
+    mask: np.ndarray | None = None
+    voxel_size_nm: tuple[float, float, float] | None = None
+
+    def fingerprint(self) -> str:
+        """Return 16 hex digits of a SHA-256 over shape, dtype and content of all three arrays.
+
+        The dtype counts, since normalisation sees it; the name and the path do not.
+        """
+        digest = hashlib.sha256()
+        for kind, array in (("image", self.image), ("label", self.label), ("mask", self.mask)):
+            digest.update(kind.encode())
+            if array is None:
+                continue
+            digest.update(f"{array.shape}{array.dtype.str}".encode())
+            for section in array:
+                digest.update(np.ascontiguousarray(section).data)
+        return digest.hexdigest()[:16]
+
+
+def volume_paths(
+    images: Sequence[str | Path],
+    labels: Sequence[str | Path] = (),
+    masks: Sequence[str | Path] = (),
+) -> list[VolumePaths]:
+    """Return one entry for each image, with `~` and globs expanded.
+
+    Args:
+        images: Files, `file:dataset` or globs; a glob stands for its matches in natural order.
+        labels: None at all, or as many as images, in the same order.
+        masks: None at all, or as many as images, in the same order.
+
+    Raises:
+        VolumeError: A glob matches nothing, no image is given, or the numbers differ.
+    """
+    image_files = _expand(images)
+    label_files = _expand(labels)
+    mask_files = _expand(masks)
+    if not image_files:
+        raise VolumeError("No image is given. Name at least one with --image.")
+    for option, files in (("--label", label_files), ("--mask", mask_files)):
+        if files and len(files) != len(image_files):
+            raise VolumeError(
+                f"{option} names {len(files)} files ({', '.join(files[:3])}"
+                f"{', ...' if len(files) > 3 else ''}), but --image names {len(image_files)}. "
+                f"Give one {option} for each --image, in the same order, or none."
+            )
+    return [
+        VolumePaths(
+            name=name,
+            image=image,
+            label=label_files[index] if label_files else None,
+            mask=mask_files[index] if mask_files else None,
+        )
+        for index, (name, image) in enumerate(zip(_names(image_files), image_files, strict=True))
+    ]
+
+
+def read_volume(paths: VolumePaths) -> Volume:
+    """Return a volume whose image, labels and mask fit each other.
+
+    Raises:
+        VolumeError: A file cannot be read, or its content breaks a rule; the message names the
+            file, the value, the rule and the next step.
+    """
+    image = _read_image(paths.image)
+    label = mask = None
+    if paths.label is not None:
+        label = read_labels(paths.label)
+        _check_shape(paths.label, "label", label.shape, paths.image, image.shape)
+        largest = int(label.max(initial=0))
+        if largest == 0:
+            raise VolumeError(
+                f"{paths.label}: the label has no labelled voxel; there is nothing to learn from. "
+                "Check the path and the dataset, or drop the volume."
+            )
+        if largest > LARGEST_ID:
+            raise VolumeError(
+                f"{paths.label}: the largest label is {largest}, but ids must be at most "
+                f"{LARGEST_ID}. Renumber them, for example with "
+                "skimage.segmentation.relabel_sequential."
+            )
+    if paths.mask is not None:
+        mask = read_mask(paths.mask)
+        _check_shape(paths.mask, "mask", mask.shape, paths.image, image.shape)
+        if label is not None and not label[mask].any():
+            raise VolumeError(
+                f"{paths.label}: the label has no labelled voxel inside the mask {paths.mask}, so "
+                "adapted Rand error is undefined. Check that both belong to this volume, or drop "
+                "it."
+            )
+    return Volume(
+        name=paths.name,
+        image=image,
+        label=label,
+        mask=mask,
+        voxel_size_nm=_first_voxel_size(paths),
+    )
+
+
+def read_labels(path: str | Path) -> np.ndarray:
+    """Return instance labels (Z, Y, X) in the integer dtype of their file.
+
+    Labels without any instance are returned as they are: a prediction may be empty.
+
+    Raises:
+        VolumeError: They cannot be read, are not 3-D, not integers, or negative.
+    """
+    labels = read_array(path, ndim=3)
+    if labels.dtype.kind == "f":
+        whole = np.isfinite(labels).all() and (labels == np.round(labels)).all()
+        hint = (
+            "All values are whole numbers: save them as integers, labels.astype('uint16')."
+            if whole
+            else "Are these probabilities or an image? Give the instance labels."
+        )
+        raise VolumeError(
+            f"{path}: the labels have dtype {labels.dtype}, but instance ids must be integers. "
+            f"{hint}"
+        )
+    if labels.dtype.kind == "b":
+        raise VolumeError(
+            f"{path}: the labels have dtype bool, which cannot tell one instance from another; "
+            "ids must be integers. Number the components, for example with scipy.ndimage.label."
+        )
+    if labels.dtype.kind == "i" and labels.size and int(labels.min()) < 0:
+        count = int((labels < 0).sum())
+        raise VolumeError(
+            f"{path}: {count} labels are negative (smallest {int(labels.min())}), but 0 is "
+            "background and ids are positive. Set what is to be ignored to 0 and leave it out "
+            "with a mask."
+        )
+    return labels
+
+
+def read_mask(path: str | Path) -> np.ndarray:
+    """Return a valid mask (Z, Y, X) as booleans, True where the file is above 0.
+
+    Raises:
+        VolumeError: It cannot be read, is not 3-D, holds NaN, or has no valid voxel.
+    """
+    values = read_array(path, ndim=3)
+    _refuse_not_finite(path, "mask", values)
+    mask: np.ndarray = values > 0
+    if not mask.any():
+        raise VolumeError(
+            f"{path}: the mask has no voxel above 0, so nothing would count. Check the path, or "
+            "leave the mask out to use the whole volume."
+        )
+    return mask
+
+
+def read_probabilities(path: str | Path) -> np.ndarray:
+    """Return probabilities (3, Z, Y, X): binary, boundary, distance; float16 or float32.
+
+    The range is checked by the decoder, which knows what each channel may hold.
+
+    Raises:
+        VolumeError: They cannot be read, are not 4-D with 3 channels, not floats, or not finite.
+    """
+    maps = read_array(path, ndim=4, axes="(3, Z, Y, X)")
+    if maps.shape[0] != 3:
+        hint = " Move the channels to the front." if maps.shape[-1] == 3 else ""
+        raise VolumeError(
+            f"{path}: shape {maps.shape} has {maps.shape[0]} channels, but probabilities have 3: "
+            f"binary, boundary, distance, in (3, Z, Y, X).{hint}"
+        )
+    if maps.dtype.kind != "f":
+        raise VolumeError(
+            f"{path}: dtype {maps.dtype}, but probabilities are float16 or float32: binary and "
+            "boundary from 0 to 1, distance from -1 to 1. Divide by 255 where they were scaled to "
+            "uint8."
+        )
+    _refuse_not_finite(path, "probabilities", maps)
+    return maps if maps.dtype.itemsize <= 4 else maps.astype(np.float32)
+
+
+def _read_image(path: str | Path) -> np.ndarray:
+    """Return an image (Z, Y, X), finite, in the dtype of its file."""
+    image = read_array(path, ndim=3)
+    if image.dtype.kind == "b":
+        raise VolumeError(
+            f"{path}: the image has dtype bool, which is a mask. Give the EM image with --image "
+            "and the mask with --mask."
+        )
+    _refuse_not_finite(path, "image", image)
+    return image
+
+
+def _refuse_not_finite(path: str | Path, kind: str, array: np.ndarray) -> None:
+    """Raise where a float array holds NaN or infinity, naming how many and the first place."""
+    if array.dtype.kind != "f":
+        return
+    # One section at a time: a whole-volume boolean array would double the peak of memory.
+    bad = [np.argwhere(~np.isfinite(section)) for section in array]
+    count = sum(len(places) for places in bad)
+    if not count:
+        return
+    first = next(index for index, places in enumerate(bad) if len(places))
+    place = (first, *(int(i) for i in bad[first][0]))
+    value = "NaN" if np.isnan(array[place]) else "infinite"
+    raise VolumeError(
+        f"{path}: {count} voxels of the {kind} are NaN or infinite (first: {value} at {place}), "
+        "but every value must be finite. Fill them, for example with numpy.nan_to_num, and leave "
+        "them out with a mask."
+    )
+
+
+def _check_shape(
+    path: str, kind: str, shape: tuple[int, ...], image: str, expected: tuple[int, ...]
+) -> None:
+    """Raise where an array does not lie on the voxels of its image."""
+    if shape != expected:
+        axes = " The axes seem to be in another order." if sorted(shape) == sorted(expected) else ""
+        raise VolumeError(
+            f"{path}: the {kind} has shape {shape}, but the image {image} has {expected}; both "
+            f"must be equal.{axes} Give the {kind} of this very volume."
+        )
+
+
+def _first_voxel_size(paths: VolumePaths) -> tuple[float, float, float] | None:
+    """Return the voxel size that the image states, or else the label, or else the mask."""
+    for path in (paths.image, paths.label, paths.mask):
+        size = None if path is None else read_voxel_size_nm(path)
+        if size is not None:
+            return size
+    return None
+
+
+def _expand(patterns: Sequence[str | Path]) -> list[str]:
+    """Return the files that patterns stand for, each pattern in natural order."""
+    files: list[str] = []
+    for pattern in patterns:
+        location = locate(pattern)
+        text = str(location.path)
+        if location.path.exists() or not glob.has_magic(text):
+            files.append(str(location))
+            continue
+        matches = sorted(glob.glob(text, recursive=True), key=_natural)
+        if not matches:
+            raise VolumeError(
+                f"{pattern}: no file matches this pattern. Quote it, and check the folder."
+            )
+        files.extend(str(Location(Path(match), location.dataset)) for match in matches)
+    return files
+
+
+def _natural(text: str) -> list[tuple[int, int | str]]:
+    """Return a key that sorts `vol_2` before `vol_10`."""
+    return [(0, int(p)) if p.isdigit() else (1, p) for p in re.split(r"(\d+)", text)]
+
+
+def _names(files: Sequence[str]) -> list[str]:
+    """Return a name for each image: its stem, or its folder where the stem says nothing."""
+    names: list[str] = []
+    for file in files:
+        path = locate(file).path
+        stem = path.name.split(".")[0]
+        folder = path.absolute().parent.name
+        name = folder if stem.lower() in GENERIC_STEMS and folder else stem
+        number, unique = 2, name
+        while unique in names:
+            unique, number = f"{name}_{number}", number + 1
+        names.append(unique)
+    return names

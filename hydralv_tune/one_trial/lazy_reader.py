@@ -1,0 +1,402 @@
+"""Patches of a volume that is too large for the device: read from disk when they are due.
+
+Only what a patch needs is read: from chunked HDF5 or Zarr, by a few threads, a few batches ahead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from hydralv_tune.disk.volumes import Volume, VolumePaths, open_lazy, read_voxel_size_nm
+from hydralv_tune.numerics.normalisation import FILL_SHARE, Normalisation, normalisation_of
+from hydralv_tune.numerics.patches import INTENSITY_RANGES, Patches
+from hydralv_tune.numerics.targets import instance_edt
+from hydralv_tune.one_trial.sampling import (
+    MOST_PLACES,
+    OUTSIDE,
+    PAD_MODES,
+    Ints,
+    Places,
+    distance_arguments,
+    known_voxel_size,
+    normalised,
+    padded_normalisation,
+    resident_bytes,
+    upload,
+)
+from hydralv_tune.vocabulary.config import Data
+from hydralv_tune.vocabulary.errors import VolumeError, as_input_error
+
+Array = npt.NDArray[Any]
+Box = tuple[slice, slice, slice]
+
+HALO = (8, 32, 32)
+"""Voxels (z, y, x) read around a patch for the distance target: instances that reach further out
+of the patch than that get a distance as if cut there."""
+
+SCORED_BYTES = 40
+"""Bytes a voxel takes while it is predicted, swept and scored."""
+
+
+@dataclass(frozen=True)
+class Windowed:
+    """A part of an array that stays where it is until it is sliced.
+
+    Args:
+        array: Anything with `shape`, `dtype` and slices: an open file, or an array.
+        window: Of the array, (z, y, x).
+    """
+
+    array: Any
+    window: Box
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Return the shape of the part."""
+        z, y, x = (s.stop - s.start for s in self.window)
+        return z, y, x
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Return the type of its file."""
+        return np.dtype(self.array.dtype)
+
+    @property
+    def size(self) -> int:
+        """Return the number of its voxels."""
+        return int(np.prod(self.shape))
+
+    def read(self, box: Box) -> Array:
+        """Return a box of the part, in memory."""
+        where = tuple(
+            slice(own.start + s.start, own.start + s.stop)
+            for own, s in zip(self.window, box, strict=True)
+        )
+        return np.asarray(self.array[where])
+
+    def cut(self, box: Box) -> Windowed:
+        """Return a smaller part, unread. Ends that are None are those of this part."""
+        ends = [
+            (own.start + (s.start or 0), own.start + (side if s.stop is None else s.stop))
+            for own, s, side in zip(self.window, box, self.shape, strict=True)
+        ]
+        z, y, x = (slice(a, b) for a, b in ends)
+        return replace(self, window=(z, y, x))
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __iter__(self) -> Iterator[Array]:
+        """Yield the sections, one in memory at a time."""
+        _, height, width = self.shape
+        for z in range(len(self)):
+            yield self.read((slice(z, z + 1), slice(0, height), slice(0, width)))[0]
+
+
+def windowed(array: Any) -> Windowed:
+    """Return a whole array as a part of itself."""
+    if isinstance(array, Windowed):
+        return array
+    z, y, x = (slice(0, int(side)) for side in array.shape)
+    return Windowed(array, (z, y, x))
+
+
+def is_lazy(volume: Volume) -> bool:
+    """Return whether a volume is read when it is needed."""
+    return isinstance(cast(Any, volume.image), Windowed)
+
+
+def as_lazy(volume: Volume) -> Volume:
+    """Return a volume whose arrays are only read in parts."""
+    return replace(
+        volume,
+        image=cast(Array, windowed(volume.image)),
+        label=None if volume.label is None else cast(Array, windowed(volume.label)),
+        mask=None if volume.mask is None else cast(Array, windowed(volume.mask)),
+    )
+
+
+def open_volume(paths: VolumePaths) -> Volume:
+    """Return a volume that stays on disk.
+
+    Raises:
+        VolumeError: A file cannot be opened, or the shapes differ.
+    """
+    image = open_lazy(paths.image, ndim=3)
+    opened: dict[str, Any] = {"label": None, "mask": None}
+    for kind, path in (("label", paths.label), ("mask", paths.mask)):
+        if path is None:
+            continue
+        opened[kind] = open_lazy(path, ndim=3)
+        if opened[kind].shape != image.shape:
+            raise VolumeError(
+                f"{path}: the {kind} has shape {opened[kind].shape}, but the image {paths.image} "
+                f"has {image.shape}; both must be equal."
+            )
+    size = next((s for p in (paths.image, paths.label) if p and (s := read_voxel_size_nm(p))), None)
+    return as_lazy(Volume(paths.name, cast(Array, image), opened["label"], opened["mask"], size))
+
+
+def is_too_large(volume: Volume, limit_gb: float) -> bool:
+    """Return whether a volume takes more of the device than it may."""
+    return resident_bytes(volume) > limit_gb * 1e9
+
+
+def has_truth(volume: Volume) -> bool:
+    """Return whether there is a labelled voxel inside the mask; sections are read one by one."""
+    label = volume.label
+    if label is None:
+        return False
+    masks = iter(volume.mask) if volume.mask is not None else None
+    for section in label:
+        inside = section > 0
+        if masks is not None:
+            inside &= next(masks) > 0
+        if inside.any():
+            return True
+    return False
+
+
+def part_to_score(volume: Volume, limit_gb: float) -> Volume:
+    """Return those sections of a lazy volume that can be scored in memory, with most truth.
+
+    Args:
+        volume: Lazy, with a label.
+        limit_gb: Memory that prediction and sweep may take.
+    """
+    label = cast(Windowed, volume.label)
+    depth, height, width = label.shape
+    sections = int(limit_gb * 1e9 / (SCORED_BYTES * height * width))
+    sections = min(max(sections, 1), depth)
+    counts = np.array([np.count_nonzero(section) for section in label])
+    sums = np.convolve(counts, np.ones(sections, np.int64), mode="valid")
+    first = int(np.argmax(sums))
+    box: Box = (slice(first, first + sections), slice(0, height), slice(0, width))
+    name = volume.name if sections == depth else f"{volume.name}[z {first}:{first + sections}]"
+    mask = volume.mask
+    return replace(
+        volume,
+        name=name,
+        image=cast(Windowed, volume.image).read(box),
+        label=label.read(box),
+        mask=None if mask is None else cast(Windowed, mask).read(box) > 0,
+    )
+
+
+def stream_places(volume: Volume, *, pad: Sequence[int], seed: int) -> Places:
+    """Return where patches may lie, as `find_places`, reading one section at a time.
+
+    Of each instance and of the mask so many voxels are kept at random that memory is bounded.
+
+    Args:
+        volume: Lazy, with a label.
+        pad: Voxels (z, y, x) added on both sides.
+        seed: Of the subsets.
+    """
+    rng = np.random.default_rng(seed)
+    label, mask = cast(Windowed, volume.label), cast(Windowed | None, volume.mask)
+    depth, height, width = (side + 2 * p for side, p in zip(label.shape, pad, strict=True))
+    kept_ids, kept, kept_valid = np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0, np.int64)
+    valid_voxels = 0
+    masks = iter(mask) if mask is not None else None
+    for z, section in enumerate(label):
+        inside = section > 0
+        if masks is not None:
+            valid = next(masks) > 0
+            inside &= valid
+            found = _flat(valid, z, pad, height, width)
+            valid_voxels += len(found)
+            kept_valid = np.concatenate([kept_valid, found])
+            if len(kept_valid) > 2 * MOST_PLACES:
+                kept_valid = np.sort(rng.choice(kept_valid, MOST_PLACES, replace=False))
+        kept = np.concatenate([kept, _flat(inside, z, pad, height, width)])
+        kept_ids = np.concatenate([kept_ids, section[inside].astype(np.int64)])
+        if len(kept) > 2 * MOST_PLACES:
+            kept_ids, kept = _thinned(kept_ids, kept, rng)
+    order = np.argsort(kept_ids, kind="stable")
+    _, first, sizes = np.unique(kept_ids[order], return_index=True, return_counts=True)
+    return Places(
+        name=volume.name,
+        shape=(depth, height, width),
+        valid=None if mask is None else kept_valid,
+        valid_voxels=label.size if mask is None else valid_voxels,
+        instances=kept[order],
+        first=first.astype(np.int64),
+        sizes=sizes.astype(np.int64),
+    )
+
+
+def _flat(inside: Array, z: int, pad: Sequence[int], height: int, width: int) -> Ints:
+    """Return the flat indices, in the padded volume, of the voxels of a section."""
+    y, x = np.nonzero(inside)
+    return (((z + pad[0]) * height + y + pad[1]) * width + x + pad[2]).astype(np.int64)
+
+
+def _thinned(ids: Ints, flat: Ints, rng: np.random.Generator) -> tuple[Ints, Ints]:
+    """Return at most as many voxels of each instance as let all of them fit."""
+    shuffled = rng.permutation(len(ids))
+    order = shuffled[np.argsort(ids[shuffled], kind="stable")]
+    _, first, sizes = np.unique(ids[order], return_index=True, return_counts=True)
+    limit = max(MOST_PLACES // len(sizes), 1)
+    rank = np.arange(len(order)) - np.repeat(first, sizes)
+    kept = order[rank < limit]
+    return ids[kept], flat[kept]
+
+
+def stream_normalisation(image: Windowed, data: Data) -> Normalisation:
+    """Return how a volume is normalised, as `fit_normalisation`, reading a section at a time.
+
+    Percentiles come from a histogram of whole numbers, exact for 8 and 16 bits; of other types
+    from a sample of each section.
+
+    Args:
+        image: (Z, Y, X).
+        data: `data` of the candidate.
+    """
+    chosen = data.image_transform
+    low, high = _clip_range(image, chosen.clip_percentile_low, chosen.clip_percentile_high)
+    sections = (_tissue(section) for section in image)
+    return normalisation_of(chosen.normalize, low, high, sections, len(image))
+
+
+def _tissue(section: Array) -> Array:
+    """Return the voxels that statistics come from: none of a constant section, no fill."""
+    if section.min() == section.max():
+        return section[:0].ravel()
+    zeros = section == 0
+    return section[~zeros] if zeros.mean() >= FILL_SHARE else section.ravel()
+
+
+def _clip_range(image: Windowed, low: float, high: float) -> tuple[float, float]:
+    """Return the intensities at the two shares; fill counts where they are 0 and 1 alone."""
+    lowest, highest = np.inf, -np.inf
+    samples: list[Array] = []
+    counts = np.zeros(1 << 16, np.int64)
+    histogram = image.dtype.kind == "u" and image.dtype.itemsize <= 2
+    for section in image:
+        lowest, highest = min(lowest, float(section.min())), max(highest, float(section.max()))
+        if (low, high) == (0.0, 1.0):
+            continue
+        tissue = _tissue(section)
+        if histogram:
+            counts += np.bincount(tissue, minlength=len(counts))
+        else:
+            samples.append(tissue[:: max(tissue.size // 4096, 1)])
+    if histogram and counts.any():
+        # Two values of the sorted volume around each quantile, as NumPy interpolates them.
+        places = np.array([low, high]) * (counts.sum() - 1)
+        ends = np.cumsum(counts)
+        below = np.searchsorted(ends, np.floor(places), side="right")
+        after = np.searchsorted(ends, np.ceil(places), side="right")
+        found = below + (after - below) * (places - np.floor(places))
+        return float(found[0]), float(found[1])
+    if samples:
+        first, last = np.quantile(np.concatenate(samples), [low, high])
+        return float(first), float(last)
+    return lowest, highest
+
+
+class LazySource:
+    """A volume on disk as a source of patches.
+
+    Args:
+        volume: Lazy, with a label.
+        data: `data` of the candidate.
+        device: Where the patches go.
+        seed: Of the places remembered.
+    """
+
+    def __init__(self, volume: Volume, data: Data, device: torch.device, seed: int) -> None:
+        self.volume = volume
+        self.device = device
+        self.voxel_size_nm = known_voxel_size(data, volume)
+        self.intensity_range = INTENSITY_RANGES[data.image_transform.normalize]
+        self.pad = data.pad_size
+        self.pad_mode = PAD_MODES[data.pad_mode]
+        self.places = stream_places(volume, pad=data.pad_size, seed=seed)
+        self.distance_arguments = distance_arguments(data, volume)
+        with as_input_error(f"Volume '{volume.name}'"):
+            fitted = stream_normalisation(cast(Windowed, volume.image), data)
+        fitted = padded_normalisation(fitted, self.pad[0], data.pad_mode)
+        self.per_section = {
+            name: torch.from_numpy(getattr(fitted, name))
+            for name in ("low", "high", "offset", "scale")
+        }
+
+    def cut(self, starts: Ints, size: Sequence[int]) -> Patches:
+        """Return the patches that begin at `starts` (B, 3), read from disk.
+
+        Args:
+            starts: First voxel (z, y, x) of each patch, in the padded volume.
+            size: Voxels (z, y, x) of a patch.
+        """
+        image, labels, distance, mask = zip(
+            *(self._read([int(v) for v in start], size) for start in starts), strict=True
+        )
+        sections = torch.from_numpy(starts)[:, :1] + torch.arange(size[0])
+        cpu = torch.device("cpu")
+        whole = normalised(upload(np.stack(image), cpu), self.per_section, sections)
+        return Patches(
+            image=whole[:, None].to(self.device, non_blocking=True),
+            labels=upload(np.stack(labels), self.device),
+            edt=upload(np.stack(distance), self.device),
+            mask=upload(np.stack(mask), self.device),
+            voxel_size_nm=self.voxel_size_nm,
+            intensity_range=self.intensity_range,
+        )
+
+    def _read(self, start: Sequence[int], size: Sequence[int]) -> tuple[Array, ...]:
+        """Return image, labels, distance and mask of one patch."""
+        first = [s - p for s, p in zip(start, self.pad, strict=True)]
+        label, mask = cast(Windowed, self.volume.label), cast(Windowed | None, self.volume.mask)
+        image = self._box(cast(Windowed, self.volume.image), first, size, None)
+        wide_first = [f - h for f, h in zip(first, HALO, strict=True)]
+        wide_size = [s + 2 * h for s, h in zip(size, HALO, strict=True)]
+        wide = self._box(label, wide_first, wide_size, 0).astype(np.int32)
+        distance = instance_edt(wide, **self.distance_arguments)
+        inner = tuple(slice(h, h + s) for h, s in zip(HALO, size, strict=True))
+        inside = self._inside(label.shape, first, size)
+        valid = inside if mask is None else self._box(mask, first, size, 0) > 0
+        return image, wide[inner], np.where(inside, distance[inner], np.float32(OUTSIDE)), valid
+
+    def _inside(self, shape: Sequence[int], first: Sequence[int], size: Sequence[int]) -> Array:
+        """Return which voxels of a patch lie in the volume rather than in its padding."""
+        inside = [
+            (np.arange(f, f + s) >= 0) & (np.arange(f, f + s) < side)
+            for f, s, side in zip(first, size, shape, strict=True)
+        ]
+        return inside[0][:, None, None] & inside[1][:, None] & inside[2]
+
+    def _box(
+        self, array: Windowed, first: Sequence[int], size: Sequence[int], value: int | None
+    ) -> Array:
+        """Return a box that may reach out of the volume: padded with a value, or as the image."""
+        ends = [(f, f + s, side) for f, s, side in zip(first, size, array.shape, strict=True)]
+        z, y, x = (slice(min(max(a, 0), side), max(min(b, side), 0)) for a, b, side in ends)
+        if value is None and self.pad_mode != "constant":
+            return self._reflected(array, ends)
+        inner = array.read((z, y, x))
+        width = [(s.start - a, b - s.stop) for s, (a, b, _) in zip((z, y, x), ends, strict=True)]
+        return np.pad(inner, width, constant_values=value or 0)
+
+    def _reflected(self, array: Windowed, ends: Sequence[tuple[int, int, int]]) -> Array:
+        """Return a box of the image whose rim repeats or mirrors the volume."""
+        indices = []
+        for a, b, side in ends:
+            index = np.arange(a, b)
+            if self.pad_mode == "edge":
+                index = index.clip(0, side - 1)
+            else:
+                period = max(2 * (side - 1), 1)
+                index = np.abs((index + side - 1) % period - (side - 1)) if side > 1 else index * 0
+            indices.append(index)
+        z, y, x = (slice(int(index.min()), int(index.max()) + 1) for index in indices)
+        inner = array.read((z, y, x))
+        moved = [index - index.min() for index in indices]
+        return inner[np.ix_(*moved)]

@@ -1,0 +1,322 @@
+"""One trial from volumes to record: train, evaluate, keep the best, go on after a kill.
+
+It knows neither Optuna nor Ray: what it is told is plain, and so is what it reports.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from signal import SIGINT, SIGTERM
+from types import FrameType
+from typing import Any
+
+import torch
+
+from hydralv_tune.disk import records
+from hydralv_tune.disk.records import TrialRecord
+from hydralv_tune.disk.volumes import Volume, VolumePaths, read_volume, volume_paths
+from hydralv_tune.one_trial.lazy_reader import is_too_large, open_volume
+from hydralv_tune.one_trial.prediction import pick_device
+from hydralv_tune.one_trial.training import is_out_of_memory
+from hydralv_tune.one_trial.trial_facts import check_continues
+from hydralv_tune.one_trial.trial_run import TrialRun
+from hydralv_tune.vocabulary.config import Candidate, DecodingGrid, candidate_from_mapping
+from hydralv_tune.vocabulary.errors import HydraLVError, InputError, TrialFailed
+from hydralv_tune.vocabulary.space import Objective
+from hydralv_tune.vocabulary.yaml_io import dump_yaml
+
+Report = Callable[["Evaluation"], None]
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class TrialSpec:
+    """Everything that a trial needs, in values that survive the way to another process.
+
+    Args:
+        number: Of the trial in its study.
+        root: Of the trial whose folder and checkpoint it goes on with; its own for the first.
+        candidate: What is trained.
+        objective: What is minimised.
+        grid: Combinations of thresholds that each evaluation sweeps.
+        volumes: What is trained on and scored.
+        out: Folder of the trial.
+        device: `auto`, `cpu`, `cuda` or `cuda:N`.
+        threads: CPU threads; None: `system.cpu_threads`, or all.
+        study: Name, where there is one.
+        timeout_s: Wall clock after which the trial fails; None: never.
+    """
+
+    number: int
+    root: int
+    candidate: Candidate
+    objective: Objective
+    grid: DecodingGrid
+    volumes: list[VolumePaths]
+    out: str
+    device: str = "auto"
+    threads: int | None = None
+    study: str | None = None
+    timeout_s: float | None = None
+
+    def as_mapping(self) -> dict[str, Any]:
+        """Return the spec as plain JSON types."""
+        return {
+            "number": self.number,
+            "root": self.root,
+            "candidate": self.candidate.as_mapping(),
+            "objective": self.objective.model_dump(mode="json"),
+            "grid": self.grid.model_dump(mode="json"),
+            "volumes": [asdict(paths) for paths in self.volumes],
+            "out": self.out,
+            "device": self.device,
+            "threads": self.threads,
+            "study": self.study,
+            "timeout_s": self.timeout_s,
+        }
+
+    @classmethod
+    def from_mapping(cls, mapping: Mapping[str, Any]) -> TrialSpec:
+        """Return the spec that `as_mapping` gave.
+
+        Raises:
+            InputError: A value breaks a rule.
+        """
+        place = f"trial {mapping['number']}"
+        return cls(
+            **{
+                **mapping,
+                "candidate": candidate_from_mapping(mapping["candidate"], place=place, base={}),
+                "objective": Objective.model_validate(mapping["objective"]),
+                "grid": DecodingGrid.model_validate(mapping["grid"]),
+                "volumes": [VolumePaths(**paths) for paths in mapping["volumes"]],
+            }
+        )
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What a trial reports while it trains.
+
+    Args:
+        step: Of the evaluation, from 1.
+        epoch: Epochs complete.
+        value: Of the best checkpoint so far, minimised; 1 - F1 where F1 is the objective.
+        metrics: Every figure of this evaluation.
+        losses: Means since the evaluation before.
+        seconds: Spent on the trial so far, earlier attempts included.
+        checkpoint: The best one so far.
+    """
+
+    step: int
+    epoch: int
+    value: float
+    metrics: dict[str, Any]
+    losses: dict[str, float]
+    seconds: float
+    checkpoint: str | None
+
+    def as_mapping(self) -> dict[str, Any]:
+        """Return the evaluation as plain JSON types."""
+        mapping: dict[str, Any] = records.plain(asdict(self))
+        return mapping
+
+
+def run_trial(
+    spec: TrialSpec,
+    report: Report,
+    volumes: Sequence[Volume] | None = None,
+    progress: Progress | None = None,
+    should_stop: Callable[[], bool] | None = None,
+) -> TrialRecord:
+    """Train, evaluate and record one trial, and return its record.
+
+    A folder with a checkpoint is continued; the evaluations it holds are reported again first.
+    A finished trial returns its record at once.
+
+    Args:
+        spec: What to do.
+        report: Told each evaluation; what it raises ends the trial and passes through.
+        volumes: Already read; read from the spec's paths without.
+        progress: Told optimizer steps done and in all.
+        should_stop: Asked before each step; the trial then saves its state and raises.
+
+    Raises:
+        InputError: The candidate does not fit the volumes, or the folder holds another trial.
+        TrialFailed: It cannot be finished; `retry` says whether another attempt may.
+        TrialInterrupted: `should_stop` said so.
+    """
+    out = Path(spec.out)
+    found = _finished(spec, volumes)
+    if found is not None:
+        return found
+    device = pick_device(spec.device)
+    if device.type == "cuda":
+        # Events and fresh tensors go to the current GPU.
+        torch.cuda.set_device(device)
+    deadline = None if spec.timeout_s is None else time.monotonic() + spec.timeout_s
+    with _threads(spec.threads or spec.candidate.system.cpu_threads):
+        with stage("reading"):
+            given = _read(spec) if volumes is None else list(volumes)
+            held_out = _held_out(spec.candidate)
+        with stage("preparing"):
+            run = TrialRun(spec, given, held_out, device)
+            out.mkdir(parents=True, exist_ok=True)
+            run.resume()
+            records.write_atomically(
+                out / "config.yaml", dump_yaml(spec.candidate.as_mapping()).encode()
+            )
+
+        def stop() -> bool:
+            if deadline is not None and time.monotonic() > deadline:
+                raise TrialFailed("training", f"took longer than {spec.timeout_s:g} s", retry=False)
+            return should_stop is not None and should_stop()
+
+        try:
+            for row in run.history:
+                report(_evaluation(row))
+            while not run.is_trained:
+                with stage("training"):
+                    run.train(stop, progress)
+                with stage("evaluation"):
+                    row = run.evaluate()
+                report(_evaluation(row))
+            with stage("evaluation"):
+                return run.finish()
+        except BaseException as error:
+            run.record_end(error)
+            raise
+        finally:
+            run.close()
+
+
+def _evaluation(row: Mapping[str, Any]) -> Evaluation:
+    """Return what a row of the history reports."""
+    return Evaluation(
+        step=int(row["evaluation"]),
+        epoch=int(row["epoch"]),
+        value=float(row["best_value"]),
+        metrics=dict(row["metrics"]),
+        losses=dict(row["losses"]),
+        seconds=float(row["seconds"]),
+        checkpoint=row["checkpoint"],
+    )
+
+
+def _finished(spec: TrialSpec, volumes: Sequence[Volume] | None) -> TrialRecord | None:
+    """Return the record of a complete trial; None where other thresholds are asked for.
+
+    Raises:
+        InputError: It is that of another candidate or of other volumes.
+    """
+    path = Path(spec.out) / "record.json"
+    if not path.exists():
+        return None
+    record = records.read_record(path)
+    if record.state != "complete":
+        return None
+    fingerprints = None if volumes is None else [v.fingerprint() for v in volumes]
+    check_continues(spec.out, record.config, record.volumes, spec.candidate, fingerprints)
+    swept = (record.objective, record.grid)
+    asked = (spec.objective.model_dump(mode="json"), spec.grid.model_dump(mode="json"))
+    # The training is done, and `TrialRun` will know; another grid only needs another sweep.
+    return record if swept == asked else None
+
+
+def _read(spec: TrialSpec) -> list[Volume]:
+    """Return the volumes of a spec; those over `data.memory_limit_gb` stay on disk.
+
+    Raises:
+        VolumeError: One cannot be read.
+    """
+    volumes = []
+    for paths in spec.volumes:
+        lazy = open_volume(paths)
+        large = is_too_large(lazy, spec.candidate.data.memory_limit_gb)
+        volumes.append(lazy if large else read_volume(paths))
+    return volumes
+
+
+def _held_out(candidate: Candidate) -> list[Volume]:
+    """Return the volumes that the candidate names for validation.
+
+    Raises:
+        VolumeError: One cannot be read.
+    """
+    data = candidate.data
+    if data.split.kind != "volumes" or data.val_image is None:
+        return []
+
+    def listed(paths: str | list[str] | None) -> list[str]:
+        return [] if paths is None else [paths] if isinstance(paths, str) else list(paths)
+
+    named = volume_paths(listed(data.val_image), listed(data.val_label), listed(data.val_mask))
+    return [read_volume(paths) for paths in named]
+
+
+@contextmanager
+def stage(name: str) -> Iterator[None]:
+    """Turn what goes wrong in a stage of a trial into `TrialFailed`: the trial's boundary.
+
+    Args:
+        name: `reading`, `preparing`, `training`, `evaluation`.
+    """
+    try:
+        yield
+    except HydraLVError:
+        raise
+    except OSError as error:
+        reason = f"{error.strerror or error}: {error.filename or 'no file named'}"
+        raise TrialFailed(name, reason, retry=True) from error
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise TrialFailed(name, f"out of memory: {_line(error)}", retry=True) from error
+        raise TrialFailed(name, f"{type(error).__name__}: {_line(error)}", retry=False) from error
+
+
+def _line(error: Exception) -> str:
+    """Return the first line of an error's text."""
+    text = str(error).strip()
+    return text.splitlines()[0] if text else "no reason given"
+
+
+@contextmanager
+def stop_on_signal() -> Iterator[Callable[[], bool]]:
+    """Yield a `should_stop` that is true once Ctrl-C or SIGTERM came; the second one ends at once.
+
+    Only for the main thread of a process of its own.
+    """
+    asked = False
+
+    def remember(number: int, frame: FrameType | None) -> None:
+        nonlocal asked
+        if asked:
+            raise KeyboardInterrupt
+        asked = True
+
+    before = {number: signal.signal(number, remember) for number in (SIGINT, SIGTERM)}
+    try:
+        yield lambda: asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def _threads(count: int | None) -> Iterator[None]:
+    """Let torch use so many CPU threads for a while; all that this process may use without."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or len(os.sched_getaffinity(0)))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+__all__ = ["Evaluation", "InputError", "TrialRecord", "TrialSpec", "run_trial", "stop_on_signal"]

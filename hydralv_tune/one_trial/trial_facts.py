@@ -1,0 +1,188 @@
+"""What a record says of a trial: volumes, speed, device, the plan's checkpoints; what may go on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from hydralv_tune.disk.volumes import Volume, VolumePaths
+from hydralv_tune.numerics.architectures import parameter_count
+from hydralv_tune.one_trial.training import Trainer
+from hydralv_tune.vocabulary.config import Candidate
+from hydralv_tune.vocabulary.errors import InputError
+
+FREE_KEYS = ("experiment_name", "description", "system.cpu_threads")
+"""Keys that a continued trial may change."""
+
+
+def volume_facts(
+    volumes: Sequence[Volume], fingerprints: Sequence[str], paths: Sequence[VolumePaths]
+) -> list[dict[str, Any]]:
+    """Return what was trained on and scored.
+
+    Args:
+        volumes: Of the trial.
+        fingerprints: One for each.
+        paths: Where those of them that come from files lie, found by name.
+    """
+    places = {entry.name: entry for entry in paths}
+    facts = []
+    for volume, fingerprint in zip(volumes, fingerprints, strict=True):
+        where = places.get(volume.name)
+        facts.append(
+            {
+                "name": volume.name,
+                "image": None if where is None else where.image,
+                "label": None if where is None else where.label,
+                "mask": None if where is None else where.mask,
+                "shape": volume.image.shape,
+                "dtype": str(volume.image.dtype),
+                "voxel_size_nm": volume.voxel_size_nm,
+                "fingerprint": fingerprint,
+            }
+        )
+    return facts
+
+
+def training_facts(
+    trainers: Sequence[Trainer], *, evaluation_s: float, trial_s: float
+) -> dict[str, Any]:
+    """Return batch, steps, speed, and where the time went.
+
+    Args:
+        trainers: One, or one per fold.
+        evaluation_s: Seconds spent on evaluations.
+        trial_s: Seconds spent on the trial.
+    """
+    parts: dict[str, float] = {}
+    for trainer in trainers:
+        for name, seconds in trainer.clock.seconds.items():
+            parts[name] = parts.get(name, 0.0) + seconds
+    training = sum(parts.values())
+    parts["evaluation"] = evaluation_s
+    whole = max(sum(parts.values()), 1e-9)
+    steps = sum(trainer.step for trainer in trainers)
+    patches = sum(trainer.patches for trainer in trainers)
+    plan = trainers[0].plan
+    return {
+        "parameters": parameter_count(trainers[0].network),
+        "batch_size": plan.batch_size,
+        "accumulate_grad_batches": plan.accumulate,
+        "effective_batch": plan.effective_batch,
+        "steps": plan.steps,
+        "steps_done": trainers[0].step,
+        "steps_per_epoch": plan.steps_per_epoch,
+        "epochs": plan.epochs,
+        "patches": patches,
+        "patches_per_epoch": plan.patches_per_epoch,
+        "steps_per_s": steps / training if training else None,
+        "patches_per_s": patches / training if training else None,
+        "seconds": {**parts, "trial": trial_s},
+        "share": {name: seconds / whole for name, seconds in parts.items()},
+    }
+
+
+def check_continues(
+    out: str,
+    kept: Mapping[str, Any],
+    kept_volumes: Sequence[Mapping[str, Any]],
+    candidate: Candidate,
+    fingerprints: Sequence[str] | None,
+) -> None:
+    """Refuse to go on in the folder of another candidate or of other volumes.
+
+    Args:
+        out: Folder of the trial.
+        kept: The candidate that the folder is of.
+        kept_volumes: Each with its `fingerprint`.
+        candidate: The one asked for.
+        fingerprints: Of the volumes given; None where they were not read.
+
+    Raises:
+        InputError: They differ.
+    """
+    different = _first_difference(kept, candidate.as_mapping(), "")
+    if different is not None:
+        key, old, new = different
+        raise InputError(
+            f"{out}: holds a trial with {key} = {old!r}, but the candidate has {new!r}. Give "
+            "another --out, or the same candidate to continue it."
+        )
+    if fingerprints is not None:
+        old_prints = [volume.get("fingerprint") for volume in kept_volumes]
+        if old_prints[: len(fingerprints)] != list(fingerprints):
+            raise InputError(
+                f"{out}: holds a trial of other volumes (fingerprints {old_prints} there, "
+                f"{list(fingerprints)} given). Give another --out."
+            )
+
+
+def _first_difference(old: Any, new: Any, path: str) -> tuple[str, Any, Any] | None:
+    """Return key, old and new value of the first difference that matters."""
+    if path in FREE_KEYS:
+        return None
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+        for key in dict.fromkeys([*old, *new]):
+            below = f"{path}.{key}" if path else str(key)
+            found = _first_difference(old.get(key), new.get(key), below)
+            if found is not None:
+                return found
+        return None
+    return None if old == new else (path, old, new)
+
+
+def verdicts(
+    history: Sequence[Mapping[str, Any]], metrics: Mapping[str, Any], steps: int
+) -> list[str]:
+    """Return the plan's checkpoints as sentences.
+
+    The loss is half the plain sum of all losses, as the plan's 0.555 is made; the optimised total
+    depends on weights and balancing and cannot be compared.
+
+    Args:
+        history: Of the trial.
+        metrics: Of its best checkpoint.
+        steps: Optimizer steps in all.
+    """
+    lines = []
+    fifth = next((row for row in history if row["step"] >= 0.2 * steps), None)
+    if fifth is not None:
+        loss = float(fifth["losses"]["plan_total"])
+        if loss < 0.3:
+            said = "under 0.3: on track"
+        elif loss > 0.4:
+            said = "above 0.4: change the architecture"
+        else:
+            said = "between 0.3 and 0.4: neither on track nor lost"
+        lines.append(f"loss {loss:.3f} after {fifth['step'] / steps:.0%} of the run, {said}")
+    wanted = []
+    if history:
+        losses = history[-1]["losses"]
+        limits = {"plan_total": 0.2, "label": 0.1, "boundary": 0.1, "edt": 0.01}
+        wanted += [(n, losses[n], "<", limit) for n, limit in limits.items() if n in losses]
+    if metrics:
+        wanted += [
+            ("adapted Rand error", metrics["adapted_rand_error"], "<", 0.05),
+            ("precision", metrics["adapted_rand_precision"], ">", 0.95),
+            ("recall", metrics["adapted_rand_recall"], ">", 0.95),
+        ]
+    for name, value, sign, limit in wanted:
+        met = value < limit if sign == "<" else value > limit
+        lines.append(f"{name} {value:.4g}, wanted {sign} {limit:g}: {'met' if met else 'not met'}")
+    return lines
+
+
+def device_facts(device: torch.device) -> dict[str, Any]:
+    """Return what a trial ran on."""
+    facts: dict[str, Any] = {"type": device.type, "threads": torch.get_num_threads()}
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        facts |= {
+            "name": properties.name,
+            "memory_gb": round(properties.total_memory / 1e9, 1),
+            "peak_gb": round(torch.cuda.max_memory_allocated(device) / 1e9, 2),
+            "cuda": torch.version.cuda,
+        }
+    return facts

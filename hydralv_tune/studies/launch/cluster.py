@@ -1,0 +1,142 @@
+"""The Ray cluster of a run: started here or joined, watched, and how much fits into it."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import secrets
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stdout, suppress
+
+import ray
+
+from hydralv_tune.disk.volumes import Volume
+from hydralv_tune.studies.bridge import RAY_DIED
+from hydralv_tune.vocabulary.errors import InputError
+
+RESOURCES_EVERY_S = 3.0
+WATCH_EVERY_S = 1.0
+UNWIND_S = 20.0
+OBJECT_STORE_BYTES = 200 * 2**20
+
+
+class Resources:
+    """What a trial takes and how many fit into the cluster now."""
+
+    def __init__(self, gpus_per_trial: float | None, cpus_per_trial: int | None) -> None:
+        total = ray.cluster_resources()
+        gpus, cpus = total.get("GPU", 0.0), total.get("CPU", 1.0)
+        self.gpus = float((1.0 if gpus else 0.0) if gpus_per_trial is None else gpus_per_trial)
+        self.cpus = cpus_per_trial or self._fair_share()
+        self._next_look, self._slots = 0.0, 0
+        if self.slots() < 1:
+            raise InputError(
+                f"run: a trial takes {self.cpus} CPU cores and {self.gpus:g} GPUs, but the Ray "
+                f"cluster has {cpus:g} and {gpus:g}. Lower --cpus-per-trial or --gpus-per-trial."
+            )
+
+    def _fair_share(self) -> int:
+        """Return the cores of a trial where all GPUs are busy; 1 where there is no GPU."""
+        shares = [
+            int(node["Resources"].get("CPU", 0.0) // int(node["Resources"]["GPU"] / self.gpus))
+            for node in ray.nodes()
+            if self.gpus and node["Alive"] and node["Resources"].get("GPU", 0.0) >= self.gpus
+        ]
+        return max(1, min(shares, default=1))
+
+    def slots(self) -> int:
+        """Return how many trials fit into the nodes that are alive."""
+        now = time.monotonic()
+        if now >= self._next_look:
+            self._next_look = now + RESOURCES_EVERY_S
+            self._slots = sum(self._fit(node["Resources"]) for node in ray.nodes() if node["Alive"])
+        return self._slots
+
+    def _fit(self, resources: Mapping[str, float]) -> int:
+        """Return how many trials fit into one node."""
+        by_cpu = resources.get("CPU", 0.0) / self.cpus
+        by_gpu = resources.get("GPU", 0.0) / self.gpus if self.gpus else math.inf
+        return int(min(by_cpu, by_gpu) + 1e-9)
+
+
+class Cluster:
+    """Watches the daemons of a Ray that was started here.
+
+    Without them this process hangs in Ray's own code, or is ended by it after a minute. So once
+    one has died, the study gets its last words and the process ends, whatever it is doing.
+    """
+
+    def __init__(self, *, is_ours: bool) -> None:
+        self.last_words: Callable[[], None] | None = None
+        self._node = ray._private.worker._global_node if is_ours else None
+        self._over = threading.Event()
+        threading.Thread(target=self._watch, name="ray-watch", daemon=True).start()
+
+    def is_alive(self) -> bool:
+        """Return whether Ray's daemons live; of a cluster that was joined, Ray itself says so."""
+        return self._node is None or not self._node.dead_processes()
+
+    def end(self) -> None:
+        """Stop watching: they are about to be stopped."""
+        self._over.set()
+
+    def _watch(self) -> None:
+        """End this process if Ray has died and nothing else has ended it in time."""
+        while not self._over.wait(WATCH_EVERY_S):
+            if self.is_alive():
+                continue
+            if self._over.wait(UNWIND_S):
+                return
+            with suppress(Exception):  # whatever happens now, the process ends
+                if self.last_words is not None:
+                    self.last_words()
+            sys.stderr.write(f"error: {RAY_DIED}\n")
+            sys.stderr.flush()
+            os._exit(1)
+
+
+@contextmanager
+def ray_cluster(address: str | None, volumes: Sequence[Volume]) -> Iterator[Cluster]:
+    """Join a Ray cluster, or start one with room for the volumes that ends with this block."""
+    level = logging.ERROR
+    # Ray hands its cluster the command line of this process, where a storage URL may stand.
+    ray._private.utils.get_entrypoint_name = lambda: "hydralv-tune"
+    # What its daemons say of dead workers is told as an event, in our words.
+    ray._private.worker.print_to_stdstream = lambda *_, **__: None
+    if address is not None:
+        ray.init(address=address, log_to_driver=False, logging_level=level)
+    else:
+        # Whoever can reach Ray's ports can run code: loopback only, and a token besides. Ray
+        # has this switch for Windows and macOS; without it, it listens on every interface.
+        os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+        ray._private.ray_constants.ENABLE_RAY_CLUSTER = False
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+        ray.init(
+            address="local",
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=level,
+            object_store_memory=OBJECT_STORE_BYTES + 2 * sum(map(_bytes, volumes)),
+        )
+    for name in ("ray", "ray.tune"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    cluster = Cluster(is_ours=address is None)
+    try:
+        # Ray prints what its daemons say on stdout, which belongs to the caller's document.
+        with redirect_stdout(sys.stderr):
+            yield cluster
+    finally:
+        if cluster.is_alive():
+            cluster.end()
+        ray.shutdown()
+        cluster.end()
+
+
+def _bytes(volume: Volume) -> int:
+    """Return the bytes of a volume's arrays."""
+    arrays = (volume.image, volume.label, volume.mask)
+    return sum(array.nbytes for array in arrays if array is not None)

@@ -1,0 +1,194 @@
+"""How a study searches: samplers and pruners by name, and Optuna's form of a search space."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import optuna
+from optuna.trial import FrozenTrial, TrialState
+
+from hydralv_tune.vocabulary.errors import StudyError
+from hydralv_tune.vocabulary.space import (
+    Parameter,
+    Pruner,
+    Sampler,
+    SearchSpace,
+    objective_value,
+)
+
+GUARD = "f1_iou50"
+
+
+def make_sampler(sampler: Sampler, count: int) -> optuna.samplers.BaseSampler:
+    """Return the sampler of a name.
+
+    Args:
+        sampler: Name, seed and start-up trials.
+        count: Trials so far; it moves the seed.
+    """
+    seed = (sampler.seed * 1_000_003 + count) % 2**32
+    startup = sampler.startup_trials
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        if sampler.name == "random":
+            return optuna.samplers.RandomSampler(seed=seed)
+        if sampler.name == "gp":
+            return optuna.samplers.GPSampler(seed=seed, n_startup_trials=startup)
+        if sampler.name == "qmc":
+            return optuna.samplers.QMCSampler(seed=sampler.seed, scramble=True)
+        if sampler.name == "cmaes":
+            return _CmaEsWithoutPickle(seed=sampler.seed, n_startup_trials=startup)
+        return optuna.samplers.TPESampler(
+            n_startup_trials=startup, group=True, constant_liar=True, seed=seed
+        )
+
+
+class _CmaEsWithoutPickle(optuna.samplers.CmaEsSampler):
+    """CMA-ES whose state stays in this process: no pickle goes to the database or comes from it.
+
+    A relaunched driver starts the strategy anew and feeds it the generations of the history.
+    """
+
+    _state: str | None = None
+
+    def _split_optimizer_str(self, optimizer_str: str) -> dict[str, str]:
+        """Keep the state here and give the storage nothing."""
+        self._state = optimizer_str
+        return {}
+
+    def _restore_optimizer(self, completed_trials: list[FrozenTrial]) -> Any:
+        """Return the state that this process kept."""
+        import pickle
+
+        return None if self._state is None else pickle.loads(bytes.fromhex(self._state))
+
+
+class _Patient(optuna.pruners.BasePruner):
+    """Lets another pruner decide once the best value has stood still for some evaluations.
+
+    Optuna's `PatientPruner` never prunes here: it waits for a value worse than before, and the
+    best value so far cannot get worse.
+    """
+
+    def __init__(self, wrapped: optuna.pruners.BasePruner, patience: int, warmup: int) -> None:
+        self._wrapped, self._patience, self._warmup = wrapped, patience, warmup
+
+    def prune(self, study: optuna.Study, trial: FrozenTrial) -> bool:
+        """Return whether the trial is to be pruned."""
+        steps = sorted(trial.intermediate_values)
+        if len(steps) <= max(self._patience, self._warmup - 1):
+            return False
+        before = trial.intermediate_values[steps[-1 - self._patience]]
+        if trial.intermediate_values[steps[-1]] < before:
+            return False
+        return self._wrapped.prune(study, trial)
+
+
+def make_pruner(pruner: Pruner) -> optuna.pruners.BasePruner:
+    """Return the pruner of a name; steps are evaluations, from 1."""
+    startup, warmup = pruner.startup_trials, pruner.warmup_evaluations
+    wrapped: optuna.pruners.BasePruner
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        if pruner.name == "none":
+            return optuna.pruners.NopPruner()
+        if pruner.name == "hyperband":
+            return optuna.pruners.HyperbandPruner(min_resource=max(1, warmup))
+        if pruner.name == "successive_halving":
+            return optuna.pruners.SuccessiveHalvingPruner(min_resource=max(1, warmup))
+        if pruner.name == "wilcoxon":
+            return optuna.pruners.WilcoxonPruner(n_startup_steps=warmup)
+        percentile = 50.0 if pruner.name == "median" else pruner.percentile
+        wrapped = optuna.pruners.PercentilePruner(
+            percentile, n_startup_trials=startup, n_warmup_steps=warmup
+        )
+    return _Patient(wrapped, pruner.patience, warmup)
+
+
+def suggest(space: SearchSpace, trial: optuna.Trial) -> dict[str, Any]:
+    """Return the values of a trial's active parameters, in the order of the space's file.
+
+    Args:
+        space: What is searched.
+        trial: A trial that was just asked for; what was enqueued for it is what it gets.
+    """
+    params: dict[str, Any] = {}
+    for key, parameter in space.parameters.items():
+        if space.is_active(key, params):
+            params[key] = _suggest_one(key, parameter, trial)
+    return params
+
+
+def _suggest_one(key: str, parameter: Parameter, trial: optuna.Trial) -> Any:
+    """Return one value."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        if parameter.float_ is not None:
+            return trial.suggest_float(key, *parameter.float_, log=parameter.log)
+        if parameter.int_ is not None:
+            low, high = parameter.int_
+            step = parameter.step or 1
+            return trial.suggest_int(key, low, high, step=step, log=parameter.log)
+        return trial.suggest_categorical(key, parameter.choices)
+
+
+def distribution_of(parameter: Parameter) -> optuna.distributions.BaseDistribution:
+    """Return Optuna's form of a searched key."""
+    if parameter.float_ is not None:
+        return optuna.distributions.FloatDistribution(*parameter.float_, log=parameter.log)
+    if parameter.int_ is not None:
+        low, high = parameter.int_
+        return optuna.distributions.IntDistribution(
+            low, high, log=parameter.log, step=parameter.step or 1
+        )
+    return optuna.distributions.CategoricalDistribution(parameter.choices)
+
+
+def require_compatible(before: SearchSpace, space: SearchSpace, name: str) -> None:
+    """Refuse an extension that Optuna cannot take into one study."""
+    for key, parameter in space.parameters.items():
+        if key not in before.parameters:
+            continue
+        try:
+            optuna.distributions.check_distribution_compatibility(
+                distribution_of(before.parameters[key]), distribution_of(parameter)
+            )
+        except ValueError:
+            raise StudyError(
+                f"Study '{name}': the choices or the kind of {key} cannot change within a study, "
+                "only ranges can. Take another --study name and add --warm-start-from "
+                f"{name}."
+            ) from None
+
+
+def imported_trial(trial: FrozenTrial, label: str, space: SearchSpace) -> FrozenTrial | None:
+    """Return a trial of another study as one of this space, or None where it does not fit."""
+    metrics = trial.user_attrs.get("metrics")
+    if trial.state not in (TrialState.COMPLETE, TrialState.PRUNED) or not metrics:
+        return None
+    params: dict[str, Any] = {}
+    distributions: dict[str, optuna.distributions.BaseDistribution] = {}
+    for key, parameter in space.parameters.items():
+        if not space.is_active(key, params):
+            continue
+        distribution = distribution_of(parameter)
+        if key not in trial.params:
+            return None
+        try:
+            if not distribution._contains(distribution.to_internal_repr(trial.params[key])):
+                return None
+        except ValueError:
+            return None
+        params[key], distributions[key] = trial.params[key], distribution
+    if set(params) != set(trial.params) or "warm_start" in trial.user_attrs:
+        return None
+    return optuna.trial.create_trial(
+        state=trial.state,
+        value=objective_value(metrics, space.objective),
+        params=params,
+        distributions=distributions,
+        user_attrs={"imported_from": label, "metrics": metrics},
+        system_attrs={f"constraints:{k}": v for k, v in trial.constraints.items()},
+        intermediate_values=trial.intermediate_values,
+    )
