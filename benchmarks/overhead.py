@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import statistics
 import subprocess
 import sys
@@ -107,6 +108,13 @@ def drive(storage: str, name: str) -> Driver:
     return driver
 
 
+def leave(driver: Driver) -> None:
+    """Close a driver and remove its folder."""
+    driver.__exit__()
+    driver.study.close()
+    shutil.rmtree(driver.out)
+
+
 def ask(driver: Driver) -> Asked:
     """Return a new trial."""
     trial = driver.ask(10**9)
@@ -131,8 +139,7 @@ def writes(kind: str, storage: str, seconds: float) -> None:
     for trial in trials:
         driver.tell(trial.number, Outcome("COMPLETE", 0.2, -0.3, {"metrics": METRICS}))
     show(f"{kind}: ends told per second", WORKERS / (time.monotonic() - began), "/s")
-    driver.__exit__()
-    driver.study.close()
+    leave(driver)
 
 
 def fill(storage: str, name: str, count: int) -> None:
@@ -195,8 +202,7 @@ def asks(kind: str, storage: str, sizes: list[int]) -> None:
             finish(driver, trial)
             times.append(time.monotonic() - began)
         show(f"{kind}: end told at {size} trials", statistics.median(times), "s")
-    driver.__exit__()
-    driver.study.close()
+    leave(driver)
 
 
 def finish(driver: Driver, trial: Asked) -> None:
