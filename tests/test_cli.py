@@ -432,3 +432,26 @@ def test_what_nobody_expected_is_told_in_one_line(
     assert err.startswith("error: RuntimeError: first line")
     assert err.count("\n") == 1
     assert "HYDRALV_TUNE_TRACEBACK" in err
+
+
+@pytest.mark.parametrize(
+    ("options", "word"),
+    [
+        (["--gpus-per-trial", "999"], "999 GPUs"),
+        (["--gpus-per-trial", "nan"], "--gpus-per-trial"),
+        (["--cpus-per-trial", "999"], "999 CPU cores"),
+        (["--ray-address", "127.0.0.1:9"], "127.0.0.1:9"),
+    ],
+)
+def test_a_cluster_that_cannot_hold_a_trial_is_refused_before_the_study_is_made(
+    run: Run, volume: dict[str, Path], tmp_path: Path, options: list[str], word: str
+) -> None:
+    out = tmp_path / "out"
+    message = one_error(
+        run(
+            "run", "smoke", "--image", volume["im"], "--label", volume["label"], "--out", out,
+            "--set", "data.patch_size=[12,64,64]", *options,
+        )
+    )  # fmt: skip
+    assert word in message
+    assert not out.exists()

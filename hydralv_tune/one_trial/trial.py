@@ -112,6 +112,7 @@ class Evaluation:
         losses: Means since the evaluation before.
         seconds: Spent on the trial so far, earlier attempts included.
         checkpoint: The best one so far.
+        gpu_memory_gb: The most that torch has held on the GPU; None on a CPU.
     """
 
     step: int
@@ -121,6 +122,7 @@ class Evaluation:
     losses: dict[str, float]
     seconds: float
     checkpoint: str | None
+    gpu_memory_gb: float | None = None
 
     def as_mapping(self) -> dict[str, Any]:
         """Return the evaluation as plain JSON types."""
@@ -206,6 +208,7 @@ def _evaluation(row: Mapping[str, Any]) -> Evaluation:
         losses=dict(row["losses"]),
         seconds=float(row["seconds"]),
         checkpoint=row["checkpoint"],
+        gpu_memory_gb=row.get("gpu_memory_gb"),
     )
 
 

@@ -47,6 +47,12 @@ from hydralv_tune.vocabulary.errors import InputError, TrialFailed, TrialInterru
 if TYPE_CHECKING:
     from hydralv_tune.one_trial.trial import TrialSpec
 
+DRAWING_SHARE = 0.05
+"""The share of the training time that drawing may take while a trial trains."""
+
+FIRST_DRAWING_S = 1.0
+"""What drawing is taken to need before it has been measured."""
+
 LEAST_SWEEP_S = 2.0
 """An intermediate sweep may take so long whatever its share: tiny trainings would starve."""
 
@@ -116,6 +122,7 @@ class TrialRun:
         self.began = time.perf_counter()
         self.weights: str | None = None
         self._outcome: Outcome | None = None
+        self._drawing_s = FIRST_DRAWING_S
         self._monitor: Monitor | None = None
         check_stopping(self.candidate)
         self.fingerprints = [volume.fingerprint() for volume in self.volumes]
@@ -250,6 +257,8 @@ class TrialRun:
             }  # fmt: skip
             self._save_best(outcome)
         self.history.append(self._row(number, outcome, won))
+        if won and self._drawing_s <= DRAWING_SHARE * trained:
+            self._draw(outcome)  # here too, since a trial that is pruned never comes to `finish`
         self.spent["evaluation"] += time.perf_counter() - start
         self._save()
         self._record("running").write()
@@ -326,6 +335,10 @@ class TrialRun:
             "thinned": outcome.sweep.thinned,
             "evaluation_s": outcome.seconds,
             "seconds": self.seconds,
+            "gpu_memory_gb": (
+                torch.cuda.max_memory_allocated(self.device) / 1e9
+                if self.device.type == "cuda" else None
+            ),
             "checkpoint": str(self.out / "best.ckpt"),
             "stopped": "; ".join(reason for reason in stopped if reason) or None,
         }  # fmt: skip
@@ -404,6 +417,7 @@ class TrialRun:
 
     def _draw(self, outcome: Outcome) -> None:
         """Write table and pictures of the best checkpoint."""
+        start = time.perf_counter()
         buffer = io.BytesIO()
         outcome.sweep.table.to_parquet(buffer, index=False)
         records.write_atomically(self.out / "sweep.parquet", buffer.getvalue())
@@ -423,6 +437,7 @@ class TrialRun:
             title=f"{volume.name}: adapted Rand error "
             f"{outcome.metrics['adapted_rand_error']:.3f}, F1 {outcome.f1:.3f}",
         )
+        self._drawing_s = time.perf_counter() - start
 
     def _record(self, state: str, outcome: Outcome | None = None) -> TrialRecord:
         """Return the record as things stand."""

@@ -6,6 +6,7 @@ import logging
 import math
 import os
 import secrets
+import socket
 import sys
 import threading
 import time
@@ -13,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout, suppress
 
 import ray
+import torch
 
 from hydralv_tune.disk.volumes import Volume
 from hydralv_tune.studies.bridge import RAY_DIED
@@ -21,6 +23,7 @@ from hydralv_tune.vocabulary.errors import InputError
 RESOURCES_EVERY_S = 3.0
 WATCH_EVERY_S = 1.0
 UNWIND_S = 20.0
+CONNECT_S = 10.0
 OBJECT_STORE_BYTES = 200 * 2**20
 
 
@@ -61,6 +64,40 @@ class Resources:
         by_cpu = resources.get("CPU", 0.0) / self.cpus
         by_gpu = resources.get("GPU", 0.0) / self.gpus if self.gpus else math.inf
         return int(min(by_cpu, by_gpu) + 1e-9)
+
+
+def check_before_ray(
+    address: str | None, gpus_per_trial: float | None, cpus_per_trial: int | None
+) -> None:
+    """Refuse what cannot work before Ray starts and the study is made.
+
+    Args:
+        address: Of the cluster to join; None: one starts on this machine.
+        gpus_per_trial: As asked for.
+        cpus_per_trial: As asked for.
+
+    Raises:
+        InputError: Nobody answers at the address, or this machine holds no single trial.
+    """
+    if address is None:
+        gpus, cpus = torch.cuda.device_count(), len(os.sched_getaffinity(0))
+        if (gpus_per_trial or 0.0) > gpus or (cpus_per_trial or 1) > cpus:
+            raise InputError(
+                f"run: a trial takes {cpus_per_trial or 1} CPU cores and {gpus_per_trial or 0:g} "
+                f"GPUs, but this machine has {cpus} and {gpus}. Lower --cpus-per-trial or "
+                "--gpus-per-trial."
+            )
+        return
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not port.isdigit():
+        return  # `auto` and `local` are Ray's own words
+    try:
+        socket.create_connection((host, int(port)), timeout=CONNECT_S).close()
+    except (OSError, OverflowError) as error:
+        raise InputError(
+            f"run: nobody answers at --ray-address {address} ({error}). Start that cluster, or "
+            "leave the option out to start one here."
+        ) from error
 
 
 class Cluster:

@@ -22,7 +22,7 @@ from hydralv_tune.disk.mirror import Mirror, file_system
 from hydralv_tune.disk.volumes import Volume, VolumePaths, read_volume
 from hydralv_tune.one_trial.sampling import check_patch_fits
 from hydralv_tune.studies.bridge import Bridge, Event
-from hydralv_tune.studies.launch.cluster import Resources, ray_cluster
+from hydralv_tune.studies.launch.cluster import Resources, check_before_ray, ray_cluster
 from hydralv_tune.studies.launch.faces import AskingFace, DecidingFace, make_trainable
 from hydralv_tune.studies.study import (
     GRACE_S,
@@ -117,7 +117,8 @@ def run_study(
     out = out.expanduser().resolve()
     if checkpoints is not None:
         file_system(checkpoints)
-    # Wrong input must leave nothing behind, so the volumes come before the study.
+    # Wrong input must leave nothing behind, so all that can be refused comes before the study.
+    check_before_ray(ray_address, gpus_per_trial, cpus_per_trial)
     read = [] if trial_function is not None else [read_volume(paths) for paths in volumes]
     _check_patches(space, read)
     interrupted: str | None = None

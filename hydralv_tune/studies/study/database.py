@@ -108,4 +108,4 @@ def load_named(storage: RDBStorage, name: str, shown: str) -> optuna.Study:
         names = optuna.get_all_study_names(storage)
         if not names:
             raise StudyError(f"--storage: {shown} holds no study. Start one with `run`.") from None
-        raise StudyError(f"--study: {unknown_name('study', name, names)} in {shown}") from None
+        raise StudyError(f"{shown}: {unknown_name('study', name, names)}") from None
