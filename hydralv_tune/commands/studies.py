@@ -64,6 +64,10 @@ def run(
     ray_address: Annotated[
         str | None, typer.Option(help="Join this Ray cluster; without it, one starts here.")
     ] = None,
+    checkpoints: Annotated[
+        str | None,
+        typer.Option(help="Folder or URL (file, s3, gs …) that machines without --out share."),
+    ] = None,
     extend: Annotated[
         bool, typer.Option("--extend", help="Accept that the space has changed since.")
     ] = False,
@@ -94,6 +98,7 @@ def run(
         gpus_per_trial=gpus_per_trial,
         cpus_per_trial=cpus_per_trial,
         ray_address=ray_address,
+        checkpoints=checkpoints,
         extend=extend,
         warm_start_from=warm_start_from,
     )

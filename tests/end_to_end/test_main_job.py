@@ -58,7 +58,7 @@ def study(folder: Path) -> dict[str, Any]:
     """Return the facts of a study of two trials."""
     return hydralv(
         "run", "smoke", *data("image", "label", "mask"), "--study", "s", "--out", "runs/s",
-        "--trials", "2", *QUICK, cwd=folder,
+        "--trials", "2", "--checkpoints", "mirror", *QUICK, cwd=folder,
     )  # fmt: skip
 
 
@@ -69,6 +69,9 @@ def test_a_study_finishes_with_a_truthful_account(study: dict[str, Any], folder:
     assert 0 <= study["best"]["adapted_rand_error"] <= 1
     storage = "sqlite:///runs/s/study.db"
     assert hydralv("status", "--storage", storage, "--study", "s", cwd=folder) == study
+    kept = {path.relative_to(folder / "mirror") for path in (folder / "mirror").rglob("best.ckpt")}
+    trials = folder / "runs" / "s" / "trials"
+    assert kept == {path.relative_to(trials) for path in trials.rglob("best.ckpt")} != set()
 
 
 def test_continuing_a_finished_study_trains_nothing_more(
