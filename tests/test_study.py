@@ -259,6 +259,20 @@ def test_warm_starts_come_first_once_and_keep_their_recipe_over_retries(
     assert asked(driver).warm_start == "high"
 
 
+def test_what_was_begun_goes_on_before_a_recipe_that_was_not(
+    storage: str, make_driver: Callable[..., Driver]
+) -> None:
+    rates = {"first": 2e-3, "second": 5e-3}
+    recipes = {name: {"optimization": {"optimizer": {"lr": lr}}} for name, lr in rates.items()}
+    space = make_space(warm_starts=list(rates), recipes={"start": {}, **recipes})
+    driver = make_driver(storage, space)
+    first = asked(driver)
+    driver.tell(first.number, Outcome("FAIL", retry="free"))
+    again = asked(driver)
+    assert (again.retry_of, again.warm_start) == (first.number, "first")
+    assert asked(driver).warm_start == "second"
+
+
 def test_duplicates_are_not_trained_again(storage: str, make_driver: Callable[..., Driver]) -> None:
     space = make_space(
         parameters={"model.loss_balancing.strategy": {"choice": ["none", "uncertainty"]}},

@@ -246,7 +246,7 @@ class Driver:
         study = self.study.optuna
         trials = self.study.trials()
         study.sampler = self._sampler_for(len(trials))
-        trial = study.ask()
+        trial = self._waiting_retry() or study.ask()
         self.study.rdb.record_heartbeat(trial._trial_id)
         params = suggest(self.space, trial)
         attributes = dict(trial.user_attrs)
@@ -273,6 +273,22 @@ class Driver:
             params=params,
             warm_start=warm_start,
         )
+
+    def _waiting_retry(self) -> optuna.Trial | None:
+        """Return the first waiting trial that goes on from a checkpoint, now running, or None.
+
+        Optuna takes what waits in the order of its numbers. A trial that was nearly done would
+        then stay behind recipes that have not begun, and in a small budget for ever.
+        """
+        study, waiting = self.study.optuna, (TrialState.WAITING,)
+        storage = study._storage
+        for trial in storage.get_all_trials(study._study_id, deepcopy=False, states=waiting):
+            with contextlib.suppress(UpdateFinishedTrialError):
+                if "retry_of" in trial.user_attrs and storage.set_trial_state_values(
+                    trial._trial_id, TrialState.RUNNING
+                ):
+                    return optuna.Trial(study, trial._trial_id)
+        return None
 
     def _untried(self) -> dict[str, Any] | None:
         """Return parameters drawn at random that no trial has, or None where none are found."""
