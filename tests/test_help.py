@@ -5,17 +5,14 @@ What is changed stands in `SMALLER`: how large, how long, and nothing else.
 
 from __future__ import annotations
 
-import os
 import re
 import shlex
-import signal
-import socket
 import subprocess
 import sys
-import urllib.request
 from pathlib import Path
 
 import pytest
+from commands_in_a_process import environment, serve_and_stop
 
 from hydralv_tune.cli import COMMANDS, exit_code
 
@@ -40,36 +37,6 @@ def smaller(words: list[str]) -> list[str]:
     if words[0] in ("run", "train", "demo"):
         shorter += [part for setting in SMALLER_TRAINING for part in ("--set", setting)]
     return shorter
-
-
-def environment() -> dict[str, str]:
-    """Return an environment of one thread and no colours."""
-    return {**os.environ, "NO_COLOR": "1", "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-
-
-def serve_and_stop(words: list[str], folder: Path) -> None:
-    """Start the dashboard on a free port, open it, and end it as Ctrl-C does."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        words[words.index("--port") + 1] = str(free.getsockname()[1])
-    with subprocess.Popen(
-        [sys.executable, "-m", "hydralv_tune", *words],
-        stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, cwd=folder,
-        env=environment(),
-    ) as process:  # fmt: skip
-        assert process.stderr is not None
-        try:
-            said = ""
-            while not (found := re.search(r"http://127\.0\.0\.1:\d+/", said)):
-                line = process.stderr.readline()
-                assert line, said
-                said += line
-            with urllib.request.urlopen(found.group(0), timeout=30) as answer:
-                assert answer.status == 200
-            process.send_signal(signal.SIGINT)
-            assert process.wait(timeout=30) in (0, 130)
-        finally:
-            process.kill()
 
 
 def example(name: str) -> list[str]:

@@ -301,12 +301,6 @@ def demo(
         out=out,
         settings=settings or [],
         trials=trials,
-        timeout_s=None,
-        gpus_per_trial=None,
-        cpus_per_trial=None,
-        ray_address=None,
-        extend=False,
-        warm_start_from=None,
     )
     storage = f"sqlite:///{out / 'study.db'}"
     exported = export_best(storage, "demo", out / "best.yaml", format="hydralv", table=None)
