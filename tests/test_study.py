@@ -344,6 +344,25 @@ def test_a_trial_that_still_improves_is_not_pruned(
     assert driver.report(trial.number, 5, 0.6) == "prune"
 
 
+@pytest.mark.parametrize("name", ["median", "percentile", "successive_halving", "hyperband"])
+def test_a_small_error_that_violates_the_guard_keeps_no_trial_alive(
+    storage: str, make_driver: Callable[..., Driver], name: str
+) -> None:
+    pruner = {"name": name, "warmup_evaluations": 2, "startup_trials": 2, "patience": 1}
+    driver = make_driver(storage, make_space(pruner=pruner))
+    for value in (0.2, 0.25, 0.3, 0.22, 0.21, 0.24):
+        trial = asked(driver)
+        for step in range(1, 9):
+            driver.report(trial.number, step, value, 0.4 if step == 1 else -0.2)
+        driver.tell(trial.number, complete(value))
+    blobs = asked(driver)
+    assert "prune" in [driver.report(blobs.number, step, 0.01, 0.5) for step in range(1, 9)]
+    shown = driver.study.trials()[blobs.number]
+    assert set(shown.intermediate.values()) == {0.01}  # the error stays what it is
+    good = asked(driver)
+    assert {driver.report(good.number, step, 0.15, -0.3) for step in range(1, 9)} == {"go"}
+
+
 @pytest.mark.parametrize("name", ["tpe", "gp", "random", "cmaes", "qmc"])
 def test_samplers_search_by_name_and_no_pickle_goes_to_the_database(
     tmp_path: Path, make_driver: Callable[..., Driver], name: str

@@ -108,6 +108,7 @@ class Evaluation:
         step: Of the evaluation, from 1.
         epoch: Epochs complete.
         value: Of the best checkpoint so far, minimised; 1 - F1 where F1 is the objective.
+        best_f1_iou50: F1 at IoU 0.5 of that checkpoint, which the study's guard looks at.
         metrics: Every figure of this evaluation.
         losses: Means since the evaluation before.
         seconds: Spent on the trial so far, earlier attempts included.
@@ -118,6 +119,7 @@ class Evaluation:
     step: int
     epoch: int
     value: float
+    best_f1_iou50: float
     metrics: dict[str, Any]
     losses: dict[str, float]
     seconds: float
@@ -204,6 +206,7 @@ def _evaluation(row: Mapping[str, Any]) -> Evaluation:
         step=int(row["evaluation"]),
         epoch=int(row["epoch"]),
         value=float(row["best_value"]),
+        best_f1_iou50=float(row["best_f1_iou50"]),
         metrics=dict(row["metrics"]),
         losses=dict(row["losses"]),
         seconds=float(row["seconds"]),

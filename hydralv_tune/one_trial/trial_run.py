@@ -326,6 +326,7 @@ class TrialRun:
             },
             "value": outcome.value,
             "best_value": self.best["value"],
+            "best_f1_iou50": self.best["f1"],
             "is_best": won,
             "metrics": _without_lists(outcome.metrics),
             "decoding": outcome.decoding,

@@ -299,7 +299,9 @@ class Bridge:
         number = live.asked.number
         live.last = message
         step, value = int(message["step"]), float(message["value"])
-        decision = self.driver.report(number, step, value)
+        f1 = message.get("best_f1_iou50", (message.get("metrics") or {}).get("f1_iou50"))
+        violation = self._violation({"f1_iou50": f1})
+        decision = self.driver.report(number, step, value, violation)
         fields = {k: v for k, v in message.items() if k not in ("kind", "metrics", "losses")}
         shown = {**fields, **(message.get("metrics") or {}), "losses": message.get("losses")}
         self.emit("evaluation", number, **shown)
@@ -307,12 +309,11 @@ class Bridge:
             self._refused(key, live)
             return "stop"
         if decision == "prune":
-            metrics = message.get("metrics") or {}
             self._tell(
                 key,
                 live,
                 "PRUNED",
-                violation=self._violation(metrics),
+                violation=violation,
                 reason=f"pruned at evaluation {step}",
                 **_kept(message),
             )

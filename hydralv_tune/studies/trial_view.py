@@ -23,6 +23,10 @@ FINISHED = ("COMPLETE", "PRUNED")
 MAX_RESTARTS = 20
 
 
+VIOLATIONS = "violations"
+"""User attribute of a trial: by how much the guard was violated at each evaluation, by step."""
+
+
 @dataclass(frozen=True)
 class TrialView:
     """One trial of a study, as the database has it.

@@ -7,7 +7,6 @@ import math
 import threading
 import time
 import uuid
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -19,10 +18,16 @@ from optuna.trial import FrozenTrial, TrialState
 
 from hydralv_tune.studies.journal import PREFIX, SUFFIX, Journal, journals_in
 from hydralv_tune.studies.mutex import StudyMutex
-from hydralv_tune.studies.study.database import DatabaseAway, database_errors, set_attributes
+from hydralv_tune.studies.study.database import (
+    DatabaseAway,
+    database_errors,
+    set_attributes,
+    store_evaluation,
+)
 from hydralv_tune.studies.study.search import distribution_of, make_pruner, make_sampler, suggest
 from hydralv_tune.studies.study.study import Study, trial_by_number
 from hydralv_tune.studies.trial_view import (
+    VIOLATIONS,
     Asked,
     Outcome,
     TrialView,
@@ -137,28 +142,34 @@ class Driver:
         self.study.optuna.enqueue_trial(params)
         return self._new_trial() or "wait"
 
-    def report(self, number: int, step: int, value: float) -> Literal["go", "prune", "refused"]:
+    def report(
+        self, number: int, step: int, value: float, violation: float | None = None
+    ) -> Literal["go", "prune", "refused"]:
         """Store an intermediate value and return whether the trial goes on.
 
         Args:
             number: The trial.
             step: Evaluation, from 1.
             value: Objective so far, minimised.
+            violation: By how much the checkpoint of that value violates the guard.
         """
         trial = self._live.get(number)
         if trial is None:
             return "refused"
         try:
-            with database_errors(), warnings.catch_warnings():
+            with database_errors():
                 self._flush()
-                warnings.simplefilter("ignore")  # a retry reports again what the one before did
-                trial.report(value, step)
-                return "prune" if trial.should_prune() else "go"
+                store_evaluation(self.study.rdb, trial._trial_id, step, value, violation)
+                # Fresh: `trial.should_prune` would look at what it has reported by itself.
+                frozen = self.study.rdb.get_trial(trial._trial_id)
+                study = self.study.optuna
+                return "prune" if study.pruner.prune(study, frozen) else "go"
         except UpdateFinishedTrialError:
             self._live.pop(number, None)
             return "refused"
         except DatabaseAway:
-            self._keep({"kind": "report", "number": number, "step": step, "value": value})
+            kept = {"number": number, "step": step, "value": value, "violation": violation}
+            self._keep({"kind": "report", **kept})
             return "go"
 
     def tell(self, number: int, outcome: Outcome) -> Literal["told", "kept", "refused"]:
@@ -309,9 +320,11 @@ class Driver:
         """Give a retry the evaluations of the attempt before, from whose checkpoint it goes on."""
         for view in trials:
             if view.number == retry_of:
+                violations = view.user_attrs.get(VIOLATIONS) or {}
                 for step, value in view.intermediate.items():
                     if math.isfinite(value):
-                        trial.report(value, step)
+                        over = violations.get(str(step))
+                        store_evaluation(self.study.rdb, trial._trial_id, step, value, over)
 
     def _sampler_for(self, count: int) -> optuna.samplers.BaseSampler:
         """Return the sampler of the next trial.
@@ -360,9 +373,14 @@ class Driver:
                 return
             frozen = trial_by_number(self.study.optuna, number)
             if frozen is not None and frozen.state == TrialState.RUNNING:
+                violation = entry.get("violation")
                 with contextlib.suppress(UpdateFinishedTrialError):
-                    self.study.rdb.set_trial_intermediate_value(
-                        frozen._trial_id, int(entry["step"]), float(entry["value"])
+                    store_evaluation(
+                        self.study.rdb,
+                        frozen._trial_id,
+                        int(entry["step"]),
+                        float(entry["value"]),
+                        None if violation is None else float(violation),
                     )
 
     def _heartbeat_ages(self) -> dict[int, float]:

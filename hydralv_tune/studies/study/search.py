@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import warnings
+from copy import copy
 from typing import Any
 
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
+from hydralv_tune.studies.trial_view import VIOLATIONS
 from hydralv_tune.vocabulary.errors import StudyError
 from hydralv_tune.vocabulary.space import (
     Parameter,
@@ -18,6 +20,9 @@ from hydralv_tune.vocabulary.space import (
 )
 
 GUARD = "f1_iou50"
+
+BEHIND = 1000.0
+"""What a violation is added to: more than any objective."""
 
 
 def make_sampler(sampler: Sampler, count: int) -> optuna.samplers.BaseSampler:
@@ -85,6 +90,51 @@ class _Patient(optuna.pruners.BasePruner):
         return self._wrapped.prune(study, trial)
 
 
+class _GuardFirst(optuna.pruners.BasePruner):
+    """Shows another pruner the evaluations ranked as the study ranks trials: guard first.
+
+    Adapted Rand error cannot see false positives: a network that has learned nothing yet often
+    has a smaller one, as a few large blobs, than the best trial has at the same evaluation.
+    A value that violates the guard therefore comes after all that do not, by the violation. The
+    database keeps the error as it is.
+    """
+
+    def __init__(self, wrapped: optuna.pruners.BasePruner) -> None:
+        self._wrapped = wrapped
+
+    def prune(self, study: optuna.Study, trial: FrozenTrial) -> bool:
+        """Return whether the trial is to be pruned."""
+        ranked: Any = _RankedStudy(study)
+        return self._wrapped.prune(ranked, _ranked(trial))
+
+
+class _RankedStudy:
+    """A study whose trials are seen by `_ranked`; everything else is the study's own."""
+
+    def __init__(self, study: optuna.Study) -> None:
+        self._study = study
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._study, name)
+
+    def get_trials(self, *arguments: Any, **options: Any) -> list[FrozenTrial]:
+        """Return the trials, ranked."""
+        return [_ranked(trial) for trial in self._study.get_trials(*arguments, **options)]
+
+
+def _ranked(trial: FrozenTrial) -> FrozenTrial:
+    """Return a trial whose evaluations that violate the guard come after all that do not."""
+    violations = trial.user_attrs.get(VIOLATIONS)
+    if not violations:
+        return trial
+    shown = copy(trial)
+    shown.intermediate_values = {
+        step: value if (over := violations.get(str(step), 0.0)) <= 0 else BEHIND + over
+        for step, value in trial.intermediate_values.items()
+    }
+    return shown
+
+
 def make_pruner(pruner: Pruner) -> optuna.pruners.BasePruner:
     """Return the pruner of a name; steps are evaluations, from 1."""
     startup, warmup = pruner.startup_trials, pruner.warmup_evaluations
@@ -94,16 +144,16 @@ def make_pruner(pruner: Pruner) -> optuna.pruners.BasePruner:
         if pruner.name == "none":
             return optuna.pruners.NopPruner()
         if pruner.name == "hyperband":
-            return optuna.pruners.HyperbandPruner(min_resource=max(1, warmup))
+            return _GuardFirst(optuna.pruners.HyperbandPruner(min_resource=max(1, warmup)))
         if pruner.name == "successive_halving":
-            return optuna.pruners.SuccessiveHalvingPruner(min_resource=max(1, warmup))
+            return _GuardFirst(optuna.pruners.SuccessiveHalvingPruner(min_resource=max(1, warmup)))
         if pruner.name == "wilcoxon":
             return optuna.pruners.WilcoxonPruner(n_startup_steps=warmup)
         percentile = 50.0 if pruner.name == "median" else pruner.percentile
         wrapped = optuna.pruners.PercentilePruner(
             percentile, n_startup_trials=startup, n_warmup_steps=warmup
         )
-    return _Patient(wrapped, pruner.patience, warmup)
+    return _GuardFirst(_Patient(wrapped, pruner.patience, warmup))
 
 
 def suggest(space: SearchSpace, trial: optuna.Trial) -> dict[str, Any]:
