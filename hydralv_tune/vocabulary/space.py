@@ -164,7 +164,7 @@ class Sampler(Section):
         "tpe", description="tpe models conditional branches."
     )
     seed: Whole = Field(0, description="Of the sampling.")
-    startup_trials: Whole = Field(10, description="Random ones before the model is asked.")
+    startup_trials: Whole = Field(5, description="Random ones before the model is asked.")
 
 
 class Pruner(Section):
@@ -175,7 +175,7 @@ class Pruner(Section):
     )
     warmup_evaluations: Whole = Field(3, description="Nothing is pruned before.")
     startup_trials: Whole = Field(5, description="Finished trials before anything is pruned.")
-    patience: Whole = Field(1, description="Evaluations without improvement before pruning.")
+    patience: Whole = Field(0, description="Evaluations without improvement before pruning.")
     percentile: Annotated[float, Field(gt=0, lt=100)] = Field(
         25.0, description="Of `percentile`: this share of trials is kept at each step."
     )

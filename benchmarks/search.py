@@ -1,0 +1,416 @@
+"""Does the search search? Replay tabulated learning curves on a fake clock, many times over.
+
+`python benchmarks/search.py [--seeds 40] [--variants] [--plot FILE]` compares the default sampler
+and pruner with what one would do without them: random search without pruning, TPE without pruning,
+and tuning the decoding thresholds of the baseline alone, which is what PyTorch Connectomics offers.
+The curves in `search_table/` were made by really training every candidate of a small space on
+several phantoms (`search_table/train_curves.py`); a GPU-second here is a second of one CPU core
+there. Samplers, pruners, warm starts and the guard are those of a real study; only the training,
+the clock and the database (in memory) are not.
+
+`--variants` compares other samplers and pruners too: the defaults were chosen from that table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import heapq
+import math
+import multiprocessing
+import os
+import statistics
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import optuna
+import pandas as pd
+
+from hydralv_tune.studies.study.search import GUARD, VIOLATIONS, make_pruner, make_sampler, suggest
+from hydralv_tune.vocabulary.space import Pruner, Sampler, SearchSpace, load_space
+
+FOLDER = Path(__file__).parent / "search_table"
+LR = "optimization.optimizer.lr"
+WORKERS = 4
+"""GPUs of the simulated study, as in the plan's night."""
+
+TRIALS = 60
+"""Full trainings in the budget that every strategy gets, as in `hydra_lv`."""
+
+TARGET = 1 / 3
+"""Of random search's budget, within which ours is to reach what random search ends with."""
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A training as it went.
+
+    Args:
+        seconds: Of the trial at the end of each evaluation.
+        values: Adapted Rand error of the best checkpoint so far.
+        f1: F1 at IoU 0.5 of that checkpoint.
+        fails_after: Seconds after which it failed, None where it ended well.
+    """
+
+    seconds: tuple[float, ...]
+    values: tuple[float, ...]
+    f1: tuple[float, ...]
+    fails_after: float | None
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """A way to search: how trials are chosen and which are ended early."""
+
+    name: str
+    sampler: Sampler = field(default_factory=Sampler)
+    pruner: Pruner = field(default_factory=Pruner)
+    warm_starts: bool = True
+    guard_first: bool = True
+
+
+@dataclass(frozen=True)
+class Progress:
+    """The best error as GPU-seconds went by; infinite before the first feasible trial.
+
+    Args:
+        seconds: GPU-seconds spent when the best error changed, ascending.
+        best: From then on.
+        finished: Trials that ended COMPLETE.
+        pruned: Trials that ended PRUNED.
+    """
+
+    seconds: tuple[float, ...]
+    best: tuple[float, ...]
+    finished: int = 0
+    pruned: int = 0
+
+    def at(self, seconds: float) -> float:
+        """Return the best error after so many GPU-seconds."""
+        index = int(np.searchsorted(self.seconds, seconds, side="right")) - 1
+        return self.best[index] if index >= 0 else math.inf
+
+    def time_to(self, error: float) -> float:
+        """Return the GPU-seconds after which the error was reached, infinite where it was not."""
+        return next(
+            (spent for spent, best in zip(self.seconds, self.best, strict=True) if best <= error),
+            math.inf,
+        )
+
+
+@cache
+def space() -> SearchSpace:
+    """Return the space that was tabulated."""
+    return load_space(FOLDER / "space.yaml")
+
+
+@cache
+def curves(phantom: str) -> dict[tuple[Any, ...], Curve]:
+    """Return the curve of each candidate on a phantom, by its parameters."""
+    table = pd.read_csv(FOLDER / "curves.csv.gz")
+    table = table[table["phantom"] == phantom]
+    found = {}
+    for key, rows in table.groupby(list(space().parameters), sort=False):
+        ok = rows[rows["evaluation"] > 0].sort_values("evaluation")
+        failed = rows[rows["evaluation"] == 0]["seconds"]
+        found[key] = Curve(
+            tuple(ok["seconds"]), tuple(ok["value"]), tuple(ok["f1"]),
+            float(failed.iloc[0]) if len(failed) else None,
+        )  # fmt: skip
+    return found
+
+
+@cache
+def phantoms() -> tuple[str, ...]:
+    """Return the names of the phantoms in the table."""
+    return tuple(
+        sorted(pd.read_csv(FOLDER / "curves.csv.gz", usecols=["phantom"])["phantom"].unique())
+    )
+
+
+@cache
+def full_budget(phantom: str) -> float:
+    """Return the GPU-seconds that `TRIALS` full trainings take on average."""
+    ends = [curve.fails_after or curve.seconds[-1] for curve in curves(phantom).values()]
+    return TRIALS * statistics.fmean(ends)
+
+
+def curve_of(phantom: str, params: Mapping[str, Any]) -> Curve:
+    """Return the curve of a candidate; the nearest tabulated learning rate stands for its own."""
+    table = curves(phantom)
+    at = list(space().parameters).index(LR)
+    rates = sorted({key[at] for key in table})
+    nearest = min(rates, key=lambda rate: abs(math.log(rate / params[LR])))
+    return table[tuple({**params, LR: nearest}[key] for key in space().parameters)]
+
+
+def simulate(strategy: Strategy, phantom: str, seed: int) -> Progress:
+    """Return how a study of a strategy goes until its GPU-seconds are spent."""
+    sampler = strategy.sampler.model_copy(update={"seed": seed})
+    study = optuna.create_study(pruner=make_pruner(strategy.pruner))
+    if strategy.warm_starts:
+        for name in space().warm_starts:
+            study.enqueue_trial(dict(space().warm_start(name).params))
+    lasting = make_sampler(sampler, 0) if sampler.name in ("cmaes", "qmc") else None
+    budget = full_budget(phantom) / WORKERS  # on the clock: all workers are always busy
+    events: list[tuple[float, int, int, float]] = []
+    live: dict[int, tuple[optuna.Trial, Curve]] = {}
+    violations: dict[int, dict[str, float]] = defaultdict(dict)
+    seconds, best = [0.0], [math.inf]
+    states = {"COMPLETE": 0, "PRUNED": 0}
+
+    def start(now: float) -> None:
+        study.sampler = lasting or make_sampler(sampler, len(study.get_trials(deepcopy=False)))
+        trial = study.ask()
+        curve = curve_of(phantom, suggest(space(), trial))
+        live[trial.number] = (trial, curve)
+        first = curve.seconds[0] if curve.seconds else curve.fails_after
+        assert first is not None
+        heapq.heappush(events, (now + first, trial.number, 0, now))
+
+    for _ in range(WORKERS):
+        start(0.0)
+    while events and events[0][0] <= budget:
+        now, number, index, began = heapq.heappop(events)
+        trial, curve = live[number]
+        if index >= len(curve.seconds):
+            study.tell(trial, state=optuna.trial.TrialState.FAIL)
+            start(now)
+            continue
+        value, f1 = curve.values[index], curve.f1[index]
+        trial.report(value, index + 1)
+        if strategy.guard_first:
+            violations[number] |= {str(index + 1): space().objective.guard.f1_iou50 - f1}
+            trial.set_user_attr(VIOLATIONS, violations[number])
+        last = index + 1 == len(curve.seconds) and curve.fails_after is None
+        pruned = not last and trial.should_prune()
+        if not last and not pruned:
+            follows = [*curve.seconds, curve.fails_after][index + 1]
+            assert follows is not None
+            heapq.heappush(events, (began + follows, number, index + 1, began))
+            continue
+        trial.set_constraint(GUARD, space().objective.guard.f1_iou50 - f1)
+        state = optuna.trial.TrialState.COMPLETE if last else optuna.trial.TrialState.PRUNED
+        study.tell(trial, value if last else None, state=state)
+        states[state.name] += 1
+        feasible = last and f1 >= space().objective.guard.f1_iou50
+        if feasible and value < best[-1]:
+            seconds.append(now * WORKERS)
+            best.append(value)
+        start(now)
+    return Progress(tuple(seconds), tuple(best), states["COMPLETE"], states["PRUNED"])
+
+
+def thresholds_only(phantom: str, seed: int) -> Progress:
+    """Return how tuning the thresholds of the baseline goes: one training, then one combination
+    decoded and scored at a time, chosen by TPE.
+    """
+    table = pd.read_csv(FOLDER / "thresholds.csv.gz")
+    table = table[table["phantom"] == phantom].reset_index(drop=True)
+    axes = [
+        name for name in table.columns
+        if name not in ("adapted_rand_error", "f1_iou50", "phantom", "seconds")
+    ]  # fmt: skip
+    levels = {name: sorted(table[name].unique()) for name in axes}
+    rows = table.set_index(axes)[["adapted_rand_error", "f1_iou50"]].to_dict("index")
+    trained = curve_of(phantom, space().warm_start("baseline").params)
+    spent, cost = trained.seconds[-1], float(table["seconds"].iloc[0])
+    study = optuna.create_study(
+        sampler=make_sampler(Sampler(seed=seed), 0)  # one sampler: it draws a sequence
+    )
+    guard = space().objective.guard.f1_iou50
+    seconds, best = [0.0], [math.inf]
+    for _ in range(THRESHOLD_TRIALS):
+        trial = study.ask()
+        chosen = tuple(
+            levels[name][trial.suggest_int(name, 0, len(levels[name]) - 1)] for name in axes
+        )
+        row = rows[chosen]
+        spent += cost
+        error, f1 = float(row["adapted_rand_error"]), float(row["f1_iou50"])
+        trial.set_constraint(GUARD, guard - f1)
+        study.tell(trial, error)
+        if f1 >= guard and error < best[-1]:
+            seconds.append(spent)
+            best.append(error)
+    return Progress(tuple(seconds), tuple(best), 1)
+
+
+THRESHOLD_TRIALS = 200
+"""Combinations tried; more bring nothing, since the exact sweep's best is soon reached."""
+
+THRESHOLDS = "thresholds of the baseline only"
+OURS = Strategy("ours: the defaults")
+NO_PRUNING = Pruner(name="none")
+RANDOM = Strategy("random, no pruning", Sampler(name="random"), NO_PRUNING, warm_starts=False)
+COLD = Strategy("ours without warm starts", warm_starts=False)
+MAIN = (
+    RANDOM,
+    Strategy("TPE, no pruning", Sampler(), NO_PRUNING, warm_starts=False),
+    COLD,
+    OURS,
+)
+"""Random search first: what it ends with is what the others are asked for."""
+
+
+def variants() -> list[Strategy]:
+    """Return other pruners under the default sampler, and other samplers under its pruner."""
+    cold = {"warm_starts": False}
+    pruners = [
+        Pruner(warmup_evaluations=warmup, patience=patience)
+        for warmup in (1, 2, 3, 4)
+        for patience in (0, 1)
+        if (warmup, patience) != (Pruner().warmup_evaluations, Pruner().patience)
+    ]
+    pruners += [
+        Pruner(name="percentile", percentile=share, warmup_evaluations=warmup)
+        for share, warmup in ((25.0, 2), (25.0, 3), (35.0, 3))
+    ]
+    pruners += [
+        Pruner(name="hyperband", warmup_evaluations=1),
+        Pruner(name="successive_halving", warmup_evaluations=2),
+    ]
+    found = []
+    for pruner in pruners:
+        detail = f"{pruner.percentile:g} % kept, " if pruner.name == "percentile" else ""
+        detail += f"warm-up {pruner.warmup_evaluations}, patience {pruner.patience}"
+        found.append(Strategy(f"TPE, {pruner.name} ({detail})", pruner=pruner, **cold))
+    found.append(Strategy("TPE, default pruner blind to the guard", guard_first=False, **cold))
+    found.append(Strategy("random, default pruner", Sampler(name="random"), **cold))
+    found += [
+        Strategy(f"TPE, {count} start-up trials", Sampler(startup_trials=count), **cold)
+        for count in (3, 10, 20)
+    ]
+    return found
+
+
+def _run(task: tuple[Strategy | None, str, int]) -> Progress:
+    """Simulate one study; None is tuning thresholds alone."""
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    strategy, phantom, seed = task
+    if strategy is None:
+        return thresholds_only(phantom, seed)
+    return simulate(strategy, phantom, seed)
+
+
+Runs = dict[str, dict[str, list[Progress]]]
+
+
+def run_all(
+    strategies: Sequence[Strategy | None], seeds: int, processes: int
+) -> Iterator[tuple[str, dict[str, list[Progress]]]]:
+    """Yield name and progress of each strategy on every phantom under every seed."""
+    with multiprocessing.get_context("spawn").Pool(processes) as pool:
+        for strategy in strategies:
+            tasks = [(strategy, name, seed) for name in phantoms() for seed in range(seeds)]
+            found = pool.map(_run, tasks, chunksize=2)
+            by_phantom: dict[str, list[Progress]] = {}
+            for (_, name, _), progress in zip(tasks, found, strict=True):
+                by_phantom.setdefault(name, []).append(progress)
+            yield THRESHOLDS if strategy is None else strategy.name, by_phantom
+
+
+def shares(runs: Runs, name: str) -> list[float]:
+    """Return, for every study, the share of the budget until random search's end was reached.
+
+    What random search ends with is the median of its seeds, for each phantom.
+    """
+    found = []
+    for phantom, studies in runs[name].items():
+        budget = full_budget(phantom)
+        goal = statistics.median(run.at(budget) for run in runs[RANDOM.name][phantom])
+        found += [study.time_to(goal) / budget for study in studies]
+    return found
+
+
+def report(runs: Runs, name: str) -> None:
+    """Print a line about a strategy."""
+    found = shares(runs, name)
+    low, middle, high = np.quantile(found, [0.25, 0.5, 0.75], method="nearest")
+    reach = f"{_share(middle)} ({_share(low)} to {_share(high)})"
+    bests = "  ".join(
+        f"{statistics.median(run.at(full_budget(phantom)) for run in each):.4f}"
+        for phantom, each in runs[name].items()
+    )
+    studies = [run for each in runs[name].values() for run in each]
+    complete = statistics.fmean(run.finished for run in studies)
+    pruned = statistics.fmean(run.pruned for run in studies)
+    ends = f"{complete:.0f} complete, {pruned:.0f} pruned"
+    print(f"{name:<44} {reach:>24}   {bests}   {ends}", flush=True)
+
+
+def _share(value: float) -> str:
+    """Return a share for people; never is a word."""
+    return "never" if math.isinf(value) else f"{value:.2f}"
+
+
+def plot(runs: Runs, path: Path) -> None:
+    """Draw the best error against the GPU-seconds, median and quartiles, a panel per phantom."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullLocator
+
+    figure = Figure(figsize=(4.0 * len(phantoms()), 3.8), layout="constrained")
+    panels = figure.subplots(1, len(phantoms()), squeeze=False)[0]
+    for axes, phantom in zip(panels, phantoms(), strict=True):
+        budget = full_budget(phantom)
+        at = np.linspace(0.0, budget, 400)
+        for index, (name, by_phantom) in enumerate(runs.items()):
+            best = np.array([[run.at(x) for x in at] for run in by_phantom[phantom]])
+            low, middle, high = np.quantile(best, [0.25, 0.5, 0.75], axis=0, method="nearest")
+            axes.plot(at, middle, color=f"C{index}", label=name)
+            shown = np.isfinite(high)
+            axes.fill_between(
+                at[shown], low[shown], high[shown], color=f"C{index}", alpha=0.15, lw=0
+            )
+        goal = statistics.median(run.at(budget) for run in runs[RANDOM.name][phantom])
+        axes.axhline(goal, color="0.5", lw=0.8, ls=":")
+        axes.set(
+            yscale="log",
+            title=f"Phantom {phantom}",
+            xlabel="GPU-seconds (simulated)",
+            xlim=(0, budget),
+        )
+        axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 1.5, 2.0, 3.0, 5.0, 7.0)))
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_locator(NullLocator())
+    panels[0].set_ylabel("Best adapted Rand error, F1 at least 0.5")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3,
+                  frameon=False)  # fmt: skip
+    figure.savefig(path, dpi=110)
+
+
+def main() -> None:
+    """Simulate, print, and draw where asked."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seeds", type=int, default=40)
+    parser.add_argument("--processes", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--variants", action="store_true", help="other samplers and pruners too")
+    parser.add_argument("--plot", type=Path, help="file to draw into")
+    arguments = parser.parse_args()
+    strategies: list[Strategy | None] = [*MAIN, None]
+    if arguments.variants:
+        strategies += variants()
+    print(f"{len(curves(phantoms()[0]))} candidates really trained on {len(phantoms())} phantoms, "
+          f"{arguments.seeds} seeds each, {WORKERS} simulated GPUs, "
+          f"a budget of {TRIALS} full trainings")  # fmt: skip
+    print(f"{'':<44} {'share of the budget to':>24}   best error, median of seeds")
+    print(f"{'strategy':<44} {'reach random at its end':>24}   on {', '.join(phantoms())}")
+    runs: Runs = {}
+    for name, by_phantom in run_all(strategies, arguments.seeds, arguments.processes):
+        runs[name] = by_phantom
+        report(runs, name)
+    for strategy in (OURS, COLD):
+        reached = statistics.median(shares(runs, strategy.name))
+        verdict = "met" if reached <= TARGET else "MISSED"
+        print(f"target: {strategy.name} within {TARGET:.2f} of random search's budget at the "
+              f"median: {reached:.2f}, {verdict}")  # fmt: skip
+    if arguments.plot is not None:
+        plot({name: runs[name] for name in [s.name for s in MAIN] + [THRESHOLDS]}, arguments.plot)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,82 @@
+"""The search benchmark: its table is whole, and its simulator keeps the rules of a study."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pandas as pd
+import pytest
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+
+
+def loaded(path: Path) -> ModuleType:
+    """Return a script as a module."""
+    spec = importlib.util.spec_from_file_location(f"benchmark_{path.stem}", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def search() -> ModuleType:
+    return loaded(BENCHMARKS / "search.py")
+
+
+def test_every_candidate_was_trained_on_every_phantom(search: ModuleType) -> None:
+    train_curves = loaded(search.FOLDER / "train_curves.py")
+    wanted = {tuple(params.values()) for params in train_curves.grid(search.space())}
+    assert set(search.phantoms()) == set(train_curves.PHANTOMS)
+    for phantom in search.phantoms():
+        curves = search.curves(phantom)
+        assert set(curves) == wanted
+        for curve in curves.values():
+            assert list(curve.seconds) == sorted(curve.seconds)
+            assert len(curve.seconds) == 8 or curve.fails_after is not None
+            assert all(0 <= value <= 1 for value in curve.values)
+    files = [*search.FOLDER.glob("*.gz")]
+    assert sum(file.stat().st_size for file in files) < 5_000_000
+
+
+def test_a_rate_between_two_tabulated_ones_takes_the_nearer(search: ModuleType) -> None:
+    phantom = search.phantoms()[0]
+    params = dict(search.space().warm_start("baseline").params)
+    exact = search.curve_of(phantom, params)
+    assert search.curve_of(phantom, {**params, search.LR: 1.5e-3}) is exact
+    assert search.curve_of(phantom, {**params, search.LR: 2.5e-3}) is not exact
+
+
+def test_a_simulated_study_keeps_to_its_budget_and_its_best_never_rises(
+    search: ModuleType,
+) -> None:
+    phantom = search.phantoms()[0]
+    budget = search.full_budget(phantom)
+    for strategy in search.MAIN:
+        run = search.simulate(strategy, phantom, 3)
+        assert run.seconds[-1] <= budget
+        assert list(run.best) == sorted(run.best, reverse=True)
+        assert run == search.simulate(strategy, phantom, 3)
+        assert run.time_to(run.best[-1]) == run.seconds[-1]
+        if strategy.pruner.name == "none":
+            assert run.pruned == 0
+            assert abs(run.finished - search.TRIALS) < search.TRIALS / 3
+        else:
+            assert run.pruned > 0
+            assert run.finished + run.pruned > search.TRIALS
+
+
+def test_thresholds_alone_end_at_most_where_their_exact_sweep_does(search: ModuleType) -> None:
+    table = pd.read_csv(search.FOLDER / "thresholds.csv.gz")
+    guard = search.space().objective.guard.f1_iou50
+    for phantom in search.phantoms():
+        rows = table[table["phantom"] == phantom]
+        assert len(rows) == 2304
+        feasible = rows[rows["f1_iou50"] >= guard]["adapted_rand_error"]
+        run = search.thresholds_only(phantom, 0)
+        assert run.best[-1] >= feasible.min() - 1e-9
