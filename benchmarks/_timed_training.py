@@ -1,0 +1,77 @@
+"""What the benchmarks that train share: a candidate trained for so long, and its scores."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from hydralv_tune.disk.records import TrialRecord
+from hydralv_tune.disk.volumes import Volume
+from hydralv_tune.one_trial.trial import TrialSpec, run_trial
+from hydralv_tune.vocabulary.config import Candidate, load_candidate
+from hydralv_tune.vocabulary.space import SearchSpace
+from hydralv_tune.vocabulary.validation import merged
+
+TRAINING_SHARE = 0.8
+"""Of the time asked for; evaluations, which predict and sweep the volume, take the rest."""
+
+
+def train_for(
+    seconds: float,
+    volume: Volume,
+    name: str,
+    overrides: Mapping[str, Any],
+    *,
+    space: SearchSpace,
+    threads: int,
+) -> tuple[TrialRecord, float]:
+    """Return the record of a candidate trained for about so long, and the seconds it took.
+
+    Args:
+        seconds: Wanted; how many epochs fit is found by training two of them first.
+        volume: Trained and scored on.
+        name: Of a candidate in `trials/`.
+        overrides: A partial candidate over it.
+        space: Its thresholds are swept for its objective.
+        threads: Of the CPU.
+    """
+    probe = {"optimization": {"max_epochs": 2, "scheduler": {"warmup_epochs": 1}},
+             "monitor": {"evaluation": {"count": 1}}}  # fmt: skip
+    rate = trained(volume, load_candidate(name, merged(overrides, probe)), space, threads).training
+    epochs = max(int(TRAINING_SHARE * seconds * rate["steps_per_s"] / rate["steps_per_epoch"]), 10)
+    longer = {"optimization": {"max_epochs": epochs, "scheduler": {"warmup_epochs": epochs // 10}}}
+    started = time.perf_counter()
+    record = trained(volume, load_candidate(name, merged(overrides, longer)), space, threads)
+    return record, time.perf_counter() - started
+
+
+def trained(volume: Volume, candidate: Candidate, space: SearchSpace, threads: int) -> TrialRecord:
+    """Return the record of a trial in a folder that is thrown away, its best checkpoint kept."""
+    out = tempfile.mkdtemp(prefix="hydralv_benchmark_")
+    spec = TrialSpec(
+        number=0, root=0, candidate=candidate, objective=space.objective, grid=space.decoding,
+        volumes=[], out=out, threads=threads,
+    )  # fmt: skip
+    return run_trial(spec, lambda _: None, volumes=[volume])
+
+
+def sentence(record: TrialRecord, seconds: float, threads: int) -> str:
+    """Return what a training was, for people."""
+    steps, batch = record.training["steps_done"], record.training["effective_batch"]
+    return (
+        f"{steps} steps of {batch} patches, {seconds:.0f} s in all, {threads} threads; "
+        f"{record.split['sentence']}"
+    )
+
+
+def show_scores(part: str, figures: Mapping[str, Any]) -> None:
+    """Print the scores of a part of a volume."""
+    counts = ", ".join(
+        f"{figures[f'{key}_count']} {key}" for key in ("missed", "split", "merged", "invented")
+    )
+    print(f"  {part:<32} error {figures['adapted_rand_error']:.3f}, foreground form "
+          f"{figures['adapted_rand_error_foreground']:.3f}, F1 {figures['f1_iou50']:.3f} "
+          f"({figures['matched_iou50']} of {figures['instances_true']} matched; {counts})",
+          flush=True)  # fmt: skip
