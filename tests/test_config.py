@@ -187,6 +187,7 @@ FAULTS = [
     ("data: {sampling: {foreground_share: 1.5}}", "foreground_share is 1.5.*at most 1"),
     ("monitor: {early_stopping: {enabled: true, monitor: val_loss}}", "only the training loss"),
     ("monitor: {early_stopping: {threshold: 200}}", "threshold is 200.*divergence_threshold is 100"),
+    ("monitor: {early_stopping: {threshold: .nan}}", "threshold is nan, but it must be a finite"),
     # Network
     ("model: {architecture: mednxt}", "model.architecture is 'mednxt', but no architecture has that "
      r"name. Did you mean 'mednext'\? Known: mednext, monai_basic_unet3d"),

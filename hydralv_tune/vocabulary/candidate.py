@@ -14,6 +14,7 @@ from pydantic import ConfigDict, Field, field_validator
 from hydralv_tune.vocabulary.section import (
     Channels,
     Count,
+    Finite,
     Filters,
     Names,
     NotNegative,
@@ -318,8 +319,8 @@ class EarlyStopping(Section):
     mode: Literal["min"] = Field("min", description="The only one.")
     patience: Count = Field(100, description="Epochs without a better loss.")
     min_delta: NotNegative = Field(0.0, description="What counts as better.")
-    threshold: float | None = Field(None, description="Stop once the loss is under it.")
-    divergence_threshold: float | None = Field(None, description="Stop once it is above.")
+    threshold: Finite | None = Field(None, description="Stop once the loss is under it.")
+    divergence_threshold: Finite | None = Field(None, description="Stop once it is above.")
     check_finite: bool = Field(
         True, description="No effect: a loss that is not finite fails the trial."
     )
