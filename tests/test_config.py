@@ -418,6 +418,7 @@ def test_overrides_are_read_as_yaml_and_win() -> None:
      (["=3"], "key=value is due"),
      (["a..b=3"], "key=value is due"),
      (["a.b=1", "a.b=2"], "a.b is set twice"),
+     (["model=3", "model.dropout=0.1"], "model is set to 3, which has no room for model.dropout"),
      (["a=[1"], " a: line 1.* no valid YAML")],
 )  # fmt: skip
 def test_a_malformed_override_is_told(settings: list[str], message: str) -> None:
