@@ -14,8 +14,8 @@ from pydantic import ConfigDict, Field, field_validator
 from hydralv_tune.vocabulary.section import (
     Channels,
     Count,
-    Finite,
     Filters,
+    Finite,
     Names,
     NotNegative,
     Numbers,

@@ -232,7 +232,9 @@ def parse_overrides(settings: Iterable[str]) -> dict[str, Any]:
         for above in (".".join(steps[:end]) for end in range(1, len(steps))):
             held = value_at(result, above)
             if held is not MISSING and not isinstance(held, Mapping):
-                raise ConfigError(f"--set: {above} is set to {held!r}, which has no room for {key}.")
+                raise ConfigError(
+                    f"--set: {above} is set to {held!r}, which has no room for {key}."
+                )
         result = merged(result, nested(key, parse_yaml(text, f"--set {key}")))
     return result
 
