@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import urllib.request
+from functools import partial
 from pathlib import Path
 
 
@@ -26,6 +27,8 @@ def serve_and_stop(words: list[str], folder: Path) -> None:
         [sys.executable, "-m", "hydralv_tune", *words],
         stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, cwd=folder,
         env=environment(),
+        # Tests that a shell runs in the background inherit that Ctrl-C is ignored.
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
     assert process.stderr is not None
     try:

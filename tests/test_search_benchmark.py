@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -79,4 +80,5 @@ def test_thresholds_alone_end_at_most_where_their_exact_sweep_does(search: Modul
         assert len(rows) == 2304
         feasible = rows[rows["f1_iou50"] >= guard]["adapted_rand_error"]
         run = search.thresholds_only(phantom, 0)
-        assert run.best[-1] >= feasible.min() - 1e-9
+        # On some phantoms the baseline's network has no feasible combination at all.
+        assert run.best[-1] >= feasible.min() if len(feasible) else run.best == (math.inf,)
