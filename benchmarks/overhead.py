@@ -130,7 +130,7 @@ def writes(kind: str, storage: str, seconds: float) -> None:
     while time.monotonic() - began < seconds:
         step += 1
         for trial in trials:
-            driver.report(trial.number, step, 1.0 / step)
+            driver.report(trial.number, step, 1.0 / step, -0.3)
             count += 1
     show(
         f"{kind}: reports per second of {WORKERS} workers", count / (time.monotonic() - began), "/s"
