@@ -111,7 +111,7 @@ def space() -> SearchSpace:
 @cache
 def curves(phantom: str) -> dict[tuple[Any, ...], Curve]:
     """Return the curve of each candidate on a phantom, by its parameters."""
-    table = pd.read_csv(FOLDER / "curves.csv.gz")
+    table = _trained()
     table = table[table["phantom"] == phantom]
     found = {}
     for key, rows in table.groupby(list(space().parameters), sort=False):
@@ -127,9 +127,13 @@ def curves(phantom: str) -> dict[tuple[Any, ...], Curve]:
 @cache
 def phantoms() -> tuple[str, ...]:
     """Return the names of the phantoms in the table."""
-    return tuple(
-        sorted(pd.read_csv(FOLDER / "curves.csv.gz", usecols=["phantom"])["phantom"].unique())
-    )
+    return tuple(sorted(_trained()["phantom"].unique()))
+
+
+@cache
+def _trained() -> pd.DataFrame:
+    """Return a row per evaluation of every training."""
+    return pd.read_csv(FOLDER / "curves.csv.gz")
 
 
 @cache
@@ -205,20 +209,27 @@ def simulate(strategy: Strategy, phantom: str, seed: int) -> Progress:
     return Progress(tuple(seconds), tuple(best), states["COMPLETE"], states["PRUNED"])
 
 
+@cache
+def _thresholds(
+    phantom: str,
+) -> tuple[dict[str, list[float]], dict[tuple[float, ...], dict[str, float]], float]:
+    """Return the values of each axis, the figures of each combination, and seconds for one."""
+    table = pd.read_csv(FOLDER / "thresholds.csv.gz")
+    table = table[table["phantom"] == phantom]
+    figures = ["adapted_rand_error", "f1_iou50"]
+    axes = [name for name in table.columns if name not in (*figures, "phantom", "seconds")]
+    levels = {name: sorted(table[name].unique()) for name in axes}
+    rows = table.set_index(axes)[figures].to_dict("index")
+    return levels, rows, float(table["seconds"].iloc[0])
+
+
 def thresholds_only(phantom: str, seed: int) -> Progress:
     """Return how tuning the thresholds of the baseline goes: one training, then one combination
     decoded and scored at a time, chosen by TPE.
     """
-    table = pd.read_csv(FOLDER / "thresholds.csv.gz")
-    table = table[table["phantom"] == phantom].reset_index(drop=True)
-    axes = [
-        name for name in table.columns
-        if name not in ("adapted_rand_error", "f1_iou50", "phantom", "seconds")
-    ]  # fmt: skip
-    levels = {name: sorted(table[name].unique()) for name in axes}
-    rows = table.set_index(axes)[["adapted_rand_error", "f1_iou50"]].to_dict("index")
+    levels, rows, cost = _thresholds(phantom)
     trained = curve_of(phantom, space().warm_start("baseline").params)
-    spent, cost = trained.seconds[-1], float(table["seconds"].iloc[0])
+    spent = trained.seconds[-1]
     study = optuna.create_study(
         sampler=make_sampler(Sampler(seed=seed), 0)  # one sampler: it draws a sequence
     )
@@ -227,7 +238,7 @@ def thresholds_only(phantom: str, seed: int) -> Progress:
     for _ in range(THRESHOLD_TRIALS):
         trial = study.ask()
         chosen = tuple(
-            levels[name][trial.suggest_int(name, 0, len(levels[name]) - 1)] for name in axes
+            values[trial.suggest_int(name, 0, len(values) - 1)] for name, values in levels.items()
         )
         row = rows[chosen]
         spent += cost

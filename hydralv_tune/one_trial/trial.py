@@ -108,7 +108,8 @@ class Evaluation:
         step: Of the evaluation, from 1.
         epoch: Epochs complete.
         value: Of the best checkpoint so far, minimised; 1 - F1 where F1 is the objective.
-        best_f1_iou50: F1 at IoU 0.5 of that checkpoint, which the study's guard looks at.
+        best_f1_iou50: F1 at IoU 0.5 of that checkpoint, which the study's guard looks at; None
+            in a training that began before this was recorded.
         metrics: Every figure of this evaluation.
         losses: Means since the evaluation before.
         seconds: Spent on the trial so far, earlier attempts included.
@@ -119,7 +120,7 @@ class Evaluation:
     step: int
     epoch: int
     value: float
-    best_f1_iou50: float
+    best_f1_iou50: float | None
     metrics: dict[str, Any]
     losses: dict[str, float]
     seconds: float
@@ -206,7 +207,7 @@ def _evaluation(row: Mapping[str, Any]) -> Evaluation:
         step=int(row["evaluation"]),
         epoch=int(row["epoch"]),
         value=float(row["best_value"]),
-        best_f1_iou50=float(row["best_f1_iou50"]),
+        best_f1_iou50=row.get("best_f1_iou50"),
         metrics=dict(row["metrics"]),
         losses=dict(row["losses"]),
         seconds=float(row["seconds"]),

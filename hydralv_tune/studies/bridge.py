@@ -299,11 +299,11 @@ class Bridge:
         number = live.asked.number
         live.last = message
         step, value = int(message["step"]), float(message["value"])
-        f1 = message.get("best_f1_iou50", (message.get("metrics") or {}).get("f1_iou50"))
-        violation = self._violation({"f1_iou50": f1})
+        metrics = message.get("metrics") or {}
+        violation = self._violation(message.get("best_f1_iou50", metrics.get("f1_iou50")))
         decision = self.driver.report(number, step, value, violation)
         fields = {k: v for k, v in message.items() if k not in ("kind", "metrics", "losses")}
-        shown = {**fields, **(message.get("metrics") or {}), "losses": message.get("losses")}
+        shown = {**fields, **metrics, "losses": message.get("losses")}
         self.emit("evaluation", number, **shown)
         if decision == "refused":
             self._refused(key, live)
@@ -331,7 +331,12 @@ class Bridge:
             self._fail(key, live, "the objective is not a number", "no")
             return
         self._tell(
-            key, live, "COMPLETE", value=value, violation=self._violation(metrics), **_kept(record)
+            key,
+            live,
+            "COMPLETE",
+            value=value,
+            violation=self._violation(metrics.get("f1_iou50")),
+            **_kept(record),
         )
 
     def _fail(
@@ -406,9 +411,8 @@ class Bridge:
                                            "f1_iou50")},
         )  # fmt: skip
 
-    def _violation(self, metrics: Mapping[str, Any]) -> float | None:
+    def _violation(self, f1: float | None) -> float | None:
         """Return by how much the study's guard is violated; None where F1 is unknown."""
-        f1 = metrics.get("f1_iou50")
         return None if f1 is None else self.space.objective.guard.f1_iou50 - float(f1)
 
     def _budget_is_spent(self) -> bool:

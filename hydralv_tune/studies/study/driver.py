@@ -24,7 +24,13 @@ from hydralv_tune.studies.study.database import (
     set_attributes,
     store_evaluation,
 )
-from hydralv_tune.studies.study.search import distribution_of, make_pruner, make_sampler, suggest
+from hydralv_tune.studies.study.search import (
+    GUARD,
+    distribution_of,
+    make_pruner,
+    make_sampler,
+    suggest,
+)
 from hydralv_tune.studies.study.study import Study, trial_by_number
 from hydralv_tune.studies.trial_view import (
     VIOLATIONS,
@@ -44,7 +50,6 @@ GRACE_S = 120.0
 DUPLICATE_TRIES = 3
 UNTRIED_TRIES = 200
 ABANDONED_S = 3600.0  # of a journal, after which its driver on another machine is not awaited
-GUARD = "f1_iou50"
 
 
 class Driver:
@@ -411,9 +416,3 @@ class Driver:
                 with contextlib.suppress(DatabaseAway), database_errors():
                     self.study.rdb.record_heartbeat(trial._trial_id)
         self.study.rdb.remove_session()
-
-
-def _owner(trial: FrozenTrial) -> str | None:
-    """Return the identity of the driver that a trial belongs to."""
-    identity = (trial.user_attrs.get("owner") or {}).get("identity")
-    return None if identity is None else str(identity)
