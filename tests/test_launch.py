@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import json
 import signal
+import sys
+import threading
+import time
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +16,17 @@ import pytest
 
 from hydralv_tune.disk.mirror import Mirror
 from hydralv_tune.studies.bridge import MAX_CONSECUTIVE_FAILURES, Bridge, Event, StudyFailed
+from hydralv_tune.studies.folder_claim import FolderClaim, folder_owner
 from hydralv_tune.studies.launch.cluster import Resources
 from hydralv_tune.studies.study import Driver, Study, open_readonly
-from hydralv_tune.studies.worker import failure, folder_owner, plain, run_worker
-from hydralv_tune.vocabulary.errors import ConfigError, InputError, TrialFailed, TrialInterrupted
+from hydralv_tune.studies.worker import failure, plain, run_worker
+from hydralv_tune.vocabulary.errors import (
+    ConfigError,
+    InputError,
+    TrialFailed,
+    TrialInterrupted,
+    TrialTakenOver,
+)
 from hydralv_tune.vocabulary.space import space_from_mapping
 
 FIGURES = {"adapted_rand_error": 0.2, "adapted_rand_error_foreground": 0.3, "f1_iou50": 0.8}
@@ -294,11 +305,19 @@ def test_the_hook_sees_each_end_before_it_is_told_and_cannot_cost_it(rig: Any) -
     assert "config" not in frozen.user_attrs
 
 
-def worker(folder: Path, function: Any, stop: bool = False) -> list[dict[str, Any]]:
-    """Run a worker here and return what it sends."""
+def worker(
+    folder: Path, function: Any, *, number: int = 3, stop: bool = False, answer: Any = None
+) -> list[dict[str, Any]]:
+    """Run a worker here and return what it sends; `answer` is called with each message."""
     sent: list[dict[str, Any]] = []
-    spec = {"out": str(folder), "number": 3}
-    run_worker(spec, send=sent.append, should_stop=lambda: stop, function=function)
+
+    def send(message: dict[str, Any]) -> None:
+        sent.append(message)
+        if answer is not None:
+            answer(message)
+
+    spec = {"out": str(folder), "number": number}
+    run_worker(spec, send=send, should_stop=lambda: stop, function=function)
     return sent
 
 
@@ -320,17 +339,81 @@ def test_a_worker_says_how_it_started_went_and_ended(tmp_path: Path) -> None:
     assert folder_owner(tmp_path) == 3
 
 
-def test_a_worker_stops_when_told_or_when_another_attempt_owns_its_folder(tmp_path: Path) -> None:
+def test_a_worker_stops_when_told(tmp_path: Path) -> None:
     def function(spec: dict[str, Any], report: Any) -> dict[str, Any]:
         report(evaluation(0.5))
-        (tmp_path / "attempt.json").write_text('{"number": 9}')
-        report(evaluation(0.4))
         return {}
 
-    assert [m["kind"] for m in worker(tmp_path, function)] == [
-        "started", "evaluation", "interrupted",
-    ]  # fmt: skip
     assert [m["kind"] for m in worker(tmp_path, function, stop=True)] == ["started", "interrupted"]
+
+
+def test_the_next_attempt_waits_until_the_one_before_has_saved(tmp_path: Path) -> None:
+    order: list[str] = []
+    first_works = threading.Event()
+
+    def first(spec: dict[str, Any], report: Any) -> dict[str, Any]:
+        first_works.set()
+        while not report.should_stop():
+            time.sleep(0.01)
+        time.sleep(0.3)  # saves
+        order.append("first saved")
+        raise TrialInterrupted("saved")
+
+    def second(spec: dict[str, Any], report: Any) -> dict[str, Any]:
+        order.append("second began")
+        return {"metrics": FIGURES}
+
+    with ThreadPoolExecutor() as pool:
+        before = pool.submit(worker, tmp_path, first, number=3)
+        assert first_works.wait(10)
+        after = worker(tmp_path, second, number=4)
+        assert [m["kind"] for m in before.result()] == ["started", "interrupted"]
+    assert [m["kind"] for m in after] == ["started", "final"]
+    assert "hand_over" not in after[0]
+    assert order == ["first saved", "second began"]
+    assert folder_owner(tmp_path) == 4
+
+
+@pytest.mark.parametrize("is_ended_by_ray", [False, True])
+def test_an_attempt_whose_driver_slept_writes_nothing_once_another_has_gone_on(
+    tmp_path: Path, is_ended_by_ray: bool
+) -> None:
+    ends: list[BaseException] = []
+
+    def function(spec: dict[str, Any], report: Any) -> dict[str, Any]:
+        try:
+            report(evaluation(0.5))
+        except BaseException as error:
+            ends.append(error)
+            raise
+        return {"metrics": FIGURES}
+
+    def sleeps(message: dict[str, Any]) -> None:
+        if message["kind"] == "evaluation":
+            # The folder is free while an answer is awaited, so the other attempt need not wait.
+            other = worker(tmp_path, lambda spec, report: {"metrics": FIGURES}, number=4)
+            assert [m["kind"] for m in other] == ["started", "final"]
+            if is_ended_by_ray:
+                sys.exit(0)
+
+    sent = worker(tmp_path, function, answer=sleeps)
+    assert [m["kind"] for m in sent] == ["started", "evaluation"]
+    (end,) = ends
+    assert isinstance(end, TrialTakenOver)
+
+
+def test_a_worker_that_hangs_does_not_keep_a_folder_for_ever(tmp_path: Path) -> None:
+    hangs = FolderClaim(tmp_path, 3)
+    hangs.take()
+    following = FolderClaim(tmp_path, 4, wait_s=0.2)
+    following.take()
+    assert following.note is not None
+    assert "held the folder for 0.2 s" in following.note
+    with following.aside():  # nor is it waited for again
+        pass
+    with pytest.raises(TrialTakenOver), hangs.aside():
+        pass
+    hangs.let_go()
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,7 @@ from hydralv_tune.one_trial.prediction import load_network, predict
 from hydralv_tune.one_trial.trial import Evaluation, TrialSpec, run_trial, stop_on_signal
 from hydralv_tune.one_trial.trial_facts import verdicts
 from hydralv_tune.vocabulary.config import Candidate, DecodingGrid, candidate_from_mapping
-from hydralv_tune.vocabulary.errors import InputError, TrialFailed, TrialInterrupted
+from hydralv_tune.vocabulary.errors import InputError, TrialFailed, TrialInterrupted, TrialTakenOver
 from hydralv_tune.vocabulary.space import Objective
 
 GRID = DecodingGrid.model_validate(
@@ -331,6 +331,19 @@ def test_a_stop_saves_in_the_middle_and_goes_on_to_the_same_weights(
     expected, got = final_weights(finished[2]), final_weights(tmp_path)
     assert all(torch.equal(expected[key], got[key]) for key in expected)
     assert second.history[1]["losses"] == finished[0].history[1]["losses"]
+
+
+def test_what_another_attempt_has_taken_over_is_not_touched_any_more(tmp_path: Path) -> None:
+    written: dict[str, bytes] = {}
+
+    def answer(evaluation: Evaluation) -> None:
+        written.update({p.name: p.read_bytes() for p in tmp_path.iterdir() if p.is_file()})
+        raise TrialTakenOver("by another")
+
+    with pytest.raises(TrialTakenOver):
+        run(spec(tmp_path), answer)
+    assert read_record(tmp_path / "record.json").state == "running"
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir() if p.is_file()} == written
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -27,7 +27,7 @@ from hydralv_tune.one_trial.training import is_out_of_memory
 from hydralv_tune.one_trial.trial_facts import check_continues
 from hydralv_tune.one_trial.trial_run import TrialRun
 from hydralv_tune.vocabulary.config import Candidate, DecodingGrid, candidate_from_mapping
-from hydralv_tune.vocabulary.errors import HydraLVError, InputError, TrialFailed
+from hydralv_tune.vocabulary.errors import HydraLVError, InputError, TrialFailed, TrialTakenOver
 from hydralv_tune.vocabulary.space import Objective
 from hydralv_tune.vocabulary.yaml_io import dump_yaml
 
@@ -194,6 +194,8 @@ def run_trial(
                 report(_evaluation(row))
             with stage("evaluation"):
                 return run.finish()
+        except TrialTakenOver:
+            raise  # the folder is another attempt's
         except BaseException as error:
             run.record_end(error)
             raise

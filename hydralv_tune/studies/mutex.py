@@ -8,22 +8,16 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import os
 import threading
-import time
 from types import TracebackType
 
 import sqlalchemy
+from filelock import FileLock, Timeout
 from sqlalchemy.engine import URL, Connection
 from sqlalchemy.exc import SQLAlchemyError
 
 from hydralv_tune.studies.storage_url import engine_options, reason_of, sqlite_file
 from hydralv_tune.vocabulary.errors import HydraLVError
-
-try:
-    import fcntl
-except ImportError:  # pragma: no cover - Windows has no flock; one driver alone works there
-    fcntl = None  # type: ignore[assignment]
 
 POLL_S = 0.02
 
@@ -46,7 +40,7 @@ class StudyMutex:
         self._timeout_s = timeout_s
         self._thread_lock = threading.RLock()
         self._depth = 0
-        self._handle: int | None = None
+        self._file_lock: FileLock | None = None
         self._connection: Connection | None = None
         self._engine: sqlalchemy.Engine | None = None
         digest = hashlib.blake2b(study.encode(), digest_size=8).digest()
@@ -97,9 +91,8 @@ class StudyMutex:
 
     def _release(self) -> None:
         """Let the lock go."""
-        if self._handle is not None:
-            os.close(self._handle)  # closing releases the flock
-            self._handle = None
+        if self._file_lock is not None:
+            self._file_lock.release()
         if self._connection is not None:
             try:
                 self._connection.commit()
@@ -109,27 +102,23 @@ class StudyMutex:
 
     def _acquire_file(self) -> None:
         """Lock the file beside the database."""
-        path = sqlite_file(self._url)
-        assert path is not None
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle = os.open(f"{path}.lock", os.O_RDWR | os.O_CREAT, 0o666)
-        if fcntl is None:
-            self._handle = handle
-            return
-        deadline = time.monotonic() + self._timeout_s
-        while True:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                if time.monotonic() > deadline:
-                    os.close(handle)
-                    raise MutexLost(
-                        f"{path}.lock has been held by another driver for {self._timeout_s:.0f} s"
-                    ) from None
-                time.sleep(POLL_S)
-            else:
-                self._handle = handle
-                return
+        if self._file_lock is None:
+            path = sqlite_file(self._url)
+            assert path is not None
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._file_lock = FileLock(
+                f"{path}.lock",
+                timeout=self._timeout_s,
+                poll_interval=POLL_S,
+                thread_local=False,  # `_thread_lock` sees to the threads
+            )
+        try:
+            self._file_lock.acquire()
+        except Timeout:
+            raise MutexLost(
+                f"{self._file_lock.lock_file} has been held by another driver for "
+                f"{self._timeout_s:.0f} s"
+            ) from None
 
     def _acquire_advisory(self) -> None:
         """Take PostgreSQL's advisory lock, in a transaction that ends with it."""

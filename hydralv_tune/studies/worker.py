@@ -7,7 +7,6 @@ A trial function is `function(spec, report) -> record`: `spec` is the plain mapp
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import socket
@@ -17,10 +16,15 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from hydralv_tune.disk.mirror import Mirror
-from hydralv_tune.vocabulary.errors import HydraLVError, TrialFailed, TrialInterrupted
+from hydralv_tune.studies.folder_claim import FolderClaim
+from hydralv_tune.vocabulary.errors import (
+    HydraLVError,
+    TrialFailed,
+    TrialInterrupted,
+    TrialTakenOver,
+)
 
 Send = Callable[[dict[str, Any]], None]
-OWNER_FILE = "attempt.json"
 TRACEBACK_CHARACTERS = 4000
 
 
@@ -36,8 +40,8 @@ class Reporter:
     Args:
         send: Takes a message to the driver and returns once that has decided.
         should_stop: Whether the driver asks for the end.
-        folder: Folder of the trial, shared by all its attempts.
-        number: The trial's number, the latest of which owns the folder.
+        claim: To the folder of the trial, which all its attempts share.
+        number: The trial's number.
         mirror: Where the folder is copied to before each message, if anywhere.
     """
 
@@ -45,12 +49,12 @@ class Reporter:
         self,
         send: Send,
         should_stop: Callable[[], bool],
-        folder: Path,
+        claim: FolderClaim,
         number: int,
         mirror: Mirror | None = None,
     ) -> None:
         self._send, self._should_stop = send, should_stop
-        self._folder, self._number, self._mirror = folder, number, mirror
+        self._claim, self._number, self._mirror = claim, number, mirror
 
     def __call__(self, evaluation: Any) -> None:
         """Send one evaluation.
@@ -58,6 +62,7 @@ class Reporter:
         Raises:
             TrialFailed: The objective is not finite.
             TrialInterrupted: The trial is to end here.
+            TrialTakenOver: Another attempt works on it since.
         """
         message = evaluation if isinstance(evaluation, Mapping) else evaluation.as_mapping()
         value = float(message["value"])
@@ -66,7 +71,9 @@ class Reporter:
         self.check()
         if self._mirror is not None:
             self._mirror.push()
-        self._send({**message, "kind": "evaluation"})
+        # A driver may sleep over the answer, and another take the trial over meanwhile.
+        with self._claim.aside():
+            self._send({**message, "kind": "evaluation"})
         self.check()
 
     def check(self) -> None:
@@ -75,28 +82,8 @@ class Reporter:
             raise TrialInterrupted(f"trial {self._number} was asked to stop")
 
     def should_stop(self) -> bool:
-        """Return whether the trial is to save and end.
-
-        A later attempt takes the folder over when this one's driver was silent for too long, and
-        two writers must not share it.
-        """
-        return self._should_stop() or folder_owner(self._folder) not in (None, self._number)
-
-    def claim(self) -> None:
-        """Make this attempt the owner of the folder."""
-        self._folder.mkdir(parents=True, exist_ok=True)
-        # Not by `records`, which brings PyTorch: a worker that starts is to be light.
-        temporary = self._folder / f".{OWNER_FILE}.{self._number}"
-        temporary.write_text(json.dumps({"number": self._number}))
-        os.replace(temporary, self._folder / OWNER_FILE)
-
-
-def folder_owner(folder: Path) -> int | None:
-    """Return the number of the attempt that owns a trial's folder, or None."""
-    try:
-        return int(json.loads((folder / OWNER_FILE).read_text())["number"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+        """Return whether the trial is to save and end."""
+        return self._should_stop() or self._claim.is_lost()
 
 
 def run_worker(
@@ -118,23 +105,32 @@ def run_worker(
         checkpoints: URL that the trial's folder is mirrored to; None where all nodes see it.
         place: What the launcher knows of where this runs, for the record.
     """
-    folder, mirror = Path(spec["out"]), None
+    folder, number, mirror = Path(spec["out"]), int(spec["number"]), None
+    claim = FolderClaim(folder, number)
     try:
+        claim.take()
         if checkpoints is not None:
             mirror = Mirror(folder, checkpoints, str(spec["root"]))
             mirror.pull()
-        report = Reporter(send, should_stop, folder, int(spec["number"]), mirror)
-        report.claim()
-        send({"kind": "started", **whereabouts(), **(place or {})})
-        record = function(spec, report)
+        started = {"kind": "started", **whereabouts(), **(place or {})}
+        if claim.note is not None:
+            started["hand_over"] = claim.note
+        with claim.aside():
+            send(started)
+        record = function(spec, Reporter(send, should_stop, claim, number, mirror))
         if mirror is not None:
             mirror.push()
-        send({"kind": "final", "record": plain(dict(record))})
+        last = {"kind": "final", "record": plain(dict(record))}
+    except TrialTakenOver:
+        return  # its driver has lost the trial too; there is nobody to tell
     except TrialInterrupted:
-        send({"kind": "interrupted"})
+        last = {"kind": "interrupted"}
     # The trial's boundary: whatever it raises is its end, told with the reason.
     except Exception as error:
-        send(failure(error))
+        last = failure(error)
+    finally:
+        claim.let_go()
+    send(last)
 
 
 def failure(error: Exception) -> dict[str, Any]:

@@ -63,6 +63,10 @@ class TrialInterrupted(HydraLVError):
     exit_code = 130
 
 
+class TrialTakenOver(TrialInterrupted):
+    """Another attempt works in the trial's folder now: this one must not even save."""
+
+
 def unknown_name(kind: str, name: object, known: Iterable[str]) -> str:
     """Return the message for a name outside a table, with the nearest known one first.
 
