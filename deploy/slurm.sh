@@ -24,7 +24,8 @@ port=$((20000 + SLURM_JOB_ID % 20000))
 
 # Five minutes before the job ends the workers are told to save, and what runs is enqueued again.
 # SLURM's own signal would reach Ray's daemons too, and take the workers down before they save.
-seconds=$((${SLURM_JOB_END_TIME:?needs SLURM 22.05 or later} - $(date +%s) - 300))
+end=$(date --date "$(squeue --noheader --jobs "$SLURM_JOB_ID" --format %e)" +%s)
+seconds=$((end - $(date +%s) - 300))
 
 # One token for this cluster; srun hands the environment to every node.
 export RAY_AUTH_MODE=token RAY_USAGE_STATS_ENABLED=0
