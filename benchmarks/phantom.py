@@ -118,7 +118,7 @@ def main() -> None:
         overrides = {} if gpu else merged(SCALED, scaled)
         record, seconds = train_for(
             arguments.minutes * 60, volume, base, overrides,
-            space=load_space("hydra_lv" if gpu else "smoke"), threads=arguments.threads,
+            space=load_space("hydra_lv"), threads=arguments.threads,
         )  # fmt: skip
         print(f"{name}: {sentence(record, seconds, arguments.threads)}")
         show_scores("trained volume", record.metrics)

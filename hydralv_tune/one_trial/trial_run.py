@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -41,11 +41,9 @@ from hydralv_tune.one_trial.trial_facts import (
     verdicts,
     volume_facts,
 )
+from hydralv_tune.one_trial.trial_spec import TrialSpec
 from hydralv_tune.vocabulary.config import Candidate
 from hydralv_tune.vocabulary.errors import InputError, TrialFailed, TrialInterrupted, as_input_error
-
-if TYPE_CHECKING:
-    from hydralv_tune.one_trial.trial import TrialSpec
 
 DRAWING_SHARE = 0.05
 """The share of the training time that drawing may take while a trial trains."""
