@@ -352,11 +352,17 @@ class TestCopyPaste:
                     torch.testing.assert_close(values, torch.full_like(values, level + 0.5))
 
 
-def test_a_line_kernel_sums_to_one_in_every_direction() -> None:
-    from hydralv_tune.numerics.intensity import _line_kernel
+def test_a_line_kernel_sums_to_one_in_every_direction_and_lies_along_it() -> None:
+    from hydralv_tune.numerics.intensity import _line_kernels
 
-    for angle in np.linspace(0, math.pi, 9):
-        kernel = _line_kernel(7, float(angle))
-        assert kernel.sum() == pytest.approx(1)
-        assert kernel.min() >= 0
-        torch.testing.assert_close(kernel, kernel.flip(0, 1), atol=0.03, rtol=0)
+    angles = np.linspace(0, math.pi, 9).tolist()
+    kernels = _line_kernels(7, angles)
+    torch.testing.assert_close(kernels.sum((1, 2)), torch.ones(9))
+    assert kernels.min() >= 0
+    torch.testing.assert_close(kernels, kernels.flip(1, 2), atol=0.03, rtol=0)
+    rows = torch.arange(7.0) - 3
+    for kernel, angle in zip(kernels, angles, strict=True):
+        along = rows[:, None] * math.sin(angle) + rows * math.cos(angle)
+        across = rows[:, None] * math.cos(angle) - rows * math.sin(angle)
+        assert (kernel * along**2).sum() > 3
+        assert (kernel * across**2).sum() < 0.4

@@ -109,7 +109,7 @@ def motion_blur(patches: Patches, knobs: Knobs, generator: torch.Generator) -> P
     if not places:
         return patches
     size = min(int(knobs["kernel_size"]), 2 * min(patches.shape[1:]) - 1)
-    kernels = torch.stack([_line_kernel(size, uniform(generator, (0.0, math.pi))) for _ in places])
+    kernels = _line_kernels(size, [uniform(generator, (0.0, math.pi)) for _ in places])
     device = patches.image.device
     which = torch.tensor(places).to(device, non_blocking=True).unbind(1)
     sharp = patches.image[which[0], 0, which[1]][None]
@@ -231,16 +231,16 @@ def _window(
     return z, y, x
 
 
-def _line_kernel(size: int, angle: float) -> Tensor:
-    """Return a kernel (size, size) of a line through its middle, summing to 1."""
+def _line_kernels(size: int, angles: Sequence[float]) -> Tensor:
+    """Return kernels (n, size, size) of lines through their middle, each summing to 1."""
     half = (size - 1) / 2
     steps = torch.linspace(-half, half, 4 * size)
-    kernel = torch.zeros(size, size)
-    y, x = steps * math.sin(angle) + half, steps * math.cos(angle) + half
-    for dy in (0, 1):
-        for dx in (0, 1):
-            row, column = y.floor().long() + dy, x.floor().long() + dx
-            weight = (1 - (y - row).abs()) * (1 - (x - column).abs())
-            inside = (row < size) & (column < size)
-            kernel.index_put_((row[inside], column[inside]), weight[inside], accumulate=True)
-    return kernel / kernel.sum()
+    turn = torch.tensor(angles)[:, None]
+    at = torch.arange(size)
+
+    def shares(along: Tensor) -> Tensor:
+        """Return what each step (n, steps) gives linearly to each row or column."""
+        return (1 - (along[..., None] + half - at).abs()).clamp_(min=0.0)
+
+    kernels = shares(steps * turn.sin()).mT @ shares(steps * turn.cos())
+    return kernels / kernels.sum((1, 2), keepdim=True)
