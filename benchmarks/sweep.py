@@ -2,10 +2,14 @@
 
 On the plan's phantom with degraded targets as probabilities: combinations per second, peak
 memory, the ratio to the reference of the same run, growth with voxels and with combinations.
+
+`.venv/bin/python benchmarks/sweep.py --label label.h5 --mask mask.h5` does the same on a real
+annotation, without the growth.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import subprocess
@@ -50,15 +54,23 @@ def growing_axes(tens: int) -> dict[str, list[Any]]:
     }
 
 
-def make_volume(folder: Path) -> None:
-    """Write the plan's phantom and its degraded targets, as arrays that can be mapped."""
+def make_volume(folder: Path, label: Path | None, mask: Path | None) -> None:
+    """Write labels, mask and degraded targets as arrays that can be mapped; say what they are."""
+    from hydralv_tune.disk.volumes import read_labels, read_mask
     from hydralv_tune.numerics.degradation import degraded_probabilities
     from hydralv_tune.numerics.phantom import make_phantom
 
-    made = make_phantom()
-    np.save(folder / "maps.npy", degraded_probabilities(made.label))
-    np.save(folder / "labels.npy", made.label)
-    np.save(folder / "mask.npy", made.mask > 0)
+    if label is None:
+        made = make_phantom()
+        labels, valid, name = made.label, made.mask > 0, "the plan's phantom"
+    else:
+        labels, name = read_labels(label), label.name
+        valid = np.ones(labels.shape, bool) if mask is None else read_mask(mask) > 0
+    np.save(folder / "maps.npy", degraded_probabilities(labels))
+    np.save(folder / "labels.npy", labels)
+    np.save(folder / "mask.npy", valid)
+    instances, shape = len(np.unique(labels)) - 1, "x".join(str(side) for side in labels.shape)
+    print(f"{name}: {shape}, {instances} instances, mask {valid.mean():.1%}", flush=True)
 
 
 def reference(folder: Path) -> dict[str, float]:
@@ -143,7 +155,7 @@ def work(folder: Path, task: dict[str, Any]) -> dict[str, Any]:
 def apart(folder: Path, task: dict[str, Any], **environment: str) -> dict[str, Any]:
     """Do a task in a process of its own, so that its peak memory is its own."""
     done = subprocess.run(
-        [sys.executable, __file__, str(folder), json.dumps(task)],
+        [sys.executable, __file__, "--part", str(folder), json.dumps(task)],
         capture_output=True, text=True, env={**os.environ, **environment},
     )  # fmt: skip
     if done.returncode:
@@ -160,13 +172,27 @@ def line(name: str, got: dict[str, Any], seconds: float) -> str:
     )
 
 
+def growth(folder: Path, seconds: float) -> None:
+    """Print rows for more voxels and for more combinations."""
+    for times in (1, 3, 10):
+        task = {"masked": True, "flood": "volume", "axes": SMALL, "times": times}
+        print(line(f"{times:2d} x the voxels, mask", apart(folder, task), seconds))
+    for tens in (2, 3, 4, 5):
+        task = {"masked": True, "flood": "volume", "axes": growing_axes(tens)}
+        print(line(f"10^{tens} combinations, mask", apart(folder, task), seconds))
+
+
 def main() -> None:
     """Print the report."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--label", type=Path, help="instance ids to sweep instead of the phantom")
+    parser.add_argument("--mask", type=Path, help="where they count; without it, everywhere")
+    arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         load = os.getloadavg()[0]
         print(f"{len(os.sched_getaffinity(0))} cores, load average before {load:.1f}", flush=True)
-        make_volume(folder)
+        make_volume(folder, arguments.label, arguments.mask)
         cold = apart(folder, {"masked": True, "flood": "support", "axes": {}},
                      NUMBA_CACHE_DIR=str(folder / "numba"))  # fmt: skip
         peer = apart(folder, {"reference": True})
@@ -183,19 +209,14 @@ def main() -> None:
         print(f"compiled in {cold['compile_s']:.1f} s with no cache, read from it in "
               f"{got['compile_s']:.2f} s, neither in the seconds above")  # fmt: skip
         print("equal result is said of the volume flood; support is another decoder")
-        for times in (1, 3, 10):
-            task = {"masked": True, "flood": "volume", "axes": SMALL, "times": times}
-            print(line(f"{times:2d} x the voxels, mask", apart(folder, task), peer["seconds"]))
-        for tens in (2, 3, 4, 5):
-            task = {"masked": True, "flood": "volume", "axes": growing_axes(tens)}
-            print(line(f"10^{tens} combinations, mask", apart(folder, task), peer["seconds"]))
+        if arguments.label is None:
+            growth(folder, peer["seconds"])
         print(f"load average after {os.getloadavg()[0]:.1f}")
 
 
 if __name__ == "__main__":
-    if len(sys.argv) == 3:
-        given = json.loads(sys.argv[2])
-        place = Path(sys.argv[1])
+    if sys.argv[1:2] == ["--part"]:
+        place, given = Path(sys.argv[2]), json.loads(sys.argv[3])
         print(json.dumps(reference(place) if "reference" in given else work(place, given)))
     else:
         main()
