@@ -9,13 +9,15 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
+from optuna.trial import TrialState
 
-from hydralv_tune.studies.journal import Journal
+from hydralv_tune.studies.journal import PREFIX, SUFFIX, Journal
 from hydralv_tune.studies.mutex import MutexLost, StudyMutex
 from hydralv_tune.studies.storage_url import mask_passwords, masked, parse_storage
 from hydralv_tune.studies.study import (
@@ -26,6 +28,7 @@ from hydralv_tune.studies.study import (
     open_readonly,
     study_names,
 )
+from hydralv_tune.studies.study.database import set_attributes
 from hydralv_tune.studies.trial_view import (
     Asked,
     Outcome,
@@ -94,6 +97,14 @@ def asked(driver: Driver, target: int = 100) -> Asked:
 def complete(value: float, **attributes: Any) -> Outcome:
     """Return the outcome of a trial that came to its end."""
     return Outcome("COMPLETE", value, -0.3, {"metrics": METRICS, **attributes})
+
+
+def listen(driver: Driver, seconds: float) -> None:
+    """Let a driver look at the database for some seconds, as the bridge lets it."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        driver.poll()
+        time.sleep(0.2)
 
 
 def abandon(driver: Driver) -> None:
@@ -208,7 +219,7 @@ def test_a_silent_driver_is_taken_over_after_the_grace_and_its_late_results_are_
     trial, other = asked(silent), asked(silent)
     awake = make_driver(storage, grace_s=2.0)
     assert asked(awake).retry_of is None
-    time.sleep(3.2)
+    listen(awake, 3.2)
     assert asked(awake).retry_of == trial.number
     assert silent.report(trial.number, 1, 0.3) == "refused"
     assert silent.tell(trial.number, complete(0.1)) == "refused"
@@ -225,9 +236,117 @@ def test_a_driver_with_a_heartbeat_keeps_its_trials(
     busy = make_driver(storage, heartbeat_s=0.3)
     trial = asked(busy)
     other = make_driver(storage, grace_s=2.0)
-    time.sleep(3.5)
+    listen(other, 3.5)
     assert asked(other).retry_of is None
     assert busy.tell(trial.number, complete(0.3)) == "told"
+
+
+def test_an_outage_longer_than_the_grace_makes_no_driver_rob_another(
+    postgres: Any, make_driver: Callable[..., Driver]
+) -> None:
+    storage = postgres.new_database()
+    busy = make_driver(storage, grace_s=3.0, heartbeat_s=0.5)
+    other = make_driver(storage, grace_s=3.0, heartbeat_s=0.5)
+    trial = asked(busy)
+    listen(other, 3.5)  # long enough to judge by what it hears
+    postgres.stop()
+    try:
+        assert busy.tell(trial.number, complete(0.1)) == "kept"
+        end = time.monotonic() + 5.0
+        while time.monotonic() < end:
+            with pytest.raises(DatabaseAway):
+                other.poll()
+            time.sleep(0.5)
+    finally:
+        postgres.start()
+    # It comes first, over a connection that is broken at first, and leaves the trial alone.
+    retry = None
+    while retry is None:
+        with suppress(DatabaseAway):
+            retry = asked(other)
+    assert retry.retry_of is None
+    busy.poll()
+    assert busy.study.trials()[trial.number].state == "COMPLETE"
+
+
+def test_a_driver_that_sleeps_while_it_asks_or_tells_gives_way(
+    postgres: Any, make_driver: Callable[..., Driver]
+) -> None:
+    """PostgreSQL ends the transaction of a sleeper, and with it the mutex."""
+    storage = postgres.new_database()
+    other = make_driver(storage)
+    orphaned: list[int] = []
+
+    def nap(sleeper: Driver) -> None:
+        connection = sleeper._mutex._connection
+        pid = connection.exec_driver_sql("select pg_backend_pid()").scalar_one()
+        with other.study.rdb.engine.connect() as judge:
+            judge.exec_driver_sql(f"select pg_terminate_backend({pid})")
+        for view in other.study.trials():
+            if view.state == "RUNNING":
+                other.study.optuna.tell(view.number, state=TrialState.FAIL)
+                orphaned.append(view.number)
+
+    class Sleeper(Driver):
+        asleep = False
+
+        def _inherit(self, *arguments: Any) -> None:
+            super()._inherit(*arguments)
+            if self.asleep:
+                nap(self)
+
+    study = Study.open(storage, "s", space=make_space(), create=True)
+    with Sleeper(study, out=other.out) as sleeper:
+        sleeper.asleep = True
+        assert sleeper.ask(9) == "wait"
+        assert orphaned == [0]
+        assert sleeper.live == frozenset()
+        sleeper.asleep = False
+        trial = asked(sleeper)
+
+        class Late(Mapping[str, Any]):
+            """Attributes that are read late: after the state was seen, before they are written."""
+
+            def __getitem__(self, key: str) -> Any:
+                return {"metrics": METRICS}[key]
+
+            def __len__(self) -> int:
+                return 1
+
+            def __iter__(self) -> Iterator[str]:
+                nap(sleeper)
+                return iter(["metrics"])
+
+        late = Outcome("COMPLETE", 0.1, -0.3, Late())
+        with suppress(MutexLost), sleeper._mutex:
+            assert not sleeper._tell_now(trial.number, late, sleeper.identity)
+        assert sleeper.live == frozenset()
+        assert orphaned == [0, trial.number]
+        assert study.trials()[trial.number].state == "FAIL"
+    study.close()
+
+
+def test_results_that_a_dead_driver_left_are_told_by_one_that_runs_already(
+    storage: str, make_driver: Callable[..., Driver]
+) -> None:
+    running, dead = make_driver(storage), make_driver(storage)
+    failed, done = asked(dead), asked(dead)
+    gone = {**own_process(), "start": "1"}
+    identity = dead.identity
+    owner = {"owner": {**gone, "identity": identity}}
+    for trial in (failed, done):
+        set_attributes(dead.study.rdb, dead._live[trial.number]._trial_id, owner)
+    dead._stop.set()
+    dead._live.clear()
+    journal = Journal(running.out / f"{PREFIX}{identity}{SUFFIX}")
+    for trial, outcome in ((failed, Outcome("FAIL", retry="counted")), (done, complete(0.1))):
+        told = {"kind": "tell", "number": trial.number, "outcome": outcome.as_mapping()}
+        journal.append({**told, "identity": identity, "process": gone})
+    retry = asked(running)
+    states = [view.state for view in running.study.trials()]
+    assert (states[failed.number], states[done.number]) == ("FAIL", "COMPLETE")
+    assert (retry.retry_of, retry.attempt) == (failed.number, 2)
+    assert not journal.path.exists()
 
 
 def test_a_driver_killed_while_asking_leaves_no_running_trial(
@@ -295,6 +414,26 @@ def test_duplicates_are_not_trained_again(storage: str, make_driver: Callable[..
     assert all("duplicate of trial" in t.user_attrs["reason"] for t in duplicates)
 
 
+@pytest.mark.parametrize("retry", ["no", "counted"])
+def test_what_failed_for_good_is_not_trained_again(
+    storage: str, make_driver: Callable[..., Driver], retry: str
+) -> None:
+    space = make_space(
+        parameters={"model.loss_balancing.strategy": {"choice": ["none", "uncertainty"]}},
+        sampler={"name": "random"},
+        budget={"retries": 1},
+    )
+    driver = make_driver(storage, space)
+    trained = []
+    while isinstance(trial := driver.ask(100), Asked):
+        trained.append(trial.params["model.loss_balancing.strategy"])
+        good = trained[-1] == "none"
+        driver.tell(trial.number, complete(0.3) if good else Outcome("FAIL", retry=retry))
+    assert trial == "done"
+    assert trained.count("none") == 1
+    assert trained.count("uncertainty") == (1 if retry == "no" else 2)
+
+
 def test_the_best_trial_is_the_best_feasible_one(
     storage: str, make_driver: Callable[..., Driver]
 ) -> None:
@@ -325,6 +464,39 @@ def test_pruners_stop_what_stands_still_far_behind(
     decisions = [driver.report(trial.number, step, 0.95) for step in range(1, 9)]
     assert decisions[0] == "go"
     assert "prune" in decisions
+
+
+def test_wilcoxon_compares_the_folds_with_those_of_the_best_trial_at_the_same_evaluation(
+    storage: str, make_driver: Callable[..., Driver]
+) -> None:
+    split = {"kind": "cross_validation", "folds": 4, "margin": 0}
+    pruner = {"name": "wilcoxon", "warmup_evaluations": 2, "startup_trials": 1}
+    space = make_space(pruner=pruner, fixed={"data": {"split": split}})
+    driver = make_driver(storage, space)
+    best = [0.30, 0.20, 0.25, 0.22]
+
+    def judged(folds: list[float], violation: float = -0.2) -> list[str]:
+        trial = asked(driver)
+        said = []
+        for step, above in ((1, 0.3), (2, 0.2), (3, 0.1)):
+            now = [value + above for value in folds]
+            said.append(driver.report(trial.number, step, sum(now) / 4, violation, now))
+            if said[-1] == "prune":
+                break
+        end = complete(sum(folds) / 4) if said[-1] == "go" else Outcome("PRUNED")
+        driver.tell(trial.number, end)
+        return said
+
+    assert judged(best) == ["go", "go", "go"]
+    assert judged([value + 0.05 for value in best]) == ["go", "prune"]
+    assert judged([0.9, 0.19, 0.24, 0.21]) == ["go", "go", "go"]  # worse in the mean, in one fold
+    assert judged([value - 0.1 for value in best], violation=0.4) == ["go", "prune"]
+    retried = asked(driver)
+    driver.report(retried.number, 1, 0.5, -0.2, best)
+    driver.tell(retried.number, Outcome("FAIL", retry="free"))
+    number = asked(driver).number
+    again = driver.study.trials()[number]
+    assert again.user_attrs["fold_values"] == {"1": best}
 
 
 def test_a_trial_that_still_improves_is_not_pruned(
@@ -507,13 +679,34 @@ def test_a_changed_space_is_refused_with_the_difference_or_accepted_when_told(
         Study.open(storage, "s", space=choices, create=True, extend=True)
 
 
+@pytest.mark.parametrize(
+    ("what", "change"),
+    [
+        ("objective", {"objective": {"metric": "f1_iou50"}}),
+        ("objective", {"objective": {"guard": {"f1_iou50": 0.9}}}),
+        ("data.split", {"fixed": {"data": {"split": {"kind": "holdout"}}}}),
+    ],
+)
+def test_what_the_values_mean_cannot_change_within_a_study(
+    tmp_path: Path, make_driver: Callable[..., Driver], what: str, change: dict[str, Any]
+) -> None:
+    storage = f"sqlite:///{tmp_path / 'study.db'}"
+    driver = make_driver(storage)
+    driver.tell(asked(driver).number, complete(0.3))
+    with pytest.raises(StudyError, match=f"{what} cannot change .* --warm-start-from s"):
+        Study.open(storage, "s", space=make_space(**change), create=True, extend=True)
+    assert open_readonly(storage, "s").space == driver.space
+    other_goal = make_space(objective={"stop_at": 0.001})
+    Study.open(storage, "s", space=other_goal, create=True, extend=True)
+
+
 def test_other_volumes_are_refused(tmp_path: Path) -> None:
     study = Study.open(f"sqlite:///{tmp_path / 's.db'}", "s", space=make_space(), create=True)
-    study.settle_volumes({"a": "1234"}, extend=False)
-    study.settle_volumes({"a": "1234"}, extend=False)
+    study.settle_volumes({"a": "1234"})
+    study.settle_volumes({"a": "1234"})
     with pytest.raises(StudyError, match="other volumes; changed: a"):
-        study.settle_volumes({"a": "9999"}, extend=False)
-    study.settle_volumes({"a": "9999"}, extend=True)
+        study.settle_volumes({"a": "9999"})
+    assert study.optuna.user_attrs["volumes"] == {"a": "1234"}
 
 
 def test_trials_of_an_earlier_study_teach_and_count_for_nothing(
@@ -536,6 +729,31 @@ def test_trials_of_an_earlier_study_teach_and_count_for_nothing(
     elsewhere = {LR: {"float": [1e-7, 1e-6], "log": True}, DECAY: {"float": [0, 1]}}
     other = Study.open(storage, "other", space=make_space(parameters=elsewhere), create=True)
     assert other.import_trials(driver.study) == 0
+
+
+def test_trials_of_an_earlier_study_are_seen_by_the_objective_of_this_one(
+    tmp_path: Path, make_driver: Callable[..., Driver]
+) -> None:
+    recipes = {
+        "start": {},
+        "plain": {"optimization": {"optimizer": {"lr": 0.01}}},
+        "other": {"optimization": {"optimizer": {"lr": 0.02}, "max_epochs": 700}},
+    }
+    storage = f"sqlite:///{tmp_path / 'study.db'}"
+    driver = make_driver(storage, make_space(recipes=recipes, warm_starts=["plain", "other"]))
+    for _ in recipes:
+        trial = asked(driver)
+        driver.report(trial.number, 1, 0.4, -0.3)
+        driver.tell(trial.number, complete(0.2))
+    strict = {"metric": "f1_iou50", "guard": {"f1_iou50": 0.9}}
+    later = Study.open(storage, "later", space=make_space(objective=strict), create=True)
+    assert later.import_trials(driver.study) == 2  # what `other` sets beside is not searched here
+    labels = [view.user_attrs["imported_from"] for view in later.trials()]
+    assert labels == ["s#0", "s#2"]
+    for view in later.trials():
+        assert view.value == pytest.approx(1 - METRICS["f1_iou50"])
+        assert view.violation == pytest.approx(0.9 - METRICS["f1_iou50"])
+        assert not view.intermediate
 
 
 def test_reading_creates_nothing_and_says_what_is_missing(tmp_path: Path) -> None:

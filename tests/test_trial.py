@@ -474,6 +474,9 @@ def test_cross_validation_scores_the_mean_and_keeps_each_fold(tmp_path: Path) ->
     best = (one, two)[int(np.argmin(values))]
     assert all(torch.equal(root["weights"][k], best["weights"][k]) for k in root["weights"])
     assert seen[-1].value == pytest.approx(record.value)
+    for evaluation in seen:
+        assert len(evaluation.best_folds or []) == 2
+        assert evaluation.value == pytest.approx(np.mean(evaluation.best_folds))
 
 
 @pytest.mark.parametrize(

@@ -116,6 +116,7 @@ def _evaluation(row: Mapping[str, Any]) -> Evaluation:
         seconds=float(row["seconds"]),
         checkpoint=row["checkpoint"],
         gpu_memory_gb=row.get("gpu_memory_gb"),
+        best_folds=row.get("best_folds"),
     )
 
 

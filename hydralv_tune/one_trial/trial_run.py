@@ -252,6 +252,7 @@ class TrialRun:
             self.best = {
                 "value": outcome.value, "f1": outcome.f1, "evaluation": number,
                 "thinned": outcome.sweep.thinned,
+                "folds": [fold["value"] for fold in outcome.folds],
             }  # fmt: skip
             self._save_best(outcome)
         self.history.append(self._row(number, outcome, won))
@@ -325,6 +326,7 @@ class TrialRun:
             "value": outcome.value,
             "best_value": self.best["value"],
             "best_f1_iou50": self.best["f1"],
+            "best_folds": self.best.get("folds") if len(self.folds) > 1 else None,
             "is_best": won,
             "metrics": _without_lists(outcome.metrics),
             "decoding": outcome.decoding,

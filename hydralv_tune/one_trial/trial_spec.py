@@ -92,6 +92,8 @@ class Evaluation:
         seconds: Spent on the trial so far, earlier attempts included.
         checkpoint: The best one so far.
         gpu_memory_gb: The most that torch has held on the GPU; None on a CPU.
+        best_folds: The objective of each fold at the best checkpoint, whose mean the value is;
+            None without a cross-validation.
     """
 
     step: int
@@ -103,6 +105,7 @@ class Evaluation:
     seconds: float
     checkpoint: str | None
     gpu_memory_gb: float | None = None
+    best_folds: list[float] | None = None
 
     def as_mapping(self) -> dict[str, Any]:
         """Return the evaluation as plain JSON types."""

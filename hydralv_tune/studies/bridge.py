@@ -301,7 +301,7 @@ class Bridge:
         step, value = int(message["step"]), float(message["value"])
         metrics = message.get("metrics") or {}
         violation = self._violation(message.get("best_f1_iou50", metrics.get("f1_iou50")))
-        decision = self.driver.report(number, step, value, violation)
+        decision = self.driver.report(number, step, value, violation, message.get("best_folds"))
         fields = {k: v for k, v in message.items() if k not in ("kind", "metrics", "losses")}
         shown = {**fields, **metrics, "losses": message.get("losses")}
         self.emit("evaluation", number, **shown)

@@ -26,6 +26,9 @@ MAX_RESTARTS = 20
 VIOLATIONS = "violations"
 """User attribute of a trial: by how much the guard was violated at each evaluation, by step."""
 
+FOLD_VALUES = "fold_values"
+"""User attribute of a cross-validated trial: the objective of each fold, by step."""
+
 
 @dataclass(frozen=True)
 class TrialView:
@@ -190,7 +193,8 @@ def duplicate_of(
     """Return the number of an earlier trial with the same parameters, or None.
 
     Recipes may set keys outside the searched ones, so a warm start is only a duplicate of itself.
-    A FAIL trained to no end and is no duplicate.
+    Nor is what failed trained again: where that can help, a retry does it. A trial that no driver
+    came to own was never trained.
 
     Args:
         params: Encoded values of the new trial.
@@ -199,7 +203,10 @@ def duplicate_of(
         number: The new trial's own number.
     """
     for trial in trials:
-        if trial.number == number or trial.state in ("FAIL", "WAITING"):
+        untrained = "owner" not in trial.user_attrs or "duplicate_of" in trial.user_attrs
+        if trial.number == number or trial.state == "WAITING":
+            continue
+        if trial.state == "FAIL" and untrained:
             continue
         same = dict(trial.params) == dict(params)
         if same and trial.user_attrs.get("warm_start") == warm_start and not trial.is_imported:

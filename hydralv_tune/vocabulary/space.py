@@ -171,7 +171,10 @@ class Pruner(Section):
     """`pruner`: steps are evaluations."""
 
     name: Literal["median", "percentile", "hyperband", "successive_halving", "wilcoxon", "none"] = (
-        Field("median", description="Steps are evaluations.")
+        Field(
+            "median",
+            description="Steps are evaluations; wilcoxon compares folds, at least 4 of them.",
+        )
     )
     warmup_evaluations: Whole = Field(3, description="Nothing is pruned before.")
     startup_trials: Whole = Field(5, description="Finished trials before anything is pruned.")
@@ -369,6 +372,16 @@ def objective_value(metrics: Mapping[str, Any], objective: Objective) -> float:
     if objective.metric == "voi":
         return float(metrics["voi_split"]) + float(metrics["voi_merge"])
     return float(metrics[objective.metric])
+
+
+def guard_violation(f1: float | None, objective: Objective) -> float | None:
+    """Return by how much the study's guard is violated; 0 or less is feasible.
+
+    Args:
+        f1: F1 at IoU 0.5; None where it is unknown, and so is the answer.
+        objective: Its guard.
+    """
+    return None if f1 is None else objective.guard.f1_iou50 - float(f1)
 
 
 def space_from_mapping(mapping: Mapping[str, Any], place: str | None = None) -> SearchSpace:

@@ -25,6 +25,9 @@ from hydralv_tune.vocabulary.validation import (
 if TYPE_CHECKING:
     from hydralv_tune.vocabulary.space import Parameter, SearchSpace
 
+LEAST_FOLDS = 4
+"""Of Wilcoxon's test: with fewer, even a trial that is worse in all of them could be chance."""
+
 DRAWS = 24
 """Random points whose candidate is built too: a rule may join two searched keys."""
 OPEN = "data.augmentation."
@@ -45,11 +48,15 @@ def check_space(space: SearchSpace, place: str) -> None:
     _check_weights(space, place)
     check_grid(space.decoding, place, "decoding.")
     try:
-        space.candidate({})
+        split = space.candidate({}).data.split
     except ConfigError as error:
         raise ConfigError(
             f"{place}: base '{space.base}' with `fixed`: {_without_place(error)}"
         ) from error
+    folds = split.folds if split.kind == "cross_validation" else 1
+    if space.pruner.name == "wilcoxon" and folds < LEAST_FOLDS:
+        rule = f"it compares at least {LEAST_FOLDS} folds"
+        refuse(place, "pruner.name", "wilcoxon", rule, "Set fixed.data.split, or take median.")
     for key, parameter in space.parameters.items():
         for value in extremes(parameter):
             params = _with_conditions(space, {key: value})
@@ -59,7 +66,8 @@ def check_space(space: SearchSpace, place: str) -> None:
         params = drawn(space, generator)
         _check_point(space, params, f"{place}: parameters: the combination {params}")
     for name in space.warm_starts:
-        space.warm_start(name)
+        start = space.warm_start(name)
+        _check_point(space, start.params, f"{place}: warm_starts: '{name}'", start.overrides)
     if len(set(space.warm_starts)) != len(space.warm_starts):
         refuse(place, "warm_starts", space.warm_starts, "a name stands twice")
 
@@ -86,12 +94,22 @@ def _without_place(error: ConfigError) -> str:
     return str(error).partition(": ")[2]
 
 
-def _check_point(space: SearchSpace, params: Mapping[str, Any], what: str) -> None:
-    """Check that a point of the space gives a valid candidate."""
+def _check_point(
+    space: SearchSpace,
+    params: Mapping[str, Any],
+    what: str,
+    recipe: Mapping[str, Any] | None = None,
+) -> None:
+    """Check that a point of the space gives a valid candidate, scored as all others are."""
     try:
-        space.candidate(params)
+        split = space.candidate(params, recipe).data.split
     except ConfigError as error:
         raise ConfigError(f"{what} gives no valid candidate: {_without_place(error)}") from error
+    if split != (of_all := space.candidate({}).data.split):
+        raise ConfigError(
+            f"{what} has the data.split {split.kind}, but the base has {of_all.kind}, or another "
+            "one of that kind: errors of the two would be ranked as one. Set it in `fixed`."
+        )
 
 
 def _check_parameter(space: SearchSpace, key: str, parameter: Parameter, place: str) -> None:

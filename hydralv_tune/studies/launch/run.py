@@ -129,7 +129,7 @@ def run_study(
             source = open_readonly(storage, warm_start_from)
             opened.import_trials(source)
             source.close()
-        opened.settle_volumes({v.name: v.fingerprint() for v in read}, extend=extend)
+        opened.settle_volumes({v.name: v.fingerprint() for v in read})
         with (
             ray_cluster(ray_address, read) as cluster,
             Driver(opened, out=out, heartbeat_s=heartbeat_s, grace_s=grace_s) as driver,

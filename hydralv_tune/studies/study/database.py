@@ -17,7 +17,6 @@ from sqlalchemy import exc as sqlalchemy_errors
 
 from hydralv_tune.studies.mutex import MutexLost
 from hydralv_tune.studies.storage_url import engine_options, masked, reason_of, sqlite_file
-from hydralv_tune.studies.trial_view import VIOLATIONS
 from hydralv_tune.vocabulary.errors import HydraLVError, StudyError, unknown_name
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -88,31 +87,33 @@ def set_attributes(storage: RDBStorage, trial_id: int, attributes: Mapping[str, 
 
 
 def store_evaluation(
-    storage: RDBStorage, trial_id: int, step: int, value: float, violation: float | None
+    storage: RDBStorage, trial_id: int, step: int, value: float, beside: Mapping[str, Any]
 ) -> None:
-    """Store an intermediate value and what the guard says of it, in one transaction.
+    """Store an intermediate value and what is known beside it, in one transaction.
 
     Args:
         storage: That holds the trial.
         trial_id: Of a trial that is not finished.
         step: Evaluation, from 1.
         value: Objective so far.
-        violation: By how much its checkpoint violates the guard; None where that is unknown.
+        beside: What each user attribute of that name holds of this step, as `VIOLATIONS` does;
+            None is left out.
 
     Raises:
         UpdateFinishedTrialError: The trial is finished.
     """
     with _create_scoped_session(storage.scoped_session, True) as session:
         storage._set_trial_intermediate_value_without_commit(session, trial_id, step, value)
-        if violation is None:
-            return
         model = models.TrialUserAttributeModel
         trial = models.TrialModel.find_or_raise_by_id(trial_id, session)
-        stored = model.find_by_trial_and_key(trial, VIOLATIONS, session)
-        known = {} if stored is None else json.loads(str(stored.value_json))
-        storage._set_trial_attr_without_commit(
-            session, model, trial_id, VIOLATIONS, {**known, str(step): violation}
-        )
+        for key, of_step in beside.items():
+            if of_step is None:
+                continue
+            stored = model.find_by_trial_and_key(trial, key, session)
+            known = {} if stored is None else json.loads(str(stored.value_json))
+            storage._set_trial_attr_without_commit(
+                session, model, trial_id, key, {**known, str(step): of_step}
+            )
 
 
 def url_template(url: sqlalchemy.engine.URL) -> str:

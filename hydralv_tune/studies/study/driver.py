@@ -7,7 +7,7 @@ import math
 import threading
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -33,6 +33,7 @@ from hydralv_tune.studies.study.search import (
 )
 from hydralv_tune.studies.study.study import Study, trial_by_number
 from hydralv_tune.studies.trial_view import (
+    FOLD_VALUES,
     VIOLATIONS,
     Asked,
     Outcome,
@@ -80,13 +81,15 @@ class Driver:
         self._mutex = StudyMutex(study.rdb.engine.url, study.name)
         self._live: dict[int, optuna.Trial] = {}
         self._journal = Journal(out / f"{PREFIX}{self.identity}{SUFFIX}")
+        # Both monotonic: when the database last answered, and since when without a long pause.
+        self._answered_at, self._answering_since = -math.inf, math.inf
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
         study.optuna.pruner = make_pruner(self.space.pruner)
         self._sampler = make_sampler(self.space.sampler, 0)
 
     def __enter__(self) -> Driver:
-        with database_errors():
+        with self._database(), self._mutex:
             self.adopt_journals()
         self._thread.start()
         return self
@@ -119,15 +122,17 @@ class Driver:
         """
         before = set(self._live)
         try:
-            with database_errors(), self._mutex:
+            with self._database(), self._mutex:
                 self._flush()
                 self.reconcile()
                 return self._next_trial(target)
-        except DatabaseAway:
+        except (DatabaseAway, UpdateFinishedTrialError) as error:
             # Nobody will run a trial that was claimed just before: it is to be found an orphan.
             for number in set(self._live) - before:
                 self._live.pop(number)
-            raise
+            if isinstance(error, DatabaseAway):
+                raise
+            return "wait"  # this process slept, and another driver found the trial an orphan
 
     def _next_trial(self, target: int) -> Asked | Literal["wait", "done"]:
         """Return a new trial if one is wanted; under the mutex."""
@@ -148,7 +153,12 @@ class Driver:
         return self._new_trial() or "wait"
 
     def report(
-        self, number: int, step: int, value: float, violation: float | None = None
+        self,
+        number: int,
+        step: int,
+        value: float,
+        violation: float | None = None,
+        folds: Sequence[float] | None = None,
     ) -> Literal["go", "prune", "refused"]:
         """Store an intermediate value and return whether the trial goes on.
 
@@ -157,14 +167,16 @@ class Driver:
             step: Evaluation, from 1.
             value: Objective so far, minimised.
             violation: By how much the checkpoint of that value violates the guard.
+            folds: The objective of each fold, whose mean the value is.
         """
+        beside = {VIOLATIONS: violation, FOLD_VALUES: None if folds is None else list(folds)}
         trial = self._live.get(number)
         if trial is None:
             return "refused"
         try:
-            with database_errors():
+            with self._database():
                 self._flush()
-                store_evaluation(self.study.rdb, trial._trial_id, step, value, violation)
+                store_evaluation(self.study.rdb, trial._trial_id, step, value, beside)
                 # Fresh: `trial.should_prune` would look at what it has reported by itself.
                 frozen = self.study.rdb.get_trial(trial._trial_id)
                 study = self.study.optuna
@@ -173,7 +185,7 @@ class Driver:
             self._live.pop(number, None)
             return "refused"
         except DatabaseAway:
-            kept = {"number": number, "step": step, "value": value, "violation": violation}
+            kept = {"number": number, "step": step, "value": value, "beside": beside}
             self._keep({"kind": "report", **kept})
             return "go"
 
@@ -185,9 +197,12 @@ class Driver:
         if number not in self._live:
             return "refused"
         try:
-            with database_errors(), self._mutex:
+            with self._database(), self._mutex:
                 self._flush()
-                return "told" if self._tell_now(number, outcome, self.identity) else "refused"
+                told = self._tell_now(number, outcome, self.identity)
+                if told and outcome.state == "FAIL":
+                    self.reconcile()
+                return "told" if told else "refused"
         except DatabaseAway:
             self._keep({"kind": "tell", "number": number, "outcome": outcome.as_mapping()})
             return "kept"
@@ -198,16 +213,17 @@ class Driver:
         Raises:
             DatabaseAway: Try again later.
         """
-        with database_errors():
+        with self._database():
             self._flush()
             states = {trial.number: trial.state for trial in self.study.frozen()}
+            self._answered()
         lost = frozenset(n for n in self._live if states.get(n) != TrialState.RUNNING)
         for number in lost:
             self._live.pop(number, None)
         return lost
 
     def adopt_journals(self) -> None:
-        """Tell the results that dead drivers left in this folder."""
+        """Tell the results that dead drivers left in this folder; to be called under the mutex."""
         for journal in journals_in(self.out):
             entries = journal.entries()
             abandoned = time.time() - journal.path.stat().st_mtime > ABANDONED_S
@@ -217,13 +233,34 @@ class Driver:
     def _flush(self) -> None:
         """Tell what waits, in order: a later result must not overtake an earlier one."""
         if self._journal.path.exists():
-            self._journal.drain(self._tell_entry)
+            with self._mutex:
+                self._journal.drain(self._tell_entry)
+                self.reconcile()
+
+    @contextlib.contextmanager
+    def _database(self) -> Iterator[None]:
+        """Turn a database that does not answer into `DatabaseAway`, and remember that it was."""
+        try:
+            with database_errors():
+                yield
+        except DatabaseAway:
+            self._answered_at = -math.inf
+            raise
+
+    def _answered(self) -> None:
+        """Take in that the database answers."""
+        now = time.monotonic()
+        if now - self._answered_at > self.grace_s:
+            self._answering_since = now
+        self._answered_at = now
 
     def reconcile(self) -> None:
         """Fail the trials whose driver is gone and give each FAIL that deserves it one successor.
 
         To be called under the mutex; it may be called any number of times.
         """
+        # First: a trial whose result a dead driver left behind is no orphan.
+        self.adopt_journals()
         ages = self._heartbeat_ages()
         for trial in self.study.frozen():
             if trial.state == TrialState.RUNNING and trial.number not in self._live:
@@ -243,7 +280,9 @@ class Driver:
             return "orphaned: its driver died while it asked for the trial"
         if is_surely_dead(owner):
             return "orphaned: its driver's process is gone"
-        if age_s is None or age_s > self.grace_s:
+        # While the database was away, or this process slept, nobody could be heard.
+        listened_s = time.monotonic() - self._answering_since
+        if listened_s > self.grace_s and (age_s is None or age_s > self.grace_s):
             silence = "at all" if age_s is None else f"for {age_s:.0f} s"
             return f"orphaned: no sign of life of its driver {silence}"
         return None
@@ -325,11 +364,11 @@ class Driver:
         """Give a retry the evaluations of the attempt before, from whose checkpoint it goes on."""
         for view in trials:
             if view.number == retry_of:
-                violations = view.user_attrs.get(VIOLATIONS) or {}
+                known = {k: view.user_attrs.get(k) or {} for k in (VIOLATIONS, FOLD_VALUES)}
                 for step, value in view.intermediate.items():
                     if math.isfinite(value):
-                        over = violations.get(str(step))
-                        store_evaluation(self.study.rdb, trial._trial_id, step, value, over)
+                        beside = {key: by_step.get(str(step)) for key, by_step in known.items()}
+                        store_evaluation(self.study.rdb, trial._trial_id, step, value, beside)
 
     def _sampler_for(self, count: int) -> optuna.samplers.BaseSampler:
         """Return the sampler of the next trial.
@@ -354,16 +393,19 @@ class Driver:
             self._live.pop(number, None)
             return False
         retry = {"retry": outcome.retry} if outcome.state == "FAIL" else {}
-        set_attributes(self.study.rdb, frozen._trial_id, {**outcome.attributes, **retry})
-        if outcome.violation is not None and math.isfinite(outcome.violation):
-            optuna.Trial(study, frozen._trial_id).set_constraint(GUARD, outcome.violation)
-        values = outcome.value if outcome.state == "COMPLETE" else None
-        study.tell(number, values, state=TrialState[outcome.state])
+        try:
+            set_attributes(self.study.rdb, frozen._trial_id, {**outcome.attributes, **retry})
+            if outcome.violation is not None and math.isfinite(outcome.violation):
+                optuna.Trial(study, frozen._trial_id).set_constraint(GUARD, outcome.violation)
+            values = outcome.value if outcome.state == "COMPLETE" else None
+            study.tell(number, values, state=TrialState[outcome.state])
+        except UpdateFinishedTrialError:
+            told = False  # this process slept under the mutex, and another took the trial over
+        else:
+            told = True
         # Only now: until it is told, a trial must not look like an orphan.
         self._live.pop(number, None)
-        if outcome.state == "FAIL":
-            self.reconcile()
-        return True
+        return told
 
     def _keep(self, entry: Mapping[str, Any]) -> None:
         """Write into the journal what cannot be told now."""
@@ -372,20 +414,19 @@ class Driver:
     def _tell_entry(self, entry: dict[str, Any]) -> None:
         """Tell one entry of a journal; what the database no longer wants is dropped."""
         number, identity = int(entry["number"]), str(entry["identity"])
-        with database_errors(), self._mutex:
+        with self._database(), self._mutex:
             if entry["kind"] == "tell":
                 self._tell_now(number, Outcome.from_mapping(entry["outcome"]), identity)
                 return
             frozen = trial_by_number(self.study.optuna, number)
             if frozen is not None and frozen.state == TrialState.RUNNING:
-                violation = entry.get("violation")
                 with contextlib.suppress(UpdateFinishedTrialError):
                     store_evaluation(
                         self.study.rdb,
                         frozen._trial_id,
                         int(entry["step"]),
                         float(entry["value"]),
-                        None if violation is None else float(violation),
+                        dict(entry["beside"]),
                     )
 
     def _heartbeat_ages(self) -> dict[int, float]:
@@ -403,6 +444,7 @@ class Driver:
         )
         with self.study.rdb.engine.connect() as connection:
             rows = connection.execute(query).all()
+        self._answered()
         return {
             trial: (now.replace(tzinfo=None) - beat.replace(tzinfo=None)).total_seconds()
             for trial, beat, now in rows
@@ -413,6 +455,7 @@ class Driver:
         while not self._stop.wait(self.heartbeat_s):
             for trial in list(self._live.values()):
                 # A database that is away is met by the driver's own thread too, which says so.
-                with contextlib.suppress(DatabaseAway), database_errors():
+                # Whatever else goes wrong with one sign of life must not end the later ones.
+                with contextlib.suppress(Exception), self._database():
                     self.study.rdb.record_heartbeat(trial._trial_id)
         self.study.rdb.remove_session()

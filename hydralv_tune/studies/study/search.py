@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from copy import copy
+from types import SimpleNamespace
 from typing import Any
 
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
-from hydralv_tune.studies.trial_view import VIOLATIONS
+from hydralv_tune.studies.trial_view import FOLD_VALUES, VIOLATIONS
 from hydralv_tune.vocabulary.errors import StudyError
 from hydralv_tune.vocabulary.space import (
     Parameter,
     Pruner,
     Sampler,
     SearchSpace,
+    guard_violation,
     objective_value,
 )
 
@@ -39,11 +42,17 @@ def make_sampler(sampler: Sampler, count: int) -> optuna.samplers.BaseSampler:
         if sampler.name == "random":
             return optuna.samplers.RandomSampler(seed=seed)
         if sampler.name == "gp":
-            return optuna.samplers.GPSampler(seed=seed, n_startup_trials=startup)
+            return optuna.samplers.GPSampler(
+                seed=seed, n_startup_trials=startup, warn_independent_sampling=False
+            )
         if sampler.name == "qmc":
-            return optuna.samplers.QMCSampler(seed=sampler.seed, scramble=True)
+            return optuna.samplers.QMCSampler(
+                seed=sampler.seed, scramble=True, warn_independent_sampling=False
+            )
         if sampler.name == "cmaes":
-            return _CmaEsWithoutPickle(seed=sampler.seed, n_startup_trials=startup)
+            return _CmaEsWithoutPickle(
+                seed=sampler.seed, n_startup_trials=startup, warn_independent_sampling=False
+            )
         return optuna.samplers.TPESampler(
             n_startup_trials=startup, group=True, constant_liar=True, seed=seed
         )
@@ -108,6 +117,46 @@ class _GuardFirst(optuna.pruners.BasePruner):
         return self._wrapped.prune(ranked, _ranked(trial))
 
 
+class _OverFolds(optuna.pruners.BasePruner):
+    """Wilcoxon's test over the folds of a cross-validation: is the trial worse in most of them?
+
+    The trial is compared with the best one as that was at the same evaluation, fold by fold, and
+    what violated the guard comes after what did not.
+    """
+
+    def __init__(self, warmup: int, startup: int) -> None:
+        self._wrapped = optuna.pruners.WilcoxonPruner()
+        self._warmup, self._startup = warmup, startup
+
+    def prune(self, study: optuna.Study, trial: FrozenTrial) -> bool:
+        """Return whether the trial is to be pruned."""
+        step = trial.last_step
+        complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+        own = [other for other in complete if FOLD_VALUES in other.user_attrs]
+        if step is None or step < self._warmup or len(own) < max(self._startup, 1):
+            return False
+        best, judged = _of_folds(min(own, key=_rank), step), _of_folds(trial, step)
+        if len(best.intermediate_values) != len(judged.intermediate_values):
+            return False
+        shown: Any = SimpleNamespace(best_trial=best, direction=study.direction)
+        return self._wrapped.prune(shown, judged)
+
+
+def _rank(trial: FrozenTrial) -> tuple[float, float]:
+    """Return what complete trials are ordered by: violation of the guard, value."""
+    return (max([0.0, *trial.constraints.values()]), trial.values[0])
+
+
+def _of_folds(trial: FrozenTrial, step: int) -> FrozenTrial:
+    """Return a trial whose intermediate values are those of its folds at one evaluation."""
+    over = (trial.user_attrs.get(VIOLATIONS) or {}).get(str(step), 0.0)
+    behind = BEHIND + over if over > 0 else 0.0
+    values = (trial.user_attrs.get(FOLD_VALUES) or {}).get(str(step), [])
+    shown = copy(trial)
+    shown.intermediate_values = {fold: value + behind for fold, value in enumerate(values)}
+    return shown
+
+
 class _RankedStudy:
     """A study whose trials are seen by `_ranked`; everything else is the study's own."""
 
@@ -148,7 +197,7 @@ def make_pruner(pruner: Pruner) -> optuna.pruners.BasePruner:
         if pruner.name == "successive_halving":
             return _GuardFirst(optuna.pruners.SuccessiveHalvingPruner(min_resource=max(1, warmup)))
         if pruner.name == "wilcoxon":
-            return optuna.pruners.WilcoxonPruner(n_startup_steps=warmup)
+            return _OverFolds(warmup, startup)
         percentile = 50.0 if pruner.name == "median" else pruner.percentile
         wrapped = optuna.pruners.PercentilePruner(
             percentile, n_startup_trials=startup, n_warmup_steps=warmup
@@ -195,6 +244,26 @@ def distribution_of(parameter: Parameter) -> optuna.distributions.BaseDistributi
     return optuna.distributions.CategoricalDistribution(parameter.choices)
 
 
+def require_comparable(before: SearchSpace, space: SearchSpace, name: str) -> None:
+    """Refuse an extension after which the values of new trials mean something else."""
+    anywhere = {"stop_at": None}
+    changed = []
+    if before.objective.model_copy(update=anywhere) != space.objective.model_copy(update=anywhere):
+        changed.append("objective")
+    if before.candidate({}).data.split != space.candidate({}).data.split:
+        changed.append("data.split")
+    if changed:
+        raise StudyError(
+            f"Study '{name}': {' and '.join(changed)} cannot change within a study: values of "
+            f"before and after would be ranked as one. {elsewhere(name)}"
+        )
+
+
+def elsewhere(name: str) -> str:
+    """Return what to do instead of changing a study."""
+    return f"Take another --study name and add --warm-start-from {name}."
+
+
 def require_compatible(before: SearchSpace, space: SearchSpace, name: str) -> None:
     """Refuse an extension that Optuna cannot take into one study."""
     for key, parameter in space.parameters.items():
@@ -207,13 +276,24 @@ def require_compatible(before: SearchSpace, space: SearchSpace, name: str) -> No
         except ValueError:
             raise StudyError(
                 f"Study '{name}': the choices or the kind of {key} cannot change within a study, "
-                "only ranges can. Take another --study name and add --warm-start-from "
-                f"{name}."
+                f"only ranges can. {elsewhere(name)}"
             ) from None
 
 
-def imported_trial(trial: FrozenTrial, label: str, space: SearchSpace) -> FrozenTrial | None:
-    """Return a trial of another study as one of this space, or None where it does not fit."""
+def imported_trial(
+    trial: FrozenTrial, label: str, space: SearchSpace, recipe: Mapping[str, Any]
+) -> FrozenTrial | None:
+    """Return a trial of another study as one of this space, or None where it does not fit.
+
+    Value and guard are those of this space's objective. Its evaluations are left out: they were
+    made of the other study's objective, at the steps of its own budget.
+
+    Args:
+        trial: Of the other study.
+        label: Where it comes from.
+        space: Of this study.
+        recipe: The partial candidate that it set beside its parameters, if any.
+    """
     metrics = trial.user_attrs.get("metrics")
     if trial.state not in (TrialState.COMPLETE, TrialState.PRUNED) or not metrics:
         return None
@@ -231,14 +311,17 @@ def imported_trial(trial: FrozenTrial, label: str, space: SearchSpace) -> Frozen
         except ValueError:
             return None
         params[key], distributions[key] = trial.params[key], distribution
-    if set(params) != set(trial.params) or "warm_start" in trial.user_attrs:
+    if set(params) != set(trial.params):
         return None
+    # A recipe may set more than is searched here; then the parameters alone are another candidate.
+    if recipe and space.candidate(params, recipe) != space.candidate(params):
+        return None
+    violation = guard_violation(metrics.get("f1_iou50"), space.objective)
     return optuna.trial.create_trial(
         state=trial.state,
         value=objective_value(metrics, space.objective),
         params=params,
         distributions=distributions,
         user_attrs={"imported_from": label, "metrics": metrics},
-        system_attrs={f"constraints:{k}": v for k, v in trial.constraints.items()},
-        intermediate_values=trial.intermediate_values,
+        system_attrs={} if violation is None else {f"constraints:{GUARD}": violation},
     )

@@ -21,7 +21,12 @@ from hydralv_tune.studies.study.database import (
     open_storage,
     require_tables,
 )
-from hydralv_tune.studies.study.search import imported_trial, require_compatible
+from hydralv_tune.studies.study.search import (
+    elsewhere,
+    imported_trial,
+    require_comparable,
+    require_compatible,
+)
 from hydralv_tune.studies.trial_view import (
     FINISHED,
     TrialView,
@@ -285,15 +290,31 @@ class Study:
         Args:
             source: The earlier study; its values are computed anew for this objective.
         """
-        known = {trial.user_attrs.get("imported_from") for trial in self.trials()}
-        added = 0
-        for trial in source.frozen():
-            label = f"{source.name}#{trial.number}"
-            imported = None if label in known else imported_trial(trial, label, self.space)
-            if imported is not None:
-                self.optuna.add_trial(imported)
-                added += 1
-        return added
+        mutex = StudyMutex(self.rdb.engine.url, self.name)  # another driver may import them too
+        try:
+            with database_errors(), mutex:
+                known = {trial.user_attrs.get("imported_from") for trial in self.trials()}
+                added = 0
+                for trial in source.frozen():
+                    label = f"{source.name}#{trial.number}"
+                    recipe = source.recipe_of(trial)
+                    if label in known or recipe is None:
+                        continue
+                    imported = imported_trial(trial, label, self.space, recipe)
+                    if imported is not None:
+                        self.optuna.add_trial(imported)
+                        added += 1
+                return added
+        finally:
+            mutex.close()
+
+    def recipe_of(self, trial: FrozenTrial) -> Mapping[str, Any] | None:
+        """Return the partial candidate that a trial set beside its parameters; empty without.
+
+        None where the space has dropped the recipe since.
+        """
+        name = trial.user_attrs.get("warm_start")
+        return {} if name is None else self.space.recipes.get(name)
 
     def _settle_space(self, space: SearchSpace, *, extend: bool) -> None:
         """Store the space of a new study, or refuse one that has changed."""
@@ -309,16 +330,16 @@ class Study:
                     f"Study '{self.name}' in {self.storage} was made with another search space:\n"
                     f"{lines}\nTake another --study name, or accept the change with --extend."
                 )
+            require_comparable(before, space, self.name)
             require_compatible(before, space, self.name)
         self._space = space
         self.remember(SPACE, mapping)
 
-    def settle_volumes(self, fingerprints: Mapping[str, str], *, extend: bool) -> None:
+    def settle_volumes(self, fingerprints: Mapping[str, str]) -> None:
         """Store what the study is scored on, or refuse other volumes: values would not compare.
 
         Args:
             fingerprints: Hash of each volume's content, by its name.
-            extend: Accept a change.
 
         Raises:
             StudyError: The volumes are others than before.
@@ -326,12 +347,12 @@ class Study:
         stored = self.optuna.user_attrs.get(VOLUMES)
         if not fingerprints:
             return
-        if stored is not None and stored != dict(fingerprints) and not extend:
+        if stored is not None and stored != dict(fingerprints):
             changed = sorted(set(stored.items()) ^ set(fingerprints.items()))
             names = ", ".join(dict.fromkeys(name for name, _ in changed))
             raise StudyError(
                 f"Study '{self.name}' in {self.storage} was scored on other volumes; changed: "
-                f"{names}. Take another --study name, or accept the change with --extend."
+                f"{names}. Errors of the two would be ranked as one. {elsewhere(self.name)}"
             )
         self.remember(VOLUMES, dict(fingerprints))
 
