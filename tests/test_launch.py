@@ -14,7 +14,6 @@ from typing import Any
 
 import pytest
 
-from hydralv_tune.disk.mirror import Mirror
 from hydralv_tune.studies.bridge import MAX_CONSECUTIVE_FAILURES, Bridge, Event, StudyFailed
 from hydralv_tune.studies.folder_claim import FolderClaim, folder_owner
 from hydralv_tune.studies.launch.cluster import Resources
@@ -454,51 +453,3 @@ def test_plain_values_are_json(tmp_path: Path) -> None:
 
     value = {"a": np.float32(1.5), 2: (np.int64(3), tmp_path), "b": float("inf"), "c": True}
     assert plain(value) == {"a": 1.5, "2": [3, str(tmp_path)], "b": None, "c": True}
-
-
-def test_a_folder_is_mirrored_and_fetched_by_the_next_node(tmp_path: Path) -> None:
-    shared = f"file://{tmp_path / 'shared'}"
-    (tmp_path / "one").mkdir()
-    first = Mirror(tmp_path / "one", shared, "7")
-    (tmp_path / "one" / "last.ckpt").write_bytes(b"state 1")
-    (tmp_path / "one" / "attempt.json").write_text("{}")
-    assert first.push() == 1
-    assert first.push() == 0
-    (tmp_path / "one" / "last.ckpt").write_bytes(b"state 22")
-    assert first.push() == 1
-    (tmp_path / "two").mkdir()
-    (tmp_path / "two" / "kept").write_text("mine")
-    (tmp_path / "shared" / "7" / "best.ckpt.part").write_bytes(b"its node died here")
-    second = Mirror(tmp_path / "two", shared, "7")
-    assert second.pull() == 1
-    assert (tmp_path / "two" / "last.ckpt").read_bytes() == b"state 22"
-    assert second.push() == 1
-    assert not (tmp_path / "two" / "attempt.json").exists()
-    with pytest.raises(InputError, match="cannot be used"):
-        Mirror(tmp_path, "nosuch://bucket/x", "7")
-
-
-def test_a_retry_on_another_node_goes_on_from_the_mirrored_state(tmp_path: Path) -> None:
-    def function(spec: dict[str, Any], report: Any) -> dict[str, Any]:
-        state = Path(spec["out"]) / "state"
-        done = int(state.read_text()) if state.exists() else 0
-        for step in range(done + 1, 5):
-            state.write_text(str(step))
-            report({**evaluation(1 / step), "step": step})
-            if step == 2 and spec["number"] == 3:
-                raise OSError("the node goes down")
-        return {"metrics": FIGURES}
-
-    steps = []
-    for number, node in ((3, "one"), (4, "two")):
-        sent: list[dict[str, Any]] = []
-        spec = {"out": str(tmp_path / node), "number": number, "root": 3}
-        run_worker(
-            spec,
-            send=sent.append,
-            should_stop=lambda: False,
-            function=function,
-            checkpoints=str(tmp_path / "shared"),
-        )
-        steps.append([m["step"] for m in sent if m["kind"] == "evaluation"])
-    assert steps == [[1, 2], [3, 4]]

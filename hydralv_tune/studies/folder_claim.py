@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from hydralv_tune.disk.mirror import Mirror
 from hydralv_tune.vocabulary.errors import TrialTakenOver
 
 HAND_OVER_S = 120.0
-OWNER_FILE, LOCK_FILE = "attempt.json", ".attempt.lock"
+LOCK_FILE, OWNER_FILES = ".attempt.lock", ".attempt-"
 
 
 class FolderClaim:
@@ -24,9 +23,17 @@ class FolderClaim:
     holds as long as it may write. That one sees at its next step that the folder is no longer its
     own, saves, and lets go; if it is dead the lock is free.
 
+    Each attempt says so in a file of its own, `.attempt-NUMBER`, and the highest number owns the
+    folder: whoever comes in whatever order, an earlier attempt cannot take it from a later one.
+    The lock alone makes the later one wait. Where it does not reach from machine to machine (NFS
+    mounted with `local_lock=flock` or `all`, Lustre with `localflock`), nothing here can tell: the
+    later one begins at once, and what the earlier one saves at its last step may come in between.
+    An NFS client may also cache a folder's listing: the earlier one then sees up to a minute late
+    that it has lost the folder, which is less than the lock is waited for.
+
     Args:
         folder: Of the trial.
-        number: Of the attempt; the latest one that claims the folder owns it.
+        number: Of the attempt, which is that of its trial in the study.
         wait_s: How long a lock is waited for. A worker that hangs must not keep a trial for ever.
     """
 
@@ -40,18 +47,16 @@ class FolderClaim:
         """Own the folder, and wait until no earlier attempt works in it.
 
         Raises:
-            TrialTakenOver: A later attempt took it meanwhile.
+            TrialTakenOver: A later attempt owns it.
         """
         self._folder.mkdir(parents=True, exist_ok=True)
-        # Not by `records`, which brings PyTorch: a worker that starts is to be light.
-        temporary = self._folder / f".{OWNER_FILE}.{self._number}"
-        temporary.write_text(json.dumps({"number": self._number}))
-        os.replace(temporary, self._folder / OWNER_FILE)
+        (self._folder / f"{OWNER_FILES}{self._number}").touch()
         self._hold()
 
     def is_lost(self) -> bool:
         """Return whether a later attempt owns the folder."""
-        return folder_owner(self._folder) not in (None, self._number)
+        owner = folder_owner(self._folder)
+        return owner is not None and owner > self._number
 
     @contextmanager
     def aside(self) -> Iterator[None]:
@@ -82,12 +87,33 @@ class FolderClaim:
                 self.note = f"the folder cannot be locked: {error}"
         if self.is_lost():
             self.let_go()
-            raise TrialTakenOver(f"another attempt goes on with what trial {self._number} did")
+            raise TrialTakenOver(
+                f"attempt {folder_owner(self._folder)} goes on with what trial {self._number} was "
+                f"to do, as {self._folder} says"
+            )
 
 
 def folder_owner(folder: Path) -> int | None:
     """Return the number of the attempt that owns a trial's folder, or None."""
+    numbers = [path.name.removeprefix(OWNER_FILES) for path in folder.glob(f"{OWNER_FILES}*")]
+    return max((int(number) for number in numbers if number.isdecimal()), default=None)
+
+
+def fetch_folder(folder: Path, number: int, *, url: str, name: str) -> None:
+    """Make a trial's folder on this node what its last attempt left at the URL.
+
+    Args:
+        folder: Of the trial, where an earlier attempt may have left something else.
+        number: Of the attempt.
+        url: As `Mirror` takes it.
+        name: As `mirror.trial_name` gives it.
+
+    Raises:
+        TrialTakenOver: A later attempt works in the folder.
+    """
+    claim = FolderClaim(folder, number)
+    claim.take()  # a worker of an earlier attempt may still be at it
     try:
-        return int(json.loads((folder / OWNER_FILE).read_text())["number"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+        Mirror(folder, url, name).pull()
+    finally:
+        claim.let_go()

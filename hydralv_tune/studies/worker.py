@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from hydralv_tune.disk.mirror import Mirror
+from hydralv_tune.disk.mirror import Mirror, Version, set_version_here, trial_name
 from hydralv_tune.studies.folder_claim import FolderClaim
 from hydralv_tune.vocabulary.errors import (
     HydraLVError,
@@ -42,7 +42,7 @@ class Reporter:
         should_stop: Whether the driver asks for the end.
         claim: To the folder of the trial, which all its attempts share.
         number: The trial's number.
-        mirror: Where the folder is copied to before each message, if anywhere.
+        mirror: Where the folder is copied to before each evaluation is sent, if anywhere.
     """
 
     def __init__(
@@ -70,10 +70,12 @@ class Reporter:
             raise TrialFailed("training", f"the objective is {value}", retry=False)
         self.check()
         if self._mirror is not None:
-            self._mirror.push()
+            self._mirror.push(self._number)
         # A driver may sleep over the answer, and another take the trial over meanwhile.
         with self._claim.aside():
             self._send({**message, "kind": "evaluation"})
+        if self._mirror is not None:
+            self._mirror.check(self._number)
         self.check()
 
     def check(self) -> None:
@@ -102,16 +104,21 @@ def run_worker(
         send: Takes a message of plain JSON types to the driver.
         should_stop: Asked now and then; true ends the trial without a fault.
         function: The trial function.
-        checkpoints: URL that the trial's folder is mirrored to; None where all nodes see it.
+        checkpoints: URL that the trial's folder is mirrored to, and fetched from where another
+            node has gone further; None where all nodes see the folder.
         place: What the launcher knows of where this runs, for the record.
     """
     folder, number, mirror = Path(spec["out"]), int(spec["number"]), None
     claim = FolderClaim(folder, number)
+    has_begun = False
     try:
         claim.take()
-        if checkpoints is not None:
-            mirror = Mirror(folder, checkpoints, str(spec["root"]))
-            mirror.pull()
+        if checkpoints is None:
+            set_version_here(folder, Version(number, 0))  # a later run may mirror the folder
+        else:
+            mirror = Mirror(folder, checkpoints, trial_name(spec["study"], spec["root"]))
+            mirror.begin(number)
+        has_begun = True
         started = {"kind": "started", **whereabouts(), **(place or {})}
         if claim.note is not None:
             started["hand_over"] = claim.note
@@ -119,10 +126,12 @@ def run_worker(
             send(started)
         record = function(spec, Reporter(send, should_stop, claim, number, mirror))
         if mirror is not None:
-            mirror.push()
+            mirror.push(number)
         last = {"kind": "final", "record": plain(dict(record))}
-    except TrialTakenOver:
-        return  # its driver has lost the trial too; there is nobody to tell
+    except TrialTakenOver as error:
+        if has_begun:
+            return  # its driver has lost the trial too; there is nobody to tell
+        last = failure(error)  # the database refuses it, or the folder is of another study
     except TrialInterrupted:
         last = {"kind": "interrupted"}
     # The trial's boundary: whatever it raises is its end, told with the reason.

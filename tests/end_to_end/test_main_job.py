@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,8 @@ from typing import Any
 import h5py
 import pytest
 import yaml
+
+from hydralv_tune.disk.mirror import Mirror
 
 PHANTOM = ("--shape", "16", "96", "96", "--instances", "6", "--seed", "3")
 QUICK = (
@@ -69,9 +72,12 @@ def test_a_study_finishes_with_a_truthful_account(study: dict[str, Any], folder:
     assert 0 <= study["best"]["adapted_rand_error"] <= 1
     storage = "sqlite:///runs/s/study.db"
     assert hydralv("status", "--storage", storage, "--study", "s", cwd=folder) == study
-    kept = {path.relative_to(folder / "mirror") for path in (folder / "mirror").rglob("best.ckpt")}
-    trials = folder / "runs" / "s" / "trials"
-    assert kept == {path.relative_to(trials) for path in trials.rglob("best.ckpt")} != set()
+    checkpoints = list((folder / "runs" / "s" / "trials").rglob("best.ckpt"))
+    assert checkpoints
+    for checkpoint in checkpoints:
+        Mirror(folder / "fetched", str(folder / "mirror"), f"s/{checkpoint.parent.name}").pull()
+        assert (folder / "fetched" / "best.ckpt").read_bytes() == checkpoint.read_bytes()
+        shutil.rmtree(folder / "fetched")
 
 
 def test_continuing_a_finished_study_trains_nothing_more(

@@ -18,10 +18,11 @@ from typing import Any
 import ray
 from ray import tune
 
-from hydralv_tune.disk.mirror import Mirror, file_system
+from hydralv_tune.disk.mirror import file_system, trial_name
 from hydralv_tune.disk.volumes import Volume, VolumePaths, read_volume
 from hydralv_tune.one_trial.sampling import check_patch_fits
 from hydralv_tune.studies.bridge import Bridge, Event
+from hydralv_tune.studies.folder_claim import fetch_folder
 from hydralv_tune.studies.launch.cluster import Resources, check_before_ray, ray_cluster
 from hydralv_tune.studies.launch.faces import AskingFace, DecidingFace, make_trainable
 from hydralv_tune.studies.study import (
@@ -168,7 +169,8 @@ def _facts(study: Study, out: Path, checkpoints: str | None) -> dict[str, Any]:
     """Return the facts of a study, once the best trial's folder is here."""
     best = study.best()
     if checkpoints is not None and best is not None:
-        Mirror(out / "trials" / str(best.root), checkpoints, str(best.root)).pull()
+        name = trial_name(study.name, best.root)
+        fetch_folder(out / "trials" / str(best.root), best.number, url=checkpoints, name=name)
     return study.facts()
 
 
