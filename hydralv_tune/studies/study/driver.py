@@ -216,8 +216,7 @@ class Driver:
 
     def _flush(self) -> None:
         """Tell what waits, in order: a later result must not overtake an earlier one."""
-        if self._journal.path.exists():
-            self._journal.drain(self._tell_entry)
+        self._journal.drain(self._tell_entry)
 
     def reconcile(self) -> None:
         """Fail the trials whose driver is gone and give each FAIL that deserves it one successor.
