@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import sys
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 import typer
@@ -17,6 +19,7 @@ from hydralv_tune.commands import data as cli_data
 from hydralv_tune.commands import studies as cli_study
 from hydralv_tune.commands.console import say
 from hydralv_tune.vocabulary.errors import HydraLVError, InputError
+from hydralv_tune.vocabulary.secrets import mask_passwords
 
 # Typer carries its own copy of Click; this is the base of its usage errors, whichever copy it is.
 ClickError: type[Any] = next(
@@ -27,6 +30,7 @@ EXIT_WORK_FAILED = 1
 EXIT_WRONG_INPUT = 2
 EXIT_INTERRUPTED = 130
 TRACEBACK_VARIABLE = "HYDRALV_TUNE_TRACEBACK"
+HIDDEN_WORDS_VARIABLE = "HYDRALV_TUNE_HIDDEN_WORDS"
 
 app = typer.Typer(
     name="hydralv-tune",
@@ -146,8 +150,29 @@ def _tell_warning(message: Warning | str, *_: object, **__: object) -> None:
     say(f"warning: {message}")
 
 
+def _words() -> list[str]:
+    """Return the words after the program's name, with no password left in the process's title.
+
+    Every user of a machine can read the command line of a process, and its owner alone the
+    environment. So a process that finds passwords among its words starts itself again under the
+    same number, masked, and takes them from the environment, which no child inherits.
+    """
+    words, number = sys.argv[1:], os.getpid()
+    hidden = json.loads(os.environ.pop(HIDDEN_WORDS_VARIABLE, "{}"))
+    if hidden.get("process") == number:
+        return [hidden["words"].get(str(index), word) for index, word in enumerate(words)]
+    found = {index: word for index, word in enumerate(words) if mask_passwords(word) != word}
+    if found:
+        os.environ[HIDDEN_WORDS_VARIABLE] = json.dumps({"process": number, "words": found})
+        with suppress(OSError):
+            os.execv(sys.executable, [sys.executable, *map(mask_passwords, sys.orig_argv[1:])])
+        del os.environ[HIDDEN_WORDS_VARIABLE]
+    return words
+
+
 def main() -> None:
     """Run the command line of this process and exit."""
+    words = _words()
     signal.signal(signal.SIGTERM, _interrupt)
     warnings.showwarning = _tell_warning
-    sys.exit(exit_code())
+    sys.exit(exit_code(words))

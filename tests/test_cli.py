@@ -5,21 +5,27 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import h5py
 import numpy as np
+import psutil
 import pytest
 import yaml
+from commands_in_a_process import environment
 
 from hydralv_tune.cli import exit_code
 from hydralv_tune.numerics.phantom import make_phantom
+from hydralv_tune.studies.study import Study, open_readonly
 
 Run = Callable[..., tuple[int, str, str]]
+FLAGS = {"im": "--image", "label": "--label", "mask": "--mask"}
 SCORE_KEYS = {
     "adapted_rand_error",
     "adapted_rand_precision",
@@ -441,11 +447,22 @@ def test_what_nobody_expected_is_told_in_one_line(
         (["--gpus-per-trial", "nan"], "--gpus-per-trial"),
         (["--cpus-per-trial", "999"], "999 CPU cores"),
         (["--ray-address", "127.0.0.1:9"], "127.0.0.1:9"),
+        (["--ray-address", "nonsense"], "--ray-address nonsense"),
+        (["--warm-start-from", "nosuch"], "--warm-start-from nosuch"),
+        (["--storage", "sqlite:////sys/study.db"], "/sys"),
+        (["--storage", "sqlite:///file::memory:?uri=true"], "names no file"),
+        (["--storage", "postgresql+asyncpg://u:p@h/d"], "postgresql+psycopg://"),
     ],
 )
-def test_a_cluster_that_cannot_hold_a_trial_is_refused_before_the_study_is_made(
-    run: Run, volume: dict[str, Path], tmp_path: Path, options: list[str], word: str
+def test_a_run_that_cannot_start_is_refused_before_the_study_is_made(
+    run: Run,
+    volume: dict[str, Path],
+    tmp_path: Path,
+    options: list[str],
+    word: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.chdir(tmp_path)
     out = tmp_path / "out"
     message = one_error(
         run(
@@ -454,4 +471,83 @@ def test_a_cluster_that_cannot_hold_a_trial_is_refused_before_the_study_is_made(
         )
     )  # fmt: skip
     assert word in message
-    assert not out.exists()
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture
+def tiny(finished_study: Any, tmp_path: Path) -> Path:
+    """Return the folder of a finished study that a test may spoil, with its space in `tiny.yaml`.
+
+    It is as before there were marks in the folders of studies.
+    """
+    folder = tmp_path / "tiny"
+    shutil.copytree(finished_study.folder, folder)
+    study = Study.open(
+        f"sqlite:///{folder / 'study.db'}",
+        "tiny",
+        space=open_readonly(finished_study.storage, "tiny").space,
+        create=True,
+    )
+    study.remember("out", str(folder))
+    (folder / "tiny.yaml").write_text(yaml.safe_dump(study.space.as_mapping()))
+    study.close()
+    return folder
+
+
+def test_a_refused_run_leaves_its_study_as_it_was(
+    run: Run, tiny: Path, volume: dict[str, Path], tmp_path: Path
+) -> None:
+    storage = ["--storage", f"sqlite:///{tiny / 'study.db'}"]
+    data = [word for n in ("im", "label", "mask") for word in (FLAGS[n], tiny / f"{n}.h5")]
+    other = [word for n in ("im", "label", "mask") for word in (FLAGS[n], volume[n])]
+    command = ["run", tiny / "tiny.yaml", *storage, "--trials", 3, "--study", "tiny"]
+    code, first, err = run(*command, *data, "--out", tiny, "--json")
+    assert code == 0, err
+    assert json.loads(first)["best_config"] is not None
+    database = (tiny / "study.db").read_bytes()
+    elsewhere = tmp_path / "elsewhere"
+    assert "other volumes" in one_error(run(*command, *other, "--out", tiny))
+    assert f"--out {tiny}" in one_error(run(*command, *data, "--out", elsewhere))
+    assert f"--out {tiny}" in one_error(run(*command, *other, "--out", elsewhere))
+    command[-1] = "second"
+    assert "belongs to study 'tiny'" in one_error(run(*command, *data, "--out", tiny))
+    assert not elsewhere.exists()
+    assert (tiny / "study.db").read_bytes() == database
+    assert json.loads(run("status", *storage, "--study", "tiny", "--json")[1]) == json.loads(first)
+
+
+def readable_by_all(process: psutil.Process) -> str:
+    """Return the command line of a process, and the environment that its children got."""
+    own = " ".join(process.cmdline())
+    below = [" ".join((*p.cmdline(), *p.environ().values())) for p in process.children(True)]
+    return "\n".join([own, *below])
+
+
+def test_a_password_on_the_command_line_does_not_stay_there(
+    postgres: Any, volume: dict[str, Path], tmp_path: Path
+) -> None:
+    url = postgres.new_database().replace("postgres:@", "postgres:topsecret@")
+    assert "topsecret" in url
+    words = [
+        "run", "smoke", "--image", volume["im"], "--label", volume["label"], "--out", tmp_path,
+        "--storage", url, "--set", "data.patch_size=[12,64,64]", "--trials", 1,
+    ]  # fmt: skip
+    process = psutil.Popen(
+        [sys.executable, "-m", "hydralv_tune", *map(str, words)],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment(),
+    )  # fmt: skip
+    try:
+        deadline = time.monotonic() + 120
+        while len(process.children(True)) < 4:  # Ray's daemons and a worker
+            assert process.poll() is None, process.communicate()[0]
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+        seen = readable_by_all(process)
+        assert "--storage postgresql+psycopg://postgres:***@" in seen
+        assert "topsecret" not in seen
+    finally:
+        process.terminate()
+        said = process.communicate(timeout=120)[0]
+    assert "topsecret" not in said
+    written = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert not [path for path in written if b"topsecret" in path.read_bytes()]

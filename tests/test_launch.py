@@ -3,20 +3,31 @@
 from __future__ import annotations
 
 import json
+import math
 import signal
+import socket
+import subprocess
 import sys
 import threading
 import time
+import tracemalloc
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import h5py
+import numpy as np
 import pytest
+from commands_in_a_process import environment
 
+from hydralv_tune.disk.volumes import VolumePaths, read_volume, write_array
+from hydralv_tune.numerics.phantom import make_phantom
+from hydralv_tune.one_trial.lazy_reader import is_lazy
 from hydralv_tune.studies.bridge import MAX_CONSECUTIVE_FAILURES, Bridge, Event, StudyFailed
 from hydralv_tune.studies.folder_claim import FolderClaim, folder_owner
-from hydralv_tune.studies.launch.cluster import Resources
+from hydralv_tune.studies.launch.cluster import Resources, check_before_ray
+from hydralv_tune.studies.launch.run import open_volumes
 from hydralv_tune.studies.study import Driver, Study, open_readonly
 from hydralv_tune.studies.worker import failure, plain, run_worker
 from hydralv_tune.vocabulary.errors import (
@@ -25,6 +36,7 @@ from hydralv_tune.vocabulary.errors import (
     TrialFailed,
     TrialInterrupted,
     TrialTakenOver,
+    VolumeError,
 )
 from hydralv_tune.vocabulary.space import space_from_mapping
 
@@ -146,6 +158,21 @@ def test_a_cluster_too_small_for_a_trial_is_wrong_input(monkeypatch: pytest.Monk
     monkeypatch.setattr("hydralv_tune.studies.launch.cluster.ray", TwoNodes)
     with pytest.raises(InputError, match="99 GPUs"):
         Resources(99.0, 1)
+
+
+def test_what_listens_but_is_not_ray_is_wrong_input() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+
+        def answer() -> None:
+            with server.accept()[0] as connection:
+                connection.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        with pytest.raises(InputError, match="is not Ray"):
+            check_before_ray(f"ray://127.0.0.1:{port}", None, None)
+        thread.join()
 
 
 class Rig:
@@ -449,7 +476,113 @@ def test_a_nan_objective_ends_the_trial(tmp_path: Path) -> None:
 
 
 def test_plain_values_are_json(tmp_path: Path) -> None:
-    import numpy as np
-
     value = {"a": np.float32(1.5), 2: (np.int64(3), tmp_path), "b": float("inf"), "c": True}
     assert plain(value) == {"a": 1.5, "2": [3, str(tmp_path)], "b": None, "c": True}
+
+
+LARGE = (48, 1024, 1024)
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> VolumePaths:
+    """Return a volume of 48 MB for each array, in chunks of a section."""
+    folder = tmp_path_factory.mktemp("large")
+    for name in ("im", "label", "mask"):
+        with h5py.File(folder / f"{name}.h5", "w") as file:
+            array = file.create_dataset("main", LARGE, np.uint8, chunks=(1, *LARGE[1:]))
+            array[5] = np.arange(LARGE[2]) % 3
+    return VolumePaths("v", *(str(folder / f"{name}.h5") for name in ("im", "label", "mask")))
+
+
+def lazy_space(limit_gb: float) -> Any:
+    """Return a space whose volumes stay on disk from so many gigabytes on."""
+    return space_from_mapping(
+        {
+            "name": "s",
+            "base": "start",
+            "recipes": {"start": {}},
+            "fixed": {"data": {"memory_limit_gb": limit_gb, "patch_size": [8, 64, 64]}},
+            "parameters": {"optimization.optimizer.lr": {"float": [1e-5, 1e-1], "log": True}},
+        }
+    )
+
+
+def test_a_volume_over_the_limit_is_checked_and_known_by_its_sections(large: VolumePaths) -> None:
+    (whole,) = open_volumes(lazy_space(100.0), [large])
+    assert not is_lazy(whole)
+    expected = whole.fingerprint()
+    del whole
+    tracemalloc.start()
+    try:
+        (lazy,) = open_volumes(lazy_space(0.01), [large])
+        assert is_lazy(lazy)
+        assert lazy.fingerprint() == expected
+        assert tracemalloc.get_traced_memory()[1] < 0.3 * math.prod(LARGE)
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        ("float labels", "must be integers"),
+        ("negative labels", "section 5"),
+        ("no labels", "no labelled voxel"),
+        ("nothing in the mask", "inside the mask"),
+        ("NaN", "section 5 holds NaN"),
+        ("bool image", "dtype bool"),
+        ("shapes differ", "shape"),
+    ],
+)
+def test_a_wrong_volume_over_the_limit_is_refused(tmp_path: Path, kind: str, words: str) -> None:
+    shape = (16, 128, 128)
+    arrays = {name: np.zeros(shape, np.uint8) for name in ("im", "label", "mask")}
+    for array in arrays.values():
+        array[5] = 1
+    if kind == "float labels":
+        arrays["label"] = arrays["label"].astype(np.float32)
+    elif kind == "negative labels":
+        arrays["label"] = -arrays["label"].astype(np.int16)
+    elif kind == "no labels":
+        arrays["label"][:] = 0
+    elif kind == "nothing in the mask":
+        arrays["mask"][:] = arrays["label"] == 0
+    elif kind == "NaN":
+        arrays["im"] = np.where(arrays["im"] == 1, np.nan, 0.0).astype(np.float32)
+    elif kind == "bool image":
+        arrays["im"] = arrays["im"] == 1
+    else:
+        arrays["mask"] = arrays["mask"][1:]
+    for name, array in arrays.items():
+        with h5py.File(tmp_path / f"{name}.h5", "w") as file:
+            file["main"] = array
+    paths = VolumePaths("v", *(str(tmp_path / f"{name}.h5") for name in ("im", "label", "mask")))
+    with pytest.raises(VolumeError, match=words):
+        open_volumes(lazy_space(1e-6), [paths])
+
+
+def test_a_study_of_a_volume_over_the_limit_reads_it_in_its_workers(tmp_path: Path) -> None:
+    made = make_phantom(shape=(12, 96, 96), instances=5, seed=1)
+    files = {name: str(tmp_path / f"{name}.h5") for name in ("im", "label", "mask")}
+    for name, array in (("im", made.image), ("label", made.label), ("mask", made.mask)):
+        write_array(files[name], array)
+    settings = (
+        "data.memory_limit_gb=0.0005", "optimization.max_epochs=2", "data.iter_num_per_epoch=4",
+        "monitor.evaluation.count=1", "data.patch_size=[8,32,32]",
+        "inference.sliding_window.window_size=[8,64,64]",
+    )  # fmt: skip
+    words = [
+        "run", "smoke", "--image", files["im"], "--label", files["label"], "--mask", files["mask"],
+        "--out", str(tmp_path / "out"), "--trials", "1", "--json",
+        *(word for setting in settings for word in ("--set", setting)),
+    ]  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-m", "hydralv_tune", *words],
+        capture_output=True, text=True, env=environment(), timeout=240,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    best = json.loads(done.stdout)["best"]["number"]
+    record = json.loads((tmp_path / "out" / "trials" / str(best) / "record.json").read_text())
+    assert any("read lazily" in note for note in record["notes"])
+    whole = read_volume(VolumePaths("v", files["im"], files["label"], files["mask"]))
+    assert record["volumes"][0]["fingerprint"] == whole.fingerprint()

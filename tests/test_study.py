@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 import pickle
+import resource
 import sqlite3
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +21,15 @@ from optuna.trial import TrialState
 
 from hydralv_tune.studies.journal import PREFIX, SUFFIX, Journal
 from hydralv_tune.studies.mutex import MutexLost, StudyMutex
-from hydralv_tune.studies.storage_url import mask_passwords, masked, parse_storage
+from hydralv_tune.studies.out_folder import MARKER, Owner, claim_out, owner_of
+from hydralv_tune.studies.start import Start
+from hydralv_tune.studies.storage_url import masked, parse_storage
 from hydralv_tune.studies.study import (
     DatabaseAway,
     Driver,
     Study,
     facts_of,
+    find_study,
     open_readonly,
     study_names,
 )
@@ -37,6 +42,7 @@ from hydralv_tune.studies.trial_view import (
     process_start,
 )
 from hydralv_tune.vocabulary.errors import StudyError
+from hydralv_tune.vocabulary.secrets import mask_passwords
 from hydralv_tune.vocabulary.space import SearchSpace, space_from_mapping
 
 LR, DECAY = "optimization.optimizer.lr", "optimization.optimizer.weight_decay"
@@ -659,6 +665,210 @@ def test_a_journal_survives_a_line_that_was_cut_off(tmp_path: Path) -> None:
     assert not journal.path.exists()
 
 
+@contextmanager
+def full_disk(limit: int) -> Iterator[None]:
+    """Let no file of this process grow beyond so many bytes; what is written stops in mid-line."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_full_disk_costs_no_result_and_spoils_no_line(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "journal-x.jsonl")
+    journal.append({"a": 1})
+    kept = journal.path.read_bytes()
+    with full_disk(len(kept) + 4), pytest.warns(UserWarning, match="in memory alone"):
+        journal.append({"a": 2})
+    assert journal.path.read_bytes() == kept
+    assert [entry["a"] for entry in journal.entries()] == [1, 2]
+    journal.append({"a": 3})
+    assert [entry["a"] for entry in Journal(journal.path).entries()] == [1, 2, 3]
+    told: list[int] = []
+    with full_disk(0):
+        assert journal.drain(lambda entry: told.append(entry["a"])) == 3
+    assert told == [1, 2, 3]
+    assert journal.entries() == []
+
+
+def test_a_line_that_was_cut_off_does_not_spoil_the_next(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "journal-x.jsonl")
+    journal.append({"a": 1})
+    with journal.path.open("a") as file:
+        file.write('{"a": 2')
+    journal.append({"a": 3})
+    assert [entry["a"] for entry in journal.entries()] == [1, 3]
+
+
+def test_results_are_told_though_neither_database_nor_disk_takes_them(
+    tmp_path: Path, make_driver: Callable[..., Driver], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hydralv_tune.studies.storage_url.BUSY_TIMEOUT_S", 0.2)
+    path = tmp_path / "study.db"
+    driver = make_driver(f"sqlite:///{path}", heartbeat_s=600)
+    trial = asked(driver)
+    writer = sqlite3.connect(path, isolation_level=None)
+    writer.execute("BEGIN EXCLUSIVE")
+    try:
+        with full_disk(4), pytest.warns(UserWarning, match="Make room"):
+            assert driver.tell(trial.number, complete(0.2)) == "kept"
+        driver._journal.path.unlink()
+        assert driver.waiting_results == 1
+    finally:
+        writer.execute("ROLLBACK")
+        writer.close()
+    asked(driver)
+    assert driver.study.trials()[trial.number].value == 0.2
+    assert driver.waiting_results == 0
+
+
+def begin(storage: str, out: Path, study: str = "s", **options: Any) -> Start:
+    """Return the start of a run."""
+    return Start(storage, study, options.pop("space", make_space()), out, **options)
+
+
+def with_trial(folder: Path) -> Path:
+    """Put a trial into a folder and return it."""
+    (folder / "trials" / "0").mkdir(parents=True)
+    return folder
+
+
+def attributes_of(storage: str) -> dict[str, Any]:
+    """Return what is stored about study `s`."""
+    study = open_readonly(storage, "s")
+    try:
+        return dict(study.optuna.user_attrs)
+    finally:
+        study.close()
+
+
+def test_a_start_that_is_refused_changes_neither_study_nor_folders(
+    storage: str, tmp_path: Path
+) -> None:
+    home, elsewhere = tmp_path / "home", tmp_path / "elsewhere"
+    begin(storage, home).open({"im": "1"}).close()
+    before = attributes_of(storage)
+    assert before["out"] == str(home)
+    wider = make_space(parameters={LR: {"float": [1e-6, 1e-1], "log": True}})
+    pupil = begin(storage, elsewhere, warm_start_from="nosuch", extend=True)
+    for start, words in (
+        (begin(storage, elsewhere), "other volumes; changed: im"),
+        (begin(storage, elsewhere, space=wider), "another search space"),
+        (pupil, "warm-start-from nosuch"),
+    ):
+        with pytest.raises(StudyError, match=words):
+            start.check({"im": "2"})
+    with_trial(home)
+    moved = begin(storage, elsewhere)
+    for refuse in (moved.check, moved.open):
+        with pytest.raises(StudyError, match="keeps its trials in") as caught:
+            refuse({"im": "1"})
+        assert f"--out {home}" in str(caught.value)
+    assert attributes_of(storage) == before
+    assert not elsewhere.exists()
+
+
+def test_a_study_goes_on_where_its_folder_was_moved_to(storage: str, tmp_path: Path) -> None:
+    home, moved, link = tmp_path / "home", tmp_path / "moved", tmp_path / "link"
+    begin(storage, with_trial(home) / "s").open({}).close()
+    with_trial(home / "s").rename(moved)
+    begin(storage, moved).open({}).close()
+    assert attributes_of(storage)["out"] == str(moved)
+    link.symlink_to(moved)
+    begin(storage, link).check({})
+
+
+def test_results_that_wait_hold_a_study_in_its_folder(storage: str, tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    begin(storage, home).open({}).close()
+    Journal(home / "journal-x.jsonl").append({"kind": "tell"})
+    with pytest.raises(StudyError, match="keeps its trials in"):
+        begin(storage, tmp_path / "elsewhere").check({})
+
+
+def test_a_folder_belongs_to_one_study(storage: str, tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    for _ in range(2):  # two drivers of one study share it
+        begin(storage, home).open({}).close()
+    other = begin(storage, home, "other")
+    with pytest.raises(StudyError, match="belongs to study 's'"):
+        other.check({})
+    assert study_names(storage) == ["s"]
+    study = open_readonly(storage, "s")
+    study.rdb.delete_study(study.optuna._study_id)
+    study.close()
+    with pytest.raises(StudyError, match="another study of the name 's'"):
+        begin(storage, home).check({})
+    assert study_names(storage) == []
+
+
+def test_a_folder_from_before_such_marks_is_its_studys(storage: str, tmp_path: Path) -> None:
+    home = with_trial(tmp_path / "home")
+    with pytest.raises(StudyError, match="are another's"):
+        begin(storage, home).check({})
+    old = Study.open(storage, "s", space=make_space(), create=True)
+    old.remember("out", str(home))
+    old.close()
+    begin(storage, home).check({})
+    assert not (home / MARKER).exists()
+    begin(storage, home).open({}).close()
+    owner = owner_of(home)
+    assert owner is not None
+    assert owner == Owner("s", attributes_of(storage)["identity"])
+
+
+def test_of_two_studies_that_come_at_once_one_has_the_folder(tmp_path: Path) -> None:
+    for index in range(20):
+        folder, barrier = tmp_path / str(index), threading.Barrier(4)
+
+        def claim(name: str, folder: Path = folder, barrier: Any = barrier) -> str | None:
+            barrier.wait()
+            try:
+                claim_out(folder, Owner(name, name))
+            except StudyError:
+                return None
+            return name
+
+        with ThreadPoolExecutor(4) as pool:
+            winners = [name for name in pool.map(claim, "abcd") if name is not None]
+        owner = owner_of(folder)
+        assert owner is not None
+        assert winners == [owner.study]
+        assert [path.name for path in folder.iterdir()] == [MARKER]
+
+
+def test_a_start_that_cannot_be_leaves_nothing_behind(tmp_path: Path) -> None:
+    storage = f"sqlite:///{tmp_path / 'study.db'}"
+    with pytest.raises(StudyError, match=r"warm-start-from nosuch.*does not exist"):
+        begin(storage, tmp_path / "out", warm_start_from="nosuch").check({})
+    for place in ("/proc", "/sys", "/proc/self/fd"):
+        with pytest.raises(StudyError, match="cannot be made"):
+            begin(f"sqlite:///{place}/x/study.db", tmp_path / "out").check({})
+        with pytest.raises(StudyError, match=f"--out: {place}"):
+            begin(storage, Path(place) / "x").check({})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_database_that_cannot_be_locked_is_refused_before_anything_runs(tmp_path: Path) -> None:
+    path = tmp_path / "study.db"
+    Path(f"{path}.lock").mkdir()
+    with pytest.raises(StudyError, match=r"study\.db\.lock cannot be locked"):
+        Study.open(f"sqlite:///{path}", "s", space=make_space(), create=True)
+    assert not path.exists()
+
+
+def test_a_study_is_looked_for_without_a_trace(storage: str, tmp_path: Path) -> None:
+    assert find_study(storage, "s") is None
+    assert list(tmp_path.iterdir()) == []
+    Study.open(storage, "s", space=make_space(), create=True).close()
+    assert find_study(storage, "other") is None
+    found = find_study(storage, "s")
+    assert found is not None
+    found.close()
+
+
 def test_a_changed_space_is_refused_with_the_difference_or_accepted_when_told(
     tmp_path: Path, make_driver: Callable[..., Driver]
 ) -> None:
@@ -795,11 +1005,44 @@ def test_passwords_are_masked_everywhere(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("x://u:top secret@h:1/d", "x://u:***@h:1/d"),
+        ("x://u:top@secret@h/d", "x://u:***@h/d"),
+        ("x://me@corp:secret@h/d", "x://me@corp:***@h/d"),
+        ("x://u:sec/ret?#@h/d", "x://u:***@h/d"),
+        ("x://u@h/d?sslpassword=secret&a=1", "x://u@h/d?sslpassword=***&a=1"),
+        ("x://u@h/d?a=1&Client_Secret=s e c", "x://u@h/d?a=1&Client_Secret=***"),
+        ("x://u@h/d?auth.token=secret", "x://u@h/d?auth.token=***"),
+        ("host=h password = 's e' user=u", "host=h password = *** user=u"),
+        ("password authentication failed", "password authentication failed"),
+    ],
+)
+def test_a_secret_is_hidden_whole(url: str, shown: str) -> None:
+    assert mask_passwords(url) == shown
+    assert mask_passwords(shown) == shown
+
+
+def test_secrets_in_the_query_of_a_url_do_not_stay_with_a_study() -> None:
+    url = parse_storage("postgresql://u:p@h/d?sslpassword=secret&sslmode=require")
+    assert masked(url) == "postgresql+psycopg://u:***@h/d?sslmode=require&sslpassword=***"
+    assert url.query["sslpassword"] == "secret"
+
+
+@pytest.mark.parametrize(
     ("url", "words"),
     [
         ("study.db", "no database URL"),
         ("mysql://a:b@c/d", "SQLite or PostgreSQL"),
         ("sqlite://", "names no file"),
+        ("sqlite:///:memory:", "names no file"),
+        ("sqlite:///file::memory:?uri=true", "names no file"),
+        ("sqlite:///file:study.db?uri=true", "SQLite URI"),
+        ("sqlite:///file:x?mode=memory&cache=shared&uri=true", "names no file"),
+        ("sqlite+aiosqlite:///study.db", "studies use pysqlite"),
+        ("postgresql+asyncpg://a:b@c/d", r"'asyncpg'.*postgresql\+psycopg://"),
+        ("postgresql+pg8000://a:b@c/d", r"'pg8000'.*postgresql\+psycopg://"),
+        ("postgresql://a:b@b@c/d", "%40"),
     ],
 )
 def test_storages_that_cannot_hold_a_study_are_refused(url: str, words: str) -> None:

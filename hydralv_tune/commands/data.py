@@ -6,7 +6,6 @@ Imports stand inside the commands, because `--help` must not wait for torch and 
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from hydralv_tune.commands.console import print_facts, print_json, print_rows, progress_bar, say
+from hydralv_tune.disk.places import why_not_writable
 from hydralv_tune.vocabulary.errors import InputError, as_input_error
 
 if TYPE_CHECKING:
@@ -49,15 +49,10 @@ def check_folder(option: str, path: Path) -> None:
     Raises:
         InputError: A file stands in its way, or its folder cannot be written.
     """
-    place = path.absolute()
-    while not place.exists() and place != place.parent:
-        place = place.parent
-    if not place.is_dir():
-        raise InputError(f"{option}: {path}: {place} is a file, not a folder. Name another folder.")
-    if not os.access(place, os.W_OK | os.X_OK):
+    reason = why_not_writable(path)
+    if reason is not None:
         raise InputError(
-            f"{option}: {path}: {place} cannot be written. Name another folder, or change its "
-            "permissions."
+            f"{option}: {path}: {reason}. Name another folder, or change its permissions."
         )
 
 

@@ -6,14 +6,20 @@ Only what a patch needs is read: from chunked HDF5 or Zarr, by a few threads, a 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from hydralv_tune.disk.volumes import Volume, VolumePaths, open_lazy, read_voxel_size_nm
+from hydralv_tune.disk.volumes import (
+    LARGEST_ID,
+    Volume,
+    VolumePaths,
+    open_lazy,
+    read_voxel_size_nm,
+)
 from hydralv_tune.numerics.normalisation import FILL_SHARE, Normalisation, normalisation_of
 from hydralv_tune.numerics.patches import INTENSITY_RANGES, Patches
 from hydralv_tune.numerics.targets import instance_edt
@@ -99,6 +105,27 @@ class Windowed:
             yield self.read((slice(z, z + 1), slice(0, height), slice(0, width)))[0]
 
 
+@dataclass(frozen=True)
+class AboveZero:
+    """Where an array that stays where it is lies above 0, as a mask is read.
+
+    Args:
+        array: An open file.
+    """
+
+    array: Any
+    dtype: np.dtype[Any] = field(default_factory=lambda: np.dtype(bool))
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Return the shape of the array."""
+        return tuple(self.array.shape)
+
+    def __getitem__(self, where: Any) -> Array:
+        """Return a part, in memory."""
+        return np.asarray(self.array[where]) > 0
+
+
 def windowed(array: Any) -> Windowed:
     """Return a whole array as a part of itself."""
     if isinstance(array, Windowed):
@@ -123,7 +150,7 @@ def as_lazy(volume: Volume) -> Volume:
 
 
 def open_volume(paths: VolumePaths) -> Volume:
-    """Return a volume that stays on disk.
+    """Return a volume that stays on disk; its fingerprint is that of `read_volume`.
 
     Raises:
         VolumeError: A file cannot be opened, or the shapes differ.
@@ -139,8 +166,49 @@ def open_volume(paths: VolumePaths) -> Volume:
                 f"{path}: the {kind} has shape {opened[kind].shape}, but the image {paths.image} "
                 f"has {image.shape}; both must be equal."
             )
+    if opened["mask"] is not None:
+        opened["mask"] = AboveZero(opened["mask"])
     size = next((s for p in (paths.image, paths.label) if p and (s := read_voxel_size_nm(p))), None)
     return as_lazy(Volume(paths.name, cast(Array, image), opened["label"], opened["mask"], size))
+
+
+def check_sections(volume: Volume, paths: VolumePaths) -> None:
+    """Refuse what `read_volume` refuses, with one section in memory at a time.
+
+    Args:
+        volume: Of `open_volume`, with a label.
+        paths: Where it lies, for the message.
+
+    Raises:
+        VolumeError: The content of a file breaks a rule.
+    """
+    image, label = volume.image, cast(Array, volume.label)
+    if image.dtype.kind == "b":
+        raise VolumeError(f"{paths.image}: the image has dtype bool. Give the EM image.")
+    if label.dtype.kind not in "iu":
+        raise VolumeError(
+            f"{paths.label}: the labels have dtype {label.dtype}, but instance ids must be "
+            "integers. Save them as integers, labels.astype('uint16')."
+        )
+    for z, section in enumerate(image):
+        if image.dtype.kind == "f" and not np.isfinite(section).all():
+            raise VolumeError(
+                f"{paths.image}: section {z} holds NaN or infinity, but every value must be "
+                "finite. Fill them, for example with numpy.nan_to_num."
+            )
+    for z, section in enumerate(label):
+        lowest, highest = int(section.min()), int(section.max())
+        if lowest < 0 or highest > LARGEST_ID:
+            raise VolumeError(
+                f"{paths.label}: section {z} has labels from {lowest} to {highest}, but ids must "
+                f"be between 0 and {LARGEST_ID}. Renumber them."
+            )
+    if not has_truth(volume):
+        raise VolumeError(
+            f"{paths.label}: the label has no labelled voxel"
+            + ("" if paths.mask is None else f" inside the mask {paths.mask}")
+            + ", so adapted Rand error is undefined. Check the path, or drop the volume."
+        )
 
 
 def is_too_large(volume: Volume, limit_gb: float) -> bool:

@@ -102,10 +102,9 @@ class StudyMutex:
 
     def _acquire_file(self) -> None:
         """Lock the file beside the database."""
+        path = sqlite_file(self._url)
+        assert path is not None
         if self._file_lock is None:
-            path = sqlite_file(self._url)
-            assert path is not None
-            path.parent.mkdir(parents=True, exist_ok=True)
             self._file_lock = FileLock(
                 f"{path}.lock",
                 timeout=self._timeout_s,
@@ -113,11 +112,17 @@ class StudyMutex:
                 thread_local=False,  # `_thread_lock` sees to the threads
             )
         try:
+            path.parent.mkdir(parents=True, exist_ok=True)
             self._file_lock.acquire()
         except Timeout:
             raise MutexLost(
-                f"{self._file_lock.lock_file} has been held by another driver for "
-                f"{self._timeout_s:.0f} s"
+                f"{path}.lock has been held by another driver for {self._timeout_s:.0f} s"
+            ) from None
+        except (OSError, NotImplementedError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise MutexLost(
+                f"{path}.lock cannot be locked ({reason}); keep an SQLite file where files can be "
+                "locked, on a local disk, or the study in PostgreSQL"
             ) from None
 
     def _acquire_advisory(self) -> None:

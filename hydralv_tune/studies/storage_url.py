@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
@@ -10,27 +9,20 @@ import sqlalchemy
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError, NoSuchModuleError, SQLAlchemyError
 
+from hydralv_tune.disk.places import why_not_writable
 from hydralv_tune.vocabulary.errors import StudyError
+from hydralv_tune.vocabulary.secrets import HIDDEN, is_secret, mask_passwords
 
 CONNECT_TIMEOUT_S = 10
 BUSY_TIMEOUT_S = 15.0  # how long SQLite waits for another writer
 # A driver that is stopped (SIGSTOP) inside the study mutex must not hold it for ever.
 IDLE_IN_TRANSACTION_MS = 60_000
-BACKENDS = ("sqlite", "postgresql")
 EXAMPLES = "sqlite:///runs/study.db or postgresql+psycopg://user@host/database"
-
-_PASSWORD = re.compile(r"(?P<head>://[^:@/\s]*:)[^@\s]*@")
-_PASSWORD_QUERY = re.compile(r"(?P<head>[?&]password=)[^&\s]*", re.IGNORECASE)
-
-
-def mask_passwords(text: str) -> str:
-    """Return a text in which every password of a URL is `***`.
-
-    Args:
-        text: A URL, or a message of a database driver that may quote one.
-    """
-    text = _PASSWORD.sub(r"\g<head>***@", text)
-    return _PASSWORD_QUERY.sub(r"\g<head>***", text)
+DRIVERS = {
+    "sqlite": ("sqlite:///", "pysqlite"),
+    "postgresql": ("postgresql+psycopg://", "psycopg"),
+}
+"""How a URL of each backend begins, and the name of the database driver that we install."""
 
 
 def reason_of(error: BaseException) -> str:
@@ -47,7 +39,8 @@ def parse_storage(storage: str) -> URL:
             mean the latter, since psycopg is what is installed.
 
     Raises:
-        StudyError: It is no URL, or its database is neither SQLite nor PostgreSQL.
+        StudyError: It is no URL, its database is neither SQLite nor PostgreSQL, it names another
+            database driver, or no file.
     """
     shown = mask_passwords(storage)
     try:
@@ -58,22 +51,54 @@ def parse_storage(storage: str) -> URL:
         ) from None
     if url.drivername in ("postgres", "postgresql", "postgresql+psycopg2"):
         url = url.set(drivername="postgresql+psycopg")
-    if url.get_backend_name() not in BACKENDS:
+    backend, _, driver = url.drivername.partition("+")
+    if backend not in DRIVERS:
         raise StudyError(
-            f"--storage: '{shown}' names the database '{url.get_backend_name()}', but a study is "
+            f"--storage: '{shown}' names the database '{backend}', but a study is "
             f"kept in SQLite or PostgreSQL. Write it like {EXAMPLES}."
         )
-    if url.get_backend_name() == "sqlite" and url.database in (None, "", ":memory:"):
+    beginning, installed = DRIVERS[backend]
+    if driver not in ("", installed):
         raise StudyError(
-            f"--storage: '{shown}' names no file, so the study would end with this process. "
-            "Write it like sqlite:///runs/study.db."
+            f"--storage: '{shown}' names the database driver '{driver}', but studies use "
+            f"{installed}. Begin it with {beginning}"
+        )
+    if backend == "sqlite":
+        _refuse_no_file(url, shown)
+    elif "@" in (url.host or ""):
+        raise StudyError(
+            f"--storage: '{shown}' has more than one '@'. Write those of the password as %40, or "
+            "leave the password out and give it by PGPASSFILE."
         )
     return url
 
 
+def _refuse_no_file(url: URL, shown: str) -> None:
+    """Refuse an SQLite URL that names no plain file: in memory, or an address of SQLite's own.
+
+    Args:
+        url: Of SQLite.
+        shown: How messages call it.
+    """
+    in_memory = ":memory:" in (url.database or "") or url.query.get("mode") == "memory"
+    if not url.database or in_memory:
+        raise StudyError(
+            f"--storage: '{shown}' names no file, so the study would end with this process. "
+            "Write it like sqlite:///runs/study.db."
+        )
+    if str(url.database).startswith("file:") or "uri" in url.query:
+        raise StudyError(
+            f"--storage: '{shown}' is an SQLite URI, but a study is in a file that its lock can "
+            "lie beside. Give the path itself, like sqlite:///runs/study.db."
+        )
+
+
 def masked(url: URL) -> str:
-    """Return a URL as text without its password."""
-    return mask_passwords(url.render_as_string(hide_password=True))
+    """Return a URL as text without its password and other secrets."""
+    query = {key: HIDDEN if is_secret(key) else value for key, value in url.query.items()}
+    shown = url.set(query=query).render_as_string(hide_password=True)
+    # `URL` would write our stars in the query as %2A.
+    return shown.replace("%2A%2A%2A", HIDDEN)
 
 
 def sqlite_file(url: URL) -> Path | None:
@@ -117,6 +142,7 @@ def probe(url: URL, *, create: bool) -> None:
             raise StudyError(f"--storage: {path} is a folder, but a study is one file.")
         if not path.exists():
             if create:
+                _refuse_unwritable(path)
                 return
             raise StudyError(
                 f"--storage: {path} does not exist. Give the file that `run` wrote, "
@@ -136,6 +162,16 @@ def probe(url: URL, *, create: bool) -> None:
         ) from None
     finally:
         engine.dispose()
+
+
+def _refuse_unwritable(path: Path) -> None:
+    """Refuse a place where the file of a new study cannot be made; nothing is left there."""
+    reason = why_not_writable(path.parent)
+    if reason is not None:
+        raise StudyError(
+            f"--storage: {path} cannot be made: {reason}. Name a file in a folder that can be "
+            "written."
+        )
 
 
 def _without_pool(url: URL) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from contextlib import contextmanager, redirect_stdout, suppress
 
 import ray
 import torch
+from ray._private import services
 
 from hydralv_tune.disk.volumes import Volume
 from hydralv_tune.studies.bridge import RAY_DIED
@@ -24,6 +25,8 @@ RESOURCES_EVERY_S = 3.0
 WATCH_EVERY_S = 1.0
 UNWIND_S = 20.0
 CONNECT_S = 10.0
+HTTP2_SETTINGS = b"\x04"
+HTTP2_GREETING = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes(3) + HTTP2_SETTINGS + bytes(5)
 OBJECT_STORE_BYTES = 200 * 2**20
 
 
@@ -88,16 +91,28 @@ def check_before_ray(
                 "--gpus-per-trial."
             )
         return
-    host, _, port = address.removeprefix("ray://").rpartition(":")
-    if not port.isdigit():
-        return  # `auto` and `local` are Ray's own words
     try:
-        socket.create_connection((host, int(port)), timeout=CONNECT_S).close()
-    except (OSError, OverflowError) as error:
+        is_client = address.startswith("ray://")
+        # What `auto` means is found here, since `ray.init` would wait for it for ever.
+        found = address if is_client else services.canonicalize_bootstrap_address(address)
+        if found is not None:  # `local` is Ray's own word
+            _require_ray(found.removeprefix("ray://"))
+    except (OSError, ValueError, OverflowError) as error:
         raise InputError(
-            f"run: nobody answers at --ray-address {address} ({error}). Start that cluster, or "
-            "leave the option out to start one here."
+            f"run: no Ray cluster answers at --ray-address {address} ({error}). Start one with "
+            "`ray start --head`, or leave the option out to start one here."
         ) from error
+
+
+def _require_ray(address: str) -> None:
+    """Raise `OSError` or `ValueError` unless a gRPC server, as Ray's is, answers at HOST:PORT."""
+    host, _, port = address.rpartition(":")
+    with socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_S) as connection:
+        if os.environ.get("RAY_USE_TLS", "0").lower() in ("1", "true"):
+            return
+        connection.sendall(HTTP2_GREETING)
+        if connection.recv(9)[3:4] != HTTP2_SETTINGS:
+            raise ValueError(f"what listens at {address} is not Ray; its port is 6379 by default")
 
 
 class Cluster:
@@ -138,14 +153,25 @@ class Cluster:
 
 @contextmanager
 def ray_cluster(address: str | None, volumes: Sequence[Volume]) -> Iterator[Cluster]:
-    """Join a Ray cluster, or start one with room for the volumes that ends with this block."""
+    """Join a Ray cluster, or start one with room for the volumes that ends with this block.
+
+    Raises:
+        InputError: There is no cluster to join.
+    """
     level = logging.ERROR
     # Ray hands its cluster the command line of this process, where a storage URL may stand.
     ray._private.utils.get_entrypoint_name = lambda: "hydralv-tune"
     # What its daemons say of dead workers is told as an event, in our words.
     ray._private.worker.print_to_stdstream = lambda *_, **__: None
     if address is not None:
-        ray.init(address=address, log_to_driver=False, logging_level=level)
+        try:
+            ray.init(address=address, log_to_driver=False, logging_level=level)
+        except (OSError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+            raise InputError(
+                f"run: no Ray cluster could be joined at --ray-address {address} ({reason}). "
+                "Start one with `ray start --head`, or leave the option out to start one here."
+            ) from error
     else:
         # Whoever can reach Ray's ports can run code: loopback only, and a token besides. Ray
         # has this switch for Windows and macOS; without it, it listens on every interface.

@@ -20,20 +20,19 @@ from ray import tune
 
 from hydralv_tune.disk.mirror import file_system, trial_name
 from hydralv_tune.disk.volumes import Volume, VolumePaths, read_volume
+from hydralv_tune.one_trial.lazy_reader import (
+    check_sections,
+    is_lazy,
+    is_too_large,
+    open_volume,
+)
 from hydralv_tune.one_trial.sampling import check_patch_fits
 from hydralv_tune.studies.bridge import Bridge, Event
 from hydralv_tune.studies.folder_claim import fetch_folder
 from hydralv_tune.studies.launch.cluster import Resources, check_before_ray, ray_cluster
 from hydralv_tune.studies.launch.faces import AskingFace, DecidingFace, make_trainable
-from hydralv_tune.studies.study import (
-    GRACE_S,
-    HEARTBEAT_S,
-    OUT,
-    DatabaseAway,
-    Driver,
-    Study,
-    open_readonly,
-)
+from hydralv_tune.studies.start import Start
+from hydralv_tune.studies.study import GRACE_S, HEARTBEAT_S, DatabaseAway, Driver, Study
 from hydralv_tune.studies.trial_view import Asked, process_start
 from hydralv_tune.studies.worker import Reporter, StopFlag, TrialFunction
 from hydralv_tune.vocabulary.errors import HydraLVError
@@ -110,8 +109,9 @@ def run_study(
         save_s: Seconds that workers get to save after a stop.
 
     Raises:
-        StudyError: The storage does not answer, or the space has changed.
-        InputError: The cluster cannot hold a single trial.
+        StudyError: The storage does not answer, space or volumes have changed, or `out` is not
+            the study's; nothing is written then.
+        InputError: The cluster does not answer or cannot hold a single trial.
         StudyInterrupted: Ctrl-C or SIGTERM came.
         StudyFailed: Trial after trial fails, or Ray died.
     """
@@ -120,37 +120,33 @@ def run_study(
         file_system(checkpoints)
     # Wrong input must leave nothing behind, so all that can be refused comes before the study.
     check_before_ray(ray_address, gpus_per_trial, cpus_per_trial)
-    read = [] if trial_function is not None else [read_volume(paths) for paths in volumes]
-    _check_patches(space, read)
+    start = Start(storage, study, space, out, extend, warm_start_from)
+    start.check({})  # before volumes are read, which may take long
+    read = [] if trial_function is not None else open_volumes(space, volumes)
+    fingerprints = {volume.name: volume.fingerprint() for volume in read}
+    start.check(fingerprints)
     interrupted: str | None = None
-    opened = Study.open(storage, study, space=space, create=True, extend=extend)
+    opened: Study | None = None
     try:
-        opened.remember(OUT, str(out))
-        if warm_start_from is not None:
-            source = open_readonly(storage, warm_start_from)
-            opened.import_trials(source)
-            source.close()
-        opened.settle_volumes({v.name: v.fingerprint() for v in read})
-        with (
-            ray_cluster(ray_address, read) as cluster,
-            Driver(opened, out=out, heartbeat_s=heartbeat_s, grace_s=grace_s) as driver,
-        ):
+        with ray_cluster(ray_address, [v for v in read if not is_lazy(v)]) as cluster:
             resources = Resources(gpus_per_trial, cpus_per_trial)
-            bridge = Bridge(
-                driver,
-                trials=trials or space.budget.trials,
-                specification=_specification(space, volumes, out, study, resources),
-                slots=resources.slots,
-                gpus_per_trial=resources.gpus,
-                timeout_s=timeout_s or space.budget.timeout_s,
-                save_s=save_s,
-                on_event=on_event,
-                on_trial_end=on_trial_end,
-                ray_is_alive=cluster.is_alive,
-            )
-            cluster.last_words = bridge.abandon
-            function = trial_function or _real_trial(read)
-            interrupted = _tune(bridge, resources, function, checkpoints)
+            opened = start.open(fingerprints)
+            with Driver(opened, out=out, heartbeat_s=heartbeat_s, grace_s=grace_s) as driver:
+                bridge = Bridge(
+                    driver,
+                    trials=trials or space.budget.trials,
+                    specification=_specification(space, volumes, out, study, resources),
+                    slots=resources.slots,
+                    gpus_per_trial=resources.gpus,
+                    timeout_s=timeout_s or space.budget.timeout_s,
+                    save_s=save_s,
+                    on_event=on_event,
+                    on_trial_end=on_trial_end,
+                    ray_is_alive=cluster.is_alive,
+                )
+                cluster.last_words = bridge.abandon
+                function = trial_function or _real_trial(volumes, read)
+                interrupted = _tune(bridge, resources, function, checkpoints)
         if bridge.failure is not None:
             raise bridge.failure
         facts = _facts(opened, out, checkpoints)
@@ -159,7 +155,8 @@ def run_study(
             raise
         facts = {}  # what is not told yet waits in the journal
     finally:
-        opened.close()
+        if opened is not None:
+            opened.close()
     if interrupted is not None:
         raise StudyInterrupted(interrupted, facts)
     return facts
@@ -174,14 +171,30 @@ def _facts(study: Study, out: Path, checkpoints: str | None) -> dict[str, Any]:
     return study.facts()
 
 
-def _check_patches(space: SearchSpace, volumes: Sequence[Volume]) -> None:
-    """Refuse a space whose patches fit no volume, before the first trial is asked for."""
+def open_volumes(space: SearchSpace, volumes: Sequence[VolumePaths]) -> list[Volume]:
+    """Return the volumes of a study, checked; those over `data.memory_limit_gb` stay on disk.
+
+    Args:
+        space: Whose patches must fit.
+        volumes: Where they lie.
+
+    Raises:
+        VolumeError: One cannot be read, or breaks a rule.
+        InputError: No patch fits into one.
+    """
     data = space.candidate({}).data
-    for volume in volumes:
-        sides = [
-            side + 2 * pad for side, pad in zip(volume.image.shape, data.pad_size, strict=True)
-        ]
-        check_patch_fits(volume.name, sides, data.patch_size)
+    opened = []
+    for paths in volumes:
+        image = open_volume(VolumePaths(paths.name, paths.image))
+        if is_too_large(image, data.memory_limit_gb):
+            volume = open_volume(paths)
+            check_sections(volume, paths)
+        else:
+            volume = read_volume(paths)
+        shape = zip(volume.image.shape, data.pad_size, strict=True)
+        check_patch_fits(volume.name, [side + 2 * pad for side, pad in shape], data.patch_size)
+        opened.append(volume)
+    return opened
 
 
 def _tune(
@@ -285,19 +298,27 @@ def _specification(
     return specification
 
 
-def _real_trial(volumes: Sequence[Volume]) -> TrialFunction:
-    """Return the trial function of real work; the volumes lie once in Ray's memory."""
-    shared = ray.put(list(volumes))
+def _real_trial(paths: Sequence[VolumePaths], volumes: Sequence[Volume]) -> TrialFunction:
+    """Return the trial function of real work.
+
+    The volumes lie once in Ray's memory; a lazy one is opened by each worker from its path.
+    """
+    places = list(paths)
+    shared = ray.put([None if is_lazy(volume) else volume for volume in volumes])
 
     def function(spec: dict[str, Any], report: Reporter) -> Mapping[str, Any]:
         import ray
 
+        from hydralv_tune.one_trial.lazy_reader import open_volume
         from hydralv_tune.one_trial.trial import TrialSpec, run_trial
 
         record = run_trial(
             TrialSpec.from_mapping(spec),
             report,
-            volumes=ray.get(shared),
+            volumes=[
+                open_volume(place) if volume is None else volume
+                for place, volume in zip(places, ray.get(shared), strict=True)
+            ],
             should_stop=report.should_stop,
         )
         return {**record.as_mapping(), "record": str(record.path)}

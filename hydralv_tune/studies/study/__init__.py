@@ -27,9 +27,11 @@ from hydralv_tune.studies.study.database import DatabaseAway
 from hydralv_tune.studies.study.driver import GRACE_S, HEARTBEAT_S, Driver
 from hydralv_tune.studies.study.search import make_pruner, make_sampler
 from hydralv_tune.studies.study.study import (
+    IDENTITY,
     OUT,
     Study,
     facts_of,
+    find_study,
     open_all,
     open_readonly,
     study_names,
@@ -38,11 +40,13 @@ from hydralv_tune.studies.study.study import (
 __all__ = [
     "GRACE_S",
     "HEARTBEAT_S",
+    "IDENTITY",
     "OUT",
     "DatabaseAway",
     "Driver",
     "Study",
     "facts_of",
+    "find_study",
     "make_pruner",
     "make_sampler",
     "open_all",

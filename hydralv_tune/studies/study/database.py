@@ -121,14 +121,19 @@ def url_template(url: sqlalchemy.engine.URL) -> str:
     return url.render_as_string(hide_password=False).replace("{", "{{").replace("}", "}}")
 
 
-def require_tables(url: sqlalchemy.engine.URL, options: Mapping[str, Any]) -> None:
-    """Refuse a database that holds no study at all, without making tables in it."""
+def has_tables(url: sqlalchemy.engine.URL, options: Mapping[str, Any]) -> bool:
+    """Return whether a database has tables of studies, without making any."""
     engine = sqlalchemy.create_engine(url, **options)
     try:
-        if not sqlalchemy.inspect(engine).has_table("studies"):
-            raise StudyError(f"--storage: {masked(url)} holds no study. Start one with `run`.")
+        return sqlalchemy.inspect(engine).has_table("studies")
     finally:
         engine.dispose()
+
+
+def require_tables(url: sqlalchemy.engine.URL, options: Mapping[str, Any]) -> None:
+    """Refuse a database that holds no study at all, without making tables in it."""
+    if not has_tables(url, options):
+        raise StudyError(f"--storage: {masked(url)} holds no study. Start one with `run`.")
 
 
 def load_named(storage: RDBStorage, name: str, shown: str) -> optuna.Study:

@@ -232,7 +232,7 @@ class Driver:
 
     def _flush(self) -> None:
         """Tell what waits, in order: a later result must not overtake an earlier one."""
-        if self._journal.path.exists():
+        if self._journal.entries():
             with self._mutex:
                 self._journal.drain(self._tell_entry)
                 self.reconcile()

@@ -13,10 +13,17 @@ from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial
 
 from hydralv_tune.studies.mutex import StudyMutex
-from hydralv_tune.studies.storage_url import engine_options, masked, parse_storage, probe
+from hydralv_tune.studies.storage_url import (
+    engine_options,
+    masked,
+    parse_storage,
+    probe,
+    sqlite_file,
+)
 from hydralv_tune.studies.study.database import (
     DatabaseAway,
     database_errors,
+    has_tables,
     load_named,
     open_storage,
     require_tables,
@@ -40,7 +47,7 @@ from hydralv_tune.vocabulary.space import (
     space_from_mapping,
 )
 
-SPACE, OUT, VOLUMES = "space", "out", "volumes"
+SPACE, OUT, VOLUMES, IDENTITY = "space", "out", "volumes", "identity"
 
 
 class Study:
@@ -122,6 +129,11 @@ class Study:
         """Return the folder of the study, or None where none was told."""
         text = self.optuna.user_attrs.get(OUT)
         return Path(text) if text else None
+
+    @property
+    def identity(self) -> str | None:
+        """Return what tells the study from any other, of the same name too; None before its run."""
+        return self.optuna.user_attrs.get(IDENTITY)
 
     def folder_of(self, trial: TrialView) -> Path | None:
         """Return the folder that holds all attempts of a trial.
@@ -316,27 +328,39 @@ class Study:
         name = trial.user_attrs.get("warm_start")
         return {} if name is None else self.space.recipes.get(name)
 
+    def check_space(self, space: SearchSpace, *, extend: bool) -> None:
+        """Refuse a space that differs from the stored one; nothing is stored.
+
+        Args:
+            space: What is to be searched.
+            extend: Accept a change, where Optuna can take it.
+
+        Raises:
+            StudyError: It has changed.
+        """
+        stored = self.optuna.user_attrs.get(SPACE)
+        if stored is None or stored == space.as_mapping():
+            return
+        before = space_from_mapping(stored)
+        same = before.digest() == space.digest()
+        differences = [] if same else before.differences(space)
+        if differences and not extend:
+            lines = "\n".join(f"  {line}" for line in differences)
+            raise StudyError(
+                f"Study '{self.name}' in {self.storage} was made with another search space:\n"
+                f"{lines}\nTake another --study name, or accept the change with --extend."
+            )
+        require_comparable(before, space, self.name)
+        require_compatible(before, space, self.name)
+
     def _settle_space(self, space: SearchSpace, *, extend: bool) -> None:
         """Store the space of a new study, or refuse one that has changed."""
-        stored = self.optuna.user_attrs.get(SPACE)
-        mapping = space.as_mapping()
-        if stored is not None and stored != mapping:
-            before = space_from_mapping(stored)
-            same = before.digest() == space.digest()
-            differences = [] if same else before.differences(space)
-            if differences and not extend:
-                lines = "\n".join(f"  {line}" for line in differences)
-                raise StudyError(
-                    f"Study '{self.name}' in {self.storage} was made with another search space:\n"
-                    f"{lines}\nTake another --study name, or accept the change with --extend."
-                )
-            require_comparable(before, space, self.name)
-            require_compatible(before, space, self.name)
+        self.check_space(space, extend=extend)
         self._space = space
-        self.remember(SPACE, mapping)
+        self.remember(SPACE, space.as_mapping())
 
-    def settle_volumes(self, fingerprints: Mapping[str, str]) -> None:
-        """Store what the study is scored on, or refuse other volumes: values would not compare.
+    def check_volumes(self, fingerprints: Mapping[str, str]) -> None:
+        """Refuse other volumes than before, since values would not compare; nothing is stored.
 
         Args:
             fingerprints: Hash of each volume's content, by its name.
@@ -345,16 +369,19 @@ class Study:
             StudyError: The volumes are others than before.
         """
         stored = self.optuna.user_attrs.get(VOLUMES)
-        if not fingerprints:
-            return
-        if stored is not None and stored != dict(fingerprints):
+        if fingerprints and stored is not None and stored != dict(fingerprints):
             changed = sorted(set(stored.items()) ^ set(fingerprints.items()))
             names = ", ".join(dict.fromkeys(name for name, _ in changed))
             raise StudyError(
                 f"Study '{self.name}' in {self.storage} was scored on other volumes; changed: "
                 f"{names}. Errors of the two would be ranked as one. {elsewhere(self.name)}"
             )
-        self.remember(VOLUMES, dict(fingerprints))
+
+    def settle_volumes(self, fingerprints: Mapping[str, str]) -> None:
+        """Store what the study is scored on, or refuse it, as `check_volumes` says."""
+        self.check_volumes(fingerprints)
+        if fingerprints:
+            self.remember(VOLUMES, dict(fingerprints))
 
     def _enqueue_warm_starts(self) -> None:
         """Enqueue every recipe of the space that is not in the study yet."""
@@ -372,6 +399,28 @@ def open_readonly(storage: str, name: str) -> Study:
         StudyError: The storage or the study does not exist, or the database does not answer.
     """
     return Study.open(storage, name)
+
+
+def find_study(storage: str, name: str) -> Study | None:
+    """Open a study without writing anything, or return None where it is still to be made.
+
+    Raises:
+        StudyError: The storage does not answer, or could not be made.
+    """
+    url = parse_storage(storage)
+    probe(url, create=True)
+    path = sqlite_file(url)
+    if (path is not None and not path.exists()) or not has_tables(url, engine_options(url)):
+        return None
+    rdb = open_storage(url, create=False)
+    try:
+        with database_errors():
+            if name in optuna.get_all_study_names(rdb):
+                return Study(rdb, load_named(rdb, name, masked(url)), masked(url))
+    except DatabaseAway as error:
+        raise StudyError(f"--storage: {masked(url)} does not answer: {error}.") from None
+    rdb.engine.dispose()
+    return None
 
 
 def study_names(storage: str) -> list[str]:
