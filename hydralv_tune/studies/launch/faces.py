@@ -13,12 +13,14 @@ import ray
 from ray import tune
 from ray.tune.schedulers import TrialScheduler
 from ray.tune.search import Searcher
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from hydralv_tune.studies.bridge import Bridge
-from hydralv_tune.studies.worker import TrialFunction
+from hydralv_tune.studies.worker import StopFlag, TrialFunction
 
 MESSAGE = "hydralv"
 STOP_POLL_S = 1.0
+STOP_ANSWER_S = 10.0
 
 
 class _Face:
@@ -110,9 +112,11 @@ class DecidingFace(_Face, TrialScheduler):
         for key in self.bridge.tick():
             self._end(tune_controller, key)
         for key in list(self.bridge.live):
-            # An actor that could not be re-used ends its next trial without a word.
             trial = self._trials.get(key)
-            if trial is not None and trial.status in ("ERROR", "TERMINATED"):
+            if trial is not None and trial.status == "RUNNING":
+                self.bridge.placed(key)
+            # An actor that could not be re-used ends its next trial without a word.
+            elif trial is not None and trial.status in ("ERROR", "TERMINATED"):
                 self.bridge.on_death(key, "worker: its process could not be had")
         if self.bridge.stop_reason is not None and not self._flag_raised:
             self._flag_raised = True
@@ -147,6 +151,12 @@ def _death(trial: Any) -> str:
     return f"worker: its process died: {text[-400:] or 'no reason known'}"
 
 
+def make_flag() -> Any:
+    """Return a `StopFlag` on the node of this process: another node may die with what it holds."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    return ray.remote(num_cpus=0)(StopFlag).options(scheduling_strategy=here).remote()
+
+
 def make_trainable(
     function: TrialFunction, flag: Any, checkpoints: str | None
 ) -> Callable[[dict[str, Any]], None]:
@@ -154,7 +164,7 @@ def make_trainable(
 
     # A function inside a function travels whole. One of this module would travel by name, and
     # make every worker import the study, its database and PyTorch before its first step.
-    poll_s = STOP_POLL_S
+    poll_s, answer_s = STOP_POLL_S, STOP_ANSWER_S
     message_key = MESSAGE
 
     def trial(config: dict[str, Any]) -> None:
@@ -169,11 +179,11 @@ def make_trainable(
         def watch() -> None:
             while not over.wait(poll_s):
                 try:
-                    if ray.get(flag.is_raised.remote(), timeout=30.0):
+                    if ray.get(flag.is_raised.remote(), timeout=answer_s):
                         stop.set()
                         return
                 except ray.exceptions.RayError:
-                    return
+                    continue  # whoever does not answer now may do so the next time
 
         threading.Thread(target=watch, daemon=True).start()
         try:

@@ -23,7 +23,7 @@ from hydralv_tune.disk.volumes import Volume, VolumePaths, read_volume
 from hydralv_tune.one_trial.sampling import check_patch_fits
 from hydralv_tune.studies.bridge import Bridge, Event
 from hydralv_tune.studies.launch.cluster import Resources, check_before_ray, ray_cluster
-from hydralv_tune.studies.launch.faces import AskingFace, DecidingFace, make_trainable
+from hydralv_tune.studies.launch.faces import AskingFace, DecidingFace, make_flag, make_trainable
 from hydralv_tune.studies.study import (
     GRACE_S,
     HEARTBEAT_S,
@@ -34,7 +34,7 @@ from hydralv_tune.studies.study import (
     open_readonly,
 )
 from hydralv_tune.studies.trial_view import Asked, process_start
-from hydralv_tune.studies.worker import Reporter, StopFlag, TrialFunction
+from hydralv_tune.studies.worker import Reporter, TrialFunction
 from hydralv_tune.vocabulary.errors import HydraLVError
 from hydralv_tune.vocabulary.space import SearchSpace
 
@@ -186,7 +186,7 @@ def _tune(
     bridge: Bridge, resources: Resources, function: TrialFunction, checkpoints: str | None
 ) -> str | None:
     """Let Ray Tune run trials until the bridge has no more; return the signal that ended it."""
-    flag = ray.remote(num_cpus=0)(StopFlag).remote()
+    flag = make_flag()
     trainable = tune.with_resources(
         make_trainable(function, flag, checkpoints), {"cpu": resources.cpus, "gpu": resources.gpus}
     )
