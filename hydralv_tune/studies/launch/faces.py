@@ -113,10 +113,10 @@ class DecidingFace(_Face, TrialScheduler):
             self._end(tune_controller, key)
         for key in list(self.bridge.live):
             trial = self._trials.get(key)
-            if trial is not None and trial.status == "RUNNING":
+            if _actor_of(tune_controller, trial) is not None:
                 self.bridge.placed(key)
             # An actor that could not be re-used ends its next trial without a word.
-            elif trial is not None and trial.status in ("ERROR", "TERMINATED"):
+            if trial is not None and trial.status in ("ERROR", "TERMINATED"):
                 self.bridge.on_death(key, "worker: its process could not be had")
         if self.bridge.stop_reason is not None and not self._flag_raised:
             self._flag_raised = True
@@ -130,7 +130,7 @@ class DecidingFace(_Face, TrialScheduler):
         if trial is None:
             self.bridge.on_death(key, "worker: Ray does not know the trial")
             return
-        actor = trial.temporary_state.ray_actor
+        actor = _actor_of(tune_controller, trial)
         if actor is None:
             tune_controller.stop_trial(trial)
         else:
@@ -139,6 +139,17 @@ class DecidingFace(_Face, TrialScheduler):
     def debug_string(self) -> str:
         """Return a line for Ray's own output, which is off."""
         return "the study decides"
+
+
+def _actor_of(tune_controller: Any, trial: Any) -> Any:
+    """Return the actor of a Ray trial once it has its place, or None.
+
+    Ray calls a trial RUNNING only when its process has imported what it needs. One that hangs
+    before is PENDING, as is one that waits in a busy cluster; only the manager tells them apart.
+    """
+    tracked = tune_controller._trial_to_actor.get(trial)
+    placed = tune_controller._actor_manager._live_actors_to_ray_actors_resources
+    return placed[tracked][0] if tracked in placed else None
 
 
 def _death(trial: Any) -> str:
