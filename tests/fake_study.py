@@ -107,7 +107,8 @@ def make_trial(config: dict[str, Any]) -> Any:
 
 def main(config: dict[str, Any]) -> int:
     """Run a study and return the exit code."""
-    from hydralv_tune.studies.launch import StudyInterrupted, run_study
+    from hydralv_tune.studies import live_trial
+    from hydralv_tune.studies.launch import StudyFailed, StudyInterrupted, run_study
     from hydralv_tune.vocabulary.errors import InputError
     from hydralv_tune.vocabulary.space import space_from_mapping
 
@@ -115,6 +116,7 @@ def main(config: dict[str, Any]) -> int:
         print(json.dumps(fields), flush=True, file=sys.__stdout__)
 
     space = {**SPACE, **config.get("space", {})}
+    live_trial.LEAST_START_S = config.get("least_start_s", live_trial.LEAST_START_S)
     try:
         facts = run_study(
             space_from_mapping(space),
@@ -130,6 +132,9 @@ def main(config: dict[str, Any]) -> int:
     except StudyInterrupted as error:
         say(interrupted=str(error), facts=error.facts)
         return 130
+    except StudyFailed as error:
+        say(failed=str(error))
+        return 1
     except InputError as error:
         say(error=str(error))
         return 2

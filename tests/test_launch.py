@@ -21,6 +21,7 @@ import numpy as np
 import pytest
 from commands_in_a_process import environment
 
+from hydralv_tune.commands.live_view import event_line
 from hydralv_tune.disk.volumes import VolumePaths, read_volume, write_array
 from hydralv_tune.numerics.phantom import make_phantom
 from hydralv_tune.one_trial.lazy_reader import is_lazy
@@ -28,6 +29,7 @@ from hydralv_tune.studies.bridge import MAX_CONSECUTIVE_FAILURES, Bridge, Event,
 from hydralv_tune.studies.folder_claim import FolderClaim, folder_owner
 from hydralv_tune.studies.launch.cluster import Resources, check_before_ray
 from hydralv_tune.studies.launch.run import open_volumes
+from hydralv_tune.studies.live_trial import LEAST_START_S
 from hydralv_tune.studies.study import Driver, Study, open_readonly
 from hydralv_tune.studies.worker import failure, plain, run_worker
 from hydralv_tune.vocabulary.errors import (
@@ -257,7 +259,7 @@ def test_gpu_hours_end_a_study(rig: Any) -> None:
     one = rig({"budget": {"gpu_hours": 1e-9}}, gpus_per_trial=1.0)
     one.bridge.suggest("a")
     one.bridge.started("a")
-    one.bridge.live["a"].started -= 10.0
+    one.bridge.live["a"].placed -= 10.0
     one.finish("a")
     assert one.bridge.suggest("b") == "done"
     assert "GPU-hours" in one.events[-1].fields["reason"]
@@ -289,6 +291,53 @@ def test_a_hang_is_failed_and_not_tried_again(rig: Any) -> None:
     assert "timeout" in trial.user_attrs["reason"]
 
 
+def test_a_process_that_hangs_before_it_works_frees_its_place_and_is_tried_again(rig: Any) -> None:
+    one = rig({"budget": {"trial_timeout_s": 5.0}})
+    one.bridge.suggest("a")
+    assert one.bridge.tick() == []  # it waits for a place in a busy cluster, as long as that takes
+    one.bridge.placed("a")
+    one.bridge.live["a"].placed -= LEAST_START_S - 60.0  # PyTorch comes from a slow disk
+    assert one.bridge.tick() == []
+    one.bridge.live["a"].placed -= 61.0
+    assert one.bridge.tick() == ["a"]
+    one.bridge.on_death("a", "killed")
+    first, second = one.driver.study.trials()
+    assert (first.state, first.user_attrs["retry"]) == ("FAIL", "counted")
+    assert "not begun after 301 s" in first.user_attrs["reason"]
+    assert first.user_attrs["seconds"] > 300
+    assert (second.state, second.attempt) == ("WAITING", 2)
+
+
+def test_what_was_never_to_time_out_may_take_as_long_as_it_likes(rig: Any) -> None:
+    one = rig()
+    one.bridge.suggest("a")
+    one.bridge.placed("a")
+    one.bridge.live["a"].placed -= 1e6
+    assert one.bridge.tick() == []
+
+
+def test_a_space_with_nothing_left_to_try_says_so(rig: Any) -> None:
+    lr = {"optimization.optimizer.lr": {"choice": [1e-3, 1e-2]}}
+    one = rig({"parameters": lr}, trials=20)
+    for key in "ab":
+        assert isinstance(one.bridge.suggest(key), dict)
+        one.finish(key)
+        one.bridge._next_ask = 0.0
+    assert one.bridge.suggest("c") == "done"
+    assert one.events[-1].kind == "stopped"
+    reason = "the space has no more combinations: 2 of 20 trials"
+    assert one.events[-1].fields["reason"] == reason
+    assert event_line(one.events[-1]) == f"stopped: reason {reason}"
+
+
+def test_a_study_that_reaches_its_number_has_nothing_to_explain(rig: Any) -> None:
+    one = rig(trials=1)
+    one.bridge.suggest("a")
+    one.finish("a")
+    assert one.bridge.suggest("b") == "done"
+    assert "stopped" not in one.kinds()
+
+
 def test_a_study_in_which_everything_fails_ends_with_the_reason(rig: Any) -> None:
     def specification(asked: Any) -> dict[str, Any]:
         raise ConfigError("model.filters: too many")
@@ -300,6 +349,27 @@ def test_a_study_in_which_everything_fails_ends_with_the_reason(rig: Any) -> Non
     assert isinstance(bridge.failure, StudyFailed)
     assert "too many" in str(bridge.failure)
     assert index == MAX_CONSECUTIVE_FAILURES
+
+
+def test_failures_in_a_row_are_those_of_this_run(rig: Any) -> None:
+    def fail(one: Rig, count: int) -> None:
+        for index in range(count):
+            one.bridge.suggest(str(index))
+            message = {"reason": "wrong", "retry": "no"}
+            one.bridge.on_message(str(index), {"kind": "failed", **message})
+
+    before = rig()
+    fail(before, MAX_CONSECUTIVE_FAILURES)
+    assert before.bridge.failure is not None
+    mended = rig()
+    fail(mended, MAX_CONSECUTIVE_FAILURES - 1)
+    assert mended.bridge.failure is None
+    mended.bridge.suggest("good")
+    mended.finish("good")
+    fail(mended, MAX_CONSECUTIVE_FAILURES - 1)
+    assert mended.bridge.failure is None
+    fail(mended, 1)
+    assert "12 trials in a row failed, the last one with: wrong" in str(mended.bridge.failure)
 
 
 def test_an_objective_that_is_no_number_is_a_fail_and_no_score(rig: Any) -> None:

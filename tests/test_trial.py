@@ -278,6 +278,86 @@ def test_a_killed_trial_goes_on_to_the_same_weights_bit_for_bit(
     assert any("continued from step" in note for note in second.notes)
 
 
+STRICT = GRID.model_copy(
+    update={
+        "grid": {
+            **GRID.grid,
+            "binary_threshold": {"seed": [0.9], "foreground": [0.9]},
+            "distance_threshold": {"seed": [0.2], "foreground": [-0.9]},
+        }
+    }
+)
+"""Thresholds under which each evaluation is better than the one before, and none is perfect."""
+
+
+def with_grid(grid: DecodingGrid) -> dict[str, Any]:
+    """Return what a study asks for: the grid, and a candidate that names it."""
+    chosen = candidate(test={"decoding_grid": grid.model_dump(mode="json")})
+    return {"chosen": chosen, "grid": grid}
+
+
+def test_a_trial_goes_on_with_another_grid_and_ranks_by_it(finished: Any, tmp_path: Path) -> None:
+    def kill(evaluation: Evaluation) -> None:
+        raise KilledError
+
+    with pytest.raises(KilledError):
+        run(spec(tmp_path / "changed", **with_grid(GRID)), kill)
+    before = read_record(tmp_path / "changed" / "record.json")
+    expected = run(spec(tmp_path / "strict", **with_grid(STRICT)))
+    seen: list[Evaluation] = []
+    record = run(spec(tmp_path / "changed", **with_grid(STRICT)), seen.append)
+    assert before.value == 0.0
+    # By the old value, the first evaluation would have stayed the best for ever.
+    values = [row["value"] for row in expected.history]
+    assert [e.value for e in seen] == pytest.approx(values)
+    assert record.value == expected.value == values[2]
+    assert record.decoding == expected.decoding
+    assert record.grid == STRICT.model_dump(mode="json")
+    assert record.config["test"]["decoding_grid"] == record.grid
+    assert [row["value"] for row in record.history] == [0.0, *values[1:]]
+    weights = final_weights(finished[2]), final_weights(tmp_path / "changed")
+    assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
+    (note,) = [note for note in record.notes if "another grid" in note]
+    assert note.startswith("up to evaluation 1, another grid than now")
+    assert f"{values[0]:.4f} instead of 0.0000" in note
+
+
+def test_what_is_scored_anew_stands_whole_in_record_and_checkpoint(tmp_path: Path) -> None:
+    def kill(evaluation: Evaluation) -> None:
+        raise KilledError
+
+    for grid in (GRID, STRICT):
+        with pytest.raises(KilledError):
+            run(spec(tmp_path, **with_grid(grid)), kill)
+    record = read_record(tmp_path / "record.json")
+    best = load_checkpoint(tmp_path / "best.ckpt")
+    assert record.value == best["metrics"]["adapted_rand_error"] > 0.0
+    assert record.metrics["adapted_rand_error"] == record.value
+    assert record.decoding == best["decoding"]
+    assert record.decoding["kwargs"]["binary_threshold"] == [0.9, 0.9]
+    assert len(pd.read_parquet(tmp_path / "sweep.parquet")) == 2
+    # Killed again, it is not scored a third time.
+    again = run(spec(tmp_path, **with_grid(STRICT)))
+    assert sum("another grid" in note for note in again.notes) == 1
+
+
+def test_a_trial_goes_on_with_another_objective_and_ranks_by_it(tmp_path: Path) -> None:
+    def kill(evaluation: Evaluation) -> None:
+        raise KilledError
+
+    with pytest.raises(KilledError):
+        run(spec(tmp_path, grid=STRICT), kill)
+    objective = Objective(metric="voi")
+    seen: list[Evaluation] = []
+    record = run(spec(tmp_path, grid=STRICT, objective=objective), seen.append)
+    voi = record.metrics["voi_split"] + record.metrics["voi_merge"]
+    assert record.value == pytest.approx(voi)
+    assert seen[0].value == pytest.approx(
+        seen[0].metrics["voi_split"] + seen[0].metrics["voi_merge"]
+    )
+    assert any("another objective" in note for note in record.notes)
+
+
 def test_a_process_that_is_killed_goes_on_to_the_same_weights(
     finished: Any, tmp_path: Path
 ) -> None:

@@ -44,6 +44,7 @@ def run_trial(
     """Train, evaluate and record one trial, and return its record.
 
     A folder with a checkpoint is continued; the evaluations it holds are reported again first.
+    Where they swept other thresholds than are asked for now, their best checkpoint is scored anew.
     A finished trial returns its record at once.
 
     Args:
@@ -85,6 +86,8 @@ def run_trial(
             return should_stop is not None and should_stop()
 
         try:
+            with stage("evaluation"):
+                run.score_anew()
             for row in run.history:
                 report(_evaluation(row))
             while not run.is_trained:
@@ -134,10 +137,9 @@ def _finished(spec: TrialSpec, volumes: Sequence[Volume] | None) -> TrialRecord 
         return None
     fingerprints = None if volumes is None else [v.fingerprint() for v in volumes]
     check_continues(spec.out, record.config, record.volumes, spec.candidate, fingerprints)
-    swept = (record.objective, record.grid)
-    asked = (spec.objective.model_dump(mode="json"), spec.grid.model_dump(mode="json"))
+    swept = {"objective": record.objective, "grid": record.grid}
     # The training is done, and `TrialRun` will know; another grid only needs another sweep.
-    return record if swept == asked else None
+    return record if swept == spec.ranking else None
 
 
 def _read(spec: TrialSpec) -> list[Volume]:

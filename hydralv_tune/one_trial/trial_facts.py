@@ -13,8 +13,8 @@ from hydralv_tune.one_trial.training import Trainer
 from hydralv_tune.vocabulary.config import Candidate
 from hydralv_tune.vocabulary.errors import InputError
 
-FREE_KEYS = ("experiment_name", "description", "system.cpu_threads")
-"""Keys that a continued trial may change."""
+FREE_KEYS = ("experiment_name", "description", "system.cpu_threads", "test.decoding_grid")
+"""Keys that a continued trial may change: none of them has a part in the training."""
 
 
 def volume_facts(

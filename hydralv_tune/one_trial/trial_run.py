@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import io
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,14 +14,12 @@ import torch
 from torch import nn
 
 from hydralv_tune.disk import records
-from hydralv_tune.disk.figures import draw_heatmap
 from hydralv_tune.disk.monitoring import Monitor
-from hydralv_tune.disk.pictures import draw_contact_sheet, draw_losses
 from hydralv_tune.disk.records import TrialRecord
-from hydralv_tune.disk.volumes import Volume, write_array
+from hydralv_tune.disk.volumes import Volume
 from hydralv_tune.numerics.architectures import network_arguments, receptive_field
 from hydralv_tune.numerics.randomness import seeded
-from hydralv_tune.one_trial.evaluation import Outcome, better, evaluate
+from hydralv_tune.one_trial.evaluation import Outcome, Unit, better, evaluate
 from hydralv_tune.one_trial.lazy_reader import (
     LazySource,
     as_lazy,
@@ -41,6 +38,7 @@ from hydralv_tune.one_trial.trial_facts import (
     verdicts,
     volume_facts,
 )
+from hydralv_tune.one_trial.trial_pictures import draw_trial
 from hydralv_tune.one_trial.trial_spec import TrialSpec
 from hydralv_tune.vocabulary.config import Candidate
 from hydralv_tune.vocabulary.errors import InputError, TrialFailed, TrialInterrupted, as_input_error
@@ -119,6 +117,7 @@ class TrialRun:
         self.spent = {"evaluation": 0.0, "earlier": 0.0}
         self.began = time.perf_counter()
         self.weights: str | None = None
+        self._ranking = spec.ranking
         self._outcome: Outcome | None = None
         self._drawing_s = FIRST_DRAWING_S
         self._monitor: Monitor | None = None
@@ -203,9 +202,40 @@ class TrialRun:
         self.history = list(state["history"])
         self.best = dict(state["best"])
         self.notes = list(state["notes"])
+        # An older state says its grid only by the candidate, which has it in every study.
+        grid = state["candidate"]["test"]["decoding_grid"] or self._ranking["grid"]
+        self._ranking = state.get("ranking") or {**self._ranking, "grid": grid}
         self.spent = {"evaluation": float(state["evaluation_s"]), "earlier": float(state["s"])}
         self.notes += [str(warning.message) for warning in caught]
         self.notes.append(f"continued from step {self.folds[0].trainer.step}")
+
+    def score_anew(self) -> None:
+        """Score the best checkpoint as is asked now, where it was ranked by other rules before."""
+        changed = [key for key, kept in self._ranking.items() if kept != self.spec.ranking[key]]
+        self._ranking = self.spec.ranking
+        if not changed or not self.best:
+            return
+        start = time.perf_counter()
+        outcome = self._score(self._best_units(), limited=not self.is_trained)
+        before, at, count = self.best["value"], self.best["evaluation"], len(self.history)
+        self._outcome = outcome
+        self.best = {
+            "value": outcome.value, "f1": outcome.f1, "evaluation": at,
+            "thinned": outcome.sweep.thinned,
+            "anew": {"metrics": _without_lists(outcome.metrics), "decoding": outcome.decoding},
+        }  # fmt: skip
+        # What the study has learnt of the rows before stays; from the last one on, this counts.
+        self.history[-1] |= {"best_value": outcome.value, "best_f1_iou50": outcome.f1}
+        self.notes.append(
+            f"up to evaluation {count}, another {' and '.join(changed)} than now ranked the "
+            f"checkpoints; the best one, of evaluation {at}, was scored anew: "
+            f"{outcome.value:.4f} instead of {before:.4f}"
+        )
+        self._save_best(outcome, weights=False)
+        self._draw(outcome)
+        self.spent["evaluation"] += time.perf_counter() - start
+        self._save()
+        self._record("running").write()
 
     def train(
         self, should_stop: Callable[[], bool], progress: Callable[[int, int], None] | None
@@ -233,17 +263,7 @@ class TrialRun:
     def evaluate(self) -> dict[str, Any]:
         """Evaluate the networks as they are; keep the best; save; return the row of history."""
         start = time.perf_counter()
-        trained = sum(fold.trainer.seconds for fold in self.folds)
-        share = self.candidate.monitor.evaluation.sweep_time_share
-        outcome = evaluate(
-            self.folds,
-            self.candidate,
-            self.spec.grid,
-            self.spec.objective,
-            device=self.device,
-            threads=self._sweep_threads,
-            time_limit_s=max(share * trained, LEAST_SWEEP_S),
-        )
+        outcome = self._score(self.folds, limited=True)
         number = len(self.history) + 1
         guard = self.spec.objective.guard.f1_below_best
         won = better(outcome, self.best.get("value"), float(self.best.get("f1", 0.0)), guard)
@@ -256,7 +276,7 @@ class TrialRun:
             }  # fmt: skip
             self._save_best(outcome)
         self.history.append(self._row(number, outcome, won))
-        if won and self._drawing_s <= DRAWING_SHARE * trained:
+        if won and self._drawing_s <= DRAWING_SHARE * self._trained_s:
             self._draw(outcome)  # here too, since a trial that is pruned never comes to `finish`
         self.spent["evaluation"] += time.perf_counter() - start
         self._save()
@@ -269,14 +289,7 @@ class TrialRun:
         start = time.perf_counter()
         outcome = self._outcome
         if outcome is None or outcome.sweep.thinned is not None:
-            outcome = evaluate(
-                self._best_units(),
-                self.candidate,
-                self.spec.grid,
-                self.spec.objective,
-                device=self.device,
-                threads=self._sweep_threads,
-            )
+            outcome = self._score(self._best_units(), limited=False)
             self._save_best(outcome, weights=False)
         self.spent["evaluation"] += time.perf_counter() - start
         self._draw(outcome)
@@ -303,9 +316,22 @@ class TrialRun:
             self._monitor.close()
 
     @property
-    def _sweep_threads(self) -> int | None:
-        """Return the threads of the sweep."""
-        return self.spec.threads or self.candidate.system.cpu_threads
+    def _trained_s(self) -> float:
+        """Return the seconds of training alone."""
+        return sum(fold.trainer.seconds for fold in self.folds)
+
+    def _score(self, units: Sequence[Unit], *, limited: bool) -> Outcome:
+        """Return what networks are worth; `limited` thins a sweep that would take too long."""
+        share = self.candidate.monitor.evaluation.sweep_time_share
+        return evaluate(
+            units,
+            self.candidate,
+            self.spec.grid,
+            self.spec.objective,
+            device=self.device,
+            threads=self.spec.threads or self.candidate.system.cpu_threads,
+            time_limit_s=max(share * self._trained_s, LEAST_SWEEP_S) if limited else None,
+        )
 
     def _row(self, number: int, outcome: Outcome, won: bool) -> dict[str, Any]:
         """Return one row of the history."""
@@ -357,6 +383,7 @@ class TrialRun:
                 "history": records.plain(self.history),
                 "best": self.best,
                 "notes": self.notes,
+                "ranking": self._ranking,
                 "evaluation_s": self.spent["evaluation"],
                 "s": self.seconds,
             },
@@ -419,32 +446,15 @@ class TrialRun:
     def _draw(self, outcome: Outcome) -> None:
         """Write table and pictures of the best checkpoint."""
         start = time.perf_counter()
-        buffer = io.BytesIO()
-        outcome.sweep.table.to_parquet(buffer, index=False)
-        records.write_atomically(self.out / "sweep.parquet", buffer.getvalue())
-        draw_heatmap(outcome.sweep, self.out / "sweep.png")
-        draw_losses(self.history, self.out / "losses.png")
-        # In the order of the folds and their parts, for the report's instance by instance.
-        for index, segmentation in enumerate(outcome.segmentations):
-            write_array(self.out / f"segmentation_{index}.h5", segmentation)
-        volume = self.folds[0].score[0]
-        assert volume.label is not None, "checked by the split"
-        draw_contact_sheet(
-            image=volume.image,
-            truth=volume.label,
-            prediction=outcome.segmentations[0],
-            mask=volume.mask,
-            path=self.out / "contact_sheet.png",
-            title=f"{volume.name}: adapted Rand error "
-            f"{outcome.metrics['adapted_rand_error']:.3f}, F1 {outcome.f1:.3f}",
-        )
+        draw_trial(outcome, self.history, self.folds[0].score[0], self.out)
         self._drawing_s = time.perf_counter() - start
 
     def _record(self, state: str, outcome: Outcome | None = None) -> TrialRecord:
         """Return the record as things stand."""
         last = self.history[-1] if self.history else {}
-        best = next((row for row in self.history if row["evaluation"] ==
-                     self.best.get("evaluation")), {})  # fmt: skip
+        best = self.best.get("anew") or next(
+            (row for row in self.history if row["evaluation"] == self.best.get("evaluation")), {}
+        )
         metrics = best.get("metrics", {}) if outcome is None else outcome.metrics
         losses = last.get("losses", {})
         thinned = [f"evaluation {row['evaluation']}: {row['thinned']}"
@@ -459,8 +469,7 @@ class TrialRun:
             study=self.spec.study,
             out=self.spec.out,
             config=self.candidate.as_mapping(),
-            objective=self.spec.objective.model_dump(mode="json"),
-            grid=self.spec.grid.model_dump(mode="json"),
+            **self.spec.ranking,
             provenance=records.provenance(),
             seed=self.candidate.system.seed,
             device=device_facts(self.device),

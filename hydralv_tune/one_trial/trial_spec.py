@@ -42,14 +42,21 @@ class TrialSpec:
     study: str | None = None
     timeout_s: float | None = None
 
+    @property
+    def ranking(self) -> dict[str, Any]:
+        """Return what makes a value of a checkpoint, as plain JSON types: objective and grid."""
+        return {
+            "objective": self.objective.model_dump(mode="json"),
+            "grid": self.grid.model_dump(mode="json"),
+        }
+
     def as_mapping(self) -> dict[str, Any]:
         """Return the spec as plain JSON types."""
         return {
             "number": self.number,
             "root": self.root,
             "candidate": self.candidate.as_mapping(),
-            "objective": self.objective.model_dump(mode="json"),
-            "grid": self.grid.model_dump(mode="json"),
+            **self.ranking,
             "volumes": [asdict(paths) for paths in self.volumes],
             "out": self.out,
             "device": self.device,

@@ -5,35 +5,25 @@ It knows neither Ray nor Optuna. `launch.py` gives it two faces, a searcher and 
 
 from __future__ import annotations
 
-import json
 import math
 import time
 import warnings
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from hydralv_tune.studies.live_trial import LiveTrial, kept_of
 from hydralv_tune.studies.study import DatabaseAway, Driver
-from hydralv_tune.studies.trial_view import (
-    Asked,
-    Outcome,
-    consecutive_failures,
-    gpu_hours,
-)
+from hydralv_tune.studies.trial_view import Asked, Outcome, count_states, gpu_hours
 from hydralv_tune.vocabulary.errors import ConfigError, HydraLVError
-from hydralv_tune.vocabulary.space import SearchSpace, objective_value
+from hydralv_tune.vocabulary.space import SearchSpace, guard_violation, objective_value
 
 ASK_EVERY_S = 0.5
 POLL_EVERY_S = 3.0
 AWAY_RETRY_S = 2.0
 MAX_CONSECUTIVE_FAILURES = 12
-# User attributes are read by every ask; whatever is large belongs into the trial's folder.
-MAX_ATTRIBUTE_CHARACTERS = 20_000
-KEPT = (
-    "metrics", "losses", "decoding", "checkpoint", "record", "sweep", "verdicts", "notes",
-    "device", "split", "training", "folds", "weights", "epoch",
-)  # fmt: skip
 
 EventKind = Literal[
     "trial_started",
@@ -67,18 +57,6 @@ RAY_DIED = "Ray's daemons on this machine died. Run the same command again to go
 
 class StudyFailed(HydraLVError):
     """The work itself is broken, every trial fails or Ray died: going on would not help."""
-
-
-@dataclass
-class LiveTrial:
-    """A trial that this driver runs now."""
-
-    asked: Asked
-    since: float
-    started: float | None = None
-    last: dict[str, Any] = field(default_factory=dict)
-    where: dict[str, Any] = field(default_factory=dict)
-    verdict: str | None = None  # why it is being stopped, once that is decided
 
 
 class Bridge:
@@ -125,6 +103,7 @@ class Bridge:
         self._ray_is_alive = ray_is_alive
         self._next_ask = self._next_poll = 0.0
         self._away_said = False
+        self._failed_in_a_row = 0
 
     def suggest(self, key: str) -> dict[str, Any] | Literal["wait", "done"]:
         """Return the specification of the next trial, or whether to wait or to end.
@@ -147,14 +126,21 @@ class Bridge:
             return "wait"
         self._away_said = False
         if asked == "done":
+            self._say_if_exhausted()
             return "done"
         if asked == "wait":
             self._next_ask = now + ASK_EVERY_S
             return "wait"
         return self._start(key, asked)
 
+    def placed(self, key: str) -> None:
+        """Take in that Ray has a process for a trial, which may still hang before it works."""
+        if (live := self.live.get(key)) is not None and live.placed is None:
+            live.placed = time.monotonic()
+
     def started(self, key: str) -> None:
-        """Take in that a trial's process runs."""
+        """Take in that a trial's worker works."""
+        self.placed(key)
         if (live := self.live.get(key)) is not None and live.started is None:
             live.started = time.monotonic()
 
@@ -199,6 +185,9 @@ class Bridge:
         elif live.verdict == "hang":
             limit = self.space.budget.trial_timeout_s
             self._fail(key, live, f"timeout: still running after {limit:g} s", "no")
+        elif live.verdict == "no start":
+            reason = f"timeout: its process has not begun after {live.seconds:.0f} s"
+            self._fail(key, live, reason, "counted")  # the machine's fault, not the trial's
         elif live.verdict == "refused":
             self._refused(key, live)
         else:
@@ -221,18 +210,11 @@ class Bridge:
         if now > self._next_poll:
             self._next_poll = now + POLL_EVERY_S
             self._poll()
-        doomed = []
-        limit = self.space.budget.trial_timeout_s or math.inf
-        for key, live in self.live.items():
-            if live.verdict == "refused":
-                doomed.append(key)
-            elif now > self._stop_deadline or (self.stop_reason and live.started is None):
-                live.verdict = "interrupted"
-                doomed.append(key)
-            elif live.started is not None and now - live.started > limit:
-                live.verdict = "hang"
-                doomed.append(key)
-        return doomed
+        for live in self.live.values():
+            if now > self._stop_deadline or (self.stop_reason and live.started is None):
+                live.verdict = live.verdict or "interrupted"
+            live.verdict = live.verdict or live.overdue(self.space.budget.trial_timeout_s)
+        return [key for key, live in self.live.items() if live.verdict is not None]
 
     def stop(self, reason: str) -> None:
         """Ask for no more trials and let the running ones save; they are enqueued again.
@@ -273,7 +255,7 @@ class Bridge:
 
     def _start(self, key: str, asked: Asked) -> dict[str, Any] | Literal["wait"]:
         """Return the specification of a trial that was just asked for."""
-        live = LiveTrial(asked, since=time.monotonic())
+        live = LiveTrial(asked)
         self.live[key] = live
         try:
             spec = self._specification(asked)
@@ -300,7 +282,9 @@ class Bridge:
         live.last = message
         step, value = int(message["step"]), float(message["value"])
         metrics = message.get("metrics") or {}
-        violation = self._violation(message.get("best_f1_iou50", metrics.get("f1_iou50")))
+        violation = guard_violation(
+            message.get("best_f1_iou50", metrics.get("f1_iou50")), self.space.objective
+        )
         decision = self.driver.report(number, step, value, violation, message.get("best_folds"))
         fields = {k: v for k, v in message.items() if k not in ("kind", "metrics", "losses")}
         shown = {**fields, **metrics, "losses": message.get("losses")}
@@ -315,7 +299,7 @@ class Bridge:
                 "PRUNED",
                 violation=violation,
                 reason=f"pruned at evaluation {step}",
-                **_kept(message),
+                **kept_of(message),
             )
             return "stop"
         return "go"
@@ -335,8 +319,8 @@ class Bridge:
             live,
             "COMPLETE",
             value=value,
-            violation=self._violation(metrics.get("f1_iou50")),
-            **_kept(record),
+            violation=guard_violation(metrics.get("f1_iou50"), self.space.objective),
+            **kept_of(record),
         )
 
     def _fail(
@@ -349,13 +333,15 @@ class Bridge:
     ) -> None:
         """Tell a trial that failed."""
         extra = {k: message[k] for k in ("stage", "traceback") if message and k in message}
-        self._tell(key, live, "FAIL", retry=retry, reason=reason, **_kept(live.last), **extra)
-        self._stop_if_all_fail()
+        kept = {**kept_of(live.last), **extra}
+        if self._tell(key, live, "FAIL", retry=retry, reason=reason, **kept):
+            self._failed_in_a_row += 1
+            self._stop_if_all_fail(reason)
 
     def _interrupted(self, key: str, live: LiveTrial) -> None:
         """Tell a trial that was stopped for no fault of its own; it is enqueued again."""
         reason = f"interrupted: {self.stop_reason or 'its driver ended'}"
-        self._tell(key, live, "FAIL", retry="free", reason=reason, **_kept(live.last))
+        self._tell(key, live, "FAIL", retry="free", reason=reason, **kept_of(live.last))
 
     def _refused(self, key: str, live: LiveTrial) -> None:
         """Forget a trial that another driver has taken over."""
@@ -376,13 +362,13 @@ class Bridge:
         violation: float | None = None,
         retry: str = "no",
         **attributes: Any,
-    ) -> None:
-        """Tell the end of a trial and say so."""
+    ) -> bool:
+        """Tell the end of a trial, say so, and return whether it was still this driver's."""
         self.live.pop(key, None)
         number = live.asked.number
         known = {
             **live.where,
-            "seconds": round(time.monotonic() - (live.started or time.monotonic()), 3),
+            "seconds": round(live.seconds, 3),
             "gpus": self._gpus,
             "attempt": live.asked.attempt,
             "root": live.asked.root,
@@ -398,7 +384,9 @@ class Bridge:
         )
         if told == "refused":
             self._refused(key, live)
-            return
+            return False
+        if state != "FAIL":
+            self._failed_in_a_row = 0
         kinds: dict[str, EventKind] = {"COMPLETE": "trial_finished", "PRUNED": "trial_pruned"}
         metrics = known.get("metrics") or {}
         self.emit(
@@ -410,10 +398,7 @@ class Bridge:
             **{k: metrics.get(k) for k in ("adapted_rand_error", "adapted_rand_error_foreground",
                                            "f1_iou50")},
         )  # fmt: skip
-
-    def _violation(self, f1: float | None) -> float | None:
-        """Return by how much the study's guard is violated; None where F1 is unknown."""
-        return None if f1 is None else self.space.objective.guard.f1_iou50 - float(f1)
+        return True
 
     def _budget_is_spent(self) -> bool:
         """Stop the run where the goal is reached or the GPU-hours are used up."""
@@ -428,17 +413,25 @@ class Bridge:
             self.stop(f"the budget of {limit:g} GPU-hours is spent")
         return self.stop_reason is not None
 
-    def _stop_if_all_fail(self) -> None:
-        """End a run in which nothing works any more."""
-        try:
-            failures = consecutive_failures(self.driver.study.trials())
-        except DatabaseAway:
-            return
-        if len(failures) >= MAX_CONSECUTIVE_FAILURES and self.failure is None:
-            reason = failures[0].user_attrs.get("reason")
+    def _say_if_exhausted(self) -> None:
+        """Say so where the run ends because the space has nothing left to try."""
+        with suppress(DatabaseAway):
+            counts = count_states(self.driver.study.trials())
+            finished = counts["complete"] + counts["pruned"]
+            if finished < self.trials:
+                reached = f"{finished} of {self.trials} trials"
+                self.stop(f"the space has no more combinations: {reached}")
+
+    def _stop_if_all_fail(self, reason: str) -> None:
+        """End a run in which nothing works any more; what failed in earlier runs may be mended.
+
+        Args:
+            reason: Of the last failure.
+        """
+        if self._failed_in_a_row >= MAX_CONSECUTIVE_FAILURES and self.failure is None:
             self.failure = StudyFailed(
-                f"Study '{self.driver.study.name}': {len(failures)} trials in a row failed, the "
-                f"last one with: {reason}. Mend that and run the same command again."
+                f"Study '{self.driver.study.name}': {self._failed_in_a_row} trials in a row "
+                f"failed, the last one with: {reason}. Mend that and run the same command again."
             )
             self.stop("every trial fails")
 
@@ -467,15 +460,6 @@ class Bridge:
     def folder(self) -> Path:
         """Return where results wait."""
         return self.driver.out
-
-
-def _kept(record: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the parts of a record or an evaluation that belong into the database."""
-    return {
-        key: value
-        for key, value in record.items()
-        if key in KEPT and value is not None and len(json.dumps(value)) <= MAX_ATTRIBUTE_CHARACTERS
-    }
 
 
 def _plan(candidate: Mapping[str, Any]) -> dict[str, Any]:

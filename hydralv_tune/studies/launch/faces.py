@@ -13,12 +13,14 @@ import ray
 from ray import tune
 from ray.tune.schedulers import TrialScheduler
 from ray.tune.search import Searcher
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from hydralv_tune.studies.bridge import Bridge
-from hydralv_tune.studies.worker import TrialFunction
+from hydralv_tune.studies.worker import StopFlag, TrialFunction
 
 MESSAGE = "hydralv"
 STOP_POLL_S = 1.0
+STOP_ANSWER_S = 10.0
 
 
 class _Face:
@@ -110,8 +112,10 @@ class DecidingFace(_Face, TrialScheduler):
         for key in self.bridge.tick():
             self._end(tune_controller, key)
         for key in list(self.bridge.live):
-            # An actor that could not be re-used ends its next trial without a word.
             trial = self._trials.get(key)
+            if _actor_of(tune_controller, trial) is not None:
+                self.bridge.placed(key)
+            # An actor that could not be re-used ends its next trial without a word.
             if trial is not None and trial.status in ("ERROR", "TERMINATED"):
                 self.bridge.on_death(key, "worker: its process could not be had")
         if self.bridge.stop_reason is not None and not self._flag_raised:
@@ -126,7 +130,7 @@ class DecidingFace(_Face, TrialScheduler):
         if trial is None:
             self.bridge.on_death(key, "worker: Ray does not know the trial")
             return
-        actor = trial.temporary_state.ray_actor
+        actor = _actor_of(tune_controller, trial)
         if actor is None:
             tune_controller.stop_trial(trial)
         else:
@@ -135,6 +139,17 @@ class DecidingFace(_Face, TrialScheduler):
     def debug_string(self) -> str:
         """Return a line for Ray's own output, which is off."""
         return "the study decides"
+
+
+def _actor_of(tune_controller: Any, trial: Any) -> Any:
+    """Return the actor of a Ray trial once it has its place, or None.
+
+    Ray calls a trial RUNNING only when its process has imported what it needs. One that hangs
+    before is PENDING, as is one that waits in a busy cluster; only the manager tells them apart.
+    """
+    tracked = tune_controller._trial_to_actor.get(trial)
+    placed = tune_controller._actor_manager._live_actors_to_ray_actors_resources
+    return placed[tracked][0] if tracked in placed else None
 
 
 def _death(trial: Any) -> str:
@@ -147,6 +162,12 @@ def _death(trial: Any) -> str:
     return f"worker: its process died: {text[-400:] or 'no reason known'}"
 
 
+def make_flag() -> Any:
+    """Return a `StopFlag` on the node of this process: another node may die with what it holds."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    return ray.remote(num_cpus=0)(StopFlag).options(scheduling_strategy=here).remote()
+
+
 def make_trainable(
     function: TrialFunction, flag: Any, checkpoints: str | None
 ) -> Callable[[dict[str, Any]], None]:
@@ -154,7 +175,7 @@ def make_trainable(
 
     # A function inside a function travels whole. One of this module would travel by name, and
     # make every worker import the study, its database and PyTorch before its first step.
-    poll_s = STOP_POLL_S
+    poll_s, answer_s = STOP_POLL_S, STOP_ANSWER_S
     message_key = MESSAGE
 
     def trial(config: dict[str, Any]) -> None:
@@ -169,11 +190,11 @@ def make_trainable(
         def watch() -> None:
             while not over.wait(poll_s):
                 try:
-                    if ray.get(flag.is_raised.remote(), timeout=30.0):
+                    if ray.get(flag.is_raised.remote(), timeout=answer_s):
                         stop.set()
                         return
                 except ray.exceptions.RayError:
-                    return
+                    continue  # whoever does not answer now may do so the next time
 
         threading.Thread(target=watch, daemon=True).start()
         try:

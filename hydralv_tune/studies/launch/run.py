@@ -30,11 +30,11 @@ from hydralv_tune.one_trial.sampling import check_patch_fits
 from hydralv_tune.studies.bridge import Bridge, Event
 from hydralv_tune.studies.folder_claim import fetch_folder
 from hydralv_tune.studies.launch.cluster import Resources, check_before_ray, ray_cluster
-from hydralv_tune.studies.launch.faces import AskingFace, DecidingFace, make_trainable
+from hydralv_tune.studies.launch.faces import AskingFace, DecidingFace, make_flag, make_trainable
 from hydralv_tune.studies.start import Start
 from hydralv_tune.studies.study import GRACE_S, HEARTBEAT_S, DatabaseAway, Driver, Study
 from hydralv_tune.studies.trial_view import Asked, process_start
-from hydralv_tune.studies.worker import Reporter, StopFlag, TrialFunction
+from hydralv_tune.studies.worker import Reporter, TrialFunction
 from hydralv_tune.vocabulary.errors import HydraLVError
 from hydralv_tune.vocabulary.space import SearchSpace
 
@@ -201,7 +201,7 @@ def _tune(
     bridge: Bridge, resources: Resources, function: TrialFunction, checkpoints: str | None
 ) -> str | None:
     """Let Ray Tune run trials until the bridge has no more; return the signal that ended it."""
-    flag = ray.remote(num_cpus=0)(StopFlag).remote()
+    flag = make_flag()
     trainable = tune.with_resources(
         make_trainable(function, flag, checkpoints), {"cpu": resources.cpus, "gpu": resources.gpus}
     )

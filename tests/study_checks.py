@@ -1,0 +1,45 @@
+"""What tests ask of a study that went through something."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sqlalchemy.engine import make_url
+
+from hydralv_tune.studies.study import Study
+
+
+def evaluations(count: int) -> Any:
+    """Return whether a driver has seen so many evaluations."""
+    return lambda rows: sum(row.get("event") == "evaluation" for row in rows) >= count
+
+
+def with_password(url: str, password: str) -> str:
+    """Return a storage URL with a password."""
+    made = make_url(url).set(password=password)
+    return made.render_as_string(hide_password=False)
+
+
+def check_truth(study: Study, folder_steps: dict[int, list[tuple[int, int]]], trials: int) -> None:
+    """Check that exactly so many trials are finished, none twice, none left running.
+
+    Args:
+        study: After the last driver ended.
+        folder_steps: (trial, step) of every step made, by root.
+        trials: Finished trials wanted.
+    """
+    views = study.trials()
+    finished = [t for t in views if t.state in ("COMPLETE", "PRUNED")]
+    assert len(finished) == trials
+    assert not [t for t in views if t.state == "RUNNING"]
+    assert len({t.root for t in finished}) == trials
+    assert len({tuple(sorted(t.params.items())) for t in finished}) == trials
+    followed = [t.user_attrs["retry_of"] for t in views if "retry_of" in t.user_attrs]
+    assert len(followed) == len(set(followed))
+    for trial in views:
+        if trial.state == "FAIL":
+            assert trial.value is None
+            assert trial.user_attrs["reason"]
+    for steps in folder_steps.values():
+        # A checkpoint may be one step ahead of the database, never behind: nothing is made twice.
+        assert [step for _, step in steps] == sorted({step for _, step in steps})

@@ -1,0 +1,109 @@
+"""What breaks under a study, really broken: Ray's daemons, a machine's memory, a whole node."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from typing import Any
+
+import psutil
+import pytest
+from study_checks import check_truth, evaluations
+
+from hydralv_tune.studies.study import open_readonly
+
+
+@pytest.mark.parametrize("victim", ["raylet", "gcs_server"])
+def test_ray_killed_under_the_driver_ends_in_order_and_goes_on(
+    fake_study: Any, victim: str
+) -> None:
+    config = {"trials": 3, "steps": 10, "step_s": 0.5}
+    driver = fake_study.start(**config)
+    fake_study.until(evaluations(4))
+    daemons = [
+        child
+        for child in psutil.Process(driver.pid).children(recursive=True)
+        if victim in child.name()
+    ]
+    assert daemons
+    daemons[0].kill()
+    assert fake_study.wait(driver, 200) not in (0, 2)
+    facts = fake_study.run(**config)
+    check_truth(open_readonly(facts["storage"], "fake"), fake_study.steps(), 3)
+
+
+@pytest.mark.timeout(600)
+def test_a_worker_killed_for_want_of_memory_is_retried_and_the_study_goes_on(
+    fake_study: Any,
+) -> None:
+    memory = psutil.virtual_memory()
+    limit = (memory.total - memory.available + 4e9) / memory.total
+    config = {"trials": 3, "steps": 4, "step_s": 0.2, "ends": {"1": "hog"}}
+    environment = {"RAY_memory_usage_threshold": f"{limit:.3f}"}
+    assert fake_study.wait(fake_study.start(environment, **config)) == 0, fake_study.errors()
+    study = open_readonly(fake_study.said()[-1]["facts"]["storage"], "fake")
+    check_truth(study, fake_study.steps(), 3)
+    reasons = [t.user_attrs["reason"] for t in study.trials() if t.state == "FAIL"]
+    assert any("low on memory" in reason for reason in reasons), reasons
+
+
+@pytest.mark.timeout(900)
+def test_a_node_of_a_cluster_dies_and_the_study_goes_on(fake_study: Any) -> None:
+    """Two nodes on one machine; each worker says which one it is on by its parent."""
+    fake_study.folder.mkdir(parents=True)
+    script = fake_study.folder / "cluster.py"
+    script.write_text(CLUSTER)
+    environment = {**os.environ, "RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
+    cluster = subprocess.Popen(
+        [sys.executable, str(script)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=environment,
+    )
+    assert cluster.stdin is not None
+    assert cluster.stdout is not None
+    try:
+        address = cluster.stdout.readline().strip()
+        assert ":" in address, address
+        driver = fake_study.start(
+            trials=8, steps=8, step_s=0.5, options={"ray_address": address, "cpus_per_trial": 1},
+            environment={"RAY_AUTH_MODE": "disabled"},
+        )  # fmt: skip
+        fake_study.until(evaluations(6), timeout_s=240)
+        study = open_readonly(f"sqlite:///{fake_study.folder / 'study.db'}", "fake")
+        running = [row["number"] for row in fake_study.said() if row["event"] == "trial_started"]
+        assert len(running) >= 2, "only one trial ran at a time on two nodes of one core"
+        cluster.stdin.write("kill\n")
+        cluster.stdin.flush()
+        assert cluster.stdout.readline().strip() == "killed"
+        assert fake_study.wait(driver, 400) == 0, fake_study.errors()
+        check_truth(study, fake_study.steps(), 8)
+        assert len({t.user_attrs["node"] for t in study.trials() if "node" in t.user_attrs}) == 2
+        dead = [t for t in study.trials() if t.state == "FAIL"]
+        assert dead
+        assert all(t.user_attrs["retry"] == "counted" for t in dead)
+    finally:
+        cluster.stdin.close()
+        cluster.wait(60)
+        cluster.stdout.close()
+
+
+CLUSTER = '''
+"""Two Ray nodes of one core each; a line on stdin kills the second, its end ends both."""
+import sys
+
+from ray.cluster_utils import Cluster
+
+cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+second = cluster.add_node(num_cpus=1)
+cluster.wait_for_nodes()
+print(cluster.address, flush=True)
+try:
+    for line in sys.stdin:
+        cluster.remove_node(second, allow_graceful=False)
+        print("killed", flush=True)
+finally:
+    cluster.shutdown()
+'''
