@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -91,6 +92,31 @@ def candidate(**sections: Any) -> Candidate:
     for name, keys in sections.items():
         small[name] = {**small.get(name, {}), **keys}
     return candidate_from_mapping(small, place="test")
+
+
+def brief(**sections: Any) -> Candidate:
+    """Return a candidate that trains for four steps, one an epoch, and learns nothing."""
+    base: dict[str, Any] = {
+        "data": {"patch_size": [4, 16, 16], "pad_size": [0, 0, 0], "iter_num_per_epoch": 2,
+                 "augmentation": {"preset": "none"}, "sampling": {"foreground_share": 0.7}},
+        "optimization": {"max_epochs": 4, "accumulate_grad_batches": 1, "precision": "32",
+                         "optimizer": {"lr": 2e-2}},
+        "monitor": {"evaluation": {"count": 2}, "early_stopping": {"enabled": False}},
+    }  # fmt: skip
+    return candidate(**{name: {**base.get(name, {}), **sections.get(name, {})}
+                        for name in dict.fromkeys([*base, *sections])})  # fmt: skip
+
+
+def written(folder: Path, given: Volume) -> VolumePaths:
+    """Write a volume and return where it lies."""
+    folder.mkdir(parents=True, exist_ok=True)
+    assert given.label is not None
+    assert given.mask is not None
+    arrays = {"im": given.image, "label": given.label, "mask": given.mask.astype(np.uint8)}
+    for name, array in arrays.items():
+        write_array(folder / f"{name}.h5", array, voxel_size_nm=given.voxel_size_nm)
+    image, label, mask = (str(folder / f"{name}.h5") for name in arrays)
+    return VolumePaths(given.name, image, label, mask)
 
 
 def spec(out: Path, chosen: Candidate | None = None, **keys: Any) -> TrialSpec:
@@ -241,6 +267,48 @@ def test_a_folder_of_another_trial_is_refused(finished: Any) -> None:
         run(spec(out), volumes=[volume(seed=9)])
     threads = candidate(system={"training": {"batch_size": 2}, "cpu_threads": 2})
     assert run(spec(out, threads)).state == "complete"
+
+
+def test_a_finished_folder_answers_for_the_volumes_on_disk_alone(tmp_path: Path) -> None:
+    """As `train` does it: the volumes are named, not given."""
+    same, other = (written(tmp_path / str(seed), volume(seed)) for seed in (0, 9))
+    given = spec(tmp_path / "out", brief(), volumes=[same])
+    record = run_trial(given, lambda _: None)
+    assert run_trial(given, lambda _: None).as_mapping() == record.as_mapping()
+    with pytest.raises(InputError, match="other volumes"):
+        run_trial(replace(given, volumes=[other]), lambda _: None)
+    write_array(Path(same.label or ""), np.roll(volume().label, 1, axis=2))  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="other volumes"):
+        run_trial(given, lambda _: None)
+
+
+@pytest.mark.parametrize("ended", ["finished", "stopped"])
+def test_a_trial_does_not_go_on_with_fewer_volumes(tmp_path: Path, ended: str) -> None:
+    both = [volume(1, "one"), volume(2, "two")]
+
+    def report(_: Evaluation) -> None:
+        if ended == "stopped":
+            raise KilledError
+
+    with suppress(KilledError):
+        run(spec(tmp_path, brief()), report, volumes=both)
+    for given in (both[:1], both[::-1], [*both, volume(3, "three")]):
+        with pytest.raises(InputError, match="other volumes"):
+            run(spec(tmp_path, brief()), volumes=given)
+    assert [facts["name"] for facts in run(spec(tmp_path, brief()), volumes=both).volumes] == [
+        "one", "two",
+    ]  # fmt: skip
+
+
+def test_a_finished_folder_asks_for_its_held_out_volume_too(tmp_path: Path) -> None:
+    held = written(tmp_path / "held", volume(3, "held"))
+    data = {"split": {"kind": "volumes"}, "val_image": held.image, "val_label": held.label}
+    given = spec(tmp_path / "out", brief(data=data))
+    record = run(given)
+    assert run(given).as_mapping() == record.as_mapping()
+    write_array(Path(held.image), volume(4).image)
+    with pytest.raises(InputError, match="other volumes"):
+        run(given)
 
 
 class KilledError(Exception):
@@ -407,12 +475,7 @@ def test_volumes_are_read_from_their_paths_and_lazily_where_large(
     finished: Any, tmp_path: Path
 ) -> None:
     given = volume()
-    arrays = {"im": given.image, "label": given.label, "mask": given.mask}
-    for name, array in arrays.items():
-        whole = array.astype(np.uint8) if name == "mask" else array
-        write_array(tmp_path / f"{name}.h5", whole, voxel_size_nm=given.voxel_size_nm)
-    image, label, mask = (str(tmp_path / f"{n}.h5") for n in ("im", "label", "mask"))
-    paths = [VolumePaths("balls", image, label, mask)]
+    paths = [written(tmp_path, given)]
     expected = final_weights(finished[2])
     size = given.image.size
     for limit_gb, scored in ((8.0, 8), (size * 10 / 1e9 * 0.99, 1)):

@@ -89,7 +89,7 @@ def check_continues(
     kept: Mapping[str, Any],
     kept_volumes: Sequence[Mapping[str, Any]],
     candidate: Candidate,
-    fingerprints: Sequence[str] | None,
+    fingerprints: Sequence[str],
 ) -> None:
     """Refuse to go on in the folder of another candidate or of other volumes.
 
@@ -98,7 +98,7 @@ def check_continues(
         kept: The candidate that the folder is of.
         kept_volumes: Each with its `fingerprint`.
         candidate: The one asked for.
-        fingerprints: Of the volumes given; None where they were not read.
+        fingerprints: Of the volumes given, those held out included.
 
     Raises:
         InputError: They differ.
@@ -110,13 +110,13 @@ def check_continues(
             f"{out}: holds a trial with {key} = {old!r}, but the candidate has {new!r}. Give "
             "another --out, or the same candidate to continue it."
         )
-    if fingerprints is not None:
-        old_prints = [volume.get("fingerprint") for volume in kept_volumes]
-        if old_prints[: len(fingerprints)] != list(fingerprints):
-            raise InputError(
-                f"{out}: holds a trial of other volumes (fingerprints {old_prints} there, "
-                f"{list(fingerprints)} given). Give another --out."
-            )
+    old_prints = [volume.get("fingerprint") for volume in kept_volumes]
+    # All of them: a prefix would go on with fewer volumes than the record names.
+    if old_prints != list(fingerprints):
+        raise InputError(
+            f"{out}: holds a trial of other volumes (fingerprints {old_prints} there, "
+            f"{list(fingerprints)} given). Give another --out."
+        )
 
 
 def _first_difference(old: Any, new: Any, path: str) -> tuple[str, Any, Any] | None:
