@@ -359,6 +359,13 @@ def test_a_loss_that_is_not_finite_names_step_and_parts() -> None:
     assert not e.value.retry
 
 
+def test_an_interrupt_does_not_hide_a_loss_that_is_not_finite() -> None:
+    asked = iter([False] * 6 + [True])
+    training = trainer(candidate(), Poisoned(after=4))
+    with pytest.raises(TrialFailed, match="not finite at step 5"):
+        training.run_to(12, should_stop=lambda: next(asked))
+
+
 class Hungry(nn.Module):
     """A network that runs out of memory where a batch is larger than it can take."""
 

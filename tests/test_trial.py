@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -431,8 +432,9 @@ def test_a_spec_survives_the_way_to_another_process(tmp_path: Path) -> None:
     assert TrialSpec.from_mapping(json.loads(json.dumps(given.as_mapping()))) == given
 
 
-def test_a_loss_that_diverges_fails_without_a_retry(tmp_path: Path) -> None:
-    wild = candidate(
+def wild() -> Candidate:
+    """Return a candidate whose loss is not finite before its first evaluation."""
+    return candidate(
         optimization={
             "max_epochs": 6, "optimizer": {"lr": 9.0}, "gradient_clip_val": 0,
             "ema": {"enabled": False},
@@ -440,14 +442,33 @@ def test_a_loss_that_diverges_fails_without_a_retry(tmp_path: Path) -> None:
         model={"architecture": "rsunet", "filters": [4, 8], "norm": "none", "num_res_units": None,
                "loss_functions": ["MSELoss"] * 5,
                "loss_kwargs": [{"tanh": False}] * 5},
+        monitor={"evaluation": {"count": 1}, "early_stopping": {"enabled": False}},
     )  # fmt: skip
+
+
+def test_a_loss_that_diverges_fails_without_a_retry(tmp_path: Path) -> None:
     with pytest.raises(TrialFailed, match=r"not finite at step \d+: total") as error:
-        run(spec(tmp_path, wild))
+        run(spec(tmp_path, wild()))
     assert not error.value.retry
     record = read_record(tmp_path / "record.json")
     assert record.state == "fail"
     assert "not finite at step" in str(record.error)
     assert record.value is None or np.isfinite(record.value)
+
+
+def test_a_stop_after_a_loss_went_bad_saves_nothing_and_fails_as_it_would_have(
+    tmp_path: Path,
+) -> None:
+    with pytest.raises(TrialFailed, match="not finite") as uninterrupted:
+        run(spec(tmp_path / "whole", wild()))
+    found = re.search(r"at step (\d+)", uninterrupted.value.reason)
+    assert found is not None
+    asked = iter(range(1000))
+    with pytest.raises(TrialFailed) as stopped:
+        run(spec(tmp_path / "cut", wild()), should_stop=lambda: next(asked) > int(found[1]))
+    assert stopped.value.reason == uninterrupted.value.reason
+    assert not (tmp_path / "cut" / "last.ckpt").exists()
+    assert read_record(tmp_path / "cut" / "record.json").state == "fail"
 
 
 def test_a_trial_that_takes_too_long_fails(tmp_path: Path) -> None:

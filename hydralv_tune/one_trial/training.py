@@ -232,6 +232,8 @@ class Trainer:
         try:
             while self.step < step and self.stopped is None:
                 if should_stop is not None and should_stop():
+                    # What is interrupted is saved: weights that went bad must fail before.
+                    self._read()
                     raise TrialInterrupted(
                         f"stopped at step {self.step} of {self.plan.steps}; it can be continued"
                     )
