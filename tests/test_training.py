@@ -31,6 +31,7 @@ from hydralv_tune.one_trial.training import (
     load_external_weights,
     shared_parameter,
 )
+from hydralv_tune.one_trial.training_log import LossLog
 from hydralv_tune.vocabulary.config import Candidate, candidate_from_mapping
 from hydralv_tune.vocabulary.errors import CheckpointError, TrialFailed, TrialInterrupted
 
@@ -326,12 +327,36 @@ def test_early_stopping_ends_at_threshold_and_divergence() -> None:
     assert off.check([9.0] * 500, 1) is None
 
 
-def test_a_training_stops_early() -> None:
+def test_a_training_stops_early_with_the_weights_of_the_epoch_that_it_names() -> None:
     training = trainer(candidate(monitor={"early_stopping": {"enabled": True, "threshold": 50.0}}))
-    training.run_to(4)
-    assert training.stopped is not None
+    training.run_to(12)
+    assert training.step == training.plan.steps_per_epoch == 4
+    assert str(training.stopped).startswith("stopped early after epoch 1: ")
     training.run_to(12)
     assert training.step == 4
+    one_epoch = trainer(candidate())
+    one_epoch.run_to(4)
+    assert torch.equal(weights_of(one_epoch.network), weights_of(training.network))
+
+
+class CountedLog(LossLog):
+    """A log that remembers how often it was read from the device."""
+
+    reads = 0
+
+    def check(self) -> Any:
+        self.reads += 1
+        return super().check()
+
+
+@pytest.mark.parametrize(("enabled", "reads"), [(True, 3), (False, 1)])
+def test_only_a_training_that_may_stop_early_waits_for_the_device_at_each_epoch(
+    enabled: bool, reads: int
+) -> None:
+    training = trainer(candidate(monitor={"early_stopping": {"enabled": enabled}}))
+    training.log = CountedLog(training.log.names, CPU)
+    training.run_to(12)
+    assert training.log.reads == reads
 
 
 class Poisoned(nn.Module):

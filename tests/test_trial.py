@@ -650,4 +650,5 @@ def test_early_stopping_ends_the_trial_with_a_last_evaluation(tmp_path: Path) ->
     record = run(replace(spec(tmp_path), candidate=chosen))
     assert len(record.history) == 1
     assert record.state == "complete"
-    assert any("stopped early after epoch" in note for note in record.notes)
+    assert any("stopped early after epoch 1:" in note for note in record.notes)
+    assert (record.history[0]["epoch"], record.training["steps_done"]) == (1, 10)

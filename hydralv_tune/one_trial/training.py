@@ -35,7 +35,7 @@ from hydralv_tune.vocabulary.errors import (
 )
 
 LOG_STEPS = 50
-"""Optimizer steps after which losses are read from the device and checked."""
+"""Optimizer steps after which losses are read from the device and checked, at the latest."""
 
 GRADNORM_RATE = 0.025
 
@@ -238,7 +238,7 @@ class Trainer:
                         f"stopped at step {self.step} of {self.plan.steps}; it can be continued"
                     )
                 self._step()
-                if self.step % LOG_STEPS == 0 or self.step == step:
+                if self.step == step or self._is_due():
                     self._read()
                 if progress is not None:
                     progress(self.step)
@@ -263,6 +263,15 @@ class Trainer:
             "plan_total": 0.5 * sum(tasks.values()),
             **{term.name: means[term.name] for term in self.terms},
         }
+
+    def _is_due(self) -> bool:
+        """Return whether the losses are to be read after this step, for which the host waits.
+
+        Where a training may stop early that is the end of each epoch, so that the weights are
+        those of the epoch that said stop.
+        """
+        ended = self.step % self.plan.steps_per_epoch == 0
+        return self.step % LOG_STEPS == 0 or (ended and self.early_stop.settings.enabled)
 
     def _read(self) -> None:
         """Read the losses from the device; stop early where they say so."""
