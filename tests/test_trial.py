@@ -597,18 +597,34 @@ def test_a_blob_of_small_error_does_not_outlive_a_good_checkpoint(finished: Any)
 
 
 def test_the_plan_s_checkpoints_appear_as_verdicts() -> None:
-    def row(step: int, loss: float) -> dict[str, Any]:
-        return {"step": step, "losses": {"plan_total": loss, "label": loss, "edt": 0.005}}
-
-    history = [row(10, 0.9), row(25, 0.25), row(100, 0.15)]
+    losses = {"plan_total": 0.15, "label": 0.15, "edt": 0.005}
     scores = {"adapted_rand_error": 0.03, "adapted_rand_precision": 0.99,
               "adapted_rand_recall": 0.9}  # fmt: skip
-    lines = verdicts(history, scores, 100)
-    assert lines[0] == "loss 0.250 after 25% of the run, under 0.3: on track"
+    fell = [0.9, 0.25, *[0.15] * 8]
+    lines = verdicts([fell], 10, losses, scores)
+    assert lines[0] == "loss 0.250 in epoch 2 of 10, under 0.3: on track"
     assert "plan_total 0.15, wanted < 0.2: met" in lines
     assert "recall 0.9, wanted > 0.95: not met" in lines
-    late = verdicts([row(20, 0.5)], {}, 100)
-    assert "above 0.4: change the architecture" in late[0]
+    assert verdicts([[0.9]], 10, {}, {}) == []
+    assert "above 0.4: change the architecture" in verdicts([[0.9, 0.5]], 10, {}, {})[0]
+    # The first epoch that ends at a fifth or later; of a single one it is the whole run.
+    assert "in epoch 3 of 11" in verdicts([[0.9, 0.8, 0.1]], 11, {}, {})[0]
+    assert "in epoch 1 of 1" in verdicts([[0.2]], 1, {}, {})[0]
+    # Over the folds that came so far: one that stopped early says nothing of a later epoch.
+    assert "loss 0.350 " in verdicts([[0.9, 0.3], [0.1], [0.8, 0.4]], 10, {}, {})[0]
+
+
+def test_the_loss_at_a_fifth_is_that_of_its_epoch_whatever_the_evaluations(tmp_path: Path) -> None:
+    said = []
+    for count in (1, 4):
+        monitor = {"evaluation": {"count": count}, "early_stopping": {"enabled": False}}
+        record = run(spec(tmp_path / str(count), brief(monitor=monitor)))
+        said.append(record.verdicts[0])
+    assert said[0] == said[1]
+    # Evaluated after each of its four epochs, the first row holds the losses of the first epoch.
+    assert said[1].startswith(
+        f"loss {record.history[0]['losses']['plan_total']:.3f} in epoch 1 of 4, "
+    )
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")

@@ -173,6 +173,7 @@ class Trainer:
         self.terms = loss_terms(candidate.model)
         self.log = LossLog(["total", *(term.name for term in self.terms)], device)
         self.clock = Clock(device)
+        self.epoch_losses: list[float] = []  # `plan_total` of each epoch
         self.step = 0
         self.patches = 0
         self.stopped: str | None = None
@@ -248,12 +249,15 @@ class Trainer:
             restore_random(outside, self.device)
 
     def losses(self) -> dict[str, float]:
-        """Return the mean losses since the last call: total, each task, each part.
+        """Return the mean losses since the last call: total, each task, each part."""
+        return self._by_task(self.log.means())
+
+    def _by_task(self, means: Mapping[str, float]) -> dict[str, float]:
+        """Return total, each task and each part of the means of the log.
 
         A task is the plain sum of its losses at the finest head, and `plan_total` half the sum of
         the tasks: that is how the plan's figures (0.555) are made, whatever weights and balancing.
         """
-        means = self.log.means()
         tasks: dict[str, float] = {}
         for term in self.terms:
             tasks[term.task] = tasks.get(term.task, 0.0) + means[term.name]
@@ -275,8 +279,10 @@ class Trainer:
 
     def _read(self) -> None:
         """Read the losses from the device; stop early where they say so."""
-        first = self.epoch - len(self.log.epochs) + 1
-        self.stopped = self.early_stop.check(self.log.check(), first)
+        ended = self.log.check()
+        first = len(self.epoch_losses) + 1
+        self.epoch_losses += [self._by_task(means)["plan_total"] for means in ended]
+        self.stopped = self.early_stop.check([means["total"] for means in ended], first)
 
     def _step(self) -> None:
         """Take one optimizer step; where memory runs out, with smaller micro-batches."""
@@ -386,6 +392,7 @@ class Trainer:
             "generator": self.generator.get_state(),
             "random": self.random,
             "log": self.log.state_dict(),
+            "epoch_losses": list(self.epoch_losses),
             "seconds": dict(self.clock.seconds),
             "step": self.step,
             "patches": self.patches,
@@ -411,6 +418,7 @@ class Trainer:
             self.sampler.load_state_dict(state["sampler"])
             self.generator.set_state(state["generator"])
             self.log.load_state_dict(state["log"])
+            self.epoch_losses = list(state["epoch_losses"])
             self.clock.seconds = dict(state["seconds"])
             while self.plan.batch_size > int(state["batch_size"]):
                 self.plan = self.plan.halved()

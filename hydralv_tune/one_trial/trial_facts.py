@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -134,7 +135,10 @@ def _first_difference(old: Any, new: Any, path: str) -> tuple[str, Any, Any] | N
 
 
 def verdicts(
-    history: Sequence[Mapping[str, Any]], metrics: Mapping[str, Any], steps: int
+    epoch_losses: Sequence[Sequence[float]],
+    epochs: int,
+    losses: Mapping[str, float],
+    metrics: Mapping[str, Any],
 ) -> list[str]:
     """Return the plan's checkpoints as sentences.
 
@@ -142,26 +146,26 @@ def verdicts(
     depends on weights and balancing and cannot be compared.
 
     Args:
-        history: Of the trial.
-        metrics: Of its best checkpoint.
-        steps: Optimizer steps in all.
+        epoch_losses: That loss in each epoch so far, of each fold.
+        epochs: In all.
+        losses: Of the last evaluation; empty before the first.
+        metrics: Of its best checkpoint; empty before the first.
     """
     lines = []
-    fifth = next((row for row in history if row["step"] >= 0.2 * steps), None)
-    if fifth is not None:
-        loss = float(fifth["losses"]["plan_total"])
+    fifth = math.ceil(epochs / 5)
+    reached = [fold[fifth - 1] for fold in epoch_losses if len(fold) >= fifth]
+    if reached:
+        loss = sum(reached) / len(reached)
         if loss < 0.3:
             said = "under 0.3: on track"
         elif loss > 0.4:
             said = "above 0.4: change the architecture"
         else:
             said = "between 0.3 and 0.4: neither on track nor lost"
-        lines.append(f"loss {loss:.3f} after {fifth['step'] / steps:.0%} of the run, {said}")
+        lines.append(f"loss {loss:.3f} in epoch {fifth} of {epochs}, {said}")
     wanted = []
-    if history:
-        losses = history[-1]["losses"]
-        limits = {"plan_total": 0.2, "label": 0.1, "boundary": 0.1, "edt": 0.01}
-        wanted += [(n, losses[n], "<", limit) for n, limit in limits.items() if n in losses]
+    limits = {"plan_total": 0.2, "label": 0.1, "boundary": 0.1, "edt": 0.01}
+    wanted += [(n, losses[n], "<", limit) for n, limit in limits.items() if n in losses]
     if metrics:
         wanted += [
             ("adapted Rand error", metrics["adapted_rand_error"], "<", 0.05),
