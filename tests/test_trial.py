@@ -560,6 +560,55 @@ def test_cross_validation_scores_the_mean_and_keeps_each_fold(tmp_path: Path) ->
     assert seen[-1].value == pytest.approx(record.value)
 
 
+def test_a_fold_that_stops_early_counts_with_its_last_losses_and_the_rest_goes_on(
+    tmp_path: Path,
+) -> None:
+    """The first epoch of fold 1 has a loss of 1.88, no epoch of fold 2 one over 1.68."""
+
+    def chosen(divergence_threshold: float) -> TrialSpec:
+        stopping = {"enabled": True, "divergence_threshold": divergence_threshold}
+        return spec(
+            tmp_path / str(divergence_threshold),
+            brief(
+                data={"split": {"kind": "cross_validation", "folds": 2}},
+                monitor={"evaluation": {"count": 4}, "early_stopping": stopping},
+            ),
+        )
+
+    def train(given: TrialSpec, report: Callable[[Evaluation], None] | None = None) -> Any:
+        return run(given, report, volumes=[volume(1, "one"), volume(2, "two")])
+
+    free, cut = train(chosen(50.0)), train(chosen(1.75))
+    for number, (row, whole) in enumerate(zip(cut.history, free.history, strict=True), 1):
+        one, two = row["folds"]
+        assert (one["name"], one["step"], two["step"]) == ("fold_1", 1, number)
+        assert one["losses"] == free.history[0]["folds"][0]["losses"]
+        assert two["losses"] == whole["folds"][1]["losses"]
+        for key in ("losses", "task_weights"):
+            assert row[key] == {k: (one[key][k] + two[key][k]) / 2 for k in one[key]}
+        for key in ("step", "epoch", "lr"):
+            assert row[key] == whole[key] == two[key]
+        assert row["stopped"].startswith("fold_1 stopped early after epoch 1: ")
+    assert cut.training["steps_done"] == 4
+    assert cut.training["steps_done_by_fold"] == [1, 4]
+    assert cut.training["patches"] == 10
+    assert f"plan_total {cut.losses['plan_total']:.4g}, wanted < 0.2: not met" in cut.verdicts
+
+    def kill(evaluation: Evaluation) -> None:
+        if evaluation.step == 2:
+            raise KilledError
+
+    again = replace(chosen(1.75), out=str(tmp_path / "again"))
+    with pytest.raises(KilledError):
+        train(again, kill)
+    second = train(again)
+    assert any("continued from step 1, 2" in note for note in second.notes)
+    for row, whole in zip(second.history, cut.history, strict=True):
+        for key in ("step", "lr", "losses", "task_weights", "value", "stopped"):
+            assert row[key] == whole[key]
+    assert second.verdicts == cut.verdicts
+
+
 @pytest.mark.parametrize(
     ("metric", "expected"),
     [

@@ -68,6 +68,7 @@ class LossLog:
         self.names = tuple(names)
         self.sums = torch.zeros(len(names), dtype=torch.float64, device=device)
         self.count = 0
+        self.last = torch.zeros_like(self.sums)
         self.epoch_sums = torch.zeros_like(self.sums)
         self.epoch_count = 0
         self.epochs: list[Tensor] = []
@@ -112,23 +113,28 @@ class LossLog:
         return [dict(zip(self.names, means, strict=True)) for means in ended]
 
     def means(self) -> dict[str, float]:
-        """Return the mean of each loss since the last call."""
-        means = (self.sums / max(self.count, 1)).cpu().tolist()
-        self.sums = torch.zeros_like(self.sums)
-        self.count = 0
-        return dict(zip(self.names, means, strict=True))
+        """Return the mean of each loss since the last call.
+
+        Where nothing was added since, as in a fold that stopped early, those of the last call:
+        they still are the losses of these weights.
+        """
+        if self.count:
+            self.last = self.sums / self.count
+            self.sums = torch.zeros_like(self.sums)
+            self.count = 0
+        return dict(zip(self.names, self.last.cpu().tolist(), strict=True))
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a checkpoint keeps."""
         return {
-            "sums": self.sums, "count": self.count, "epoch_sums": self.epoch_sums,
+            "sums": self.sums, "count": self.count, "last": self.last, "epoch_sums": self.epoch_sums,
             "epoch_count": self.epoch_count, "epochs": list(self.epochs),
         }  # fmt: skip
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over what a checkpoint kept."""
         device = self.sums.device
-        self.sums = state["sums"].to(device)
+        self.sums, self.last = state["sums"].to(device), state["last"].to(device)
         self.epoch_sums = state["epoch_sums"].to(device)
         self.epochs = [mean.to(device) for mean in state["epochs"]]
         self.count, self.epoch_count = int(state["count"]), int(state["epoch_count"])

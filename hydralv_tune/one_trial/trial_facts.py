@@ -73,7 +73,8 @@ def training_facts(
         "accumulate_grad_batches": plan.accumulate,
         "effective_batch": plan.effective_batch,
         "steps": plan.steps,
-        "steps_done": trainers[0].step,
+        "steps_done": max(trainer.step for trainer in trainers),
+        "steps_done_by_fold": [trainer.step for trainer in trainers],
         "steps_per_epoch": plan.steps_per_epoch,
         "epochs": plan.epochs,
         "patches": patches,
@@ -82,6 +83,47 @@ def training_facts(
         "patches_per_s": patches / training if training else None,
         "seconds": {**parts, "trial": trial_s},
         "share": {name: seconds / whole for name, seconds in parts.items()},
+    }
+
+
+def progress_facts(trainer: Trainer) -> dict[str, Any]:
+    """Return where a training is, and the losses since it was last asked."""
+    return {
+        "step": trainer.step,
+        "epoch": trainer.epoch,
+        "lr": float(trainer.optimizer.param_groups[0]["lr"]),
+        "losses": trainer.losses(),
+        "task_weights": {
+            task: float(weight) for task, weight in trainer.loss.task_weights().items()
+        },
+        "stopped": trainer.stopped,
+    }
+
+
+def over_folds(folds: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Return where several folds are, as if they were one.
+
+    Losses and task weights are means over the folds, of one that stopped early its last; the rest
+    is that of the fold that came furthest.
+
+    Args:
+        folds: As `progress_facts` gives, by the folds' names.
+    """
+    rows = list(folds.values())
+
+    def mean(key: str) -> dict[str, float]:
+        return {name: sum(row[key][name] for row in rows) / len(rows) for name in rows[0][key]}
+
+    stopped = [
+        f"{name} {row['stopped']}" if len(rows) > 1 else str(row["stopped"])
+        for name, row in folds.items()
+        if row["stopped"]
+    ]
+    return {
+        **max(rows, key=lambda row: int(row["step"])),
+        "losses": mean("losses"),
+        "task_weights": mean("task_weights"),
+        "stopped": "; ".join(stopped) or None,
     }
 
 

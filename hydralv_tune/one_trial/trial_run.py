@@ -37,6 +37,8 @@ from hydralv_tune.one_trial.training import Trainer, check_stopping, load_extern
 from hydralv_tune.one_trial.trial_facts import (
     check_continues,
     device_facts,
+    over_folds,
+    progress_facts,
     training_facts,
     verdicts,
     volume_facts,
@@ -205,7 +207,8 @@ class TrialRun:
         self.notes = list(state["notes"])
         self.spent = {"evaluation": float(state["evaluation_s"]), "earlier": float(state["s"])}
         self.notes += [str(warning.message) for warning in caught]
-        self.notes.append(f"continued from step {self.folds[0].trainer.step}")
+        steps = dict.fromkeys(fold.trainer.step for fold in self.folds)
+        self.notes.append(f"continued from step {', '.join(map(str, steps))}")
 
     def train(
         self, should_stop: Callable[[], bool], progress: Callable[[int, int], None] | None
@@ -308,20 +311,10 @@ class TrialRun:
 
     def _row(self, number: int, outcome: Outcome, won: bool) -> dict[str, Any]:
         """Return one row of the history."""
-        trainers = [fold.trainer for fold in self.folds]
-        losses = [trainer.losses() for trainer in trainers]
-        stopped = [trainer.stopped for trainer in trainers]
+        trained = {fold.name: progress_facts(fold.trainer) for fold in self.folds}
         return {
             "evaluation": number,
-            "step": trainers[0].step,
-            "epoch": trainers[0].epoch,
-            "lr": float(trainers[0].optimizer.param_groups[0]["lr"]),
-            "losses": {
-                key: sum(one[key] for one in losses) / len(losses) for key in losses[0]
-            },
-            "task_weights": {
-                task: float(weight) for task, weight in trainers[0].loss.task_weights().items()
-            },
+            **over_folds(trained),
             "value": outcome.value,
             "best_value": self.best["value"],
             "best_f1_iou50": self.best["f1"],
@@ -329,7 +322,8 @@ class TrialRun:
             "metrics": _without_lists(outcome.metrics),
             "decoding": outcome.decoding,
             "folds": [
-                {**fold, "metrics": _without_lists(fold["metrics"])} for fold in outcome.folds
+                {**fold, **trained[fold["name"]], "metrics": _without_lists(fold["metrics"])}
+                for fold in outcome.folds
             ] if len(outcome.folds) > 1 else [],
             "thinned": outcome.sweep.thinned,
             "evaluation_s": outcome.seconds,
@@ -339,7 +333,6 @@ class TrialRun:
                 if self.device.type == "cuda" else None
             ),
             "checkpoint": str(self.out / "best.ckpt"),
-            "stopped": "; ".join(reason for reason in stopped if reason) or None,
         }  # fmt: skip
 
     def _save(self) -> None:
