@@ -29,7 +29,7 @@ from hydralv_tune.disk.volumes import Volume, VolumePaths, write_array
 from hydralv_tune.numerics import metrics
 from hydralv_tune.numerics.decoding import decode
 from hydralv_tune.one_trial.evaluation import Outcome, better, evaluate
-from hydralv_tune.one_trial.prediction import load_network, predict
+from hydralv_tune.one_trial.prediction import load_network, network_of, predict
 from hydralv_tune.one_trial.trial import Evaluation, TrialSpec, run_trial, stop_on_signal
 from hydralv_tune.one_trial.trial_facts import verdicts
 from hydralv_tune.vocabulary.config import Candidate, DecodingGrid, candidate_from_mapping
@@ -400,6 +400,32 @@ def test_a_stop_saves_in_the_middle_and_goes_on_to_the_same_weights(
     expected, got = final_weights(finished[2]), final_weights(tmp_path)
     assert all(torch.equal(expected[key], got[key]) for key in expected)
     assert second.history[1]["losses"] == finished[0].history[1]["losses"]
+
+
+def test_external_weights_are_read_once_and_stay_in_the_record(tmp_path: Path) -> None:
+    given = brief()
+    kept = {f"model.{key}": value for key, value in network_of(given).state_dict().items()}
+    path = tmp_path / "pretrained.ckpt"
+    torch.save({"state_dict": kept}, path)
+    started = brief(model={**given.model.model_dump(mode="json"),
+                           "external_weights_path": str(path)})  # fmt: skip
+    whole = run(spec(tmp_path / "whole", started))
+    assert whole.weights is not None
+    assert whole.weights.startswith("pretrained.ckpt: ")
+    assert "(100.0%)" in whole.weights
+
+    def kill(_: Evaluation) -> None:
+        raise KilledError
+
+    with pytest.raises(KilledError):
+        run(spec(tmp_path / "cut", started), kill)
+    path.unlink()
+    second = run(spec(tmp_path / "cut", started))
+    assert second.weights == whole.weights
+    expected, got = final_weights(tmp_path / "whole"), final_weights(tmp_path / "cut")
+    assert all(torch.equal(expected[key], got[key]) for key in expected)
+    with pytest.raises(InputError, match="no such checkpoint"):
+        run(spec(tmp_path / "new", started))
 
 
 def test_what_another_attempt_has_taken_over_is_not_touched_any_more(tmp_path: Path) -> None:
