@@ -412,8 +412,40 @@ def test_out_of_memory_halves_the_micro_batch_and_keeps_the_effective_one() -> N
     assert (training.plan.batch_size, training.plan.accumulate) == (2, 4)
     assert training.plan.effective_batch == 8
     assert training.patches == 24
-    assert "micro-batch 8 halved to 4, accumulation raised from 1 to 2" in training.notes[0]
-    assert "micro-batch 4 halved to 2, accumulation raised from 2 to 4" in training.notes[1]
+    assert "micro-batch 8 lowered to 4, accumulation raised from 1 to 2" in training.notes[0]
+    assert "micro-batch 4 lowered to 2, accumulation raised from 2 to 4" in training.notes[1]
+
+
+class HungryLater(Hungry):
+    """A network that runs out of memory in its third micro-batch, once."""
+
+    calls = 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        self.most = 4 if self.calls == 3 else 100
+        return super().forward(x)
+
+
+def test_an_odd_batch_keeps_its_size_and_a_failed_attempt_is_not_counted() -> None:
+    chosen = candidate(
+        system={"training": {"batch_size": 5}},
+        data={"iter_num_per_epoch": 30},
+        optimization={"accumulate_grad_batches": 3},
+    )
+    training = trainer(chosen, HungryLater(most=0))
+    training.run_to(2)
+    assert (training.plan.batch_size, training.plan.accumulate) == (1, 15)
+    assert training.plan.effective_batch == 15
+    assert training.plan.patches_per_epoch == 30
+    assert training.patches == 30
+    assert training.log.epoch_count == 0
+    assert "micro-batch 5 lowered to 1, accumulation raised from 3 to 15" in training.notes[0]
+    sizes = [(p.batch_size, p.accumulate) for p in (step_plan(candidate(
+        system={"training": {"batch_size": batch}},
+        optimization={"accumulate_grad_batches": accumulate},
+    )).halved() for batch, accumulate in ((8, 2), (6, 1), (6, 2), (7, 1), (9, 2)))]  # fmt: skip
+    assert sizes == [(4, 4), (3, 2), (3, 4), (1, 7), (3, 6)]
 
 
 def test_a_single_patch_that_does_not_fit_fails_and_may_be_tried_elsewhere() -> None:

@@ -317,6 +317,7 @@ class Trainer:
         if self.average is not None:
             self.average.update(self.network)
         self.step += 1
+        self.patches += self.plan.effective_batch
         for row in values:
             self.log.add(row, self.step)
         if self.step % self.plan.steps_per_epoch == 0:
@@ -339,7 +340,6 @@ class Trainer:
             parts = [result.parts[term.name] for term in self.terms]
             values.append(torch.stack([result.total.detach(), *parts]))
             self.clock.lap("forward_backward")
-            self.patches += self.plan.batch_size
         return values
 
     def _forward(self, image: Tensor, targets: Tensor, mask: Tensor) -> LossResult:
@@ -359,7 +359,7 @@ class Trainer:
         self.notes.append(f"torch.compile does not work here, so it is not used: {reason[:200]}")
 
     def _halve(self, reason: str) -> None:
-        """Halve the micro-batch after memory ran out.
+        """Make micro-batches smaller after memory ran out; a step keeps its patches.
 
         Raises:
             TrialFailed: A micro-batch is one patch already.
@@ -374,7 +374,7 @@ class Trainer:
             )
         self.plan = old.halved()
         self.notes.append(
-            f"out of memory at step {self.step + 1}: micro-batch {old.batch_size} halved to "
+            f"out of memory at step {self.step + 1}: micro-batch {old.batch_size} lowered to "
             f"{self.plan.batch_size}, accumulation raised from {old.accumulate} to "
             f"{self.plan.accumulate}"
         )
