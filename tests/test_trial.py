@@ -32,6 +32,7 @@ from hydralv_tune.one_trial.evaluation import Outcome, better, evaluate
 from hydralv_tune.one_trial.prediction import load_network, network_of, predict
 from hydralv_tune.one_trial.trial import Evaluation, TrialSpec, run_trial, stop_on_signal
 from hydralv_tune.one_trial.trial_facts import verdicts
+from hydralv_tune.one_trial.trial_run import TrialRun
 from hydralv_tune.vocabulary.config import Candidate, DecodingGrid, candidate_from_mapping
 from hydralv_tune.vocabulary.errors import InputError, TrialFailed, TrialInterrupted, TrialTakenOver
 from hydralv_tune.vocabulary.space import Objective
@@ -563,6 +564,26 @@ def test_a_volume_of_its_own_is_scored_where_the_candidate_names_one(tmp_path: P
     assert record.split["folds"][0]["score"] == ["val 8×32×48"]
     assert [facts["name"] for facts in record.volumes] == ["balls", "val"]
     assert "not trained on" in record.split["sentence"]
+
+
+@pytest.mark.parametrize(
+    ("split", "said"),
+    [
+        ({"kind": "holdout", "axis": 2, "fraction": 0.4, "margin": 2}, "held out"),
+        ({"kind": "volumes", "volumes": ["two"]}, "not trained on"),
+        ({"kind": "cross_validation", "folds": 2}, "scored untrained"),
+        ({"kind": "cross_validation", "folds": 3, "axis": 2, "margin": 0}, "held out in turn"),
+    ],
+)
+def test_every_split_admits_that_thresholds_were_chosen_on_what_is_scored(
+    tmp_path: Path, split: dict[str, Any], said: str
+) -> None:
+    given = spec(tmp_path, brief(data={"split": split}))
+    made = TrialRun(given, [volume(1, "one"), volume(2, "two")], [], torch.device("cpu"))
+    made.close()
+    sentence = made.split.as_mapping()["sentence"]
+    assert said in sentence
+    assert sentence.endswith("were chosen there, so the score is optimistic")
 
 
 def test_cross_validation_scores_the_mean_and_keeps_each_fold(tmp_path: Path) -> None:
