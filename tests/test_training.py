@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from pydantic import BaseModel
 from torch import nn
 
 from hydralv_tune.disk.records import load_checkpoint, save_checkpoint
@@ -88,10 +90,16 @@ def volume() -> Volume:
     return Volume("balls", image.clip(0, 255).astype(np.uint8), label)
 
 
-def trainer(chosen: Candidate, network: nn.Module | None = None, *, seed: int = 0) -> Trainer:
+def trainer(
+    chosen: Candidate,
+    network: nn.Module | None = None,
+    *,
+    seed: int = 0,
+    given: Volume | None = None,
+) -> Trainer:
     """Return a trainer at its start."""
     sampler = PatchSampler(
-        [ResidentVolume(volume(), chosen.data, CPU, seed)],
+        [ResidentVolume(given or volume(), chosen.data, CPU, seed)],
         patch_size=chosen.data.patch_size,
         foreground_share=chosen.data.sampling.foreground_share,
         seed=seed,
@@ -306,6 +314,147 @@ def test_the_averaged_network_is_evaluated_unless_said_otherwise() -> None:
     assert not torch.equal(weights_of(averaged.evaluated), weights_of(averaged.network))
     plain = trainer(candidate(optimization={"ema": {"enabled": True, "validate_with_ema": False}}))
     assert plain.evaluated is plain.network
+
+
+def test_voxels_outside_the_mask_teach_nothing() -> None:
+    chosen = candidate(optimization={"optimizer": {"lr": 1e-2}})
+    plain = volume()
+    assert plain.label is not None
+    mask = np.ones(plain.label.shape, bool)
+    mask[:, 16:] = False  # one ball lies within, the other without
+    other = plain.label.copy()
+    other[:, 16:18] = 0
+    other[:, 18:] = 7
+    seen = []
+    for label, valid in ((plain.label, mask), (other, mask), (other, None)):
+        training = trainer(chosen, given=Volume("v", plain.image, label, valid))
+        training.run_to(4)
+        seen.append((training.losses(), weights_of(training.network)))
+    assert seen[0][0] == seen[1][0]
+    assert torch.equal(seen[0][1], seen[1][1])
+    assert seen[2][0] != seen[1][0]
+
+
+GRADNORM = {"model": {"loss_balancing": {"strategy": "gradnorm"}}}
+DEEP = {"model": {"deep_supervision": True, "filters": [4, 8, 8]}}
+EMA = {"optimization": {"ema": {"enabled": True, "decay": 0.1, "warmup_steps": 0}}}
+WARM = {"optimization": {"scheduler": {"warmup_epochs": 1, "warmup_start_lr": 0.1}}}
+STOPS: dict[str, Any] = {"monitor": {"early_stopping": {
+    "enabled": True, "threshold": None, "divergence_threshold": None,
+    "patience": 1, "min_delta": 100.0,
+}}}  # fmt: skip
+
+
+def boundary(**kwargs: Any) -> list[dict[str, Any]]:
+    """Return targets whose boundary has these arguments."""
+    plain = {"thickness": 1, "edge_mode": "all", "mode": "2d"}
+    return [{"name": "binary"}, {"name": "instance_boundary", "kwargs": {**plain, **kwargs}},
+            {"name": "instance_edt"}]  # fmt: skip
+
+
+def tasks(*losses: list[int]) -> list[list[Any]]:
+    names = ("label", "boundary", "edt")
+    pairs = enumerate(zip(names, losses, strict=True))
+    return [[n, n + 1, name, chosen] for n, (name, chosen) in pairs]
+
+
+KNOBS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
+    "model.filters": ([4, 8], [4, 6], {}),
+    "model.deep_supervision": (True, False, DEEP),
+    "model.deep_supervision_weights": (None, [1.0, 0.1, 0.1], DEEP),
+    "model.loss_functions": (["DiceLoss"] * 4 + ["MSELoss"], ["DiceLoss"] * 4 + ["L1Loss"], {}),
+    "model.loss_weights": ([1.0] * 5, [1.0, 1.0, 0.2, 1.0, 1.0], {}),
+    "model.loss_kwargs": ([], [{}, {"foreground_weight": 5.0}, {}, {}, {}], {}),
+    "model.multi_task_config": (tasks([0, 1], [2, 3], [4]), tasks([0], [1, 2, 3], [4]), {}),
+    "model.loss_balancing.strategy": ("none", "uncertainty", {}),
+    "model.loss_balancing.gradnorm_alpha": (0.0, 3.0, GRADNORM),
+    "model.loss_balancing.gradnorm_lambda": (1.0, 0.2, GRADNORM),
+    "model.loss_balancing.gradnorm_parameter_strategy": ("first", "last", GRADNORM),
+    "data.label_transform.targets": (boundary(), boundary(thickness=2), {}),
+    "data.label_transform.targets ": (boundary(), boundary(mode="3d"), {}),
+    "data.label_transform.targets  ": (boundary(), boundary(edge_mode="seg-no-bg"), {}),
+    "optimization.max_epochs": (3, 9, {}),
+    "optimization.gradient_clip_val": (0.0, 1e-3, {}),
+    "optimization.accumulate_grad_batches": (1, 2, {}),
+    "optimization.optimizer.lr": (1e-3, 2e-3, {}),
+    "optimization.optimizer.weight_decay": (0.0, 0.5, {}),
+    "optimization.optimizer.betas": ([0.9, 0.999], [0.5, 0.999], {}),
+    "optimization.optimizer.eps": (1e-8, 1e-3, {}),
+    "optimization.scheduler.name": ("WarmupCosineLR", "constant", {}),
+    "optimization.scheduler.warmup_epochs": (0, 1, WARM),
+    "optimization.scheduler.warmup_start_lr": (0.1, 0.5, WARM),
+    "optimization.scheduler.min_lr": (0.0, 5e-4, {}),
+    "optimization.ema.enabled": (False, True, EMA),
+    "optimization.ema.decay": (0.1, 0.15, EMA),
+    "optimization.ema.warmup_steps": (0, 5, EMA),
+    "optimization.ema.validate_with_ema": (True, False, EMA),
+    "monitor.evaluation.count": (2, 3, {}),
+    "monitor.early_stopping.enabled": (False, True, STOPS),
+    "monitor.early_stopping.patience": (1, 2, STOPS),
+    "monitor.early_stopping.min_delta": (0.0, 100.0, STOPS),
+    "monitor.early_stopping.threshold": (None, 50.0, STOPS),
+    "monitor.early_stopping.divergence_threshold": (None, 0.01, STOPS),
+}
+"""Two values of each key that must train differently, and the keys it needs to act at all.
+
+A space at the end of a key stands for another pair of values of the same.
+"""
+
+ELSEWHERE = {
+    "model.architecture": "test_every_architecture_trains",
+    "model.in_channels": "it has one value",
+    "model.out_channels": "it has one value",
+    "model.external_weights_path": "test_weights_of_pytorch_connectomics_load_and_are_fine_tuned",
+    "model.external_weights_key_prefix": "test_a_prefix_of_its_own_is_taken_off",
+    "model.external_weights_strict": "test_weights_that_match_in_part_load_where_that_is_waived",
+    "optimization.precision": "it acts on a GPU alone",
+    "optimization.optimizer.name": "it has one value",
+    "monitor.early_stopping.monitor": "it has one value",
+    "monitor.early_stopping.mode": "it has one value",
+    "monitor.evaluation.sweep_time_share": "it acts in the sweep",
+    **{f"model.{key}": "conformance/test_architectures" for entry in ARCHITECTURES.values()
+       for key in entry.arguments},
+}  # fmt: skip
+
+
+def computed(chosen: Candidate) -> torch.Tensor:
+    """Return what a short training comes to: weights, losses, steps."""
+    training = trainer(chosen)
+    training.run_to(10)
+    facts = [*training.losses().values(), training.step, *training.plan.evaluations]
+    return torch.cat([weights_of(training.evaluated), torch.tensor(facts, dtype=torch.float64)])
+
+
+@pytest.mark.parametrize("key", KNOBS)
+def test_a_key_changes_what_the_trainer_computes(key: str) -> None:
+    one, other, needed = KNOBS[key]
+    seen = []
+    for value in (one, other, other):
+        said: dict[str, Any] = {}
+        place = said
+        *sections, last = key.strip().split(".")
+        for name in sections:
+            place = place.setdefault(name, {})
+        place[last] = value
+        seen.append(computed(candidate(**_merged(needed, said))))
+    assert not torch.equal(seen[0], seen[1])
+    assert torch.equal(seen[1], seen[2])
+
+
+def test_every_key_of_the_training_is_in_the_table() -> None:
+    def leaves(section: type[BaseModel], path: str) -> Iterator[str]:
+        for name, entry in section.model_fields.items():
+            below = f"{path}.{name}"
+            if isinstance(entry.annotation, type) and issubclass(entry.annotation, BaseModel):
+                yield from leaves(entry.annotation, below)
+            elif not (entry.description or "").startswith("No effect"):
+                yield below
+
+    known = {key.strip() for key in KNOBS} | set(ELSEWHERE)
+    for name in ("model", "optimization", "monitor"):
+        section = Candidate.model_fields[name].annotation
+        assert section is not None
+        assert set(leaves(section, name)) <= known
 
 
 def stopping(**keys: Any) -> EarlyStop:
@@ -534,6 +683,40 @@ def test_a_continued_training_is_the_same_bit_for_bit(tmp_path: Path, strategy: 
     assert whole.patches == second.patches
 
 
+def continued(chosen: Candidate, first: Trainer, folder: Path) -> Trainer:
+    """Return a trainer at its start that has taken over the state of another, through a file."""
+    save_checkpoint(folder / "last.ckpt", first.state_dict())
+    second = trainer(chosen, type(first.network)(1) if isinstance(first.network, Hungry) else None)
+    second.load_state_dict(load_checkpoint(folder / "last.ckpt"))
+    return second
+
+
+def test_a_continued_training_keeps_its_smaller_micro_batch(tmp_path: Path) -> None:
+    chosen = candidate(system={"training": {"batch_size": 8}}, data={"iter_num_per_epoch": 32})
+    first = trainer(chosen, Hungry(most=2))
+    first.run_to(1)
+    second = continued(chosen, first, tmp_path)
+    assert second.plan == first.plan
+    assert (second.plan.batch_size, second.plan.accumulate) == (2, 4)
+    assert second.notes == first.notes
+
+
+def test_a_continued_training_stops_early_when_it_would_have(tmp_path: Path) -> None:
+    chosen = candidate(
+        optimization={"max_epochs": 6},
+        monitor={"early_stopping": {"enabled": True, "patience": 3, "min_delta": 100.0}},
+    )
+    whole, first = trainer(chosen), trainer(chosen)
+    whole.run_to(24)
+    first.run_to(10)
+    second = continued(chosen, first, tmp_path)
+    second.run_to(24)
+    assert whole.stopped is not None
+    assert "after epoch 4: no better loss" in whole.stopped
+    assert (second.stopped, second.step) == (whole.stopped, whole.step)
+    assert second.epoch_losses == whole.epoch_losses
+
+
 def test_a_checkpoint_of_another_network_is_refused() -> None:
     state = trainer(candidate()).state_dict()
     with pytest.raises(CheckpointError, match="does not fit this candidate"):
@@ -593,3 +776,39 @@ def test_a_wrong_prefix_is_refused_not_trained_from_scratch(shared_data: Path) -
     )  # fmt: skip
     with pytest.raises(CheckpointError, match=r"plain\.ckpt.*model\."):
         load_external_weights(network_of(chosen), chosen.model)
+
+
+def test_a_prefix_of_its_own_is_taken_off(tmp_path: Path) -> None:
+    path = tmp_path / "weights.ckpt"
+    given = network_of(candidate()).state_dict()
+    torch.save({"state_dict": {f"net.{key}": value for key, value in given.items()}}, path)
+    chosen = candidate(
+        model={"external_weights_path": str(path), "external_weights_key_prefix": "net."}
+    )
+    network = network_of(chosen)
+    assert "(100.0%)" in str(load_external_weights(network, chosen.model))
+    assert all(torch.equal(network.state_dict()[key], value) for key, value in given.items())
+
+
+def test_weights_that_match_in_part_load_where_that_is_waived(tmp_path: Path) -> None:
+    path = tmp_path / "weights.ckpt"
+    given = network_of(candidate()).state_dict()
+    lost = next(iter(given))
+    part = {f"model.{key}": value for key, value in given.items() if key != lost}
+    torch.save({"state_dict": part}, path)
+    for strict in (True, False):
+        chosen = candidate(
+            model={"external_weights_path": str(path), "external_weights_strict": strict}
+        )
+        network = network_of(chosen)
+        before = network.state_dict()[lost].clone()
+        if strict:
+            with pytest.raises(CheckpointError, match=r"weights\.ckpt"):
+                load_external_weights(network, chosen.model)
+            continue
+        report = load_external_weights(network, chosen.model)
+        assert report is not None
+        assert "(100.0%)" not in report
+        got = network.state_dict()
+        assert torch.equal(got[lost], before)
+        assert all(torch.equal(got[key], value) for key, value in given.items() if key != lost)

@@ -24,7 +24,7 @@ import torch
 import yaml
 from PIL import Image
 
-from hydralv_tune.disk.records import load_checkpoint, previous, read_record
+from hydralv_tune.disk.records import load_checkpoint, previous, read_record, save_checkpoint
 from hydralv_tune.disk.volumes import Volume, VolumePaths, write_array
 from hydralv_tune.numerics import metrics
 from hydralv_tune.numerics.decoding import decode
@@ -302,6 +302,17 @@ def test_a_trial_does_not_go_on_with_fewer_volumes(tmp_path: Path, ended: str) -
     ]  # fmt: skip
 
 
+def test_a_held_out_volume_is_scored_within_its_mask(tmp_path: Path) -> None:
+    held = written(tmp_path / "held", volume(3, "held"))
+    data = {"split": {"kind": "volumes"}, "val_image": held.image, "val_label": held.label}
+    whole = run(spec(tmp_path / "whole", brief(data=data)))
+    mask = np.zeros(volume().image.shape, np.uint8)
+    mask[:, :, :14] = 1
+    write_array(Path(held.mask or ""), mask)
+    part = run(spec(tmp_path / "part", brief(data={**data, "val_mask": held.mask})))
+    assert [r.metrics["instances_true"] for r in (whole, part)] == [3, 1]
+
+
 def test_a_finished_folder_asks_for_its_held_out_volume_too(tmp_path: Path) -> None:
     held = written(tmp_path / "held", volume(3, "held"))
     data = {"split": {"kind": "volumes"}, "val_image": held.image, "val_label": held.label}
@@ -415,11 +426,8 @@ def test_external_weights_are_read_once_and_stay_in_the_record(tmp_path: Path) -
     assert whole.weights.startswith("pretrained.ckpt: ")
     assert "(100.0%)" in whole.weights
 
-    def kill(_: Evaluation) -> None:
-        raise KilledError
-
     with pytest.raises(KilledError):
-        run(spec(tmp_path / "cut", started), kill)
+        run(spec(tmp_path / "cut", started), kill_after_the_first)
     path.unlink()
     second = run(spec(tmp_path / "cut", started))
     assert second.weights == whole.weights
@@ -427,6 +435,41 @@ def test_external_weights_are_read_once_and_stay_in_the_record(tmp_path: Path) -
     assert all(torch.equal(expected[key], got[key]) for key in expected)
     with pytest.raises(InputError, match="no such checkpoint"):
         run(spec(tmp_path / "new", started))
+
+
+def kill_after_the_first(_: Evaluation) -> None:
+    raise KilledError
+
+
+def test_a_continued_trial_knows_its_best(tmp_path: Path) -> None:
+    """At this rate nothing is learned, so the second evaluation is no better than the first."""
+    still = brief(optimization={"optimizer": {"lr": 1e-12},
+                                "scheduler": {"warmup_epochs": 0, "min_lr": 0.0}})  # fmt: skip
+    whole = run(spec(tmp_path / "whole", still))
+    with pytest.raises(KilledError):
+        run(spec(tmp_path / "cut", still), kill_after_the_first)
+    second = run(spec(tmp_path / "cut", still))
+    assert [row["is_best"] for row in whole.history] == [True, False]
+    for row, expected in zip(second.history, whole.history, strict=True):
+        for key in ("is_best", "best_value", "best_f1_iou50"):
+            assert row[key] == expected[key]
+    kept = [load_checkpoint(tmp_path / out / "best.ckpt")["weights"] for out in ("whole", "cut")]
+    assert all(torch.equal(kept[0][key], kept[1][key]) for key in kept[0])
+
+
+def test_what_the_training_met_stays_in_the_record(tmp_path: Path) -> None:
+    """A trial that ran out of memory before it was killed: its state says so."""
+    with pytest.raises(KilledError):
+        run(spec(tmp_path, brief()), kill_after_the_first)
+    last = tmp_path / "last.ckpt"
+    state = load_checkpoint(last)
+    state["folds"][0] |= {"batch_size": 1, "notes": ["out of memory at step 2: so and so"]}
+    save_checkpoint(last, state)
+    record = run(spec(tmp_path, brief()))
+    assert "out of memory at step 2: so and so" in record.notes
+    training = record.training
+    assert (training["batch_size"], training["accumulate_grad_batches"]) == (1, 2)
+    assert (training["effective_batch"], training["patches"]) == (2, 8)
 
 
 def test_what_another_attempt_has_taken_over_is_not_touched_any_more(tmp_path: Path) -> None:

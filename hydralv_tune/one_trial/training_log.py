@@ -127,8 +127,9 @@ class LossLog:
     def state_dict(self) -> dict[str, Any]:
         """Return what a checkpoint keeps."""
         return {
-            "sums": self.sums, "count": self.count, "last": self.last, "epoch_sums": self.epoch_sums,
-            "epoch_count": self.epoch_count, "epochs": list(self.epochs),
+            "sums": self.sums, "count": self.count, "last": self.last,
+            "epoch_sums": self.epoch_sums, "epoch_count": self.epoch_count,
+            "epochs": list(self.epochs),
         }  # fmt: skip
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

@@ -473,9 +473,8 @@ class TrialRun:
             decoding=best.get("decoding") if outcome is None else outcome.decoding,
             checkpoint=str(self.out / "best.ckpt") if self.best else None,
             folds=[] if outcome is None or len(outcome.folds) == 1 else list(outcome.folds),
-            verdicts=verdicts(
-                [fold.trainer.epoch_losses for fold in self.folds], self.plan.epochs, losses, metrics
-            ),
+            verdicts=verdicts([f.trainer.epoch_losses for f in self.folds], self.plan.epochs,
+                              losses, metrics),
             weights=self.weights,
             notes=[*self.notes, *(n for f in self.folds for n in f.trainer.notes), *stopped,
                    *thinned],
