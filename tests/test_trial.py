@@ -457,6 +457,15 @@ def test_a_continued_trial_knows_its_best(tmp_path: Path) -> None:
     assert all(torch.equal(kept[0][key], kept[1][key]) for key in kept[0])
 
 
+def test_a_state_of_another_version_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(KilledError):
+        run(spec(tmp_path, brief()), kill_after_the_first)
+    last = tmp_path / "last.ckpt"
+    save_checkpoint(last, {**load_checkpoint(last), "version": 1})
+    with pytest.raises(InputError, match=r"last\.ckpt: .* in format 1, but .* from 2\. Give"):
+        run(spec(tmp_path, brief()))
+
+
 def test_what_the_training_met_stays_in_the_record(tmp_path: Path) -> None:
     """A trial that ran out of memory before it was killed: its state says so."""
     with pytest.raises(KilledError):

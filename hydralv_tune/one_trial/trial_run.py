@@ -60,6 +60,8 @@ BATCHES_AHEAD = 3
 """Batches read ahead from a volume on disk."""
 
 TRAINING_FORMAT = "hydralv_tune training"
+TRAINING_VERSION = 2
+"""Of the state of a training; one of another version lacks what this one goes on from."""
 
 
 @dataclass(frozen=True)
@@ -199,6 +201,11 @@ class TrialRun:
             state = records.load_checkpoint(path)
         if state.get("format") != TRAINING_FORMAT:
             raise InputError(f"{path}: is no state of a training. Give another --out.")
+        if state.get("version") != TRAINING_VERSION:
+            raise InputError(
+                f"{path}: is the state of a training in format {state.get('version')}, but this "
+                f"version of the tool goes on from {TRAINING_VERSION}. Give another --out."
+            )
         check_continues(
             str(self.out), state["candidate"], state["volumes"], self.candidate, self.fingerprints
         )
@@ -343,7 +350,7 @@ class TrialRun:
             self.out / "last.ckpt",
             {
                 "format": TRAINING_FORMAT,
-                "version": records.FORMAT_VERSION,
+                "version": TRAINING_VERSION,
                 "candidate": self.candidate.as_mapping(),
                 "volumes": [{"fingerprint": value} for value in self.fingerprints],
                 "folds": [fold.trainer.state_dict() for fold in self.folds],
