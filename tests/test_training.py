@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from pydantic import BaseModel
 from torch import nn
 
 from hydralv_tune.disk.records import load_checkpoint, save_checkpoint
@@ -31,6 +33,7 @@ from hydralv_tune.one_trial.training import (
     load_external_weights,
     shared_parameter,
 )
+from hydralv_tune.one_trial.training_log import LossLog
 from hydralv_tune.vocabulary.config import Candidate, candidate_from_mapping
 from hydralv_tune.vocabulary.errors import CheckpointError, TrialFailed, TrialInterrupted
 
@@ -87,10 +90,16 @@ def volume() -> Volume:
     return Volume("balls", image.clip(0, 255).astype(np.uint8), label)
 
 
-def trainer(chosen: Candidate, network: nn.Module | None = None, *, seed: int = 0) -> Trainer:
+def trainer(
+    chosen: Candidate,
+    network: nn.Module | None = None,
+    *,
+    seed: int = 0,
+    given: Volume | None = None,
+) -> Trainer:
     """Return a trainer at its start."""
     sampler = PatchSampler(
-        [ResidentVolume(volume(), chosen.data, CPU, seed)],
+        [ResidentVolume(given or volume(), chosen.data, CPU, seed)],
         patch_size=chosen.data.patch_size,
         foreground_share=chosen.data.sampling.foreground_share,
         seed=seed,
@@ -307,6 +316,147 @@ def test_the_averaged_network_is_evaluated_unless_said_otherwise() -> None:
     assert plain.evaluated is plain.network
 
 
+def test_voxels_outside_the_mask_teach_nothing() -> None:
+    chosen = candidate(optimization={"optimizer": {"lr": 1e-2}})
+    plain = volume()
+    assert plain.label is not None
+    mask = np.ones(plain.label.shape, bool)
+    mask[:, 16:] = False  # one ball lies within, the other without
+    other = plain.label.copy()
+    other[:, 16:18] = 0
+    other[:, 18:] = 7
+    seen = []
+    for label, valid in ((plain.label, mask), (other, mask), (other, None)):
+        training = trainer(chosen, given=Volume("v", plain.image, label, valid))
+        training.run_to(4)
+        seen.append((training.losses(), weights_of(training.network)))
+    assert seen[0][0] == seen[1][0]
+    assert torch.equal(seen[0][1], seen[1][1])
+    assert seen[2][0] != seen[1][0]
+
+
+GRADNORM = {"model": {"loss_balancing": {"strategy": "gradnorm"}}}
+DEEP = {"model": {"deep_supervision": True, "filters": [4, 8, 8]}}
+EMA = {"optimization": {"ema": {"enabled": True, "decay": 0.1, "warmup_steps": 0}}}
+WARM = {"optimization": {"scheduler": {"warmup_epochs": 1, "warmup_start_lr": 0.1}}}
+STOPS: dict[str, Any] = {"monitor": {"early_stopping": {
+    "enabled": True, "threshold": None, "divergence_threshold": None,
+    "patience": 1, "min_delta": 100.0,
+}}}  # fmt: skip
+
+
+def boundary(**kwargs: Any) -> list[dict[str, Any]]:
+    """Return targets whose boundary has these arguments."""
+    plain = {"thickness": 1, "edge_mode": "all", "mode": "2d"}
+    return [{"name": "binary"}, {"name": "instance_boundary", "kwargs": {**plain, **kwargs}},
+            {"name": "instance_edt"}]  # fmt: skip
+
+
+def tasks(*losses: list[int]) -> list[list[Any]]:
+    names = ("label", "boundary", "edt")
+    pairs = enumerate(zip(names, losses, strict=True))
+    return [[n, n + 1, name, chosen] for n, (name, chosen) in pairs]
+
+
+KNOBS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
+    "model.filters": ([4, 8], [4, 6], {}),
+    "model.deep_supervision": (True, False, DEEP),
+    "model.deep_supervision_weights": (None, [1.0, 0.1, 0.1], DEEP),
+    "model.loss_functions": (["DiceLoss"] * 4 + ["MSELoss"], ["DiceLoss"] * 4 + ["L1Loss"], {}),
+    "model.loss_weights": ([1.0] * 5, [1.0, 1.0, 0.2, 1.0, 1.0], {}),
+    "model.loss_kwargs": ([], [{}, {"foreground_weight": 5.0}, {}, {}, {}], {}),
+    "model.multi_task_config": (tasks([0, 1], [2, 3], [4]), tasks([0], [1, 2, 3], [4]), {}),
+    "model.loss_balancing.strategy": ("none", "uncertainty", {}),
+    "model.loss_balancing.gradnorm_alpha": (0.0, 3.0, GRADNORM),
+    "model.loss_balancing.gradnorm_lambda": (1.0, 0.2, GRADNORM),
+    "model.loss_balancing.gradnorm_parameter_strategy": ("first", "last", GRADNORM),
+    "data.label_transform.targets": (boundary(), boundary(thickness=2), {}),
+    "data.label_transform.targets ": (boundary(), boundary(mode="3d"), {}),
+    "data.label_transform.targets  ": (boundary(), boundary(edge_mode="seg-no-bg"), {}),
+    "optimization.max_epochs": (3, 9, {}),
+    "optimization.gradient_clip_val": (0.0, 1e-3, {}),
+    "optimization.accumulate_grad_batches": (1, 2, {}),
+    "optimization.optimizer.lr": (1e-3, 2e-3, {}),
+    "optimization.optimizer.weight_decay": (0.0, 0.5, {}),
+    "optimization.optimizer.betas": ([0.9, 0.999], [0.5, 0.999], {}),
+    "optimization.optimizer.eps": (1e-8, 1e-3, {}),
+    "optimization.scheduler.name": ("WarmupCosineLR", "constant", {}),
+    "optimization.scheduler.warmup_epochs": (0, 1, WARM),
+    "optimization.scheduler.warmup_start_lr": (0.1, 0.5, WARM),
+    "optimization.scheduler.min_lr": (0.0, 5e-4, {}),
+    "optimization.ema.enabled": (False, True, EMA),
+    "optimization.ema.decay": (0.1, 0.15, EMA),
+    "optimization.ema.warmup_steps": (0, 5, EMA),
+    "optimization.ema.validate_with_ema": (True, False, EMA),
+    "monitor.evaluation.count": (2, 3, {}),
+    "monitor.early_stopping.enabled": (False, True, STOPS),
+    "monitor.early_stopping.patience": (1, 2, STOPS),
+    "monitor.early_stopping.min_delta": (0.0, 100.0, STOPS),
+    "monitor.early_stopping.threshold": (None, 50.0, STOPS),
+    "monitor.early_stopping.divergence_threshold": (None, 0.01, STOPS),
+}
+"""Two values of each key that must train differently, and the keys it needs to act at all.
+
+A space at the end of a key stands for another pair of values of the same.
+"""
+
+ELSEWHERE = {
+    "model.architecture": "test_every_architecture_trains",
+    "model.in_channels": "it has one value",
+    "model.out_channels": "it has one value",
+    "model.external_weights_path": "test_weights_of_pytorch_connectomics_load_and_are_fine_tuned",
+    "model.external_weights_key_prefix": "test_a_prefix_of_its_own_is_taken_off",
+    "model.external_weights_strict": "test_weights_that_match_in_part_load_where_that_is_waived",
+    "optimization.precision": "it acts on a GPU alone",
+    "optimization.optimizer.name": "it has one value",
+    "monitor.early_stopping.monitor": "it has one value",
+    "monitor.early_stopping.mode": "it has one value",
+    "monitor.evaluation.sweep_time_share": "it acts in the sweep",
+    **{f"model.{key}": "conformance/test_architectures" for entry in ARCHITECTURES.values()
+       for key in entry.arguments},
+}  # fmt: skip
+
+
+def computed(chosen: Candidate) -> torch.Tensor:
+    """Return what a short training comes to: weights, losses, steps."""
+    training = trainer(chosen)
+    training.run_to(10)
+    facts = [*training.losses().values(), training.step, *training.plan.evaluations]
+    return torch.cat([weights_of(training.evaluated), torch.tensor(facts, dtype=torch.float64)])
+
+
+@pytest.mark.parametrize("key", KNOBS)
+def test_a_key_changes_what_the_trainer_computes(key: str) -> None:
+    one, other, needed = KNOBS[key]
+    seen = []
+    for value in (one, other, other):
+        said: dict[str, Any] = {}
+        place = said
+        *sections, last = key.strip().split(".")
+        for name in sections:
+            place = place.setdefault(name, {})
+        place[last] = value
+        seen.append(computed(candidate(**_merged(needed, said))))
+    assert not torch.equal(seen[0], seen[1])
+    assert torch.equal(seen[1], seen[2])
+
+
+def test_every_key_of_the_training_is_in_the_table() -> None:
+    def leaves(section: type[BaseModel], path: str) -> Iterator[str]:
+        for name, entry in section.model_fields.items():
+            below = f"{path}.{name}"
+            if isinstance(entry.annotation, type) and issubclass(entry.annotation, BaseModel):
+                yield from leaves(entry.annotation, below)
+            elif not (entry.description or "").startswith("No effect"):
+                yield below
+
+    known = {key.strip() for key in KNOBS} | set(ELSEWHERE)
+    for name in ("model", "optimization", "monitor"):
+        section = Candidate.model_fields[name].annotation
+        assert section is not None
+        assert set(leaves(section, name)) <= known
+
+
 def stopping(**keys: Any) -> EarlyStop:
     return EarlyStop(
         candidate(monitor={"early_stopping": {"enabled": True, **keys}}).monitor.early_stopping
@@ -326,12 +476,36 @@ def test_early_stopping_ends_at_threshold_and_divergence() -> None:
     assert off.check([9.0] * 500, 1) is None
 
 
-def test_a_training_stops_early() -> None:
+def test_a_training_stops_early_with_the_weights_of_the_epoch_that_it_names() -> None:
     training = trainer(candidate(monitor={"early_stopping": {"enabled": True, "threshold": 50.0}}))
-    training.run_to(4)
-    assert training.stopped is not None
+    training.run_to(12)
+    assert training.step == training.plan.steps_per_epoch == 4
+    assert str(training.stopped).startswith("stopped early after epoch 1: ")
     training.run_to(12)
     assert training.step == 4
+    one_epoch = trainer(candidate())
+    one_epoch.run_to(4)
+    assert torch.equal(weights_of(one_epoch.network), weights_of(training.network))
+
+
+class CountedLog(LossLog):
+    """A log that remembers how often it was read from the device."""
+
+    reads = 0
+
+    def check(self) -> Any:
+        self.reads += 1
+        return super().check()
+
+
+@pytest.mark.parametrize(("enabled", "reads"), [(True, 3), (False, 1)])
+def test_only_a_training_that_may_stop_early_waits_for_the_device_at_each_epoch(
+    enabled: bool, reads: int
+) -> None:
+    training = trainer(candidate(monitor={"early_stopping": {"enabled": enabled}}))
+    training.log = CountedLog(training.log.names, CPU)
+    training.run_to(12)
+    assert training.log.reads == reads
 
 
 class Poisoned(nn.Module):
@@ -359,6 +533,13 @@ def test_a_loss_that_is_not_finite_names_step_and_parts() -> None:
     assert not e.value.retry
 
 
+def test_an_interrupt_does_not_hide_a_loss_that_is_not_finite() -> None:
+    asked = iter([False] * 6 + [True])
+    training = trainer(candidate(), Poisoned(after=4))
+    with pytest.raises(TrialFailed, match="not finite at step 5"):
+        training.run_to(12, should_stop=lambda: next(asked))
+
+
 class Hungry(nn.Module):
     """A network that runs out of memory where a batch is larger than it can take."""
 
@@ -380,8 +561,40 @@ def test_out_of_memory_halves_the_micro_batch_and_keeps_the_effective_one() -> N
     assert (training.plan.batch_size, training.plan.accumulate) == (2, 4)
     assert training.plan.effective_batch == 8
     assert training.patches == 24
-    assert "micro-batch 8 halved to 4, accumulation raised from 1 to 2" in training.notes[0]
-    assert "micro-batch 4 halved to 2, accumulation raised from 2 to 4" in training.notes[1]
+    assert "micro-batch 8 lowered to 4, accumulation raised from 1 to 2" in training.notes[0]
+    assert "micro-batch 4 lowered to 2, accumulation raised from 2 to 4" in training.notes[1]
+
+
+class HungryLater(Hungry):
+    """A network that runs out of memory in its third micro-batch, once."""
+
+    calls = 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        self.most = 4 if self.calls == 3 else 100
+        return super().forward(x)
+
+
+def test_an_odd_batch_keeps_its_size_and_a_failed_attempt_is_not_counted() -> None:
+    chosen = candidate(
+        system={"training": {"batch_size": 5}},
+        data={"iter_num_per_epoch": 30},
+        optimization={"accumulate_grad_batches": 3},
+    )
+    training = trainer(chosen, HungryLater(most=0))
+    training.run_to(2)
+    assert (training.plan.batch_size, training.plan.accumulate) == (1, 15)
+    assert training.plan.effective_batch == 15
+    assert training.plan.patches_per_epoch == 30
+    assert training.patches == 30
+    assert training.log.epoch_count == 0
+    assert "micro-batch 5 lowered to 1, accumulation raised from 3 to 15" in training.notes[0]
+    sizes = [(p.batch_size, p.accumulate) for p in (step_plan(candidate(
+        system={"training": {"batch_size": batch}},
+        optimization={"accumulate_grad_batches": accumulate},
+    )).halved() for batch, accumulate in ((8, 2), (6, 1), (6, 2), (7, 1), (9, 2)))]  # fmt: skip
+    assert sizes == [(4, 4), (3, 2), (3, 4), (1, 7), (3, 6)]
 
 
 def test_a_single_patch_that_does_not_fit_fails_and_may_be_tried_elsewhere() -> None:
@@ -470,6 +683,40 @@ def test_a_continued_training_is_the_same_bit_for_bit(tmp_path: Path, strategy: 
     assert whole.patches == second.patches
 
 
+def continued(chosen: Candidate, first: Trainer, folder: Path) -> Trainer:
+    """Return a trainer at its start that has taken over the state of another, through a file."""
+    save_checkpoint(folder / "last.ckpt", first.state_dict())
+    second = trainer(chosen, type(first.network)(1) if isinstance(first.network, Hungry) else None)
+    second.load_state_dict(load_checkpoint(folder / "last.ckpt"))
+    return second
+
+
+def test_a_continued_training_keeps_its_smaller_micro_batch(tmp_path: Path) -> None:
+    chosen = candidate(system={"training": {"batch_size": 8}}, data={"iter_num_per_epoch": 32})
+    first = trainer(chosen, Hungry(most=2))
+    first.run_to(1)
+    second = continued(chosen, first, tmp_path)
+    assert second.plan == first.plan
+    assert (second.plan.batch_size, second.plan.accumulate) == (2, 4)
+    assert second.notes == first.notes
+
+
+def test_a_continued_training_stops_early_when_it_would_have(tmp_path: Path) -> None:
+    chosen = candidate(
+        optimization={"max_epochs": 6},
+        monitor={"early_stopping": {"enabled": True, "patience": 3, "min_delta": 100.0}},
+    )
+    whole, first = trainer(chosen), trainer(chosen)
+    whole.run_to(24)
+    first.run_to(10)
+    second = continued(chosen, first, tmp_path)
+    second.run_to(24)
+    assert whole.stopped is not None
+    assert "after epoch 4: no better loss" in whole.stopped
+    assert (second.stopped, second.step) == (whole.stopped, whole.step)
+    assert second.epoch_losses == whole.epoch_losses
+
+
 def test_a_checkpoint_of_another_network_is_refused() -> None:
     state = trainer(candidate()).state_dict()
     with pytest.raises(CheckpointError, match="does not fit this candidate"):
@@ -529,3 +776,39 @@ def test_a_wrong_prefix_is_refused_not_trained_from_scratch(shared_data: Path) -
     )  # fmt: skip
     with pytest.raises(CheckpointError, match=r"plain\.ckpt.*model\."):
         load_external_weights(network_of(chosen), chosen.model)
+
+
+def test_a_prefix_of_its_own_is_taken_off(tmp_path: Path) -> None:
+    path = tmp_path / "weights.ckpt"
+    given = network_of(candidate()).state_dict()
+    torch.save({"state_dict": {f"net.{key}": value for key, value in given.items()}}, path)
+    chosen = candidate(
+        model={"external_weights_path": str(path), "external_weights_key_prefix": "net."}
+    )
+    network = network_of(chosen)
+    assert "(100.0%)" in str(load_external_weights(network, chosen.model))
+    assert all(torch.equal(network.state_dict()[key], value) for key, value in given.items())
+
+
+def test_weights_that_match_in_part_load_where_that_is_waived(tmp_path: Path) -> None:
+    path = tmp_path / "weights.ckpt"
+    given = network_of(candidate()).state_dict()
+    lost = next(iter(given))
+    part = {f"model.{key}": value for key, value in given.items() if key != lost}
+    torch.save({"state_dict": part}, path)
+    for strict in (True, False):
+        chosen = candidate(
+            model={"external_weights_path": str(path), "external_weights_strict": strict}
+        )
+        network = network_of(chosen)
+        before = network.state_dict()[lost].clone()
+        if strict:
+            with pytest.raises(CheckpointError, match=r"weights\.ckpt"):
+                load_external_weights(network, chosen.model)
+            continue
+        report = load_external_weights(network, chosen.model)
+        assert report is not None
+        assert "(100.0%)" not in report
+        got = network.state_dict()
+        assert torch.equal(got[lost], before)
+        assert all(torch.equal(got[key], value) for key, value in given.items() if key != lost)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,14 +24,15 @@ import torch
 import yaml
 from PIL import Image
 
-from hydralv_tune.disk.records import load_checkpoint, previous, read_record
+from hydralv_tune.disk.records import load_checkpoint, previous, read_record, save_checkpoint
 from hydralv_tune.disk.volumes import Volume, VolumePaths, write_array
 from hydralv_tune.numerics import metrics
 from hydralv_tune.numerics.decoding import decode
 from hydralv_tune.one_trial.evaluation import Outcome, better, evaluate
-from hydralv_tune.one_trial.prediction import load_network, predict
+from hydralv_tune.one_trial.prediction import load_network, network_of, predict
 from hydralv_tune.one_trial.trial import Evaluation, TrialSpec, run_trial, stop_on_signal
 from hydralv_tune.one_trial.trial_facts import verdicts
+from hydralv_tune.one_trial.trial_run import TrialRun
 from hydralv_tune.vocabulary.config import Candidate, DecodingGrid, candidate_from_mapping
 from hydralv_tune.vocabulary.errors import InputError, TrialFailed, TrialInterrupted, TrialTakenOver
 from hydralv_tune.vocabulary.space import Objective
@@ -91,6 +94,31 @@ def candidate(**sections: Any) -> Candidate:
     for name, keys in sections.items():
         small[name] = {**small.get(name, {}), **keys}
     return candidate_from_mapping(small, place="test")
+
+
+def brief(**sections: Any) -> Candidate:
+    """Return a candidate that trains for four steps, one an epoch, and learns nothing."""
+    base: dict[str, Any] = {
+        "data": {"patch_size": [4, 16, 16], "pad_size": [0, 0, 0], "iter_num_per_epoch": 2,
+                 "augmentation": {"preset": "none"}, "sampling": {"foreground_share": 0.7}},
+        "optimization": {"max_epochs": 4, "accumulate_grad_batches": 1, "precision": "32",
+                         "optimizer": {"lr": 2e-2}},
+        "monitor": {"evaluation": {"count": 2}, "early_stopping": {"enabled": False}},
+    }  # fmt: skip
+    return candidate(**{name: {**base.get(name, {}), **sections.get(name, {})}
+                        for name in dict.fromkeys([*base, *sections])})  # fmt: skip
+
+
+def written(folder: Path, given: Volume) -> VolumePaths:
+    """Write a volume and return where it lies."""
+    folder.mkdir(parents=True, exist_ok=True)
+    assert given.label is not None
+    assert given.mask is not None
+    arrays = {"im": given.image, "label": given.label, "mask": given.mask.astype(np.uint8)}
+    for name, array in arrays.items():
+        write_array(folder / f"{name}.h5", array, voxel_size_nm=given.voxel_size_nm)
+    image, label, mask = (str(folder / f"{name}.h5") for name in arrays)
+    return VolumePaths(given.name, image, label, mask)
 
 
 def spec(out: Path, chosen: Candidate | None = None, **keys: Any) -> TrialSpec:
@@ -241,6 +269,59 @@ def test_a_folder_of_another_trial_is_refused(finished: Any) -> None:
         run(spec(out), volumes=[volume(seed=9)])
     threads = candidate(system={"training": {"batch_size": 2}, "cpu_threads": 2})
     assert run(spec(out, threads)).state == "complete"
+
+
+def test_a_finished_folder_answers_for_the_volumes_on_disk_alone(tmp_path: Path) -> None:
+    """As `train` does it: the volumes are named, not given."""
+    same, other = (written(tmp_path / str(seed), volume(seed)) for seed in (0, 9))
+    given = spec(tmp_path / "out", brief(), volumes=[same])
+    record = run_trial(given, lambda _: None)
+    assert run_trial(given, lambda _: None).as_mapping() == record.as_mapping()
+    with pytest.raises(InputError, match="other volumes"):
+        run_trial(replace(given, volumes=[other]), lambda _: None)
+    write_array(Path(same.label or ""), np.roll(volume().label, 1, axis=2))  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="other volumes"):
+        run_trial(given, lambda _: None)
+
+
+@pytest.mark.parametrize("ended", ["finished", "stopped"])
+def test_a_trial_does_not_go_on_with_fewer_volumes(tmp_path: Path, ended: str) -> None:
+    both = [volume(1, "one"), volume(2, "two")]
+
+    def report(_: Evaluation) -> None:
+        if ended == "stopped":
+            raise KilledError
+
+    with suppress(KilledError):
+        run(spec(tmp_path, brief()), report, volumes=both)
+    for given in (both[:1], both[::-1], [*both, volume(3, "three")]):
+        with pytest.raises(InputError, match="other volumes"):
+            run(spec(tmp_path, brief()), volumes=given)
+    assert [facts["name"] for facts in run(spec(tmp_path, brief()), volumes=both).volumes] == [
+        "one", "two",
+    ]  # fmt: skip
+
+
+def test_a_held_out_volume_is_scored_within_its_mask(tmp_path: Path) -> None:
+    held = written(tmp_path / "held", volume(3, "held"))
+    data = {"split": {"kind": "volumes"}, "val_image": held.image, "val_label": held.label}
+    whole = run(spec(tmp_path / "whole", brief(data=data)))
+    mask = np.zeros(volume().image.shape, np.uint8)
+    mask[:, :, :14] = 1
+    write_array(Path(held.mask or ""), mask)
+    part = run(spec(tmp_path / "part", brief(data={**data, "val_mask": held.mask})))
+    assert [r.metrics["instances_true"] for r in (whole, part)] == [3, 1]
+
+
+def test_a_finished_folder_asks_for_its_held_out_volume_too(tmp_path: Path) -> None:
+    held = written(tmp_path / "held", volume(3, "held"))
+    data = {"split": {"kind": "volumes"}, "val_image": held.image, "val_label": held.label}
+    given = spec(tmp_path / "out", brief(data=data))
+    record = run(given)
+    assert run(given).as_mapping() == record.as_mapping()
+    write_array(Path(held.image), volume(4).image)
+    with pytest.raises(InputError, match="other volumes"):
+        run(given)
 
 
 class KilledError(Exception):
@@ -413,6 +494,73 @@ def test_a_stop_saves_in_the_middle_and_goes_on_to_the_same_weights(
     assert second.history[1]["losses"] == finished[0].history[1]["losses"]
 
 
+def test_external_weights_are_read_once_and_stay_in_the_record(tmp_path: Path) -> None:
+    given = brief()
+    kept = {f"model.{key}": value for key, value in network_of(given).state_dict().items()}
+    path = tmp_path / "pretrained.ckpt"
+    torch.save({"state_dict": kept}, path)
+    started = brief(model={**given.model.model_dump(mode="json"),
+                           "external_weights_path": str(path)})  # fmt: skip
+    whole = run(spec(tmp_path / "whole", started))
+    assert whole.weights is not None
+    assert whole.weights.startswith("pretrained.ckpt: ")
+    assert "(100.0%)" in whole.weights
+
+    with pytest.raises(KilledError):
+        run(spec(tmp_path / "cut", started), kill_after_the_first)
+    path.unlink()
+    second = run(spec(tmp_path / "cut", started))
+    assert second.weights == whole.weights
+    expected, got = final_weights(tmp_path / "whole"), final_weights(tmp_path / "cut")
+    assert all(torch.equal(expected[key], got[key]) for key in expected)
+    with pytest.raises(InputError, match="no such checkpoint"):
+        run(spec(tmp_path / "new", started))
+
+
+def kill_after_the_first(_: Evaluation) -> None:
+    raise KilledError
+
+
+def test_a_continued_trial_knows_its_best(tmp_path: Path) -> None:
+    """At this rate nothing is learned, so the second evaluation is no better than the first."""
+    still = brief(optimization={"optimizer": {"lr": 1e-12},
+                                "scheduler": {"warmup_epochs": 0, "min_lr": 0.0}})  # fmt: skip
+    whole = run(spec(tmp_path / "whole", still))
+    with pytest.raises(KilledError):
+        run(spec(tmp_path / "cut", still), kill_after_the_first)
+    second = run(spec(tmp_path / "cut", still))
+    assert [row["is_best"] for row in whole.history] == [True, False]
+    for row, expected in zip(second.history, whole.history, strict=True):
+        for key in ("is_best", "best_value", "best_f1_iou50"):
+            assert row[key] == expected[key]
+    kept = [load_checkpoint(tmp_path / out / "best.ckpt")["weights"] for out in ("whole", "cut")]
+    assert all(torch.equal(kept[0][key], kept[1][key]) for key in kept[0])
+
+
+def test_a_state_of_another_version_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(KilledError):
+        run(spec(tmp_path, brief()), kill_after_the_first)
+    last = tmp_path / "last.ckpt"
+    save_checkpoint(last, {**load_checkpoint(last), "version": 1})
+    with pytest.raises(InputError, match=r"last\.ckpt: .* in format 1, but .* from 2\. Give"):
+        run(spec(tmp_path, brief()))
+
+
+def test_what_the_training_met_stays_in_the_record(tmp_path: Path) -> None:
+    """A trial that ran out of memory before it was killed: its state says so."""
+    with pytest.raises(KilledError):
+        run(spec(tmp_path, brief()), kill_after_the_first)
+    last = tmp_path / "last.ckpt"
+    state = load_checkpoint(last)
+    state["folds"][0] |= {"batch_size": 1, "notes": ["out of memory at step 2: so and so"]}
+    save_checkpoint(last, state)
+    record = run(spec(tmp_path, brief()))
+    assert "out of memory at step 2: so and so" in record.notes
+    training = record.training
+    assert (training["batch_size"], training["accumulate_grad_batches"]) == (1, 2)
+    assert (training["effective_batch"], training["patches"]) == (2, 8)
+
+
 def test_what_another_attempt_has_taken_over_is_not_touched_any_more(tmp_path: Path) -> None:
     written: dict[str, bytes] = {}
 
@@ -443,8 +591,9 @@ def test_a_spec_survives_the_way_to_another_process(tmp_path: Path) -> None:
     assert TrialSpec.from_mapping(json.loads(json.dumps(given.as_mapping()))) == given
 
 
-def test_a_loss_that_diverges_fails_without_a_retry(tmp_path: Path) -> None:
-    wild = candidate(
+def wild() -> Candidate:
+    """Return a candidate whose loss is not finite before its first evaluation."""
+    return candidate(
         optimization={
             "max_epochs": 6, "optimizer": {"lr": 9.0}, "gradient_clip_val": 0,
             "ema": {"enabled": False},
@@ -452,14 +601,33 @@ def test_a_loss_that_diverges_fails_without_a_retry(tmp_path: Path) -> None:
         model={"architecture": "rsunet", "filters": [4, 8], "norm": "none", "num_res_units": None,
                "loss_functions": ["MSELoss"] * 5,
                "loss_kwargs": [{"tanh": False}] * 5},
+        monitor={"evaluation": {"count": 1}, "early_stopping": {"enabled": False}},
     )  # fmt: skip
+
+
+def test_a_loss_that_diverges_fails_without_a_retry(tmp_path: Path) -> None:
     with pytest.raises(TrialFailed, match=r"not finite at step \d+: total") as error:
-        run(spec(tmp_path, wild))
+        run(spec(tmp_path, wild()))
     assert not error.value.retry
     record = read_record(tmp_path / "record.json")
     assert record.state == "fail"
     assert "not finite at step" in str(record.error)
     assert record.value is None or np.isfinite(record.value)
+
+
+def test_a_stop_after_a_loss_went_bad_saves_nothing_and_fails_as_it_would_have(
+    tmp_path: Path,
+) -> None:
+    with pytest.raises(TrialFailed, match="not finite") as uninterrupted:
+        run(spec(tmp_path / "whole", wild()))
+    found = re.search(r"at step (\d+)", uninterrupted.value.reason)
+    assert found is not None
+    asked = iter(range(1000))
+    with pytest.raises(TrialFailed) as stopped:
+        run(spec(tmp_path / "cut", wild()), should_stop=lambda: next(asked) > int(found[1]))
+    assert stopped.value.reason == uninterrupted.value.reason
+    assert not (tmp_path / "cut" / "last.ckpt").exists()
+    assert read_record(tmp_path / "cut" / "record.json").state == "fail"
 
 
 def test_a_trial_that_takes_too_long_fails(tmp_path: Path) -> None:
@@ -487,12 +655,7 @@ def test_volumes_are_read_from_their_paths_and_lazily_where_large(
     finished: Any, tmp_path: Path
 ) -> None:
     given = volume()
-    arrays = {"im": given.image, "label": given.label, "mask": given.mask}
-    for name, array in arrays.items():
-        whole = array.astype(np.uint8) if name == "mask" else array
-        write_array(tmp_path / f"{name}.h5", whole, voxel_size_nm=given.voxel_size_nm)
-    image, label, mask = (str(tmp_path / f"{n}.h5") for n in ("im", "label", "mask"))
-    paths = [VolumePaths("balls", image, label, mask)]
+    paths = [written(tmp_path, given)]
     expected = final_weights(finished[2])
     size = given.image.size
     for limit_gb, scored in ((8.0, 8), (size * 10 / 1e9 * 0.99, 1)):
@@ -535,6 +698,26 @@ def test_a_volume_of_its_own_is_scored_where_the_candidate_names_one(tmp_path: P
     assert "not trained on" in record.split["sentence"]
 
 
+@pytest.mark.parametrize(
+    ("split", "said"),
+    [
+        ({"kind": "holdout", "axis": 2, "fraction": 0.4, "margin": 2}, "held out"),
+        ({"kind": "volumes", "volumes": ["two"]}, "not trained on"),
+        ({"kind": "cross_validation", "folds": 2}, "scored untrained"),
+        ({"kind": "cross_validation", "folds": 3, "axis": 2, "margin": 0}, "held out in turn"),
+    ],
+)
+def test_every_split_admits_that_thresholds_were_chosen_on_what_is_scored(
+    tmp_path: Path, split: dict[str, Any], said: str
+) -> None:
+    given = spec(tmp_path, brief(data={"split": split}))
+    made = TrialRun(given, [volume(1, "one"), volume(2, "two")], [], torch.device("cpu"))
+    made.close()
+    sentence = made.split.as_mapping()["sentence"]
+    assert said in sentence
+    assert sentence.endswith("were chosen there, so the score is optimistic")
+
+
 def test_cross_validation_scores_the_mean_and_keeps_each_fold(tmp_path: Path) -> None:
     data = {
         **candidate().data.model_dump(mode="json"),
@@ -557,6 +740,55 @@ def test_cross_validation_scores_the_mean_and_keeps_each_fold(tmp_path: Path) ->
     for evaluation in seen:
         assert len(evaluation.best_folds or []) == 2
         assert evaluation.value == pytest.approx(np.mean(evaluation.best_folds))
+
+
+def test_a_fold_that_stops_early_counts_with_its_last_losses_and_the_rest_goes_on(
+    tmp_path: Path,
+) -> None:
+    """The first epoch of fold 1 has a loss of 1.88, no epoch of fold 2 one over 1.68."""
+
+    def chosen(divergence_threshold: float) -> TrialSpec:
+        stopping = {"enabled": True, "divergence_threshold": divergence_threshold}
+        return spec(
+            tmp_path / str(divergence_threshold),
+            brief(
+                data={"split": {"kind": "cross_validation", "folds": 2}},
+                monitor={"evaluation": {"count": 4}, "early_stopping": stopping},
+            ),
+        )
+
+    def train(given: TrialSpec, report: Callable[[Evaluation], None] | None = None) -> Any:
+        return run(given, report, volumes=[volume(1, "one"), volume(2, "two")])
+
+    free, cut = train(chosen(50.0)), train(chosen(1.75))
+    for number, (row, whole) in enumerate(zip(cut.history, free.history, strict=True), 1):
+        one, two = row["folds"]
+        assert (one["name"], one["step"], two["step"]) == ("fold_1", 1, number)
+        assert one["losses"] == free.history[0]["folds"][0]["losses"]
+        assert two["losses"] == whole["folds"][1]["losses"]
+        for key in ("losses", "task_weights"):
+            assert row[key] == {k: (one[key][k] + two[key][k]) / 2 for k in one[key]}
+        for key in ("step", "epoch", "lr"):
+            assert row[key] == whole[key] == two[key]
+        assert row["stopped"].startswith("fold_1 stopped early after epoch 1: ")
+    assert cut.training["steps_done"] == 4
+    assert cut.training["steps_done_by_fold"] == [1, 4]
+    assert cut.training["patches"] == 10
+    assert f"plan_total {cut.losses['plan_total']:.4g}, wanted < 0.2: not met" in cut.verdicts
+
+    def kill(evaluation: Evaluation) -> None:
+        if evaluation.step == 2:
+            raise KilledError
+
+    again = replace(chosen(1.75), out=str(tmp_path / "again"))
+    with pytest.raises(KilledError):
+        train(again, kill)
+    second = train(again)
+    assert any("continued from step 1, 2" in note for note in second.notes)
+    for row, whole in zip(second.history, cut.history, strict=True):
+        for key in ("step", "lr", "losses", "task_weights", "value", "stopped"):
+            assert row[key] == whole[key]
+    assert second.verdicts == cut.verdicts
 
 
 @pytest.mark.parametrize(
@@ -596,18 +828,34 @@ def test_a_blob_of_small_error_does_not_outlive_a_good_checkpoint(finished: Any)
 
 
 def test_the_plan_s_checkpoints_appear_as_verdicts() -> None:
-    def row(step: int, loss: float) -> dict[str, Any]:
-        return {"step": step, "losses": {"plan_total": loss, "label": loss, "edt": 0.005}}
-
-    history = [row(10, 0.9), row(25, 0.25), row(100, 0.15)]
+    losses = {"plan_total": 0.15, "label": 0.15, "edt": 0.005}
     scores = {"adapted_rand_error": 0.03, "adapted_rand_precision": 0.99,
               "adapted_rand_recall": 0.9}  # fmt: skip
-    lines = verdicts(history, scores, 100)
-    assert lines[0] == "loss 0.250 after 25% of the run, under 0.3: on track"
+    fell = [0.9, 0.25, *[0.15] * 8]
+    lines = verdicts([fell], 10, losses, scores)
+    assert lines[0] == "loss 0.250 in epoch 2 of 10, under 0.3: on track"
     assert "plan_total 0.15, wanted < 0.2: met" in lines
     assert "recall 0.9, wanted > 0.95: not met" in lines
-    late = verdicts([row(20, 0.5)], {}, 100)
-    assert "above 0.4: change the architecture" in late[0]
+    assert verdicts([[0.9]], 10, {}, {}) == []
+    assert "above 0.4: change the architecture" in verdicts([[0.9, 0.5]], 10, {}, {})[0]
+    # The first epoch that ends at a fifth or later; of a single one it is the whole run.
+    assert "in epoch 3 of 11" in verdicts([[0.9, 0.8, 0.1]], 11, {}, {})[0]
+    assert "in epoch 1 of 1" in verdicts([[0.2]], 1, {}, {})[0]
+    # Over the folds that came so far: one that stopped early says nothing of a later epoch.
+    assert "loss 0.350 " in verdicts([[0.9, 0.3], [0.1], [0.8, 0.4]], 10, {}, {})[0]
+
+
+def test_the_loss_at_a_fifth_is_that_of_its_epoch_whatever_the_evaluations(tmp_path: Path) -> None:
+    said = []
+    for count in (1, 4):
+        monitor = {"evaluation": {"count": count}, "early_stopping": {"enabled": False}}
+        record = run(spec(tmp_path / str(count), brief(monitor=monitor)))
+        said.append(record.verdicts[0])
+    assert said[0] == said[1]
+    # Evaluated after each of its four epochs, the first row holds the losses of the first epoch.
+    assert said[1].startswith(
+        f"loss {record.history[0]['losses']['plan_total']:.3f} in epoch 1 of 4, "
+    )
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
@@ -649,4 +897,5 @@ def test_early_stopping_ends_the_trial_with_a_last_evaluation(tmp_path: Path) ->
     record = run(replace(spec(tmp_path), candidate=chosen))
     assert len(record.history) == 1
     assert record.state == "complete"
-    assert any("stopped early after epoch" in note for note in record.notes)
+    assert any("stopped early after epoch 1:" in note for note in record.notes)
+    assert (record.history[0]["epoch"], record.training["steps_done"]) == (1, 10)

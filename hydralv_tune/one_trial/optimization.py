@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -51,21 +51,18 @@ class StepPlan:
         return self.steps_per_epoch * self.effective_batch
 
     def halved(self) -> StepPlan:
-        """Return the plan with micro-batches of half the size and the same effective batch.
+        """Return the plan with micro-batches of half the size or less, the effective batch kept.
+
+        The size is the largest that divides the effective batch: 5 × 3 becomes 1 × 15, not 2 × 8,
+        which would be 16 patches a step.
 
         Raises:
             ValueError: A micro-batch is one patch already.
         """
         if self.batch_size == 1:
             raise ValueError("a micro-batch of 1 patch cannot be halved")
-        size = self.batch_size // 2
-        return StepPlan(
-            batch_size=size,
-            accumulate=math.ceil(self.effective_batch / size),
-            steps_per_epoch=self.steps_per_epoch,
-            epochs=self.epochs,
-            evaluations=self.evaluations,
-        )
+        size = next(n for n in range(self.batch_size // 2, 0, -1) if self.effective_batch % n == 0)
+        return replace(self, batch_size=size, accumulate=self.effective_batch // size)
 
 
 def step_plan(candidate: Candidate) -> StepPlan:

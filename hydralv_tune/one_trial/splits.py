@@ -12,6 +12,8 @@ from hydralv_tune.vocabulary.config import Split
 from hydralv_tune.vocabulary.errors import ConfigError, VolumeError, unknown_name
 
 AXES = "zyx"
+CHOSEN_THERE = "; thresholds and best checkpoint were chosen there, so the score is optimistic"
+"""What is untrained is not unseen: the sweep and every evaluation look at what is scored."""
 
 
 @dataclass(frozen=True)
@@ -169,7 +171,7 @@ def _holdout(volumes: Sequence[Volume], split: Split, margin: int) -> SplitPlan:
             score.append(slab(volume, split.axis, 0, held))
     sentence = (
         f"scored on the {split.side} {split.fraction:.0%} of {AXES[split.axis]}, held out with a "
-        f"margin of {margin} voxels"
+        f"margin of {margin} voxels{CHOSEN_THERE}"
     )
     return SplitPlan("holdout", sentence, (Fold("all", tuple(train), tuple(score)),), margin=margin)
 
@@ -189,7 +191,7 @@ def _by_name(volumes: Sequence[Volume], split: Split, held_out: Sequence[Volume]
         )
     if not train:
         raise ConfigError("data.split.volumes: every volume is held out; none is left to train on.")
-    sentence = f"scored on {', '.join(v.name for v in score)}, not trained on"
+    sentence = f"scored on {', '.join(v.name for v in score)}, not trained on{CHOSEN_THERE}"
     return SplitPlan("volumes", sentence, (Fold("all", train, score),))
 
 
@@ -200,7 +202,10 @@ def _folds_of_volumes(volumes: Sequence[Volume], split: Split) -> SplitPlan:
         score = tuple(volumes[index :: split.folds])
         train = tuple(v for i, v in enumerate(volumes) if i % split.folds != index)
         folds.append(Fold(f"fold_{index + 1}", train, score))
-    sentence = f"mean over {split.folds} folds of {len(volumes)} volumes, each scored untrained"
+    sentence = (
+        f"mean over {split.folds} folds of {len(volumes)} volumes, each scored untrained"
+        f"{CHOSEN_THERE}"
+    )
     return SplitPlan("cross_validation", sentence, tuple(folds))
 
 
@@ -227,6 +232,6 @@ def _folds_of_slabs(volumes: Sequence[Volume], split: Split, margin: int) -> Spl
         folds.append(Fold(f"fold_{index + 1}", tuple(train), tuple(score)))
     sentence = (
         f"mean over {split.folds} slabs along {AXES[split.axis]}, each held out in turn with a "
-        f"margin of {margin} voxels"
+        f"margin of {margin} voxels{CHOSEN_THERE}"
     )
     return SplitPlan("cross_validation", sentence, tuple(folds), margin=margin)

@@ -35,7 +35,7 @@ from hydralv_tune.vocabulary.errors import (
 )
 
 LOG_STEPS = 50
-"""Optimizer steps after which losses are read from the device and checked."""
+"""Optimizer steps after which losses are read from the device and checked, at the latest."""
 
 GRADNORM_RATE = 0.025
 
@@ -173,6 +173,7 @@ class Trainer:
         self.terms = loss_terms(candidate.model)
         self.log = LossLog(["total", *(term.name for term in self.terms)], device)
         self.clock = Clock(device)
+        self.epoch_losses: list[float] = []  # `plan_total` of each epoch
         self.step = 0
         self.patches = 0
         self.stopped: str | None = None
@@ -232,11 +233,13 @@ class Trainer:
         try:
             while self.step < step and self.stopped is None:
                 if should_stop is not None and should_stop():
+                    # What is interrupted is saved: weights that went bad must fail before.
+                    self._read()
                     raise TrialInterrupted(
                         f"stopped at step {self.step} of {self.plan.steps}; it can be continued"
                     )
                 self._step()
-                if self.step % LOG_STEPS == 0 or self.step == step:
+                if self.step == step or self._is_due():
                     self._read()
                 if progress is not None:
                     progress(self.step)
@@ -246,12 +249,15 @@ class Trainer:
             restore_random(outside, self.device)
 
     def losses(self) -> dict[str, float]:
-        """Return the mean losses since the last call: total, each task, each part.
+        """Return the mean losses since the last call: total, each task, each part."""
+        return self._by_task(self.log.means())
+
+    def _by_task(self, means: Mapping[str, float]) -> dict[str, float]:
+        """Return total, each task and each part of the means of the log.
 
         A task is the plain sum of its losses at the finest head, and `plan_total` half the sum of
         the tasks: that is how the plan's figures (0.555) are made, whatever weights and balancing.
         """
-        means = self.log.means()
         tasks: dict[str, float] = {}
         for term in self.terms:
             tasks[term.task] = tasks.get(term.task, 0.0) + means[term.name]
@@ -262,10 +268,21 @@ class Trainer:
             **{term.name: means[term.name] for term in self.terms},
         }
 
+    def _is_due(self) -> bool:
+        """Return whether the losses are to be read after this step, for which the host waits.
+
+        Where a training may stop early that is the end of each epoch, so that the weights are
+        those of the epoch that said stop.
+        """
+        ended = self.step % self.plan.steps_per_epoch == 0
+        return self.step % LOG_STEPS == 0 or (ended and self.early_stop.settings.enabled)
+
     def _read(self) -> None:
         """Read the losses from the device; stop early where they say so."""
-        first = self.epoch - len(self.log.epochs) + 1
-        self.stopped = self.early_stop.check(self.log.check(), first)
+        ended = self.log.check()
+        first = len(self.epoch_losses) + 1
+        self.epoch_losses += [self._by_task(means)["plan_total"] for means in ended]
+        self.stopped = self.early_stop.check([means["total"] for means in ended], first)
 
     def _step(self) -> None:
         """Take one optimizer step; where memory runs out, with smaller micro-batches."""
@@ -300,6 +317,7 @@ class Trainer:
         if self.average is not None:
             self.average.update(self.network)
         self.step += 1
+        self.patches += self.plan.effective_batch
         for row in values:
             self.log.add(row, self.step)
         if self.step % self.plan.steps_per_epoch == 0:
@@ -322,7 +340,6 @@ class Trainer:
             parts = [result.parts[term.name] for term in self.terms]
             values.append(torch.stack([result.total.detach(), *parts]))
             self.clock.lap("forward_backward")
-            self.patches += self.plan.batch_size
         return values
 
     def _forward(self, image: Tensor, targets: Tensor, mask: Tensor) -> LossResult:
@@ -342,7 +359,7 @@ class Trainer:
         self.notes.append(f"torch.compile does not work here, so it is not used: {reason[:200]}")
 
     def _halve(self, reason: str) -> None:
-        """Halve the micro-batch after memory ran out.
+        """Make micro-batches smaller after memory ran out; a step keeps its patches.
 
         Raises:
             TrialFailed: A micro-batch is one patch already.
@@ -357,7 +374,7 @@ class Trainer:
             )
         self.plan = old.halved()
         self.notes.append(
-            f"out of memory at step {self.step + 1}: micro-batch {old.batch_size} halved to "
+            f"out of memory at step {self.step + 1}: micro-batch {old.batch_size} lowered to "
             f"{self.plan.batch_size}, accumulation raised from {old.accumulate} to "
             f"{self.plan.accumulate}"
         )
@@ -375,6 +392,7 @@ class Trainer:
             "generator": self.generator.get_state(),
             "random": self.random,
             "log": self.log.state_dict(),
+            "epoch_losses": list(self.epoch_losses),
             "seconds": dict(self.clock.seconds),
             "step": self.step,
             "patches": self.patches,
@@ -400,6 +418,7 @@ class Trainer:
             self.sampler.load_state_dict(state["sampler"])
             self.generator.set_state(state["generator"])
             self.log.load_state_dict(state["log"])
+            self.epoch_losses = list(state["epoch_losses"])
             self.clock.seconds = dict(state["seconds"])
             while self.plan.batch_size > int(state["batch_size"]):
                 self.plan = self.plan.halved()

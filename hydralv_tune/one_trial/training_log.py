@@ -68,7 +68,8 @@ class LossLog:
         self.names = tuple(names)
         self.sums = torch.zeros(len(names), dtype=torch.float64, device=device)
         self.count = 0
-        self.epoch_sum = torch.zeros((), dtype=torch.float64, device=device)
+        self.last = torch.zeros_like(self.sums)
+        self.epoch_sums = torch.zeros_like(self.sums)
         self.epoch_count = 0
         self.epochs: list[Tensor] = []
         self.bad_step = torch.full((), -1.0, dtype=torch.float64, device=device)
@@ -81,52 +82,60 @@ class LossLog:
         self.bad_step = torch.where(bad, float(step), self.bad_step)
         self.bad_values = torch.where(bad, values, self.bad_values)
         self.sums += values
-        self.epoch_sum += values[0]
+        self.epoch_sums += values
         self.count += 1
         self.epoch_count += 1
 
     def close_epoch(self) -> None:
-        """Keep the mean total of the epoch that ends."""
-        self.epochs.append(self.epoch_sum / max(self.epoch_count, 1))
-        self.epoch_sum = torch.zeros_like(self.epoch_sum)
+        """Keep the means of the epoch that ends."""
+        self.epochs.append(self.epoch_sums / max(self.epoch_count, 1))
+        self.epoch_sums = torch.zeros_like(self.epoch_sums)
         self.epoch_count = 0
 
-    def check(self) -> list[float]:
-        """Return the mean totals of the epochs since the last call.
+    def check(self) -> list[dict[str, float]]:
+        """Return the mean of each loss in each epoch that ended since the last call.
 
         Raises:
             TrialFailed: A loss was not finite; the step and the parts are named.
         """
-        ended = len(self.epochs)
-        read = torch.cat([self.bad_step[None], self.bad_values, *[e[None] for e in self.epochs]])
-        step, *rest = read.cpu().tolist()
+        # One copy for all, since each makes the host wait.
+        bad_step = self.bad_step.expand(len(self.names))
+        (step, *_), bad, *ended = (
+            torch.stack([bad_step, self.bad_values, *self.epochs]).cpu().tolist()
+        )
         if step >= 0:
-            values = dict(zip(self.names, rest, strict=False))
+            values = dict(zip(self.names, bad, strict=True))
             parts = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
             raise TrialFailed(
                 "training", f"the loss is not finite at step {int(step)}: {parts}", retry=False
             )
         self.epochs.clear()
-        return rest[len(rest) - ended :]
+        return [dict(zip(self.names, means, strict=True)) for means in ended]
 
     def means(self) -> dict[str, float]:
-        """Return the mean of each loss since the last call."""
-        means = (self.sums / max(self.count, 1)).cpu().tolist()
-        self.sums = torch.zeros_like(self.sums)
-        self.count = 0
-        return dict(zip(self.names, means, strict=True))
+        """Return the mean of each loss since the last call.
+
+        Where nothing was added since, as in a fold that stopped early, those of the last call:
+        they still are the losses of these weights.
+        """
+        if self.count:
+            self.last = self.sums / self.count
+            self.sums = torch.zeros_like(self.sums)
+            self.count = 0
+        return dict(zip(self.names, self.last.cpu().tolist(), strict=True))
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a checkpoint keeps."""
         return {
-            "sums": self.sums, "count": self.count, "epoch_sum": self.epoch_sum,
-            "epoch_count": self.epoch_count, "epochs": list(self.epochs),
+            "sums": self.sums, "count": self.count, "last": self.last,
+            "epoch_sums": self.epoch_sums, "epoch_count": self.epoch_count,
+            "epochs": list(self.epochs),
         }  # fmt: skip
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over what a checkpoint kept."""
         device = self.sums.device
-        self.sums = state["sums"].to(device)
-        self.epoch_sum = state["epoch_sum"].to(device)
+        self.sums, self.last = state["sums"].to(device), state["last"].to(device)
+        self.epoch_sums = state["epoch_sums"].to(device)
         self.epochs = [mean.to(device) for mean in state["epochs"]]
         self.count, self.epoch_count = int(state["count"]), int(state["epoch_count"])

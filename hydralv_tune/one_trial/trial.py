@@ -45,7 +45,7 @@ def run_trial(
 
     A folder with a checkpoint is continued; the evaluations it holds are reported again first.
     Where they swept other thresholds than are asked for now, their best checkpoint is scored anew.
-    A finished trial returns its record at once.
+    A finished trial of the same candidate and volumes returns its record at once.
 
     Args:
         spec: What to do.
@@ -60,7 +60,10 @@ def run_trial(
         TrialInterrupted: `should_stop` said so.
     """
     out = Path(spec.out)
-    found = _finished(spec, volumes)
+    with stage("reading"):
+        given = _read(spec) if volumes is None else list(volumes)
+        held_out = _held_out(spec.candidate)
+    found = _finished(spec, [*given, *held_out])
     if found is not None:
         return found
     device = pick_device(spec.device)
@@ -69,9 +72,6 @@ def run_trial(
         torch.cuda.set_device(device)
     deadline = None if spec.timeout_s is None else time.monotonic() + spec.timeout_s
     with _threads(spec.threads or spec.candidate.system.cpu_threads):
-        with stage("reading"):
-            given = _read(spec) if volumes is None else list(volumes)
-            held_out = _held_out(spec.candidate)
         with stage("preparing"):
             run = TrialRun(spec, given, held_out, device)
             out.mkdir(parents=True, exist_ok=True)
@@ -123,8 +123,12 @@ def _evaluation(row: Mapping[str, Any]) -> Evaluation:
     )
 
 
-def _finished(spec: TrialSpec, volumes: Sequence[Volume] | None) -> TrialRecord | None:
+def _finished(spec: TrialSpec, volumes: Sequence[Volume]) -> TrialRecord | None:
     """Return the record of a complete trial; None where other thresholds are asked for.
+
+    Args:
+        spec: What is asked for.
+        volumes: All that it trains on or scores: their content tells whether the record answers.
 
     Raises:
         InputError: It is that of another candidate or of other volumes.
@@ -135,7 +139,7 @@ def _finished(spec: TrialSpec, volumes: Sequence[Volume] | None) -> TrialRecord 
     record = records.read_record(path)
     if record.state != "complete":
         return None
-    fingerprints = None if volumes is None else [v.fingerprint() for v in volumes]
+    fingerprints = [volume.fingerprint() for volume in volumes]
     check_continues(spec.out, record.config, record.volumes, spec.candidate, fingerprints)
     swept = {"objective": record.objective, "grid": record.grid}
     # The training is done, and `TrialRun` will know; another grid only needs another sweep.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -72,7 +73,8 @@ def training_facts(
         "accumulate_grad_batches": plan.accumulate,
         "effective_batch": plan.effective_batch,
         "steps": plan.steps,
-        "steps_done": trainers[0].step,
+        "steps_done": max(trainer.step for trainer in trainers),
+        "steps_done_by_fold": [trainer.step for trainer in trainers],
         "steps_per_epoch": plan.steps_per_epoch,
         "epochs": plan.epochs,
         "patches": patches,
@@ -84,12 +86,53 @@ def training_facts(
     }
 
 
+def progress_facts(trainer: Trainer) -> dict[str, Any]:
+    """Return where a training is, and the losses since it was last asked."""
+    return {
+        "step": trainer.step,
+        "epoch": trainer.epoch,
+        "lr": float(trainer.optimizer.param_groups[0]["lr"]),
+        "losses": trainer.losses(),
+        "task_weights": {
+            task: float(weight) for task, weight in trainer.loss.task_weights().items()
+        },
+        "stopped": trainer.stopped,
+    }
+
+
+def over_folds(folds: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Return where several folds are, as if they were one.
+
+    Losses and task weights are means over the folds, of one that stopped early its last; the rest
+    is that of the fold that came furthest.
+
+    Args:
+        folds: As `progress_facts` gives, by the folds' names.
+    """
+    rows = list(folds.values())
+
+    def mean(key: str) -> dict[str, float]:
+        return {name: sum(row[key][name] for row in rows) / len(rows) for name in rows[0][key]}
+
+    stopped = [
+        f"{name} {row['stopped']}" if len(rows) > 1 else str(row["stopped"])
+        for name, row in folds.items()
+        if row["stopped"]
+    ]
+    return {
+        **max(rows, key=lambda row: int(row["step"])),
+        "losses": mean("losses"),
+        "task_weights": mean("task_weights"),
+        "stopped": "; ".join(stopped) or None,
+    }
+
+
 def check_continues(
     out: str,
     kept: Mapping[str, Any],
     kept_volumes: Sequence[Mapping[str, Any]],
     candidate: Candidate,
-    fingerprints: Sequence[str] | None,
+    fingerprints: Sequence[str],
 ) -> None:
     """Refuse to go on in the folder of another candidate or of other volumes.
 
@@ -98,7 +141,7 @@ def check_continues(
         kept: The candidate that the folder is of.
         kept_volumes: Each with its `fingerprint`.
         candidate: The one asked for.
-        fingerprints: Of the volumes given; None where they were not read.
+        fingerprints: Of the volumes given, those held out included.
 
     Raises:
         InputError: They differ.
@@ -110,13 +153,13 @@ def check_continues(
             f"{out}: holds a trial with {key} = {old!r}, but the candidate has {new!r}. Give "
             "another --out, or the same candidate to continue it."
         )
-    if fingerprints is not None:
-        old_prints = [volume.get("fingerprint") for volume in kept_volumes]
-        if old_prints[: len(fingerprints)] != list(fingerprints):
-            raise InputError(
-                f"{out}: holds a trial of other volumes (fingerprints {old_prints} there, "
-                f"{list(fingerprints)} given). Give another --out."
-            )
+    old_prints = [volume.get("fingerprint") for volume in kept_volumes]
+    # All of them: a prefix would go on with fewer volumes than the record names.
+    if old_prints != list(fingerprints):
+        raise InputError(
+            f"{out}: holds a trial of other volumes (fingerprints {old_prints} there, "
+            f"{list(fingerprints)} given). Give another --out."
+        )
 
 
 def _first_difference(old: Any, new: Any, path: str) -> tuple[str, Any, Any] | None:
@@ -134,7 +177,10 @@ def _first_difference(old: Any, new: Any, path: str) -> tuple[str, Any, Any] | N
 
 
 def verdicts(
-    history: Sequence[Mapping[str, Any]], metrics: Mapping[str, Any], steps: int
+    epoch_losses: Sequence[Sequence[float]],
+    epochs: int,
+    losses: Mapping[str, float],
+    metrics: Mapping[str, Any],
 ) -> list[str]:
     """Return the plan's checkpoints as sentences.
 
@@ -142,26 +188,26 @@ def verdicts(
     depends on weights and balancing and cannot be compared.
 
     Args:
-        history: Of the trial.
-        metrics: Of its best checkpoint.
-        steps: Optimizer steps in all.
+        epoch_losses: That loss in each epoch so far, of each fold.
+        epochs: In all.
+        losses: Of the last evaluation; empty before the first.
+        metrics: Of its best checkpoint; empty before the first.
     """
     lines = []
-    fifth = next((row for row in history if row["step"] >= 0.2 * steps), None)
-    if fifth is not None:
-        loss = float(fifth["losses"]["plan_total"])
+    fifth = math.ceil(epochs / 5)
+    reached = [fold[fifth - 1] for fold in epoch_losses if len(fold) >= fifth]
+    if reached:
+        loss = sum(reached) / len(reached)
         if loss < 0.3:
             said = "under 0.3: on track"
         elif loss > 0.4:
             said = "above 0.4: change the architecture"
         else:
             said = "between 0.3 and 0.4: neither on track nor lost"
-        lines.append(f"loss {loss:.3f} after {fifth['step'] / steps:.0%} of the run, {said}")
+        lines.append(f"loss {loss:.3f} in epoch {fifth} of {epochs}, {said}")
     wanted = []
-    if history:
-        losses = history[-1]["losses"]
-        limits = {"plan_total": 0.2, "label": 0.1, "boundary": 0.1, "edt": 0.01}
-        wanted += [(n, losses[n], "<", limit) for n, limit in limits.items() if n in losses]
+    limits = {"plan_total": 0.2, "label": 0.1, "boundary": 0.1, "edt": 0.01}
+    wanted += [(n, losses[n], "<", limit) for n, limit in limits.items() if n in losses]
     if metrics:
         wanted += [
             ("adapted Rand error", metrics["adapted_rand_error"], "<", 0.05),

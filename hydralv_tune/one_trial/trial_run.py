@@ -34,6 +34,8 @@ from hydralv_tune.one_trial.training import Trainer, check_stopping, load_extern
 from hydralv_tune.one_trial.trial_facts import (
     check_continues,
     device_facts,
+    over_folds,
+    progress_facts,
     training_facts,
     verdicts,
     volume_facts,
@@ -56,6 +58,8 @@ BATCHES_AHEAD = 3
 """Batches read ahead from a volume on disk."""
 
 TRAINING_FORMAT = "hydralv_tune training"
+TRAINING_VERSION = 2
+"""Of the state of a training; one of another version lacks what this one goes on from."""
 
 
 @dataclass(frozen=True)
@@ -148,7 +152,9 @@ class TrialRun:
         )
         with seeded(seed, self.device):
             network = network_of(self.candidate)
-            self.weights = load_external_weights(network, self.candidate.model)
+            # A state to go on from holds what became of them; their file may be gone by then.
+            if not records.has_checkpoint(self.out / "last.ckpt"):
+                self.weights = load_external_weights(network, self.candidate.model)
         # Channels last: 1.0 to 2.3 times faster on a CPU (measured on four small networks).
         network.to(self.device).to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
         trainer = Trainer(self.candidate, network, sampler, self.device, seed=seed)
@@ -194,6 +200,11 @@ class TrialRun:
             state = records.load_checkpoint(path)
         if state.get("format") != TRAINING_FORMAT:
             raise InputError(f"{path}: is no state of a training. Give another --out.")
+        if state.get("version") != TRAINING_VERSION:
+            raise InputError(
+                f"{path}: is the state of a training in format {state.get('version')}, but this "
+                f"version of the tool goes on from {TRAINING_VERSION}. Give another --out."
+            )
         check_continues(
             str(self.out), state["candidate"], state["volumes"], self.candidate, self.fingerprints
         )
@@ -201,13 +212,12 @@ class TrialRun:
             fold.trainer.load_state_dict(kept)
         self.history = list(state["history"])
         self.best = dict(state["best"])
-        self.notes = list(state["notes"])
-        # An older state says its grid only by the candidate, which has it in every study.
-        grid = state["candidate"]["test"]["decoding_grid"] or self._ranking["grid"]
-        self._ranking = state.get("ranking") or {**self._ranking, "grid": grid}
+        self.notes, self.weights = list(state["notes"]), state["weights"]
+        self._ranking = state["ranking"]
         self.spent = {"evaluation": float(state["evaluation_s"]), "earlier": float(state["s"])}
         self.notes += [str(warning.message) for warning in caught]
-        self.notes.append(f"continued from step {self.folds[0].trainer.step}")
+        steps = dict.fromkeys(fold.trainer.step for fold in self.folds)
+        self.notes.append(f"continued from step {', '.join(map(str, steps))}")
 
     def score_anew(self) -> None:
         """Score the best checkpoint as is asked now, where it was ranked by other rules before."""
@@ -219,13 +229,10 @@ class TrialRun:
         outcome = self._score(self._best_units(), limited=not self.is_trained)
         before, at, count = self.best["value"], self.best["evaluation"], len(self.history)
         self._outcome = outcome
-        self.best = {
-            "value": outcome.value, "f1": outcome.f1, "evaluation": at,
-            "thinned": outcome.sweep.thinned,
-            "anew": {"metrics": _without_lists(outcome.metrics), "decoding": outcome.decoding},
-        }  # fmt: skip
+        anew = {"metrics": _without_lists(outcome.metrics), "decoding": outcome.decoding}
+        self.best = {**_best_of(outcome, at), "anew": anew}
         # What the study has learnt of the rows before stays; from the last one on, this counts.
-        self.history[-1] |= {"best_value": outcome.value, "best_f1_iou50": outcome.f1}
+        self.history[-1] |= self._best_so_far()
         self.notes.append(
             f"up to evaluation {count}, another {' and '.join(changed)} than now ranked the "
             f"checkpoints; the best one, of evaluation {at}, was scored anew: "
@@ -269,11 +276,7 @@ class TrialRun:
         won = better(outcome, self.best.get("value"), float(self.best.get("f1", 0.0)), guard)
         if won:
             self._outcome = outcome
-            self.best = {
-                "value": outcome.value, "f1": outcome.f1, "evaluation": number,
-                "thinned": outcome.sweep.thinned,
-                "folds": [fold["value"] for fold in outcome.folds],
-            }  # fmt: skip
+            self.best = _best_of(outcome, number)
             self._save_best(outcome)
         self.history.append(self._row(number, outcome, won))
         if won and self._drawing_s <= DRAWING_SHARE * self._trained_s:
@@ -333,31 +336,29 @@ class TrialRun:
             time_limit_s=max(share * self._trained_s, LEAST_SWEEP_S) if limited else None,
         )
 
-    def _row(self, number: int, outcome: Outcome, won: bool) -> dict[str, Any]:
-        """Return one row of the history."""
-        trainers = [fold.trainer for fold in self.folds]
-        losses = [trainer.losses() for trainer in trainers]
-        stopped = [trainer.stopped for trainer in trainers]
+    def _best_so_far(self) -> dict[str, Any]:
+        """Return what a row of the history says of the best checkpoint."""
+        folds = self.best["folds"] if len(self.folds) > 1 else None
         return {
-            "evaluation": number,
-            "step": trainers[0].step,
-            "epoch": trainers[0].epoch,
-            "lr": float(trainers[0].optimizer.param_groups[0]["lr"]),
-            "losses": {
-                key: sum(one[key] for one in losses) / len(losses) for key in losses[0]
-            },
-            "task_weights": {
-                task: float(weight) for task, weight in trainers[0].loss.task_weights().items()
-            },
-            "value": outcome.value,
             "best_value": self.best["value"],
             "best_f1_iou50": self.best["f1"],
-            "best_folds": self.best.get("folds") if len(self.folds) > 1 else None,
+            "best_folds": folds,
+        }
+
+    def _row(self, number: int, outcome: Outcome, won: bool) -> dict[str, Any]:
+        """Return one row of the history."""
+        trained = {fold.name: progress_facts(fold.trainer) for fold in self.folds}
+        return {
+            "evaluation": number,
+            **over_folds(trained),
+            "value": outcome.value,
+            **self._best_so_far(),
             "is_best": won,
             "metrics": _without_lists(outcome.metrics),
             "decoding": outcome.decoding,
             "folds": [
-                {**fold, "metrics": _without_lists(fold["metrics"])} for fold in outcome.folds
+                {**fold, **trained[fold["name"]], "metrics": _without_lists(fold["metrics"])}
+                for fold in outcome.folds
             ] if len(outcome.folds) > 1 else [],
             "thinned": outcome.sweep.thinned,
             "evaluation_s": outcome.seconds,
@@ -367,7 +368,6 @@ class TrialRun:
                 if self.device.type == "cuda" else None
             ),
             "checkpoint": str(self.out / "best.ckpt"),
-            "stopped": "; ".join(reason for reason in stopped if reason) or None,
         }  # fmt: skip
 
     def _save(self) -> None:
@@ -376,7 +376,7 @@ class TrialRun:
             self.out / "last.ckpt",
             {
                 "format": TRAINING_FORMAT,
-                "version": records.FORMAT_VERSION,
+                "version": TRAINING_VERSION,
                 "candidate": self.candidate.as_mapping(),
                 "volumes": [{"fingerprint": value} for value in self.fingerprints],
                 "folds": [fold.trainer.state_dict() for fold in self.folds],
@@ -384,6 +384,7 @@ class TrialRun:
                 "best": self.best,
                 "notes": self.notes,
                 "ranking": self._ranking,
+                "weights": self.weights,
                 "evaluation_s": self.spent["evaluation"],
                 "s": self.seconds,
             },
@@ -488,11 +489,23 @@ class TrialRun:
             decoding=best.get("decoding") if outcome is None else outcome.decoding,
             checkpoint=str(self.out / "best.ckpt") if self.best else None,
             folds=[] if outcome is None or len(outcome.folds) == 1 else list(outcome.folds),
-            verdicts=verdicts(self.history, metrics, self.plan.steps),
+            verdicts=verdicts([f.trainer.epoch_losses for f in self.folds], self.plan.epochs,
+                              losses, metrics),
             weights=self.weights,
             notes=[*self.notes, *(n for f in self.folds for n in f.trainer.notes), *stopped,
                    *thinned],
         )  # fmt: skip
+
+
+def _best_of(outcome: Outcome, evaluation: int) -> dict[str, Any]:
+    """Return what is kept of the best evaluation so far."""
+    return {
+        "value": outcome.value,
+        "f1": outcome.f1,
+        "folds": [fold["value"] for fold in outcome.folds],
+        "evaluation": evaluation,
+        "thinned": outcome.sweep.thinned,
+    }
 
 
 def _without_lists(metrics: Mapping[str, Any]) -> dict[str, Any]:

@@ -95,7 +95,7 @@ class Evaluation:
         best_f1_iou50: F1 at IoU 0.5 of that checkpoint, which the study's guard looks at; None
             in a training that began before this was recorded.
         metrics: Every figure of this evaluation.
-        losses: Means since the evaluation before.
+        losses: Means since the evaluation before; of a fold that stopped early its last ones.
         seconds: Spent on the trial so far, earlier attempts included.
         checkpoint: The best one so far.
         gpu_memory_gb: The most that torch has held on the GPU; None on a CPU.
