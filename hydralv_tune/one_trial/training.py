@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from hydralv_tune.disk import records
-from hydralv_tune.numerics.architectures import match_weights
+from hydralv_tune.numerics.architectures import match_weights, trunk_weights
 from hydralv_tune.numerics.augmentation import augment, resolve_preset
 from hydralv_tune.numerics.losses import LossResult, LossTerm, MultiTaskLoss
 from hydralv_tune.numerics.randomness import capture_random, restore_random, seeded
@@ -86,11 +86,7 @@ def build_loss(model: Model) -> MultiTaskLoss:
 
 def shared_parameter(network: nn.Module, model: Model) -> Tensor:
     """Return the convolution that GradNorm measures gradients on: no head, every task needs it."""
-    trunk = [
-        parameter
-        for parameter in network.parameters()
-        if parameter.ndim == 5 and parameter.shape[0] != model.out_channels
-    ]
+    trunk = trunk_weights(model.architecture, network)
     return trunk[0 if model.loss_balancing.gradnorm_parameter_strategy == "first" else -1]
 
 
