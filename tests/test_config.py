@@ -235,6 +235,11 @@ FAULTS = [
     ("inference: {test_time_augmentation: {flip_axes: [3]}}", "flip_axes .*axes are 0"),
     ("inference: {test_time_augmentation: {flip_axes: al}}", "flip_axes is 'al', but .*'all'"),
     ("inference: {test_time_augmentation: {rotation90_axes: [[1, 1]]}}", "a plane is two of"),
+    ("inference: {test_time_augmentation: {rotation90_axes: all}, sliding_window: {window_size: "
+     "[24, 128, 128]}}", r"rotation90_axes is 'all', but it turns the window \[24, 128, 128\] into "
+     r"\[128, 24, 128\] \(z, y, x\), and rsunet needs multiples of \[1, 16, 16\]. Try \[\[1, 2\]\]"),
+    ("inference: {test_time_augmentation: {rotation90_axes: [[0, 2]]}, sliding_window: {window_size: "
+     "[8, 128, 128]}}", r"rotation90_axes is \[\[0, 2\]\], but it turns .* into \[128, 128, 8\]"),
     ("inference: {test_time_augmentation: {channel_activations: [[0, 3, sigmoid]]}}", "tanh"),
     ("inference: {sliding_window: {overlap: 1.0}}", "overlap is 1.0, but it must be below 1"),
     ("test: {decoding: []}", "test.decoding is .*at least 1 entries"),
@@ -278,6 +283,15 @@ def test_no_odd_value_at_any_key_is_a_crash(odd: Any) -> None:
         except ConfigError:
             continue
         assert candidate_from_mapping(candidate.as_mapping(), place="again", base={}) is not None
+
+
+def test_a_turn_that_does_not_fit_is_no_fault_where_it_is_switched_off_or_none() -> None:
+    text = (
+        "inference: {test_time_augmentation: {rotation90_axes: all, %s}, "
+        "sliding_window: {window_size: [24, 128, 128]}}"
+    )
+    for said in ("enabled: false", "rotate90_k: [0, 2]"):
+        assert of(text % said).inference.test_time_augmentation.rotation90_axes == "all"
 
 
 def test_a_mapping_is_due() -> None:

@@ -322,7 +322,27 @@ def check_inference(candidate: Candidate, place: str) -> None:
                    "a plane is two of 0 (z), 1 (y), 2 (x)", "Try [[1, 2]].")  # fmt: skip
     if not set(tta.rotate90_k or []) <= {0, 1, 2, 3}:
         refuse(place, f"{path}.rotate90_k", tta.rotate90_k, "quarter turns are 0 to 3")
+    if tta.enabled:
+        _check_turned_window(candidate, place, f"{path}.rotation90_axes")
     _check_activations(tta.channel_activations, place, f"{path}.channel_activations")
+
+
+def _check_turned_window(candidate: Candidate, place: str, path: str) -> None:
+    """Check that the architecture can take the window as quarter turns give it."""
+    from hydralv_tune.numerics.architectures import network_arguments
+    from hydralv_tune.numerics.tta import distinct_transforms, unfit_turn
+
+    tta, model = candidate.inference.test_time_augmentation, candidate.model
+    window = candidate.inference.sliding_window.window_size or candidate.data.patch_size
+    keys = json.dumps(network_arguments(model.model_dump(mode="json")), sort_keys=True)
+    needed = _divisor(model.architecture, keys)
+    transforms = distinct_transforms(tta.flip_axes, tta.rotation90_axes, tta.rotate90_k)
+    turned = unfit_turn(transforms, window, needed)
+    if turned is not None:
+        refuse(place, path, tta.rotation90_axes,
+               f"it turns the window {list(window)} into {list(turned)} (z, y, x), and "
+               f"{model.architecture} needs multiples of {list(needed)}",
+               "Try [[1, 2]], or null.")  # fmt: skip
 
 
 def _check_activations(entries: list[list[Any]], place: str, path: str) -> None:
