@@ -12,7 +12,6 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Field, field_validator
 
 from hydralv_tune.vocabulary.section import (
-    Channels,
     Count,
     Filters,
     Finite,
@@ -80,7 +79,7 @@ class Model(Section):
     """`model`."""
 
     architecture: str = Field("rsunet", description="A name of the table of architectures.")
-    in_channels: Channels = Field(1, description="Channels of the image.")
+    in_channels: Literal[1] = Field(1, description="An image has one channel.")
     out_channels: Literal[3] = Field(3, description="Binary, boundary, distance.")
     input_size: Size3 | None = Field(None, description="No effect: `data.patch_size` decides.")
     output_size: Size3 | None = Field(None, description="No effect: `data.patch_size` decides.")
