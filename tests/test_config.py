@@ -185,7 +185,10 @@ FAULTS = [
     ("data: {split: {kind: holdout, fraction: 1}}", "split.fraction is 1.*must be below 1"),
     ("data: {split: {volumes: [a]}}", "split.volumes .*data.split.kind is none"),
     ("data: {sampling: {foreground_share: 1.5}}", "foreground_share is 1.5.*at most 1"),
-    ("monitor: {early_stopping: {enabled: true, monitor: val_loss}}", "only the training loss"),
+    ("monitor: {early_stopping: {enabled: true, monitor: val_loss}}", "only the total training "
+     "loss is watched"),
+    ("monitor: {early_stopping: {enabled: true, monitor: train_loss_boundary_epoch}}", "monitor is "
+     "'train_loss_boundary_epoch', but only the total .* Set it to train_loss_total_epoch"),
     ("monitor: {early_stopping: {threshold: 200}}", "threshold is 200.*divergence_threshold is 100"),
     ("monitor: {early_stopping: {threshold: .nan}}", "threshold is nan, but it must be a finite"),
     # Network
@@ -475,6 +478,10 @@ def test_what_the_plan_calls_320_patches_are_20_steps() -> None:
     ("text", "sentence"),
     [("monitor: {checkpoint: {save_top_k: 3}}", "No effect: monitor.checkpoint: last and best"),
      ("model: {input_size: [32, 128, 128]}", "No effect: model.input_size: `data.patch_size`"),
+     ("data: {val_resolution: [30, 8, 8]}", "No effect: data.val_resolution: no score depends on"),
+     ("data: {val_image: a.h5}", "No effect: data.val_image, val_label, val_mask: .* is none"),
+     ("monitor: {early_stopping: {enabled: false, monitor: train_loss_boundary_epoch}}",
+      "No effect: monitor.early_stopping: enabled is false"),
      ("optimization: {scheduler: {name: constant}}", "min_lr: the schedule is constant"),
      ("model: {loss_balancing: {gradnorm_alpha: 1.0}}", "gradnorm_.: the strategy is another"),
      ("data: {augmentation: {cutout: {prob: 0.3}}}", "cutout: the preset is some, and enabled"),

@@ -25,6 +25,7 @@ from hydralv_tune.one_trial.optimization import (
 )
 from hydralv_tune.one_trial.sampling import PatchSampler, boundary_arguments
 from hydralv_tune.one_trial.training_log import Clock, LossLog
+from hydralv_tune.vocabulary.candidate_rules import WATCHED
 from hydralv_tune.vocabulary.config import Candidate, Model
 from hydralv_tune.vocabulary.errors import (
     CheckpointError,
@@ -414,11 +415,11 @@ def check_stopping(candidate: Candidate) -> None:
     """Refuse a value that early stopping cannot watch.
 
     Raises:
-        ConfigError: `monitor.early_stopping.monitor` is not the training loss.
+        ConfigError: `monitor.early_stopping.monitor` is not the total training loss.
     """
     chosen = candidate.monitor.early_stopping
-    if chosen.enabled and not chosen.monitor.startswith("train_loss"):
+    if chosen.enabled and chosen.monitor != WATCHED:
         raise ConfigError(
-            f"monitor.early_stopping.monitor is '{chosen.monitor}', but only the training loss is "
-            "watched. Set train_loss_total_epoch."
+            f"monitor.early_stopping.monitor is '{chosen.monitor}', but only the total training "
+            f"loss is watched. Set {WATCHED}."
         )

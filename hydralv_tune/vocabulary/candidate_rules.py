@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from hydralv_tune.vocabulary.candidate import Augmentation, Candidate
 
 CHANNELS = 3
+WATCHED = "train_loss_total_epoch"
+"""What early stopping watches."""
 ACTIVATIONS = ("sigmoid", "sigmoid", "tanh")
 TARGETS: dict[str, dict[str, tuple[Any, ...]]] = {
     "binary": {},
@@ -226,10 +228,10 @@ def check_optimization(candidate: Candidate, place: str) -> None:
         refuse(place, "optimization.optimizer.betas", optimization.optimizer.betas,
                "both must be below 1", "Try [0.9, 0.999].")  # fmt: skip
     stop = candidate.monitor.early_stopping
-    if stop.enabled and not stop.monitor.startswith("train_loss"):
+    if stop.enabled and stop.monitor != WATCHED:
         refuse(place, "monitor.early_stopping.monitor", stop.monitor,
-               "only the training loss is watched; the pruner watches the score",
-               "Set it to train_loss_total_epoch.")  # fmt: skip
+               "only the total training loss is watched; the pruner watches the score",
+               f"Set it to {WATCHED}.")  # fmt: skip
     if None not in (stop.threshold, stop.divergence_threshold) and (
         (stop.threshold or 0) >= (stop.divergence_threshold or 0)
     ):
