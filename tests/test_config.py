@@ -224,6 +224,9 @@ FAULTS = [
     ("model: {multi_task_config: [[0, 3, label, [0, 1, 2, 3, 9]]]}", "losses are numbered 0 to 4"),
     ("model: {multi_task_config: [[0, 3, label]]}", r"it is \[first channel, end, task"),
     ("model: {multi_task_config: [[0, 4, label, [0]]]}", "channels must lie in 0 to 3"),
+    *((f"model: {{multi_task_config: [[0, 1, label, [0, 1]], [1, 2, {name}, [2, 3]], [2, 3, edt, [4]]]}}",
+       rf"multi_task_config\[1\] is \[1, 2, '{name}', .*{name} is recorded as a loss of its own. Give")
+      for name in ("total", "plan_total", "label_DiceLoss_0", "edt_SmoothL1Loss_4")),
     ("model: {loss_balancing: {strategy: uncertanty}}", "strategy is .*Did you mean 'uncertainty'"),
     # Targets and augmentation
     ("data: {label_transform: {targets: [{name: binary}]}}", "targets is .*in this order"),

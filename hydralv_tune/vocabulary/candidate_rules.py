@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
     from hydralv_tune.vocabulary.candidate import Augmentation, Candidate
 
 CHANNELS = 3
+TOTALS = {"total", "plan_total"}
+"""Losses that are recorded beside those of the tasks."""
 WATCHED = "train_loss_total_epoch"
 """What early stopping watches."""
 ACTIVATIONS = ("sigmoid", "sigmoid", "tanh")
@@ -152,7 +155,7 @@ def check_losses(candidate: Candidate, place: str) -> None:
         zip(model.loss_functions, model.loss_kwargs, strict=False)
     ):
         _check_loss(name, kwargs, place, f"model.loss_kwargs[{index}]")
-    _check_tasks(model.multi_task_config, count, place)
+    _check_tasks(model.multi_task_config, model.loss_functions, place)
 
 
 def _check_loss(name: str, kwargs: dict[str, Any], place: str, path: str) -> None:
@@ -181,9 +184,9 @@ def _loss_fault(name: str, kwargs: str) -> str | None:
     return None
 
 
-def _check_tasks(tasks: list[list[Any]], losses: int, place: str) -> None:
+def _check_tasks(tasks: list[list[Any]], functions: Sequence[str], place: str) -> None:
     """Check that every channel has one task and every loss at least one."""
-    path = "model.multi_task_config"
+    path, losses = "model.multi_task_config", len(functions)
     channels: list[int] = []
     used: set[int] = set()
     for index, task in enumerate(tasks):
@@ -202,8 +205,15 @@ def _check_tasks(tasks: list[list[Any]], losses: int, place: str) -> None:
             refuse(place, here, task, "it needs a loss")
         channels += range(first, end)
         used |= set(chosen)
-    if len({task[2] for task in tasks}) != len(tasks):
+    names = [task[2] for task in tasks]
+    if len(set(names)) != len(tasks):
         refuse(place, path, tasks, "each task needs a name of its own")
+    terms = {f"{task[2]}_{functions[loss]}_{loss}" for task in tasks for loss in task[3]}
+    taken = [name for name in names if name in terms | TOTALS]
+    if taken:
+        refuse(place, f"{path}[{names.index(taken[0])}]", tasks[names.index(taken[0])],
+               f"{taken[0]} is recorded as a loss of its own",
+               "Give the task another name.")  # fmt: skip
     if sorted(channels) != list(range(CHANNELS)):
         refuse(place, path, tasks, f"each of the {CHANNELS} channels needs exactly one task")
     unused = sorted(set(range(losses)) - used)
