@@ -18,6 +18,8 @@ import yaml
 
 from hydralv_tune.cli import exit_code
 from hydralv_tune.numerics.phantom import make_phantom
+from hydralv_tune.studies.study import Study
+from hydralv_tune.vocabulary.space import load_space
 
 Run = Callable[..., tuple[int, str, str]]
 SCORE_KEYS = {
@@ -52,6 +54,10 @@ def run(capfd: pytest.CaptureFixture[str]) -> Run:
         return code, captured.out, captured.err
 
     return run_command
+
+
+MARKUP = ("audit4[z 10:14]", "[/a]", "[bold]x[/bold]", ":warning:")
+"""Names that a terminal library would take for markup: dropped, an error, a style, an emoji."""
 
 
 def write(path: Path, array: np.ndarray, dataset: str = "main") -> Path:
@@ -455,3 +461,26 @@ def test_a_cluster_that_cannot_hold_a_trial_is_refused_before_the_study_is_made(
     )  # fmt: skip
     assert word in message
     assert not out.exists()
+
+
+@pytest.mark.parametrize("name", MARKUP)
+def test_a_name_that_looks_like_markup_is_told_as_it_is(
+    run: Run,
+    volume: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    storage = f"sqlite:///{tmp_path / 'study.db'}"
+    Study.open(storage, name, space=load_space("smoke"), create=True).close()
+    target = f"{name}/seg.h5"
+    for words, told in (
+        (["decode", "--probabilities", volume["p"], "--out", target], f"out{target}"),
+        (["score", "--prediction", target, "--label", volume["label"]], f"{target}against"),
+        (["status", "--storage", storage, "--study", name], f"Study{name}"),
+    ):
+        code, out, err = run(*words)
+        assert code == 0, err
+        # Long titles and cells are broken over lines.
+        assert told.replace(" ", "") in "".join(out.split())
