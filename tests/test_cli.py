@@ -23,6 +23,7 @@ from commands_in_a_process import environment
 from hydralv_tune.cli import exit_code
 from hydralv_tune.numerics.phantom import make_phantom
 from hydralv_tune.studies.study import Study, open_readonly
+from hydralv_tune.vocabulary.space import load_space
 
 Run = Callable[..., tuple[int, str, str]]
 FLAGS = {"im": "--image", "label": "--label", "mask": "--mask"}
@@ -58,6 +59,10 @@ def run(capfd: pytest.CaptureFixture[str]) -> Run:
         return code, captured.out, captured.err
 
     return run_command
+
+
+MARKUP = ("audit4[z 10:14]", "[/a]", "[bold]x[/bold]", ":warning:")
+"""Names that a terminal library would take for markup: dropped, an error, a style, an emoji."""
 
 
 def write(path: Path, array: np.ndarray, dataset: str = "main") -> Path:
@@ -551,3 +556,26 @@ def test_a_password_on_the_command_line_does_not_stay_there(
     assert "topsecret" not in said
     written = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert not [path for path in written if b"topsecret" in path.read_bytes()]
+
+
+@pytest.mark.parametrize("name", MARKUP)
+def test_a_name_that_looks_like_markup_is_told_as_it_is(
+    run: Run,
+    volume: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    storage = f"sqlite:///{tmp_path / 'study.db'}"
+    Study.open(storage, name, space=load_space("smoke"), create=True).close()
+    target = f"{name}/seg.h5"
+    for words, told in (
+        (["decode", "--probabilities", volume["p"], "--out", target], f"out{target}"),
+        (["score", "--prediction", target, "--label", volume["label"]], f"{target}against"),
+        (["status", "--storage", storage, "--study", name], f"Study{name}"),
+    ):
+        code, out, err = run(*words)
+        assert code == 0, err
+        # Long titles and cells are broken over lines.
+        assert told.replace(" ", "") in "".join(out.split())

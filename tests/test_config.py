@@ -185,7 +185,10 @@ FAULTS = [
     ("data: {split: {kind: holdout, fraction: 1}}", "split.fraction is 1.*must be below 1"),
     ("data: {split: {volumes: [a]}}", "split.volumes .*data.split.kind is none"),
     ("data: {sampling: {foreground_share: 1.5}}", "foreground_share is 1.5.*at most 1"),
-    ("monitor: {early_stopping: {enabled: true, monitor: val_loss}}", "only the training loss"),
+    ("monitor: {early_stopping: {enabled: true, monitor: val_loss}}", "only the total training "
+     "loss is watched"),
+    ("monitor: {early_stopping: {enabled: true, monitor: train_loss_boundary_epoch}}", "monitor is "
+     "'train_loss_boundary_epoch', but only the total .* Set it to train_loss_total_epoch"),
     ("monitor: {early_stopping: {threshold: 200}}", "threshold is 200.*divergence_threshold is 100"),
     ("monitor: {early_stopping: {threshold: .nan}}", "threshold is nan, but it must be a finite"),
     # Network
@@ -199,7 +202,8 @@ FAULTS = [
     ("model: {norm: bach}", "model: Unknown norm 'bach'. Known"),
     ("model: {down_factors: [[1, 2, 2]]}", "model.down_factors has 1 entries, but filters"),
     ("model: {dropout: 1.0}", "model.dropout is 1.0, but it must be below 1"),
-    ("model: {out_channels: 2}", "model.out_channels is 2, but it must be one of 3"),
+    ("model: {out_channels: 2}", "model.out_channels is 2, but it must be 3"),
+    ("model: {in_channels: 2}", "model.in_channels is 2, but it must be 1"),
     ("data: {patch_size: [32, 120, 128]}", "data.patch_size: patch .*multiples of"),
     ("model: {architecture: mednext}\ndata: {patch_size: [12, 128, 128]}", "data.patch_size: "),
     ("inference: {sliding_window: {window_size: [32, 100, 128]}}", r"window_size is .*Try \[32, 96"),
@@ -220,6 +224,9 @@ FAULTS = [
     ("model: {multi_task_config: [[0, 3, label, [0, 1, 2, 3, 9]]]}", "losses are numbered 0 to 4"),
     ("model: {multi_task_config: [[0, 3, label]]}", r"it is \[first channel, end, task"),
     ("model: {multi_task_config: [[0, 4, label, [0]]]}", "channels must lie in 0 to 3"),
+    *((f"model: {{multi_task_config: [[0, 1, label, [0, 1]], [1, 2, {name}, [2, 3]], [2, 3, edt, [4]]]}}",
+       rf"multi_task_config\[1\] is \[1, 2, '{name}', .*{name} is recorded as a loss of its own. Give")
+      for name in ("total", "plan_total", "label_DiceLoss_0", "edt_SmoothL1Loss_4")),
     ("model: {loss_balancing: {strategy: uncertanty}}", "strategy is .*Did you mean 'uncertainty'"),
     # Targets and augmentation
     ("data: {label_transform: {targets: [{name: binary}]}}", "targets is .*in this order"),
@@ -235,6 +242,11 @@ FAULTS = [
     ("inference: {test_time_augmentation: {flip_axes: [3]}}", "flip_axes .*axes are 0"),
     ("inference: {test_time_augmentation: {flip_axes: al}}", "flip_axes is 'al', but .*'all'"),
     ("inference: {test_time_augmentation: {rotation90_axes: [[1, 1]]}}", "a plane is two of"),
+    ("inference: {test_time_augmentation: {rotation90_axes: all}, sliding_window: {window_size: "
+     "[24, 128, 128]}}", r"rotation90_axes is 'all', but it turns the window \[24, 128, 128\] into "
+     r"\[128, 24, 128\] \(z, y, x\), and rsunet needs multiples of \[1, 16, 16\]. Try \[\[1, 2\]\]"),
+    ("inference: {test_time_augmentation: {rotation90_axes: [[0, 2]]}, sliding_window: {window_size: "
+     "[8, 128, 128]}}", r"rotation90_axes is \[\[0, 2\]\], but it turns .* into \[128, 128, 8\]"),
     ("inference: {test_time_augmentation: {channel_activations: [[0, 3, sigmoid]]}}", "tanh"),
     ("inference: {sliding_window: {overlap: 1.0}}", "overlap is 1.0, but it must be below 1"),
     ("test: {decoding: []}", "test.decoding is .*at least 1 entries"),
@@ -278,6 +290,15 @@ def test_no_odd_value_at_any_key_is_a_crash(odd: Any) -> None:
         except ConfigError:
             continue
         assert candidate_from_mapping(candidate.as_mapping(), place="again", base={}) is not None
+
+
+def test_a_turn_that_does_not_fit_is_no_fault_where_it_is_switched_off_or_none() -> None:
+    text = (
+        "inference: {test_time_augmentation: {rotation90_axes: all, %s}, "
+        "sliding_window: {window_size: [24, 128, 128]}}"
+    )
+    for said in ("enabled: false", "rotate90_k: [0, 2]"):
+        assert of(text % said).inference.test_time_augmentation.rotation90_axes == "all"
 
 
 def test_a_mapping_is_due() -> None:
@@ -460,6 +481,10 @@ def test_what_the_plan_calls_320_patches_are_20_steps() -> None:
     ("text", "sentence"),
     [("monitor: {checkpoint: {save_top_k: 3}}", "No effect: monitor.checkpoint: last and best"),
      ("model: {input_size: [32, 128, 128]}", "No effect: model.input_size: `data.patch_size`"),
+     ("data: {val_resolution: [30, 8, 8]}", "No effect: data.val_resolution: no score depends on"),
+     ("data: {val_image: a.h5}", "No effect: data.val_image, val_label, val_mask: .* is none"),
+     ("monitor: {early_stopping: {enabled: false, monitor: train_loss_boundary_epoch}}",
+      "No effect: monitor.early_stopping: enabled is false"),
      ("optimization: {scheduler: {name: constant}}", "min_lr: the schedule is constant"),
      ("model: {loss_balancing: {gradnorm_alpha: 1.0}}", "gradnorm_.: the strategy is another"),
      ("data: {augmentation: {cutout: {prob: 0.3}}}", "cutout: the preset is some, and enabled"),

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from hydralv_tune.commands.console import stderr
 from hydralv_tune.commands.live_view import LiveView, clock, event_line
 
 
@@ -97,3 +98,15 @@ def test_event_lines_leave_out_what_is_not_known() -> None:
 )
 def test_seconds_read_as_a_clock(seconds: float | None, text: str) -> None:
     assert clock(seconds) == text
+
+
+def test_names_that_look_like_markup_are_shown_as_they_are(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    view = LiveView("[/a]", trials=10)
+    view.on_event(Happened("trial_started", 0, {"warm_start": "mine[z 10:14]", "params": {}}))
+    capfd.readouterr()
+    stderr.print(view)
+    told = capfd.readouterr().err
+    assert "Study [/a]:" in told
+    assert "mine[z 10:14]" in told

@@ -470,6 +470,36 @@ class TestBalancing:
             MultiTaskLoss(PLAN, balancing=balancing, balancing_kwargs=kwargs)
 
     @pytest.mark.parametrize("balancing", ["none", "uncertainty", "gradnorm"])
+    def test_a_task_of_weight_0_has_no_part_in_the_balance(self, balancing: str) -> None:
+        # Two tasks with and without a dead third: the same total, the same weights, all the way.
+        dead = tuple(
+            LossTerm(**{**vars(term), "weight": 0.0 if term.task == "label" else term.weight})
+            for term in PLAN
+        )
+        alive = tuple(term for term in dead if term.task != "label")
+        totals: list[list[float]] = []
+        for terms in (dead, alive):
+            torch.manual_seed(0)
+            loss = MultiTaskLoss(terms, balancing=balancing)
+            shared = torch.nn.Parameter(torch.eye(3).reshape(3, 3, 1, 1, 1))
+            optimizer = torch.optim.SGD([shared, *loss.parameters()], lr=0.1)
+            totals.append([])
+            for step in range(30):
+                (output,), targets, mask = three(step)
+                optimizer.zero_grad()
+                result = loss(F.conv3d(output.detach(), shared), targets, mask)
+                loss.rebalance(shared)
+                result.total.backward()
+                optimizer.step()
+                totals[-1].append(result.total.item())
+            assert set(loss.task_weights()) == {"boundary", "edt"}
+            if balancing == "gradnorm":
+                assert sum(loss.task_weights().values()) == pytest.approx(2.0)
+        assert totals[0] == totals[1]
+        assert set(result.tasks) == {"boundary", "edt"}
+        assert set(MultiTaskLoss(dead)(output, targets, mask).tasks) == {"label", "boundary", "edt"}
+
+    @pytest.mark.parametrize("balancing", ["none", "uncertainty", "gradnorm"])
     def test_a_small_network_learns_under_it(self, balancing: str) -> None:
         torch.manual_seed(0)
         image = torch.randn(1, 1, 4, 16, 16)

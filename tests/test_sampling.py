@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from hydralv_tune.disk.volumes import Volume, VolumePaths
+from hydralv_tune.numerics.augmentation import augment
 from hydralv_tune.numerics.normalisation import fit_normalisation, normalise
 from hydralv_tune.numerics.targets import instance_edt
 from hydralv_tune.one_trial.lazy_reader import (
@@ -88,6 +89,40 @@ def test_training_normalises_as_prediction_does(mode: str) -> None:
     patch = source.cut(np.array([[2, 5, 9]]), SIZE).image[0, 0].numpy()
     whole = normalise(given.image, mode=mode, clip_low=0.05, clip_high=0.95)
     np.testing.assert_allclose(patch, whole[2:6, 5:21, 9:25], atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", [ResidentVolume, LazySource])
+@pytest.mark.parametrize(
+    ("mode", "ranges"),
+    [
+        ("none", [(7.0, 229.0), (7 / 255, 229 / 255), (7.0 - 300, 229.0 - 300)]),
+        ("0-1", [(0.0, 1.0)] * 3),
+        ("z_volume", [(-3.0, 3.0)] * 3),
+        ("z_section", [(-3.0, 3.0)] * 3),
+    ],
+)
+def test_black_and_white_are_those_of_the_image_that_the_network_gets(
+    kind: type, mode: str, ranges: list[tuple[float, float]]
+) -> None:
+    given = volume()
+    bits = given.image
+    data = settings(image_transform={"normalize": mode})
+    images = (bits, (bits / 255).astype(np.float32), bits.astype(np.int16) - 300)
+    knobs = {"prob": 1.0, "contrast_prob": 0.0, "shift_intensity_prob": 1.0,
+             "gaussian_noise_prob": 1.0, "gaussian_noise_std": 0.03,
+             "shift_intensity_offset": 0.1}  # fmt: skip
+    changes = []
+    for image, expected in zip(images, ranges, strict=True):
+        own = Volume("v", image, given.label, given.mask)
+        source = kind(as_lazy(own) if kind is LazySource else own, data, CPU, 0)
+        patch = source.cut(np.array([[4, 8, 8]]), SIZE)
+        assert patch.intensity_range == pytest.approx(expected)
+        noisy = augment(patch, {"intensity": knobs}, torch.Generator().manual_seed(0))
+        changes.append((noisy.image - patch.image) / patch.contrast)
+    # The knobs are shares, so they change an image alike in whatever unit it comes.
+    for change in changes:
+        torch.testing.assert_close(change, changes[0], atol=1e-4, rtol=0)
+        assert 0.01 < float(change.abs().mean()) < 0.2
 
 
 def test_one_kernel_and_slices_cut_the_same() -> None:

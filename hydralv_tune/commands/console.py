@@ -21,8 +21,10 @@ from rich.progress import (
 )
 from rich.table import Table
 
-stderr = Console(stderr=True, highlight=False)
-stdout = Console(highlight=False)
+# Names of studies, folders and recipes are a user's: what looks like markup or an emoji in them is
+# none, so neither console knows any.
+stderr = Console(stderr=True, highlight=False, markup=False, emoji=False)
+stdout = Console(highlight=False, markup=False, emoji=False)
 
 ProgressCallback = Callable[[int, int], None]
 
@@ -57,7 +59,7 @@ def print_json(document: Mapping[str, Any]) -> None:
 
 def say(text: str) -> None:
     """Print a line for people on stderr."""
-    stderr.print(text, markup=False, soft_wrap=True)
+    stderr.print(text, soft_wrap=True)
 
 
 def format_value(value: Any) -> str:
@@ -101,7 +103,7 @@ def print_rows(title: str, rows: Sequence[Mapping[str, Any]]) -> None:
 def progress_bar(description: str) -> Iterator[ProgressCallback]:
     """Show a bar on stderr and yield the callback `(done, total)` that moves it."""
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,6 @@ import numpy as np
 import numpy.typing as npt
 
 from hydralv_tune.disk.volumes import Volume
-from hydralv_tune.numerics.targets import instance_boundary
 
 Array = npt.NDArray[Any]
 
@@ -32,6 +31,7 @@ class Monitor:
         from torch.utils.tensorboard import SummaryWriter
 
         self.problem: str | None = None
+        self._targets: dict[tuple[str, int], Array] = {}
         self.writer = SummaryWriter(str(folder), purge_step=step + 1)
 
     def scalars(self, step: int, groups: Mapping[str, Mapping[str, Any]]) -> None:
@@ -47,7 +47,14 @@ class Monitor:
                     if isinstance(value, int | float) and not isinstance(value, bool):
                         self.writer.add_scalar(f"{group}/{name}", value, step)
 
-    def slices(self, step: int, volume: Volume, probabilities: Array, segmentation: Array) -> None:
+    def slices(
+        self,
+        step: int,
+        volume: Volume,
+        probabilities: Array,
+        segmentation: Array,
+        targets: Callable[[int], Array],
+    ) -> None:
         """Write sections of image, targets, prediction and segmentation side by side.
 
         Args:
@@ -55,19 +62,19 @@ class Monitor:
             volume: With a label.
             probabilities: (3, Z, Y, X).
             segmentation: (Z, Y, X).
+            targets: Function of a section that gives what is trained, (3, Y, X); asked once.
         """
         label = volume.label
         assert label is not None, "checked by the split"
         filled = np.count_nonzero(label.reshape(len(label), -1), axis=1)
         for z in sorted(np.argsort(-filled, kind="stable")[:SLICES]):
-            section = slice(z, z + 1)
+            place = (volume.name, int(z))
+            if place not in self._targets:
+                self._targets[place] = targets(int(z))
             row = [
                 _grey(volume.image[z]),
-                (label[z] > 0).astype(np.float32),
-                instance_boundary(label[section])[0].astype(np.float32),
-                probabilities[0, z].astype(np.float32),
-                probabilities[1, z].astype(np.float32),
-                (probabilities[2, z].astype(np.float32) + 1) / 2,
+                *_shown(self._targets[place]),
+                *_shown(probabilities[:, z]),
                 (segmentation[z] > 0).astype(np.float32),
             ]
             with self._watched():
@@ -88,6 +95,12 @@ class Monitor:
             yield
         except OSError as error:
             self.problem = f"TensorBoard events are incomplete: {error.strerror or error}"
+
+
+def _shown(maps: Array) -> list[npt.NDArray[np.float32]]:
+    """Return binary, boundary and distance (3, Y, X) in [0, 1]."""
+    binary, boundary, distance = maps.astype(np.float32)
+    return [binary, boundary, (distance + 1) / 2]
 
 
 def _grey(section: Array) -> npt.NDArray[np.float32]:

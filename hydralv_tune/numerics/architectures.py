@@ -49,6 +49,7 @@ class Architecture:
         divisor: Function of the keys that gives what (z, y, x) of a patch must be multiples of.
         path: Function of (keys, axis) that gives the layers from an output voxel back to the
             image, on the way through the coarsest level.
+        heads: Start of the names of the modules that turn features into logits.
         refusals: Why a key that others accept has no effect here.
     """
 
@@ -57,6 +58,7 @@ class Architecture:
     deep_supervision: bool
     divisor: Callable[[Arguments], Size3]
     path: Callable[[Arguments, int], list[Step]]
+    heads: tuple[str, ...]
     refusals: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -238,6 +240,25 @@ def parameter_count(network: nn.Module) -> int:
     return sum(p.numel() for p in network.parameters() if p.requires_grad)
 
 
+def trunk_weights(name: str, network: nn.Module) -> list[Tensor]:
+    """Return the weights of the convolutions before the heads, first to last.
+
+    Args:
+        name: A name of `ARCHITECTURES`.
+        network: As `build_network` gives it for that name.
+
+    Raises:
+        ValueError: The name is unknown.
+    """
+    heads = architecture(name).heads
+    return [
+        module.weight
+        for key, module in network.named_modules()
+        if isinstance(module, nn.Conv3d | nn.ConvTranspose3d)
+        and not any(f"{key}.".startswith(f"{head}.") for head in heads)
+    ]
+
+
 def match_weights(
     network: nn.Module, state_dict: Mapping[str, Any], *, prefix: str = "", strict: bool = True
 ) -> WeightsReport:
@@ -342,6 +363,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         deep_supervision=True,
         divisor=lambda keys: whole_factor(level_factors(keys, "down_factors")),
         path=rsunet_path,
+        heads=("output_head", "ds_heads"),
         refusals={
             "strides": "it pools by down_factors instead",
             "num_res_units": "each block holds exactly one residual pair",
@@ -356,6 +378,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         deep_supervision=True,
         divisor=lambda keys: (16, 16, 16),
         path=basic_unet_path,
+        heads=("final_conv", "ds_heads"),
         refusals={
             "kernel_size": "MONAI fixes its kernels at 3",
             "strides": "MONAI fixes its pooling at 2 in z, y and x",
@@ -373,6 +396,8 @@ ARCHITECTURES: dict[str, Architecture] = {
         deep_supervision=True,
         divisor=lambda keys: whole_factor(level_factors(keys, "strides")),
         path=unet_path,
+        # Its last decoder gives logits itself.
+        heads=("model.2", "ds_heads"),
         refusals={
             "down_factors": "strides is its key",
             "upsample": "it always up-samples by transposed convolution",
@@ -386,6 +411,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         deep_supervision=True,
         divisor=lambda keys: (16, 16, 16),
         path=mednext_path,
+        heads=("out_0", "out_blocks"),
         refusals={
             "dropout": "MedNeXt has no dropout",
             "norm": "MedNeXt normalises each channel by itself, by definition",

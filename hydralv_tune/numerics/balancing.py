@@ -96,7 +96,8 @@ class UncertaintyBalancing(NoBalancing):
 class GradNormBalancing(NoBalancing):
     """Keeps the tasks' gradients on a shared parameter in step with how fast each task learns.
 
-    The weights always sum to the number of tasks. They are no parameters of the optimizer: the
+    The weights always sum to the number of tasks, so a task that is not learned must not be among
+    them: it would take the weight of the others. They are no parameters of the optimizer: the
     trainer calls `rebalance` after the forward and before the backward pass, as often as it
     likes, and the weights take a step of their own.
 

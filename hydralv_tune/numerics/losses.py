@@ -131,7 +131,8 @@ class MultiTaskLoss(nn.Module):
 
     Args:
         terms: The losses.
-        balancing: `none`, `uncertainty` or `gradnorm`: how the tasks are weighed.
+        balancing: `none`, `uncertainty` or `gradnorm`: how the tasks are weighed. A task whose
+            terms all weigh 0 is scored, but neither learned nor balanced.
         balancing_kwargs: Arguments of the strategy.
         deep_supervision_weights: Weight of each head from fine to coarse; 1, 0.5, 0.25, …
             without it.
@@ -153,7 +154,9 @@ class MultiTaskLoss(nn.Module):
         self.terms = tuple(terms)
         _check_terms(self.terms)
         self.tasks = tuple(dict.fromkeys(term.task for term in self.terms))
-        self.balance = build_balancing(balancing, self.tasks, balancing_kwargs)
+        learned = {term.task for term in self.terms if term.weight > 0}
+        self.learned = tuple(task for task in self.tasks if task in learned)
+        self.balance = build_balancing(balancing, self.learned, balancing_kwargs)
         self.deep_supervision_weights = _checked_weights(deep_supervision_weights)
 
     def forward(
@@ -183,7 +186,7 @@ class MultiTaskLoss(nn.Module):
                     parts[term.name] = loss.detach()
                 share = weight * term.weight * loss
                 sums[term.task] = sums[term.task] + share if term.task in sums else share
-        total = self.balance(torch.stack([sums[task] for task in self.tasks]))
+        total = self.balance(torch.stack([sums[task] for task in self.learned]))
         return LossResult(total=total, parts=parts, tasks=self._task_means(parts))
 
     def rebalance(self, shared_parameter: Tensor) -> None:
@@ -195,8 +198,8 @@ class MultiTaskLoss(nn.Module):
         self.balance.rebalance(shared_parameter)
 
     def task_weights(self) -> dict[str, Tensor]:
-        """Return the factor that balancing puts on each task, detached."""
-        return dict(zip(self.tasks, self.balance.weights(), strict=True))
+        """Return the factor that balancing puts on each task that is learned, detached."""
+        return dict(zip(self.learned, self.balance.weights(), strict=True))
 
     def _head_weights(self, heads: int) -> list[float]:
         """Return one weight per head."""

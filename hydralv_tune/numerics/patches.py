@@ -14,14 +14,8 @@ from torch import Tensor
 
 Span = float | Sequence[float]
 
-INTENSITY_RANGES = {
-    "0-1": (0.0, 1.0),
-    "z_volume": (-3.0, 3.0),
-    "z_section": (-3.0, 3.0),
-    "none": (0.0, 255.0),
-}
-"""Black and white after each normalisation: three spreads hold nearly all of a standardised image,
-and an image that is not normalised is taken for one of 8 bits."""
+INTENSITY_RANGES = {"0-1": (0.0, 1.0), "z_volume": (-3.0, 3.0), "z_section": (-3.0, 3.0)}
+"""Black and white after a normalisation: three spreads hold nearly all of a standardised image."""
 
 
 @dataclass(frozen=True)
@@ -93,6 +87,18 @@ class Patches:
                 f"Patches have the types image {kinds[0]}, labels {self.labels.dtype}, edt "
                 f"{kinds[1]}, mask {kinds[2]}; they must be float32, int32, float32, bool."
             )
+
+
+def intensity_range(mode: str, low: float, high: float) -> tuple[float, float]:
+    """Return black and white of a normalised volume.
+
+    Args:
+        mode: Of the normalisation. Under `none` intensities stay those of the file, so black and
+            white are the volume's own: 0 and 255, or 0 and 1.
+        low: Least intensity kept.
+        high: Largest intensity kept.
+    """
+    return INTENSITY_RANGES.get(mode, (low, high))
 
 
 def host_generator(generator: torch.Generator) -> torch.Generator:

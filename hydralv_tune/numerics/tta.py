@@ -106,6 +106,23 @@ def distinct_transforms(
     return tuple(sorted(found))
 
 
+def unfit_turn(
+    transforms: Sequence[Transform], size: Sequence[int], multiples: Sequence[int]
+) -> tuple[int, int, int] | None:
+    """Return the first shape a window is turned into that an architecture cannot take, if any.
+
+    Args:
+        transforms: As `distinct_transforms` returns them.
+        size: Of the window (z, y, x).
+        multiples: What the sides must be multiples of (z, y, x).
+    """
+    for transform in transforms:
+        turned = transform.shape(size)
+        if any(side % d for side, d in zip(turned, multiples, strict=True)):
+            return turned
+    return None
+
+
 def activate(logits: Tensor, activations: Sequence[Sequence[Any]]) -> Tensor:
     """Return probabilities of logits, each range of channels through its activation.
 

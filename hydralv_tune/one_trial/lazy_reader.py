@@ -21,7 +21,7 @@ from hydralv_tune.disk.volumes import (
     read_voxel_size_nm,
 )
 from hydralv_tune.numerics.normalisation import FILL_SHARE, Normalisation, normalisation_of
-from hydralv_tune.numerics.patches import INTENSITY_RANGES, Patches
+from hydralv_tune.numerics.patches import Patches, intensity_range
 from hydralv_tune.numerics.targets import instance_edt
 from hydralv_tune.one_trial.sampling import (
     MOST_PLACES,
@@ -384,13 +384,16 @@ class LazySource:
         self.volume = volume
         self.device = device
         self.voxel_size_nm = known_voxel_size(data, volume)
-        self.intensity_range = INTENSITY_RANGES[data.image_transform.normalize]
         self.pad = data.pad_size
         self.pad_mode = PAD_MODES[data.pad_mode]
         self.places = stream_places(volume, pad=data.pad_size, seed=seed)
         self.distance_arguments = distance_arguments(data, volume)
         with as_input_error(f"Volume '{volume.name}'"):
             fitted = stream_normalisation(cast(Windowed, volume.image), data)
+        mode = data.image_transform.normalize
+        self.intensity_range = intensity_range(
+            mode, float(fitted.low.min()), float(fitted.high.max())
+        )
         fitted = padded_normalisation(fitted, self.pad[0], data.pad_mode)
         self.per_section = {
             name: torch.from_numpy(getattr(fitted, name))

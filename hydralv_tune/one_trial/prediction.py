@@ -22,7 +22,13 @@ from hydralv_tune.numerics.architectures import (
     network_arguments,
 )
 from hydralv_tune.numerics.normalisation import fit_normalisation
-from hydralv_tune.numerics.tta import Transform, activate, distinct_transforms, ensemble
+from hydralv_tune.numerics.tta import (
+    Transform,
+    activate,
+    distinct_transforms,
+    ensemble,
+    unfit_turn,
+)
 from hydralv_tune.one_trial.sampling import padded_normalisation
 from hydralv_tune.vocabulary.config import Candidate, candidate_from_mapping
 from hydralv_tune.vocabulary.errors import CheckpointError, ConfigError, InputError, TrialFailed
@@ -205,14 +211,13 @@ def transforms_of(candidate: Candidate) -> tuple[Transform, ...]:
     transforms = distinct_transforms(tta.flip_axes, tta.rotation90_axes, tta.rotate90_k)
     size = candidate.inference.sliding_window.window_size or candidate.data.patch_size
     needed = divisor(candidate.model.architecture, network_arguments(candidate.model.model_dump()))
-    for transform in transforms:
-        turned = transform.shape(size)
-        if any(s % d for s, d in zip(turned, needed, strict=True)):
-            raise ValueError(
-                f"inference.test_time_augmentation.rotation90_axes turns the window {tuple(size)} "
-                f"into {turned} (z, y, x), but {candidate.model.architecture} needs multiples of "
-                f"{needed}. Try [[1, 2]]."
-            )
+    turned = unfit_turn(transforms, size, needed)
+    if turned is not None:
+        raise ValueError(
+            f"inference.test_time_augmentation.rotation90_axes turns the window {tuple(size)} "
+            f"into {turned} (z, y, x), but {candidate.model.architecture} needs multiples of "
+            f"{needed}. Try [[1, 2]]."
+        )
     return transforms
 
 

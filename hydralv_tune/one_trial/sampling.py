@@ -20,7 +20,7 @@ from torch import Tensor
 
 from hydralv_tune.disk.volumes import Volume
 from hydralv_tune.numerics.normalisation import Normalisation, fit_normalisation
-from hydralv_tune.numerics.patches import INTENSITY_RANGES, Patches
+from hydralv_tune.numerics.patches import Patches, intensity_range
 from hydralv_tune.numerics.targets import instance_edt
 from hydralv_tune.vocabulary.config import Data
 from hydralv_tune.vocabulary.errors import ConfigError, as_input_error
@@ -157,7 +157,9 @@ class ResidentVolume:
             distance = instance_edt(label, **distance_arguments(data, volume))
         pad = data.pad_size
         self.voxel_size_nm = known_voxel_size(data, volume)
-        self.intensity_range = INTENSITY_RANGES[chosen.normalize]
+        self.intensity_range = intensity_range(
+            chosen.normalize, float(fitted.low.min()), float(fitted.high.max())
+        )
         self.places = find_places(volume.name, label, volume.mask, pad=pad, seed=seed)
         self.device = device
         self.image = upload(_padded(volume.image, pad, PAD_MODES[data.pad_mode]), device)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from hydralv_tune.disk import records
-from hydralv_tune.numerics.architectures import match_weights
+from hydralv_tune.numerics.architectures import match_weights, trunk_weights
 from hydralv_tune.numerics.augmentation import augment, resolve_preset
 from hydralv_tune.numerics.losses import LossResult, LossTerm, MultiTaskLoss
 from hydralv_tune.numerics.randomness import capture_random, restore_random, seeded
@@ -25,6 +25,7 @@ from hydralv_tune.one_trial.optimization import (
 )
 from hydralv_tune.one_trial.sampling import PatchSampler, boundary_arguments
 from hydralv_tune.one_trial.training_log import Clock, LossLog
+from hydralv_tune.vocabulary.candidate_rules import WATCHED
 from hydralv_tune.vocabulary.config import Candidate, Model
 from hydralv_tune.vocabulary.errors import (
     CheckpointError,
@@ -86,11 +87,7 @@ def build_loss(model: Model) -> MultiTaskLoss:
 
 def shared_parameter(network: nn.Module, model: Model) -> Tensor:
     """Return the convolution that GradNorm measures gradients on: no head, every task needs it."""
-    trunk = [
-        parameter
-        for parameter in network.parameters()
-        if parameter.ndim == 5 and parameter.shape[0] != model.out_channels
-    ]
+    trunk = trunk_weights(model.architecture, network)
     return trunk[0 if model.loss_balancing.gradnorm_parameter_strategy == "first" else -1]
 
 
@@ -437,11 +434,11 @@ def check_stopping(candidate: Candidate) -> None:
     """Refuse a value that early stopping cannot watch.
 
     Raises:
-        ConfigError: `monitor.early_stopping.monitor` is not the training loss.
+        ConfigError: `monitor.early_stopping.monitor` is not the total training loss.
     """
     chosen = candidate.monitor.early_stopping
-    if chosen.enabled and not chosen.monitor.startswith("train_loss"):
+    if chosen.enabled and chosen.monitor != WATCHED:
         raise ConfigError(
-            f"monitor.early_stopping.monitor is '{chosen.monitor}', but only the training loss is "
-            "watched. Set train_loss_total_epoch."
+            f"monitor.early_stopping.monitor is '{chosen.monitor}', but only the total training "
+            f"loss is watched. Set {WATCHED}."
         )

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from hydralv_tune.one_trial.lazy_reader import (
 )
 from hydralv_tune.one_trial.prediction import network_of
 from hydralv_tune.one_trial.sampling import PatchSampler, ResidentVolume
+from hydralv_tune.one_trial.section_targets import section_targets
 from hydralv_tune.one_trial.splits import Fold, split_volumes
 from hydralv_tune.one_trial.training import Trainer, check_stopping, load_external_weights
 from hydralv_tune.one_trial.trial_facts import (
@@ -440,9 +442,11 @@ class TrialRun:
                 "trial": {"value": row["value"], "best_value": row["best_value"], "lr": row["lr"]},
             },
         )
+        volume = self.folds[0].score[0]
         self._monitor.slices(
-            number, self.folds[0].score[0], outcome.probabilities[0], outcome.segmentations[0]
-        )
+            number, volume, outcome.probabilities[0], outcome.segmentations[0],
+            partial(section_targets, self.candidate.data, volume),
+        )  # fmt: skip
 
     def _draw(self, outcome: Outcome) -> None:
         """Write table and pictures of the best checkpoint."""

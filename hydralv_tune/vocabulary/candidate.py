@@ -12,7 +12,6 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Field, field_validator
 
 from hydralv_tune.vocabulary.section import (
-    Channels,
     Count,
     Filters,
     Finite,
@@ -80,7 +79,7 @@ class Model(Section):
     """`model`."""
 
     architecture: str = Field("rsunet", description="A name of the table of architectures.")
-    in_channels: Channels = Field(1, description="Channels of the image.")
+    in_channels: Literal[1] = Field(1, description="An image has one channel.")
     out_channels: Literal[3] = Field(3, description="Binary, boundary, distance.")
     input_size: Size3 | None = Field(None, description="No effect: `data.patch_size` decides.")
     output_size: Size3 | None = Field(None, description="No effect: `data.patch_size` decides.")
@@ -221,7 +220,7 @@ class Data(Section):
     val_label: Paths = Field(None, description="Their labels.")
     val_mask: Paths = Field(None, description="Their masks.")
     val_resolution: list[float] | None = Field(
-        None, description="Their voxel size in nm (z, y, x)."
+        None, description="No effect: no score depends on a voxel size."
     )
     use_preloaded_cache: bool | None = Field(None, description="No effect: always resident.")
     cache_rate: Share | None = Field(None, description="No effect: always resident.")
@@ -315,7 +314,9 @@ class EarlyStopping(Section):
     """`monitor.early_stopping`, watched on the total training loss of each epoch."""
 
     enabled: bool = Field(False, description="Whether it acts.")
-    monitor: str = Field("train_loss_total_epoch", description="No other one is watched.")
+    monitor: str = Field(
+        "train_loss_total_epoch", description="No other is watched, so any other is refused."
+    )
     mode: Literal["min"] = Field("min", description="The only one.")
     patience: Count = Field(100, description="Epochs without a better loss.")
     min_delta: NotNegative = Field(0.0, description="What counts as better.")

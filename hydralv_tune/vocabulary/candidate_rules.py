@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,10 @@ if TYPE_CHECKING:
     from hydralv_tune.vocabulary.candidate import Augmentation, Candidate
 
 CHANNELS = 3
+TOTALS = {"total", "plan_total"}
+"""Losses that are recorded beside those of the tasks."""
+WATCHED = "train_loss_total_epoch"
+"""What early stopping watches."""
 ACTIVATIONS = ("sigmoid", "sigmoid", "tanh")
 TARGETS: dict[str, dict[str, tuple[Any, ...]]] = {
     "binary": {},
@@ -150,7 +155,7 @@ def check_losses(candidate: Candidate, place: str) -> None:
         zip(model.loss_functions, model.loss_kwargs, strict=False)
     ):
         _check_loss(name, kwargs, place, f"model.loss_kwargs[{index}]")
-    _check_tasks(model.multi_task_config, count, place)
+    _check_tasks(model.multi_task_config, model.loss_functions, place)
 
 
 def _check_loss(name: str, kwargs: dict[str, Any], place: str, path: str) -> None:
@@ -179,9 +184,9 @@ def _loss_fault(name: str, kwargs: str) -> str | None:
     return None
 
 
-def _check_tasks(tasks: list[list[Any]], losses: int, place: str) -> None:
+def _check_tasks(tasks: list[list[Any]], functions: Sequence[str], place: str) -> None:
     """Check that every channel has one task and every loss at least one."""
-    path = "model.multi_task_config"
+    path, losses = "model.multi_task_config", len(functions)
     channels: list[int] = []
     used: set[int] = set()
     for index, task in enumerate(tasks):
@@ -200,8 +205,15 @@ def _check_tasks(tasks: list[list[Any]], losses: int, place: str) -> None:
             refuse(place, here, task, "it needs a loss")
         channels += range(first, end)
         used |= set(chosen)
-    if len({task[2] for task in tasks}) != len(tasks):
+    names = [task[2] for task in tasks]
+    if len(set(names)) != len(tasks):
         refuse(place, path, tasks, "each task needs a name of its own")
+    terms = {f"{task[2]}_{functions[loss]}_{loss}" for task in tasks for loss in task[3]}
+    taken = [name for name in names if name in terms | TOTALS]
+    if taken:
+        refuse(place, f"{path}[{names.index(taken[0])}]", tasks[names.index(taken[0])],
+               f"{taken[0]} is recorded as a loss of its own",
+               "Give the task another name.")  # fmt: skip
     if sorted(channels) != list(range(CHANNELS)):
         refuse(place, path, tasks, f"each of the {CHANNELS} channels needs exactly one task")
     unused = sorted(set(range(losses)) - used)
@@ -226,10 +238,10 @@ def check_optimization(candidate: Candidate, place: str) -> None:
         refuse(place, "optimization.optimizer.betas", optimization.optimizer.betas,
                "both must be below 1", "Try [0.9, 0.999].")  # fmt: skip
     stop = candidate.monitor.early_stopping
-    if stop.enabled and not stop.monitor.startswith("train_loss"):
+    if stop.enabled and stop.monitor != WATCHED:
         refuse(place, "monitor.early_stopping.monitor", stop.monitor,
-               "only the training loss is watched; the pruner watches the score",
-               "Set it to train_loss_total_epoch.")  # fmt: skip
+               "only the total training loss is watched; the pruner watches the score",
+               f"Set it to {WATCHED}.")  # fmt: skip
     if None not in (stop.threshold, stop.divergence_threshold) and (
         (stop.threshold or 0) >= (stop.divergence_threshold or 0)
     ):
@@ -322,7 +334,27 @@ def check_inference(candidate: Candidate, place: str) -> None:
                    "a plane is two of 0 (z), 1 (y), 2 (x)", "Try [[1, 2]].")  # fmt: skip
     if not set(tta.rotate90_k or []) <= {0, 1, 2, 3}:
         refuse(place, f"{path}.rotate90_k", tta.rotate90_k, "quarter turns are 0 to 3")
+    if tta.enabled:
+        _check_turned_window(candidate, place, f"{path}.rotation90_axes")
     _check_activations(tta.channel_activations, place, f"{path}.channel_activations")
+
+
+def _check_turned_window(candidate: Candidate, place: str, path: str) -> None:
+    """Check that the architecture can take the window as quarter turns give it."""
+    from hydralv_tune.numerics.architectures import network_arguments
+    from hydralv_tune.numerics.tta import distinct_transforms, unfit_turn
+
+    tta, model = candidate.inference.test_time_augmentation, candidate.model
+    window = candidate.inference.sliding_window.window_size or candidate.data.patch_size
+    keys = json.dumps(network_arguments(model.model_dump(mode="json")), sort_keys=True)
+    needed = _divisor(model.architecture, keys)
+    transforms = distinct_transforms(tta.flip_axes, tta.rotation90_axes, tta.rotate90_k)
+    turned = unfit_turn(transforms, window, needed)
+    if turned is not None:
+        refuse(place, path, tta.rotation90_axes,
+               f"it turns the window {list(window)} into {list(turned)} (z, y, x), and "
+               f"{model.architecture} needs multiples of {list(needed)}",
+               "Try [[1, 2]], or null.")  # fmt: skip
 
 
 def _check_activations(entries: list[list[Any]], place: str, path: str) -> None:

@@ -116,6 +116,12 @@ def _switched_off(candidate: Candidate) -> Iterator[str]:
         default = type(model.loss_balancing)(strategy=model.loss_balancing.strategy)
         if model.loss_balancing != default:
             yield "model.loss_balancing.gradnorm_*: the strategy is another."
+    stop = candidate.monitor.early_stopping
+    if not stop.enabled and stop != type(stop)(enabled=False):
+        yield "monitor.early_stopping: enabled is false."
+    data = candidate.data
+    if data.split.kind != "volumes" and (data.val_image or data.val_label or data.val_mask):
+        yield f"data.val_image, val_label, val_mask: data.split.kind is {data.split.kind}."
     tta = candidate.inference.test_time_augmentation
     if not tta.enabled and (tta.flip_axes or tta.rotation90_axes):
         yield "inference.test_time_augmentation.flip_axes, rotation90_axes: enabled is false."

@@ -222,6 +222,8 @@ def _rule(error: Mapping[str, Any]) -> str:
     context = error.get("ctx") or {}
     if error["type"] == "value_error":
         return str(context.get("error", error["msg"])).rstrip(".")
+    if error["type"] == "literal_error" and " or " not in context["expected"]:
+        return f"it must be {context['expected']}"
     if error["type"] in RULES:
         return RULES[error["type"]].format_map({**context})
     return f"the rule is: {error['msg'][:1].lower()}{error['msg'][1:]}"

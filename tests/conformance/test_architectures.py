@@ -19,6 +19,7 @@ from hydralv_tune.numerics.architectures import (
     ignored_keys,
     parameter_count,
     receptive_field,
+    trunk_weights,
 )
 
 NAMES = sorted(ARCHITECTURES)
@@ -93,6 +94,37 @@ def test_gradients_reach_every_parameter(name: str, deep: bool) -> None:
         assert torch.isfinite(parameter.grad).all(), key
         if not key.endswith("bias"):  # a bias before a normalisation has none, and needs none
             assert parameter.grad.abs().sum() > 0, key
+
+
+def trunk_cases() -> list[tuple[str, dict[str, Any]]]:
+    """Return every architecture, and again with each number of residual units that changes it."""
+    units = [
+        (n, {"num_res_units": 0}) for n in NAMES if "num_res_units" in ARCHITECTURES[n].arguments
+    ]
+    return [*((name, {}) for name in NAMES), *units]
+
+
+@pytest.mark.parametrize("deep", [False, True])
+@pytest.mark.parametrize(("name", "said"), trunk_cases())
+def test_the_trunk_is_no_head_and_every_task_depends_on_it(
+    name: str, said: dict[str, Any], deep: bool
+) -> None:
+    network = small(name, deep_supervision=deep and ARCHITECTURES[name].deep_supervision, **said)
+    trunk = trunk_weights(name, network)
+    # No width is 3, so a convolution with 3 channels on a side is a head's.
+    assert not [tuple(weight.shape) for weight in trunk if 3 in weight.shape[:2]]
+    outputs = network(patch_for(name, batch=2))
+    logits = outputs[0] if isinstance(outputs, list) else outputs
+    for weight in (trunk[0], trunk[-1]):
+        assert any(weight is parameter for parameter in network.parameters())
+        for channel in range(3):
+            loss = logits[:, channel].pow(2).mean()
+            (gradient,) = torch.autograd.grad(loss, weight, retain_graph=True)
+            assert gradient.abs().sum() > 0
+    three = {"filters": [3 * f // 4 for f in FILTERS]}
+    assert len(trunk_weights(name, build_network(name, **{**three, **said}))) == len(
+        trunk_weights(name, small(name, **said))
+    )
 
 
 @pytest.mark.parametrize("name", NAMES)
