@@ -13,7 +13,14 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from hydralv_tune.disk.volumes import Volume, VolumePaths, open_lazy, read_voxel_size_nm
+from hydralv_tune.disk.volumes import (
+    Volume,
+    VolumePaths,
+    check_volume,
+    first_voxel_size,
+    open_lazy,
+    read_volume,
+)
 from hydralv_tune.numerics.normalisation import FILL_SHARE, Normalisation, normalisation_of
 from hydralv_tune.numerics.patches import INTENSITY_RANGES, Patches
 from hydralv_tune.numerics.targets import instance_edt
@@ -31,7 +38,7 @@ from hydralv_tune.one_trial.sampling import (
     upload,
 )
 from hydralv_tune.vocabulary.config import Data
-from hydralv_tune.vocabulary.errors import VolumeError, as_input_error
+from hydralv_tune.vocabulary.errors import as_input_error
 
 Array = npt.NDArray[Any]
 Box = tuple[slice, slice, slice]
@@ -123,24 +130,35 @@ def as_lazy(volume: Volume) -> Volume:
 
 
 def open_volume(paths: VolumePaths) -> Volume:
-    """Return a volume that stays on disk.
+    """Return a volume that stays on disk, checked as `read_volume` does, section by section.
 
     Raises:
-        VolumeError: A file cannot be opened, or the shapes differ.
+        VolumeError: A file cannot be read, or its content breaks a rule.
     """
-    image = open_lazy(paths.image, ndim=3)
-    opened: dict[str, Any] = {"label": None, "mask": None}
-    for kind, path in (("label", paths.label), ("mask", paths.mask)):
-        if path is None:
-            continue
-        opened[kind] = open_lazy(path, ndim=3)
-        if opened[kind].shape != image.shape:
-            raise VolumeError(
-                f"{path}: the {kind} has shape {opened[kind].shape}, but the image {paths.image} "
-                f"has {image.shape}; both must be equal."
-            )
-    size = next((s for p in (paths.image, paths.label) if p and (s := read_voxel_size_nm(p))), None)
-    return as_lazy(Volume(paths.name, cast(Array, image), opened["label"], opened["mask"], size))
+    image = windowed(open_lazy(paths.image, ndim=3))
+    label, mask = (
+        None if path is None else windowed(open_lazy(path, ndim=3))
+        for path in (paths.label, paths.mask)
+    )
+    check_volume(paths, image, label, mask)
+    volume = Volume(paths.name, cast(Array, image), voxel_size_nm=first_voxel_size(paths))
+    return replace(volume, label=cast(Array, label), mask=cast(Array, mask))
+
+
+def read_or_open(paths: VolumePaths, limit_gb: float) -> Volume:
+    """Return a volume in memory, or one that stays on disk where it takes more than the limit.
+
+    Args:
+        paths: Of its files.
+        limit_gb: `data.memory_limit_gb`.
+
+    Raises:
+        VolumeError: A file cannot be read, or its content breaks a rule.
+    """
+    with open_lazy(paths.image, ndim=3) as image:
+        unread = Volume(paths.name, cast(Array, windowed(image)))
+        large = is_too_large(unread, limit_gb)
+    return open_volume(paths) if large else read_volume(paths)
 
 
 def is_too_large(volume: Volume, limit_gb: float) -> bool:

@@ -20,7 +20,7 @@ import torch
 from hydralv_tune.disk import records
 from hydralv_tune.disk.records import TrialRecord
 from hydralv_tune.disk.volumes import Volume, read_volume, volume_paths
-from hydralv_tune.one_trial.lazy_reader import is_too_large, open_volume
+from hydralv_tune.one_trial.lazy_reader import read_or_open
 from hydralv_tune.one_trial.prediction import pick_device
 from hydralv_tune.one_trial.training import is_out_of_memory
 from hydralv_tune.one_trial.trial_facts import check_continues
@@ -145,12 +145,8 @@ def _read(spec: TrialSpec) -> list[Volume]:
     Raises:
         VolumeError: One cannot be read.
     """
-    volumes = []
-    for paths in spec.volumes:
-        lazy = open_volume(paths)
-        large = is_too_large(lazy, spec.candidate.data.memory_limit_gb)
-        volumes.append(lazy if large else read_volume(paths))
-    return volumes
+    limit_gb = spec.candidate.data.memory_limit_gb
+    return [read_or_open(paths, limit_gb) for paths in spec.volumes]
 
 
 def _held_out(candidate: Candidate) -> list[Volume]:
