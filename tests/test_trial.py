@@ -22,13 +22,20 @@ import torch
 import yaml
 from PIL import Image
 
+from hydralv_tune.disk.formats import LazyArray
 from hydralv_tune.disk.records import load_checkpoint, previous, read_record
 from hydralv_tune.disk.volumes import Volume, VolumePaths, write_array
 from hydralv_tune.numerics import metrics
 from hydralv_tune.numerics.decoding import decode
 from hydralv_tune.one_trial.evaluation import Outcome, better, evaluate
 from hydralv_tune.one_trial.prediction import load_network, predict
-from hydralv_tune.one_trial.trial import Evaluation, TrialSpec, run_trial, stop_on_signal
+from hydralv_tune.one_trial.trial import (
+    Evaluation,
+    TrialSpec,
+    held_out_volumes,
+    run_trial,
+    stop_on_signal,
+)
 from hydralv_tune.one_trial.trial_facts import verdicts
 from hydralv_tune.vocabulary.config import Candidate, DecodingGrid, candidate_from_mapping
 from hydralv_tune.vocabulary.errors import InputError, TrialFailed, TrialInterrupted, TrialTakenOver
@@ -453,6 +460,11 @@ def test_a_volume_of_its_own_is_scored_where_the_candidate_names_one(tmp_path: P
     assert record.split["folds"][0]["score"] == ["val 8×32×48"]
     assert [facts["name"] for facts in record.volumes] == ["balls", "val"]
     assert "not trained on" in record.split["sentence"]
+    # Over the limit it stays on disk, as one that is trained on does.
+    for limit_gb, on_disk in ((8.0, False), (1e-4, True)):
+        limited = candidate(data={**data, "memory_limit_gb": limit_gb})
+        opened = held_out_volumes(limited)[0].image
+        assert isinstance(getattr(opened, "array", None), LazyArray) == on_disk
 
 
 def test_cross_validation_scores_the_mean_and_keeps_each_fold(tmp_path: Path) -> None:

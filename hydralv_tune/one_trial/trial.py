@@ -19,7 +19,7 @@ import torch
 
 from hydralv_tune.disk import records
 from hydralv_tune.disk.records import TrialRecord
-from hydralv_tune.disk.volumes import Volume, read_volume, volume_paths
+from hydralv_tune.disk.volumes import Volume, volume_paths
 from hydralv_tune.one_trial.lazy_reader import read_or_open
 from hydralv_tune.one_trial.prediction import pick_device
 from hydralv_tune.one_trial.training import is_out_of_memory
@@ -70,7 +70,7 @@ def run_trial(
     with _threads(spec.threads or spec.candidate.system.cpu_threads):
         with stage("reading"):
             given = _read(spec) if volumes is None else list(volumes)
-            held_out = _held_out(spec.candidate)
+            held_out = held_out_volumes(spec.candidate)
         with stage("preparing"):
             run = TrialRun(spec, given, held_out, device)
             out.mkdir(parents=True, exist_ok=True)
@@ -149,8 +149,8 @@ def _read(spec: TrialSpec) -> list[Volume]:
     return [read_or_open(paths, limit_gb) for paths in spec.volumes]
 
 
-def _held_out(candidate: Candidate) -> list[Volume]:
-    """Return the volumes that the candidate names for validation.
+def held_out_volumes(candidate: Candidate) -> list[Volume]:
+    """Return the volumes that the candidate names for validation, opened as those to train on.
 
     Raises:
         VolumeError: One cannot be read.
@@ -163,7 +163,7 @@ def _held_out(candidate: Candidate) -> list[Volume]:
         return [] if paths is None else [paths] if isinstance(paths, str) else list(paths)
 
     named = volume_paths(listed(data.val_image), listed(data.val_label), listed(data.val_mask))
-    return [read_volume(paths) for paths in named]
+    return [read_or_open(paths, data.memory_limit_gb) for paths in named]
 
 
 @contextmanager
