@@ -12,6 +12,7 @@ import torch
 from hydralv_tune.disk.volumes import Volume, VolumePaths
 from hydralv_tune.numerics.normalisation import fit_normalisation, normalise
 from hydralv_tune.numerics.targets import instance_edt
+from hydralv_tune.one_trial import places
 from hydralv_tune.one_trial.lazy_reader import (
     LazySource,
     as_lazy,
@@ -23,6 +24,7 @@ from hydralv_tune.one_trial.lazy_reader import (
     stream_normalisation,
     windowed,
 )
+from hydralv_tune.one_trial.places import Places, find_places
 from hydralv_tune.one_trial.sampling import (
     PatchSampler,
     ResidentVolume,
@@ -234,6 +236,57 @@ def test_patches_from_disk_are_those_from_memory(
     for name in ("labels", "edt", "mask"):
         assert torch.equal(getattr(one, name), getattr(two, name)), name
     torch.testing.assert_close(one.image, two.image, atol=1e-4, rtol=0)
+
+
+def places_of(
+    label: np.ndarray, mask: np.ndarray | None, most: int, monkeypatch: pytest.MonkeyPatch
+) -> Places:
+    """Return the places of a volume of which only some are remembered, the same ones each time."""
+    monkeypatch.setattr(places, "MOST_PLACES", most)
+    given = as_lazy(Volume("v", np.zeros(label.shape, np.uint8), label, mask))
+    one, again = (find_places("v", given.label, given.mask, pad=(0, 0, 0), seed=1) for _ in "ab")
+    for name in ("valid", "instances", "sizes"):
+        np.testing.assert_array_equal(getattr(one, name), getattr(again, name))
+    whole = find_places("v", label, mask, pad=(0, 0, 0), seed=1)
+    np.testing.assert_array_equal(one.instances, whole.instances)
+    return one
+
+
+def test_every_section_is_as_likely_though_few_voxels_of_it_are_remembered(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    label = np.zeros((40, 40, 40), np.uint16)
+    label[:, 5:15, 5:15] = 7  # through all sections, as a neurite
+    label[:, 30:32, 30:32] = 2
+    label[38:, 20:25, 20:25] = 9  # comes last, and is as large as its share
+    mask = np.ones(label.shape, bool)
+    mask[20:, 25:] = False
+    found = places_of(label, mask, 2000, monkeypatch)
+    assert found.valid is not None
+    assert (len(found.valid), found.valid_voxels) == (2000, int(mask.sum()))
+    assert len(np.unique(found.valid)) == 2000
+    expected = mask.reshape(4, -1).sum(1) * 2000 / mask.sum()
+    per_ten = np.histogram(found.valid // 1600, bins=[0, 10, 20, 30, 40])[0]
+    assert np.abs(per_ten - expected).max() < 5 * np.sqrt(expected.max())
+    assert found.sizes.tolist() == [80, 666, 50]
+    of_seven = found.instances[found.first[1] : found.first[1] + found.sizes[1]]
+    assert (label.ravel()[of_seven] == 7).all()
+    per_ten = np.histogram(of_seven // 1600, bins=[0, 10, 20, 30, 40])[0]
+    assert np.abs(per_ten - 666 / 4).max() < 5 * np.sqrt(666 / 4)
+
+
+def test_what_is_remembered_of_the_mask_is_any_voxel_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over many seeds each voxel is kept as often as any other."""
+    monkeypatch.setattr(places, "MOST_PLACES", 20)
+    label = np.ones((10, 4, 5), np.uint8)
+    counts = np.zeros(200)
+    for seed in range(1000):
+        found = find_places("v", label, np.ones(label.shape), pad=(0, 0, 0), seed=seed)
+        assert len(found.valid) == len(found.instances) == 20
+        counts[found.valid] += 1
+        counts[found.instances] += 1
+    # Binomial with mean 200, deviation 13.4; the extremes of 200 lie within 4.5 of them.
+    assert 140 < counts.min() < counts.max() < 260
 
 
 def test_draws_from_disk_are_those_from_memory_and_survive_a_checkpoint(

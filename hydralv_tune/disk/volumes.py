@@ -26,6 +26,7 @@ from hydralv_tune.disk.formats import (
 from hydralv_tune.vocabulary.errors import VolumeError
 
 __all__ = [
+    "Sections",
     "Volume",
     "VolumePaths",
     "check_volume",

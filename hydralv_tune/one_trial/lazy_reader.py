@@ -24,12 +24,10 @@ from hydralv_tune.disk.volumes import (
 from hydralv_tune.numerics.normalisation import FILL_SHARE, Normalisation, normalisation_of
 from hydralv_tune.numerics.patches import INTENSITY_RANGES, Patches
 from hydralv_tune.numerics.targets import instance_edt
+from hydralv_tune.one_trial.places import Ints, find_places
 from hydralv_tune.one_trial.sampling import (
-    MOST_PLACES,
     OUTSIDE,
     PAD_MODES,
-    Ints,
-    Places,
     distance_arguments,
     known_voxel_size,
     normalised,
@@ -207,66 +205,6 @@ def part_to_score(volume: Volume, limit_gb: float) -> Volume:
     )
 
 
-def stream_places(volume: Volume, *, pad: Sequence[int], seed: int) -> Places:
-    """Return where patches may lie, as `find_places`, reading one section at a time.
-
-    Of each instance and of the mask so many voxels are kept at random that memory is bounded.
-
-    Args:
-        volume: Lazy, with a label.
-        pad: Voxels (z, y, x) added on both sides.
-        seed: Of the subsets.
-    """
-    rng = np.random.default_rng(seed)
-    label, mask = cast(Windowed, volume.label), cast(Windowed | None, volume.mask)
-    depth, height, width = (side + 2 * p for side, p in zip(label.shape, pad, strict=True))
-    kept_ids, kept, kept_valid = np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0, np.int64)
-    valid_voxels = 0
-    masks = iter(mask) if mask is not None else None
-    for z, section in enumerate(label):
-        inside = section > 0
-        if masks is not None:
-            valid = next(masks) > 0
-            inside &= valid
-            found = _flat(valid, z, pad, height, width)
-            valid_voxels += len(found)
-            kept_valid = np.concatenate([kept_valid, found])
-            if len(kept_valid) > 2 * MOST_PLACES:
-                kept_valid = np.sort(rng.choice(kept_valid, MOST_PLACES, replace=False))
-        kept = np.concatenate([kept, _flat(inside, z, pad, height, width)])
-        kept_ids = np.concatenate([kept_ids, section[inside].astype(np.int64)])
-        if len(kept) > 2 * MOST_PLACES:
-            kept_ids, kept = _thinned(kept_ids, kept, rng)
-    order = np.argsort(kept_ids, kind="stable")
-    _, first, sizes = np.unique(kept_ids[order], return_index=True, return_counts=True)
-    return Places(
-        name=volume.name,
-        shape=(depth, height, width),
-        valid=None if mask is None else kept_valid,
-        valid_voxels=label.size if mask is None else valid_voxels,
-        instances=kept[order],
-        first=first.astype(np.int64),
-        sizes=sizes.astype(np.int64),
-    )
-
-
-def _flat(inside: Array, z: int, pad: Sequence[int], height: int, width: int) -> Ints:
-    """Return the flat indices, in the padded volume, of the voxels of a section."""
-    y, x = np.nonzero(inside)
-    return (((z + pad[0]) * height + y + pad[1]) * width + x + pad[2]).astype(np.int64)
-
-
-def _thinned(ids: Ints, flat: Ints, rng: np.random.Generator) -> tuple[Ints, Ints]:
-    """Return at most as many voxels of each instance as let all of them fit."""
-    shuffled = rng.permutation(len(ids))
-    order = shuffled[np.argsort(ids[shuffled], kind="stable")]
-    _, first, sizes = np.unique(ids[order], return_index=True, return_counts=True)
-    limit = max(MOST_PLACES // len(sizes), 1)
-    rank = np.arange(len(order)) - np.repeat(first, sizes)
-    kept = order[rank < limit]
-    return ids[kept], flat[kept]
-
-
 def stream_normalisation(image: Windowed, data: Data) -> Normalisation:
     """Return how a volume is normalised, as `fit_normalisation`, reading a section at a time.
 
@@ -337,7 +275,8 @@ class LazySource:
         self.intensity_range = INTENSITY_RANGES[data.image_transform.normalize]
         self.pad = data.pad_size
         self.pad_mode = PAD_MODES[data.pad_mode]
-        self.places = stream_places(volume, pad=data.pad_size, seed=seed)
+        label, mask = cast(Windowed, volume.label), cast(Windowed | None, volume.mask)
+        self.places = find_places(volume.name, label, mask, pad=data.pad_size, seed=seed)
         self.distance_arguments = distance_arguments(data, volume)
         with as_input_error(f"Volume '{volume.name}'"):
             fitted = stream_normalisation(cast(Windowed, volume.image), data)

@@ -22,13 +22,9 @@ from hydralv_tune.disk.volumes import Volume
 from hydralv_tune.numerics.normalisation import Normalisation, fit_normalisation
 from hydralv_tune.numerics.patches import INTENSITY_RANGES, Patches
 from hydralv_tune.numerics.targets import instance_edt
+from hydralv_tune.one_trial.places import Ints, Places, find_places
 from hydralv_tune.vocabulary.config import Data
 from hydralv_tune.vocabulary.errors import ConfigError, as_input_error
-
-Ints = npt.NDArray[np.int64]
-
-MOST_PLACES = 1 << 20
-"""Voxels remembered as places to sample from, of the mask and of the instances each: 8 MB."""
 
 PAD_MODES = {"reflect": "reflect", "constant": "constant", "replicate": "edge"}
 OUTSIDE = -1.0
@@ -47,90 +43,6 @@ class Source(Protocol):
     @property
     def places(self) -> Places: ...
     def cut(self, starts: Ints, size: Sequence[int]) -> Patches: ...
-
-
-@dataclass(frozen=True)
-class Places:
-    """Where patches of one volume may lie.
-
-    Args:
-        name: Of the volume.
-        shape: (z, y, x) with the padding.
-        valid: Flat indices of voxels in the mask, a random subset where there are many; None
-            where every voxel counts.
-        valid_voxels: How many voxels count.
-        instances: Flat indices of voxels of instances, grouped by instance.
-        first: Start of each instance's group.
-        sizes: Length of each group.
-    """
-
-    name: str
-    shape: tuple[int, int, int]
-    valid: Ints | None
-    valid_voxels: int
-    instances: Ints
-    first: Ints
-    sizes: Ints
-
-
-def find_places(
-    name: str,
-    label: npt.NDArray[Any],
-    mask: npt.NDArray[Any] | None,
-    *,
-    pad: Sequence[int],
-    seed: int,
-) -> Places:
-    """Return where patches of a volume may lie.
-
-    Args:
-        name: Of the volume.
-        label: (Z, Y, X) integers.
-        mask: (Z, Y, X) bool, or None where every voxel counts.
-        pad: Voxels (z, y, x) added on both sides.
-        seed: Of the subset that is remembered.
-    """
-    rng = np.random.default_rng(seed)
-    depth, height, width = (side + 2 * p for side, p in zip(label.shape, pad, strict=True))
-    shape = (depth, height, width)
-
-    def padded(flat: Ints) -> Ints:
-        where = np.unravel_index(flat, label.shape)
-        moved = tuple(axis + p for axis, p in zip(where, pad, strict=True))
-        return np.ravel_multi_index(moved, shape).astype(np.int64)
-
-    inside = label > 0 if mask is None else (label > 0) & mask
-    flat = np.flatnonzero(inside)
-    ids = label.ravel()[flat]
-    order = np.argsort(ids, kind="stable")
-    flat, ids = flat[order], ids[order]
-    _, first, sizes = np.unique(ids, return_index=True, return_counts=True)
-    limit = max(MOST_PLACES // max(len(sizes), 1), 1)
-    if len(flat) > MOST_PLACES:
-        groups = [
-            rng.choice(flat[a : a + n], min(n, limit), replace=False)
-            for a, n in zip(first, sizes, strict=True)
-        ]
-        sizes = np.minimum(sizes, limit)
-        first = np.concatenate([[0], np.cumsum(sizes)[:-1]])
-        flat = np.concatenate(groups)
-    valid = None
-    voxels = int(label.size)
-    if mask is not None:
-        counted = np.flatnonzero(mask)
-        voxels = len(counted)
-        if voxels > MOST_PLACES:
-            counted = rng.choice(counted, MOST_PLACES, replace=False)
-        valid = padded(counted)
-    return Places(
-        name=name,
-        shape=shape,
-        valid=valid,
-        valid_voxels=voxels,
-        instances=padded(flat),
-        first=first.astype(np.int64),
-        sizes=sizes.astype(np.int64),
-    )
 
 
 class ResidentVolume:
