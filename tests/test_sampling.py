@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from hydralv_tune.disk.volumes import Volume, VolumePaths
+from hydralv_tune.disk.volumes import Volume, VolumePaths, write_array
 from hydralv_tune.numerics.normalisation import fit_normalisation, normalise
 from hydralv_tune.numerics.targets import instance_edt
 from hydralv_tune.one_trial import places
@@ -336,8 +336,24 @@ def test_a_volume_on_disk_is_scored_where_its_truth_is(on_disk: VolumePaths) -> 
     assert not is_too_large(lazy, 1.0)
     part = part_to_score(lazy, 40 * 48 * 56 * 5 / 1e9)
     assert part.image.shape == (5, 48, 56)
-    assert part.name == "v[z 3:8]"
-    np.testing.assert_array_equal(part.label, volume().label[3:8])
+    # The ball that begins at section 3 lies outside the mask.
+    assert part.name == "v[z 4:9]"
+    np.testing.assert_array_equal(part.label, volume().label[4:9])
+
+
+def test_only_truth_inside_the_mask_decides_what_is_scored(tmp_path: Path) -> None:
+    label = np.zeros((12, 24, 24), np.uint16)
+    label[1:5, 2:22, 2:22] = 1  # most of the labels, where nothing is trusted
+    label[9, 4:6, 4:6] = 2
+    mask = np.zeros(label.shape, np.uint8)
+    mask[7:] = 255
+    arrays = {"im": np.ones_like(mask), "label": label, "mask": mask}
+    for name, array in arrays.items():
+        write_array(tmp_path / f"{name}.h5", array)
+    lazy = open_volume(VolumePaths("v", *(str(tmp_path / f"{name}.h5") for name in arrays)))
+    part = part_to_score(lazy, 40 * 24 * 24 * 3 / 1e9)
+    assert part.name == "v[z 7:10]"
+    assert part.label[part.mask].any()
 
 
 def split(kind: str, **keys: object) -> Split:

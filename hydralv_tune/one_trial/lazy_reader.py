@@ -164,33 +164,35 @@ def is_too_large(volume: Volume, limit_gb: float) -> bool:
     return resident_bytes(volume) > limit_gb * 1e9
 
 
-def has_truth(volume: Volume) -> bool:
-    """Return whether there is a labelled voxel inside the mask; sections are read one by one."""
-    label = volume.label
-    if label is None:
-        return False
+def truth_counts(volume: Volume) -> Iterator[int]:
+    """Yield how many labelled voxels inside the mask each section has; they are read one by one."""
+    if volume.label is None:
+        return
     masks = iter(volume.mask) if volume.mask is not None else None
-    for section in label:
+    for section in volume.label:
         inside = section > 0
         if masks is not None:
             inside &= next(masks) > 0
-        if inside.any():
-            return True
-    return False
+        yield int(np.count_nonzero(inside))
+
+
+def has_truth(volume: Volume) -> bool:
+    """Return whether there is a labelled voxel inside the mask; no more is read than it takes."""
+    return any(truth_counts(volume))
 
 
 def part_to_score(volume: Volume, limit_gb: float) -> Volume:
     """Return those sections of a lazy volume that can be scored in memory, with most truth.
 
     Args:
-        volume: Lazy, with a label.
+        volume: Lazy, with a labelled voxel inside its mask.
         limit_gb: Memory that prediction and sweep may take.
     """
     label = cast(Windowed, volume.label)
     depth, height, width = label.shape
     sections = int(limit_gb * 1e9 / (SCORED_BYTES * height * width))
     sections = min(max(sections, 1), depth)
-    counts = np.array([np.count_nonzero(section) for section in label])
+    counts = np.fromiter(truth_counts(volume), np.int64)
     sums = np.convolve(counts, np.ones(sections, np.int64), mode="valid")
     first = int(np.argmax(sums))
     box: Box = (slice(first, first + sections), slice(0, height), slice(0, width))
