@@ -13,6 +13,7 @@ from hydralv_tune.disk.volumes import Volume, VolumePaths, write_array
 from hydralv_tune.numerics.normalisation import fit_normalisation, normalise
 from hydralv_tune.numerics.targets import instance_edt
 from hydralv_tune.one_trial import places
+from hydralv_tune.one_trial.intensities import stream_normalisation
 from hydralv_tune.one_trial.lazy_reader import (
     LazySource,
     as_lazy,
@@ -21,7 +22,6 @@ from hydralv_tune.one_trial.lazy_reader import (
     is_too_large,
     open_volume,
     part_to_score,
-    stream_normalisation,
     windowed,
 )
 from hydralv_tune.one_trial.places import Places, find_places
@@ -33,7 +33,7 @@ from hydralv_tune.one_trial.sampling import (
     resident_bytes,
 )
 from hydralv_tune.one_trial.splits import slab, split_volumes
-from hydralv_tune.vocabulary.config import Data, Split
+from hydralv_tune.vocabulary.config import Data
 from hydralv_tune.vocabulary.errors import ConfigError, VolumeError
 
 CPU = torch.device("cpu")
@@ -314,16 +314,61 @@ def test_draws_from_disk_are_those_from_memory_and_survive_a_checkpoint(
 
 @pytest.mark.parametrize("mode", ["0-1", "z_volume", "z_section", "none"])
 @pytest.mark.parametrize("clip", [(0.0, 1.0), (0.02, 0.97)])
+@pytest.mark.parametrize("kind", ["uint8", "int16"])
 def test_statistics_read_section_by_section_are_those_of_the_whole(
-    mode: str, clip: tuple[float, float]
+    mode: str, clip: tuple[float, float], kind: str
 ) -> None:
-    image = volume().image
+    image = volume().image.astype(kind)
+    if kind == "int16":
+        image = image * 90 - 9000
     image[5:, 20:] = 0  # most of these sections is fill, as in a sparse volume
     chosen = {"normalize": mode, "clip_percentile_low": clip[0], "clip_percentile_high": clip[1]}
     streamed = stream_normalisation(windowed(image), settings(image_transform=chosen))
     whole = fit_normalisation(image, mode=mode, clip_low=clip[0], clip_high=clip[1])
     for name in ("low", "high", "offset", "scale"):
         np.testing.assert_allclose(getattr(streamed, name), getattr(whole, name), rtol=1e-4)
+
+
+def drifting() -> Volume:
+    """Return the volume with sections that grow brighter, and a right half that is darker."""
+    given = volume()
+    image = given.image // 2 + np.arange(12, dtype=np.uint8)[:, None, None] * 10
+    image[:, :, 28:] //= 2
+    return Volume("v", image, given.label)
+
+
+@pytest.mark.parametrize("mode", ["0-1", "z_volume", "z_section", "none"])
+@pytest.mark.parametrize("axis", [0, 2])
+@pytest.mark.parametrize("lazy", [False, True], ids=["in memory", "on disk"])
+def test_a_part_is_normalised_as_in_the_whole_to_train_on_and_to_score(
+    mode: str, axis: int, lazy: bool
+) -> None:
+    given = drifting()
+    chosen = {"normalize": mode, "clip_percentile_low": 0.01, "clip_percentile_high": 0.98}
+    data = settings(
+        image_transform=chosen,
+        split={"kind": "holdout", "axis": axis, "fraction": 0.5, "margin": 1},
+    )
+    plan = split_volumes([as_lazy(given) if lazy else given], data, receptive_field=(1, 1, 1))
+    whole = normalise(given.image, mode=mode, clip_low=0.01, clip_high=0.98)
+    trained, scored = plan.folds[0].train[0], plan.folds[0].score[0]
+    source = (LazySource if lazy else ResidentVolume)(trained, data, CPU, 0)
+    patch = source.cut(np.array([[1, 5, 9]]), SIZE).image[0, 0].numpy()
+    np.testing.assert_allclose(patch, whole[1:5, 5:21, 9:25], atol=1e-4)
+    if lazy:
+        # Three of its sections fit; which ones, its name says.
+        few = data.model_copy(
+            update={"memory_limit_gb": 3 * 40 * np.prod(scored.image.shape[1:]) / 1e9}
+        )
+        scored = part_to_score(scored, few)
+        assert scored.image.shape[0] == 3
+    half = whole.shape[axis] // 2
+    expected = whole[half:] if axis == 0 else whole[:, :, half:]
+    if lazy:
+        first = int(scored.name.rpartition("[z ")[2].partition(":")[0])
+        expected = expected[first : first + 3]
+    assert scored.normalisation is not None
+    np.testing.assert_allclose(scored.normalisation.apply(scored.image), expected, atol=1e-4)
 
 
 def test_a_volume_on_disk_is_scored_where_its_truth_is(on_disk: VolumePaths) -> None:
@@ -334,7 +379,7 @@ def test_a_volume_on_disk_is_scored_where_its_truth_is(on_disk: VolumePaths) -> 
                                         volume().mask).fingerprint()  # fmt: skip
     assert is_too_large(lazy, 1e-4)
     assert not is_too_large(lazy, 1.0)
-    part = part_to_score(lazy, 40 * 48 * 56 * 5 / 1e9)
+    part = part_to_score(lazy, settings(memory_limit_gb=40 * 48 * 56 * 5 / 1e9))
     assert part.image.shape == (5, 48, 56)
     # The ball that begins at section 3 lies outside the mask.
     assert part.name == "v[z 4:9]"
@@ -351,19 +396,20 @@ def test_only_truth_inside_the_mask_decides_what_is_scored(tmp_path: Path) -> No
     for name, array in arrays.items():
         write_array(tmp_path / f"{name}.h5", array)
     lazy = open_volume(VolumePaths("v", *(str(tmp_path / f"{name}.h5") for name in arrays)))
-    part = part_to_score(lazy, 40 * 24 * 24 * 3 / 1e9)
+    part = part_to_score(lazy, settings(memory_limit_gb=40 * 24 * 24 * 3 / 1e9))
     assert part.name == "v[z 7:10]"
     assert part.label[part.mask].any()
 
 
-def split(kind: str, **keys: object) -> Split:
-    return Split.model_validate({"kind": kind, **keys})
+def split(kind: str, **keys: object) -> Data:
+    return settings(split={"kind": kind, **keys})
 
 
 def test_without_a_split_the_sentence_says_that_the_score_is_optimistic() -> None:
     given = volume()
     plan = split_volumes([given], split("none"), receptive_field=(1, 1, 1))
-    assert plan.folds[0].train == plan.folds[0].score == (given,)
+    for part in (*plan.folds[0].train, *plan.folds[0].score):
+        assert part.image is given.image
     assert "optimistic" in plan.sentence
 
 
@@ -393,8 +439,8 @@ def test_a_slab_that_leaves_nothing_is_refused() -> None:
 def test_volumes_are_held_out_by_name() -> None:
     one, two = volume(1, name="one"), volume(2, name="two")
     plan = split_volumes([one, two], split("volumes", volumes=["two"]), receptive_field=(1, 1, 1))
-    assert plan.folds[0].train == (one,)
-    assert plan.folds[0].score == (two,)
+    assert [part.name for part in plan.folds[0].train] == ["one"]
+    assert [part.name for part in plan.folds[0].score] == ["two"]
     with pytest.raises(ConfigError, match=r"data\.split\.volumes.*'tow'.*Did you mean 'two'"):
         split_volumes([one, two], split("volumes", volumes=["tow"]), receptive_field=(1, 1, 1))
     with pytest.raises(ConfigError, match="none is held out"):

@@ -37,6 +37,7 @@ from hydralv_tune.one_trial.trial import (
     stop_on_signal,
 )
 from hydralv_tune.one_trial.trial_facts import verdicts
+from hydralv_tune.one_trial.trial_run import BestUnit, TrialRun
 from hydralv_tune.vocabulary.config import Candidate, DecodingGrid, candidate_from_mapping
 from hydralv_tune.vocabulary.errors import InputError, TrialFailed, TrialInterrupted, TrialTakenOver
 from hydralv_tune.vocabulary.space import Objective
@@ -443,6 +444,32 @@ def test_a_holdout_is_scored_where_it_was_not_trained(tmp_path: Path) -> None:
     assert record.split["folds"][0]["score"] == ["balls[x 29:48] 8×32×19"]
     assert record.metrics["instances_true"] == 1
     assert "held out" in record.split["sentence"]
+
+
+@pytest.mark.parametrize("limit_gb", [8.0, 40 * 32 * 48 / 1e9], ids=["in memory", "on disk"])
+def test_a_part_is_scored_as_a_prediction_of_the_whole_volume_would_be(limit_gb: float) -> None:
+    """The mean of a section grows, so a part that was normalised by itself would look different."""
+    given = volume()
+    image = given.image // 2 + np.arange(8, dtype=np.uint8)[:, None, None] * 15
+    data = {
+        **candidate().data.model_dump(mode="json"),
+        "split": {"kind": "holdout", "axis": 0, "fraction": 0.5, "margin": 0},
+        "memory_limit_gb": limit_gb,
+        "image_transform": {"normalize": "z_volume"},
+    }
+    chosen = candidate(data=data)
+    trial = TrialRun(spec(Path("unused"), chosen), [replace(given, image=image)], [],
+                     torch.device("cpu"))  # fmt: skip
+    fold = trial.folds[0]
+    network = torch.nn.Conv3d(1, 3, 1)
+    unit = BestUnit("all", network, fold.score)
+    outcome = evaluate([unit], chosen, GRID, Objective(), device=torch.device("cpu"), threads=1)
+    whole = predict(network, image, chosen)
+    # Of the upper half, the first section has most truth; over the limit it is scored alone.
+    part = whole[:, 4:] if limit_gb == 8.0 else whole[:, 4:5]
+    inside = fold.score[0].mask
+    assert np.abs(outcome.probabilities[0] - part)[:, inside].max() < 2e-3
+    trial.close()
 
 
 def test_a_volume_of_its_own_is_scored_where_the_candidate_names_one(tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from hydralv_tune.disk.formats import (
     read_voxel_size_nm,
     write_array,
 )
+from hydralv_tune.numerics.normalisation import Normalisation
 from hydralv_tune.vocabulary.errors import VolumeError
 
 __all__ = [
@@ -83,6 +84,8 @@ class Volume:
         label: (Z, Y, X) integer instance ids, 0 is background; None where there is no truth.
         mask: (Z, Y, X) bool, True where voxels count; None where all do.
         voxel_size_nm: Size of a voxel along z, y, x; None where the file does not say.
+        normalisation: How its sections are normalised, fitted on the whole volume where this is a
+            part of one; None until a candidate says how.
     """
 
     name: str
@@ -90,6 +93,7 @@ class Volume:
     label: np.ndarray | None = None
     mask: np.ndarray | None = None
     voxel_size_nm: tuple[float, float, float] | None = None
+    normalisation: Normalisation | None = None
 
     def fingerprint(self) -> str:
         """Return 16 hex digits of a SHA-256 over shape, dtype and content of all three arrays.

@@ -21,22 +21,19 @@ from hydralv_tune.disk.volumes import (
     open_lazy,
     read_volume,
 )
-from hydralv_tune.numerics.normalisation import FILL_SHARE, Normalisation, normalisation_of
 from hydralv_tune.numerics.patches import INTENSITY_RANGES, Patches
 from hydralv_tune.numerics.targets import instance_edt
+from hydralv_tune.one_trial.intensities import PAD_MODES, fitted_normalisation, padded_normalisation
 from hydralv_tune.one_trial.places import Ints, find_places
 from hydralv_tune.one_trial.sampling import (
     OUTSIDE,
-    PAD_MODES,
     distance_arguments,
     known_voxel_size,
     normalised,
-    padded_normalisation,
     resident_bytes,
     upload,
 )
 from hydralv_tune.vocabulary.config import Data
-from hydralv_tune.vocabulary.errors import as_input_error
 
 Array = npt.NDArray[Any]
 Box = tuple[slice, slice, slice]
@@ -181,16 +178,18 @@ def has_truth(volume: Volume) -> bool:
     return any(truth_counts(volume))
 
 
-def part_to_score(volume: Volume, limit_gb: float) -> Volume:
+def part_to_score(volume: Volume, data: Data) -> Volume:
     """Return those sections of a lazy volume that can be scored in memory, with most truth.
+
+    They are normalised as sections of the whole, which is how they are trained on.
 
     Args:
         volume: Lazy, with a labelled voxel inside its mask.
-        limit_gb: Memory that prediction and sweep may take.
+        data: `data` of the candidate; prediction and sweep may take its `memory_limit_gb`.
     """
     label = cast(Windowed, volume.label)
     depth, height, width = label.shape
-    sections = int(limit_gb * 1e9 / (SCORED_BYTES * height * width))
+    sections = int(data.memory_limit_gb * 1e9 / (SCORED_BYTES * height * width))
     sections = min(max(sections, 1), depth)
     counts = np.fromiter(truth_counts(volume), np.int64)
     sums = np.convolve(counts, np.ones(sections, np.int64), mode="valid")
@@ -204,60 +203,8 @@ def part_to_score(volume: Volume, limit_gb: float) -> Volume:
         image=cast(Windowed, volume.image).read(box),
         label=label.read(box),
         mask=None if mask is None else cast(Windowed, mask).read(box) > 0,
+        normalisation=fitted_normalisation(volume, data).of_sections(first, first + sections),
     )
-
-
-def stream_normalisation(image: Windowed, data: Data) -> Normalisation:
-    """Return how a volume is normalised, as `fit_normalisation`, reading a section at a time.
-
-    Percentiles come from a histogram of whole numbers, exact for 8 and 16 bits; of other types
-    from a sample of each section.
-
-    Args:
-        image: (Z, Y, X).
-        data: `data` of the candidate.
-    """
-    chosen = data.image_transform
-    low, high = _clip_range(image, chosen.clip_percentile_low, chosen.clip_percentile_high)
-    sections = (_tissue(section) for section in image)
-    return normalisation_of(chosen.normalize, low, high, sections, len(image))
-
-
-def _tissue(section: Array) -> Array:
-    """Return the voxels that statistics come from: none of a constant section, no fill."""
-    if section.min() == section.max():
-        return section[:0].ravel()
-    zeros = section == 0
-    return section[~zeros] if zeros.mean() >= FILL_SHARE else section.ravel()
-
-
-def _clip_range(image: Windowed, low: float, high: float) -> tuple[float, float]:
-    """Return the intensities at the two shares; fill counts where they are 0 and 1 alone."""
-    lowest, highest = np.inf, -np.inf
-    samples: list[Array] = []
-    counts = np.zeros(1 << 16, np.int64)
-    histogram = image.dtype.kind == "u" and image.dtype.itemsize <= 2
-    for section in image:
-        lowest, highest = min(lowest, float(section.min())), max(highest, float(section.max()))
-        if (low, high) == (0.0, 1.0):
-            continue
-        tissue = _tissue(section)
-        if histogram:
-            counts += np.bincount(tissue, minlength=len(counts))
-        else:
-            samples.append(tissue[:: max(tissue.size // 4096, 1)])
-    if histogram and counts.any():
-        # Two values of the sorted volume around each quantile, as NumPy interpolates them.
-        places = np.array([low, high]) * (counts.sum() - 1)
-        ends = np.cumsum(counts)
-        below = np.searchsorted(ends, np.floor(places), side="right")
-        after = np.searchsorted(ends, np.ceil(places), side="right")
-        found = below + (after - below) * (places - np.floor(places))
-        return float(found[0]), float(found[1])
-    if samples:
-        first, last = np.quantile(np.concatenate(samples), [low, high])
-        return float(first), float(last)
-    return lowest, highest
 
 
 class LazySource:
@@ -280,9 +227,9 @@ class LazySource:
         label, mask = cast(Windowed, volume.label), cast(Windowed | None, volume.mask)
         self.places = find_places(volume.name, label, mask, pad=data.pad_size, seed=seed)
         self.distance_arguments = distance_arguments(data, volume)
-        with as_input_error(f"Volume '{volume.name}'"):
-            fitted = stream_normalisation(cast(Windowed, volume.image), data)
-        fitted = padded_normalisation(fitted, self.pad[0], data.pad_mode)
+        fitted = padded_normalisation(
+            fitted_normalisation(volume, data), self.pad[0], data.pad_mode
+        )
         self.per_section = {
             name: torch.from_numpy(getattr(fitted, name))
             for name in ("low", "high", "offset", "scale")

@@ -19,14 +19,13 @@ import torch
 from torch import Tensor
 
 from hydralv_tune.disk.volumes import Volume
-from hydralv_tune.numerics.normalisation import Normalisation, fit_normalisation
 from hydralv_tune.numerics.patches import INTENSITY_RANGES, Patches
 from hydralv_tune.numerics.targets import instance_edt
+from hydralv_tune.one_trial.intensities import PAD_MODES, fitted_normalisation, padded_normalisation
 from hydralv_tune.one_trial.places import Ints, Places, find_places
 from hydralv_tune.vocabulary.config import Data
 from hydralv_tune.vocabulary.errors import ConfigError, as_input_error
 
-PAD_MODES = {"reflect": "reflect", "constant": "constant", "replicate": "edge"}
 OUTSIDE = -1.0
 """The distance target where there is no instance."""
 
@@ -58,18 +57,11 @@ class ResidentVolume:
     def __init__(self, volume: Volume, data: Data, device: torch.device, seed: int) -> None:
         label = volume.label
         assert label is not None, "checked by the split"
-        chosen = data.image_transform
         with as_input_error(f"Volume '{volume.name}'"):
-            fitted = fit_normalisation(
-                volume.image,
-                mode=chosen.normalize,
-                clip_low=chosen.clip_percentile_low,
-                clip_high=chosen.clip_percentile_high,
-            )
             distance = instance_edt(label, **distance_arguments(data, volume))
         pad = data.pad_size
         self.voxel_size_nm = known_voxel_size(data, volume)
-        self.intensity_range = INTENSITY_RANGES[chosen.normalize]
+        self.intensity_range = INTENSITY_RANGES[data.image_transform.normalize]
         self.places = find_places(volume.name, label, volume.mask, pad=pad, seed=seed)
         self.device = device
         self.image = upload(_padded(volume.image, pad, PAD_MODES[data.pad_mode]), device)
@@ -80,6 +72,7 @@ class ResidentVolume:
             everywhere = np.ones(label.shape, bool)
             mask = everywhere if volume.mask is None else volume.mask
             self.mask = upload(_padded(mask, pad, None), device)
+        fitted = fitted_normalisation(volume, data)
         self.normalisation = padded_normalisation(fitted, pad[0], data.pad_mode)
         self.per_section = {
             name: torch.from_numpy(getattr(self.normalisation, name)).to(device)
@@ -209,18 +202,6 @@ def _padded(
     if mode is None:
         return np.pad(array, width, constant_values=value)
     return np.pad(array, width, mode=mode)  # type: ignore[call-overload]
-
-
-def padded_normalisation(fitted: Normalisation, pad: int, mode: str) -> Normalisation:
-    """Return the statistics of the sections, those of the rim as the rim itself."""
-    if not pad:
-        return fitted
-    kind = "edge" if mode == "constant" else PAD_MODES[mode]
-    low, high, offset, scale = (
-        np.pad(values, pad, mode=kind)  # type: ignore[call-overload]
-        for values in (fitted.low, fitted.high, fitted.offset, fitted.scale)
-    )
-    return Normalisation(low=low, high=high, offset=offset, scale=scale)
 
 
 def upload(array: npt.NDArray[Any], device: torch.device) -> Tensor:

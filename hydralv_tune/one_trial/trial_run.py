@@ -128,7 +128,7 @@ class TrialRun:
         with as_input_error("model"):
             field = receptive_field(model.architecture, network_arguments(model.model_dump()))
         self.split = split_volumes(
-            volumes, self.candidate.data.split, receptive_field=field, held_out=held_out
+            volumes, self.candidate.data, receptive_field=field, held_out=held_out
         )
         self.folds = [self._fold(index, fold) for index, fold in enumerate(self.split.folds)]
         self.plan = self.folds[0].trainer.plan
@@ -160,7 +160,7 @@ class TrialRun:
         """Return the volume, or those of its sections that can be scored in memory."""
         if not is_lazy(volume):
             return volume
-        part = part_to_score(volume, self.candidate.data.memory_limit_gb)
+        part = part_to_score(volume, self.candidate.data)
         if part.name != volume.name:
             self.notes.append(
                 f"Volume '{volume.name}' is over data.memory_limit_gb: it is read lazily, and "

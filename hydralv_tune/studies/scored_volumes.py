@@ -144,7 +144,7 @@ def _plan(winner: Winner) -> SplitPlan:
             )
     model = candidate.model
     field = receptive_field(model.architecture, network_arguments(model.model_dump()))
-    return split_volumes(volumes, candidate.data.split, receptive_field=field, held_out=held_out)
+    return split_volumes(volumes, candidate.data, receptive_field=field, held_out=held_out)
 
 
 def _listed(paths: str | list[str] | None) -> Sequence[str]:
@@ -164,7 +164,10 @@ def _decoded_again(winner: Winner, plan: SplitPlan, changed: dict[str, Any]) -> 
         network, candidate = load_network(path, device=device)
         for part in fold.score:
             with as_input_error(f"Volume '{part.name}'"):
-                maps = predict(network, part.image, candidate, device=device, mask=part.mask)
+                maps = predict(
+                    network, part.image, candidate, device=device, mask=part.mask,
+                    normalisation=part.normalisation,
+                )  # fmt: skip
                 segments = decode(winner.step.name, maps, part.mask, **arguments)
             scored.append(ScoredVolume(part, segments))
     return scored
