@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import h5py
@@ -158,10 +159,13 @@ def test_draws_follow_the_seed_and_go_on_from_a_state() -> None:
 
 
 def test_several_volumes_are_drawn_by_the_voxels_that_count() -> None:
-    small, large = volume(1, name="small"), volume(2, masked=False, name="large")
+    small = replace(volume(1, name="small"), voxel_size_nm=(8.0, 8.0, 8.0))
+    large = volume(2, masked=False, name="large")
     both = sampler(settings(), small, large, share=0.0)
     drawn = [number for number, _ in both.draw_places(3000)]
     assert np.mean(drawn) == pytest.approx(56 / (56 + 30), abs=0.03)
+    sizes = {number: source.voxel_size_nm for number, source in enumerate(both.sources)}
+    assert len(set(sizes.values())) == 2
     # The rows of a batch keep the order in which they were drawn.
     state = both.state_dict()
     places = both.draw_places(12)
@@ -170,6 +174,7 @@ def test_several_volumes_are_drawn_by_the_voxels_that_count() -> None:
     for row, (number, (z, y, x)) in enumerate(places):
         own = (small, large)[number].label[z : z + 4, y : y + 16, x : x + 16]
         np.testing.assert_array_equal(patches.labels[row].numpy(), own)
+        assert patches.voxel_sizes_nm[row] == sizes[number]
 
 
 @pytest.mark.parametrize("mode", ["reflect", "constant", "replicate"])

@@ -32,7 +32,7 @@ from hydralv_tune.one_trial.prediction import load_network, predict
 from hydralv_tune.one_trial.trial import (
     Evaluation,
     TrialSpec,
-    held_out_volumes,
+    _held_out,
     run_trial,
     stop_on_signal,
 )
@@ -490,7 +490,7 @@ def test_a_volume_of_its_own_is_scored_where_the_candidate_names_one(tmp_path: P
     # Over the limit it stays on disk, as one that is trained on does.
     for limit_gb, on_disk in ((8.0, False), (1e-4, True)):
         limited = candidate(data={**data, "memory_limit_gb": limit_gb})
-        opened = held_out_volumes(limited)[0].image
+        opened = _held_out(limited)[0].image
         assert isinstance(getattr(opened, "array", None), LazyArray) == on_disk
 
 

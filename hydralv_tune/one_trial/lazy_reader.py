@@ -253,7 +253,7 @@ class LazySource:
             labels=upload(np.stack(labels), self.device),
             edt=upload(np.stack(distance), self.device),
             mask=upload(np.stack(mask), self.device),
-            voxel_size_nm=self.voxel_size_nm,
+            voxel_sizes_nm=(self.voxel_size_nm,) * len(starts),
             intensity_range=self.intensity_range,
         )
 

@@ -96,7 +96,7 @@ class ResidentVolume:
             labels=labels,
             edt=crop(self.distance, begin, size),
             mask=torch.ones_like(labels, dtype=torch.bool) if mask is None else mask,
-            voxel_size_nm=self.voxel_size_nm,
+            voxel_sizes_nm=(self.voxel_size_nm,) * len(starts),
             intensity_range=self.intensity_range,
         )
 
@@ -355,12 +355,18 @@ def _joined(parts: Sequence[Patches], order: Ints) -> Patches:
     """Return the patches of several volumes as one batch, in the order they were drawn."""
     if len(parts) == 1:
         return parts[0]
-    back = torch.from_numpy(np.argsort(order)).to(parts[0].image.device)
+    rows = np.argsort(order)
+    back = torch.from_numpy(rows).to(parts[0].image.device)
     image, labels, edt, mask = (
         torch.cat([getattr(part, name) for part in parts])[back]
         for name in ("image", "labels", "edt", "mask")
     )
-    return replace(parts[0], image=image, labels=labels, edt=edt, mask=mask)
+    sizes = [size for part in parts for size in part.voxel_sizes_nm]
+    return replace(
+        parts[0],
+        image=image, labels=labels, edt=edt, mask=mask,
+        voxel_sizes_nm=tuple(sizes[row] for row in rows),
+    )  # fmt: skip
 
 
 def _unravelled(flat: int, shape: tuple[int, int, int]) -> tuple[int, int, int]:

@@ -70,7 +70,7 @@ def run_trial(
     with _threads(spec.threads or spec.candidate.system.cpu_threads):
         with stage("reading"):
             given = _read(spec) if volumes is None else list(volumes)
-            held_out = held_out_volumes(spec.candidate)
+            held_out = _held_out(spec.candidate)
         with stage("preparing"):
             run = TrialRun(spec, given, held_out, device)
             out.mkdir(parents=True, exist_ok=True)
@@ -149,7 +149,7 @@ def _read(spec: TrialSpec) -> list[Volume]:
     return [read_or_open(paths, limit_gb) for paths in spec.volumes]
 
 
-def held_out_volumes(candidate: Candidate) -> list[Volume]:
+def _held_out(candidate: Candidate) -> list[Volume]:
     """Return the volumes that the candidate names for validation, opened as those to train on.
 
     Raises:
