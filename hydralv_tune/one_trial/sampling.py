@@ -116,7 +116,8 @@ def distance_arguments(data: Data, volume: Volume) -> dict[str, Any]:
         if size is None:
             raise ConfigError(
                 f"Volume '{volume.name}': data.label_transform.edt_voxel_size is volume, but its "
-                "voxel size is unknown. Set data.train_resolution: [30, 8, 8]."
+                "voxel size is unknown. Give it, for example --set data.train_resolution=[30,8,8] "
+                "(nanometres along z, y, x)."
             )
         arguments["voxel_size_nm"] = size
     return arguments

@@ -34,6 +34,7 @@ from hydralv_tune.studies.study import (
     open_readonly,
 )
 from hydralv_tune.studies.trial_view import Asked, process_start
+from hydralv_tune.studies.voxel_sizes import searchable
 from hydralv_tune.studies.worker import Reporter, StopFlag, TrialFunction
 from hydralv_tune.vocabulary.errors import HydraLVError
 from hydralv_tune.vocabulary.space import SearchSpace
@@ -110,7 +111,7 @@ def run_study(
 
     Raises:
         StudyError: The storage does not answer, or the space has changed.
-        InputError: The cluster cannot hold a single trial.
+        InputError: The cluster cannot hold a single trial, or the space does not fit the volumes.
         StudyInterrupted: Ctrl-C or SIGTERM came.
         StudyFailed: Trial after trial fails, or Ray died.
     """
@@ -119,6 +120,8 @@ def run_study(
         file_system(checkpoints)
     # Wrong input must leave nothing behind, so all that can be refused comes before the study.
     check_before_ray(ray_address, gpus_per_trial, cpus_per_trial)
+    if trial_function is None:
+        space = searchable(space, volumes)
     read = [] if trial_function is not None else [read_volume(paths) for paths in volumes]
     _check_patches(space, read)
     interrupted: str | None = None
