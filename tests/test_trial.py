@@ -515,6 +515,22 @@ def test_cross_validation_scores_the_mean_and_keeps_each_fold(tmp_path: Path) ->
     assert seen[-1].value == pytest.approx(record.value)
 
 
+def test_folds_share_one_upload_of_a_volume_that_both_train_on() -> None:
+    data = {
+        **candidate().data.model_dump(mode="json"),
+        "split": {"kind": "cross_validation", "folds": 3},
+    }
+    volumes = [volume(seed, f"v{seed}") for seed in range(3)]
+    trial = TrialRun(spec(Path("unused"), candidate(data=data)), volumes, [], torch.device("cpu"))
+    held = [{s.places.name: s for s in fold.trainer.sampler.sources} for fold in trial.folds]
+    assert [sorted(sources) for sources in held] == [["v1", "v2"], ["v0", "v2"], ["v0", "v1"]]
+    assert held[0]["v2"] is held[1]["v2"]
+    assert len({id(source) for sources in held for source in sources.values()}) == 3
+    drawn = [fold.trainer.sampler.draw_places(8) for fold in trial.folds]
+    assert drawn[0] != drawn[1]
+    trial.close()
+
+
 @pytest.mark.parametrize(
     ("metric", "expected"),
     [

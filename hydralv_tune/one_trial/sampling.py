@@ -142,7 +142,11 @@ def boundary_arguments(data: Data) -> dict[str, Any]:
 
 
 def resident_bytes(volume: Volume) -> int:
-    """Return what a volume takes on the device."""
+    """Return what a volume takes on the device.
+
+    Folds share a volume that is whole in them. Slabs differ in margin and in the instances that
+    they cut, so of a volume that is cross-validated by itself each fold holds what it trains on.
+    """
     return int(volume.image.size) * (volume.image.dtype.itemsize + RESIDENT_BYTES)
 
 

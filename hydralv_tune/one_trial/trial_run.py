@@ -31,7 +31,7 @@ from hydralv_tune.one_trial.lazy_reader import (
     part_to_score,
 )
 from hydralv_tune.one_trial.prediction import network_of
-from hydralv_tune.one_trial.sampling import PatchSampler, ResidentVolume
+from hydralv_tune.one_trial.sampling import PatchSampler, ResidentVolume, Source
 from hydralv_tune.one_trial.splits import Fold, split_volumes
 from hydralv_tune.one_trial.training import Trainer, check_stopping, load_external_weights
 from hydralv_tune.one_trial.trial_facts import (
@@ -130,6 +130,7 @@ class TrialRun:
         self.split = split_volumes(
             volumes, self.candidate.data, receptive_field=field, held_out=held_out
         )
+        self._sources: dict[int, Source] = {}
         self.folds = [self._fold(index, fold) for index, fold in enumerate(self.split.folds)]
         self.plan = self.folds[0].trainer.plan
 
@@ -138,10 +139,7 @@ class TrialRun:
         data, seed = self.candidate.data, self.candidate.system.seed + 1000 * index
         lazy = any(is_lazy(volume) for volume in fold.train)
         sampler = PatchSampler(
-            [
-                (LazySource if is_lazy(volume) else ResidentVolume)(volume, data, self.device, seed)
-                for volume in fold.train
-            ],
+            [self._source(volume) for volume in fold.train],
             patch_size=data.patch_size,
             foreground_share=data.sampling.foreground_share,
             seed=seed,
@@ -155,6 +153,15 @@ class TrialRun:
         trainer = Trainer(self.candidate, network, sampler, self.device, seed=seed)
         score = tuple(self._scorable(volume) for volume in fold.score)
         return FoldRun(fold.name, trainer, score)
+
+    def _source(self, volume: Volume) -> Source:
+        """Return where patches of a volume come from: one upload for all folds that train on it."""
+        key = id(volume)
+        if key not in self._sources:
+            kind = LazySource if is_lazy(volume) else ResidentVolume
+            data, seed = self.candidate.data, self.candidate.system.seed
+            self._sources[key] = kind(volume, data, self.device, seed)
+        return self._sources[key]
 
     def _scorable(self, volume: Volume) -> Volume:
         """Return the volume, or those of its sections that can be scored in memory."""
