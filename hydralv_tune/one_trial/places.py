@@ -16,6 +16,9 @@ Ints = npt.NDArray[np.int64]
 MOST_PLACES = 1 << 20
 """Voxels remembered as places to sample from, of the mask and of the instances each: 8 MB."""
 
+KEY_BITS = 32
+"""Of the random keys that decide which voxels are remembered."""
+
 
 @dataclass(frozen=True)
 class Places:
@@ -101,41 +104,41 @@ class _Kept:
     def __init__(self, rng: np.random.Generator) -> None:
         self._rng = rng
         empty = np.zeros(0, np.int64)
-        self._parts: list[tuple[Ints, Ints, npt.NDArray[np.float64]]] = [
-            (empty, empty, np.zeros(0))
-        ]
+        self._parts: list[tuple[Ints, Ints]] = [(empty, empty)]
         self._new = 0
-        self._full, self._cutoffs = empty, np.zeros(0)
+        self._largest = empty
 
     def add(self, ids: Ints, flat: Ints) -> None:
-        """Take voxels in, each with the id of its group."""
-        keys = self._rng.random(len(flat))
-        if len(self._full):
-            # A full group takes nothing above its largest key: what is sorted stays small.
-            at = np.searchsorted(self._full, ids).clip(max=len(self._full) - 1)
-            wanted = (self._full[at] != ids) | (keys < self._cutoffs[at])
-            ids, flat, keys = ids[wanted], flat[wanted], keys[wanted]
-        self._parts.append((ids, flat, keys))
+        """Take voxels in, each with the id of its group, up to 31 bits."""
+        # One number that sorts by group, then by key: five times faster than to sort by both.
+        keys = ids << KEY_BITS | self._rng.integers(1 << KEY_BITS, size=len(flat))
+        if len(self._largest):
+            # A full group takes nothing above its largest key: what is to be sorted stays small.
+            full = self._largest >> KEY_BITS
+            at = np.searchsorted(full, ids).clip(max=len(full) - 1)
+            wanted = (full[at] != ids) | (keys < self._largest[at])
+            keys, flat = keys[wanted], flat[wanted]
+        self._parts.append((keys, flat))
         self._new += len(flat)
         if self._new > MOST_PLACES:
             self._thin()
 
     def result(self) -> tuple[Ints, Ints]:
         """Return ids and flat indices, sorted by both."""
-        if sum(len(flat) for _, flat, _ in self._parts) > MOST_PLACES:
+        if sum(len(flat) for _, flat in self._parts) > MOST_PLACES:
             self._thin()
-        ids, flat = (np.concatenate([part[i] for part in self._parts]) for i in range(2))
-        order = np.lexsort((flat, ids))
-        return ids[order], flat[order]
+        keys, flat = (np.concatenate(column) for column in zip(*self._parts, strict=True))
+        order = np.argsort(flat)
+        order = order[np.argsort(keys[order] >> KEY_BITS, kind="stable")]
+        return keys[order] >> KEY_BITS, flat[order]
 
     def _thin(self) -> None:
         """Drop the largest keys of each group that is over its share."""
-        ids, flat, keys = (np.concatenate(column) for column in zip(*self._parts, strict=True))
-        order = np.lexsort((keys, ids))
-        ids, flat, keys = ids[order], flat[order], keys[order]
-        groups, first, sizes = np.unique(ids, return_index=True, return_counts=True)
-        limit = max(MOST_PLACES // len(groups), 1)
-        full = sizes >= limit
-        self._full, self._cutoffs = groups[full], keys[first[full] + limit - 1]
-        kept = np.arange(len(ids)) - np.repeat(first, sizes) < limit
-        self._parts, self._new = [(ids[kept], flat[kept], keys[kept])], 0
+        keys, flat = (np.concatenate(column) for column in zip(*self._parts, strict=True))
+        order = np.argsort(keys)
+        keys, flat = keys[order], flat[order]
+        _, first, sizes = np.unique(keys >> KEY_BITS, return_index=True, return_counts=True)
+        limit = max(MOST_PLACES // len(sizes), 1)
+        self._largest = keys[first[sizes >= limit] + limit - 1]
+        kept = np.arange(len(keys)) - np.repeat(first, sizes) < limit
+        self._parts, self._new = [(keys[kept], flat[kept])], 0
