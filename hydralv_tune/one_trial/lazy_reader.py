@@ -184,9 +184,11 @@ def part_to_score(volume: Volume, data: Data) -> Volume:
     They are normalised as sections of the whole, which is how they are trained on.
 
     Args:
-        volume: Lazy, with a labelled voxel inside its mask.
+        volume: With a labelled voxel inside its mask; returned as it is where it is not lazy.
         data: `data` of the candidate; prediction and sweep may take its `memory_limit_gb`.
     """
+    if not is_lazy(volume):
+        return volume
     label = cast(Windowed, volume.label)
     depth, height, width = label.shape
     sections = int(data.memory_limit_gb * 1e9 / (SCORED_BYTES * height * width))

@@ -165,8 +165,6 @@ class TrialRun:
 
     def _scorable(self, volume: Volume) -> Volume:
         """Return the volume, or those of its sections that can be scored in memory."""
-        if not is_lazy(volume):
-            return volume
         part = part_to_score(volume, self.candidate.data)
         if part.name != volume.name:
             self.notes.append(
