@@ -21,6 +21,7 @@ from hydralv_tune.disk.records import TrialRecord
 from hydralv_tune.disk.volumes import Volume, read_volume, volume_paths
 from hydralv_tune.numerics import metrics
 from hydralv_tune.numerics.decoding import decode
+from hydralv_tune.one_trial.intensities import fitted_normalisation
 from hydralv_tune.one_trial.prediction import load_network, pick_device, predict
 from hydralv_tune.one_trial.splits import slab
 from hydralv_tune.vocabulary.space import SearchSpace, load_space
@@ -98,12 +99,16 @@ def _space() -> SearchSpace:
 def _of_trained_half(volume: Volume, axis: int, record: TrialRecord) -> dict[str, Any]:
     """Return the figures of the half that was trained on, decoded as the record says."""
     length = volume.image.shape[axis]
-    part = slab(volume, axis, 0, length - round(0.5 * length) - MARGIN)
     assert record.checkpoint is not None
     assert record.decoding is not None
     device = pick_device("auto")
     network, candidate = load_network(record.checkpoint, device=device)
-    maps = predict(network, part.image, candidate, device=device, mask=part.mask)
+    whole = replace(volume, normalisation=fitted_normalisation(volume, candidate.data))
+    part = slab(whole, axis, 0, length - round(0.5 * length) - MARGIN)
+    maps = predict(
+        network, part.image, candidate, device=device, mask=part.mask,
+        normalisation=part.normalisation,
+    )  # fmt: skip
     segments = decode(record.decoding["name"], maps, part.mask, **record.decoding["kwargs"])
     assert part.label is not None
     scored = metrics.score(prediction=segments, truth=part.label, mask=part.mask)

@@ -19,8 +19,10 @@ def seeded(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def random_patches(batch: int = 2, shape: tuple[int, int, int] = SHAPE, **kwargs: Any) -> Patches:
-    """Return patches of noise with two boxes as instances each."""
+def random_patches(
+    batch: int = 2, shape: tuple[int, int, int] = SHAPE, *, voxel_size_nm: Any = None, **kwargs: Any
+) -> Patches:
+    """Return patches of noise with two boxes as instances each, all of one voxel size."""
     labels = np.zeros((batch, *shape), dtype=np.int32)
     labels[:, 2:6, 5:13, 5:13] = 1
     labels[:, 4:8, 25:34, 20:30] = 2
@@ -29,6 +31,7 @@ def random_patches(batch: int = 2, shape: tuple[int, int, int] = SHAPE, **kwargs
         labels=torch.from_numpy(labels),
         edt=torch.from_numpy(np.stack([instance_edt(volume) for volume in labels])),
         mask=torch.ones(labels.shape, dtype=torch.bool),
+        voxel_sizes_nm=(voxel_size_nm,) * batch,
         **kwargs,
     )
 

@@ -124,6 +124,20 @@ def test_intensities_are_normalised_as_in_training() -> None:
         assert np.abs(predict(Voxelwise(), image, setting) - whole).max() < 2e-3
 
 
+def test_a_part_is_predicted_as_in_the_whole_where_its_normalisation_comes_along() -> None:
+    image = picture() // 2 + np.arange(11, dtype=np.uint8)[:, None, None] * 10
+    for mode in ("0-1", "z_volume", "z_section"):
+        for pad in ([0, 0, 0], [2, 3, 3]):
+            setting = candidate(data={"image_transform": {"normalize": mode}, "pad_size": pad})
+            whole = predict(Voxelwise(), image, setting)
+            fitted = fit_normalisation(image, mode=mode).of_sections(7, 11)
+            part = predict(Voxelwise(), image[7:], setting, normalisation=fitted)
+            assert np.abs(part - whole[:, 7:]).max() < 2e-3
+            again = predict(Voxelwise(), image, setting, normalisation=fit_normalisation(
+                image, mode=mode))  # fmt: skip
+            assert np.array_equal(again, whole)
+
+
 def test_progress_counts_every_window_once() -> None:
     for shape in ((11, 37, 41), (4, 16, 16), (3, 100, 17)):
         for overlap in (0.0, 0.25, 0.6):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import h5py
@@ -9,10 +10,12 @@ import numpy as np
 import pytest
 import torch
 
-from hydralv_tune.disk.volumes import Volume, VolumePaths
+from hydralv_tune.disk.volumes import Volume, VolumePaths, write_array
 from hydralv_tune.numerics.augmentation import augment
 from hydralv_tune.numerics.normalisation import fit_normalisation, normalise
 from hydralv_tune.numerics.targets import instance_edt
+from hydralv_tune.one_trial import places
+from hydralv_tune.one_trial.intensities import stream_normalisation
 from hydralv_tune.one_trial.lazy_reader import (
     LazySource,
     as_lazy,
@@ -21,9 +24,9 @@ from hydralv_tune.one_trial.lazy_reader import (
     is_too_large,
     open_volume,
     part_to_score,
-    stream_normalisation,
     windowed,
 )
+from hydralv_tune.one_trial.places import Places, find_places
 from hydralv_tune.one_trial.sampling import (
     PatchSampler,
     ResidentVolume,
@@ -32,7 +35,7 @@ from hydralv_tune.one_trial.sampling import (
     resident_bytes,
 )
 from hydralv_tune.one_trial.splits import slab, split_volumes
-from hydralv_tune.vocabulary.config import Data, Split
+from hydralv_tune.vocabulary.config import Data
 from hydralv_tune.vocabulary.errors import ConfigError, VolumeError
 
 CPU = torch.device("cpu")
@@ -191,10 +194,13 @@ def test_draws_follow_the_seed_and_go_on_from_a_state() -> None:
 
 
 def test_several_volumes_are_drawn_by_the_voxels_that_count() -> None:
-    small, large = volume(1, name="small"), volume(2, masked=False, name="large")
+    small = replace(volume(1, name="small"), voxel_size_nm=(8.0, 8.0, 8.0))
+    large = volume(2, masked=False, name="large")
     both = sampler(settings(), small, large, share=0.0)
     drawn = [number for number, _ in both.draw_places(3000)]
     assert np.mean(drawn) == pytest.approx(56 / (56 + 30), abs=0.03)
+    sizes = {number: source.voxel_size_nm for number, source in enumerate(both.sources)}
+    assert len(set(sizes.values())) == 2
     # The rows of a batch keep the order in which they were drawn.
     state = both.state_dict()
     places = both.draw_places(12)
@@ -203,6 +209,7 @@ def test_several_volumes_are_drawn_by_the_voxels_that_count() -> None:
     for row, (number, (z, y, x)) in enumerate(places):
         own = (small, large)[number].label[z : z + 4, y : y + 16, x : x + 16]
         np.testing.assert_array_equal(patches.labels[row].numpy(), own)
+        assert patches.voxel_sizes_nm[row] == sizes[number]
 
 
 @pytest.mark.parametrize("mode", ["reflect", "constant", "replicate"])
@@ -271,6 +278,57 @@ def test_patches_from_disk_are_those_from_memory(
     torch.testing.assert_close(one.image, two.image, atol=1e-4, rtol=0)
 
 
+def places_of(
+    label: np.ndarray, mask: np.ndarray | None, most: int, monkeypatch: pytest.MonkeyPatch
+) -> Places:
+    """Return the places of a volume of which only some are remembered, the same ones each time."""
+    monkeypatch.setattr(places, "MOST_PLACES", most)
+    given = as_lazy(Volume("v", np.zeros(label.shape, np.uint8), label, mask))
+    one, again = (find_places("v", given.label, given.mask, pad=(0, 0, 0), seed=1) for _ in "ab")
+    for name in ("valid", "instances", "sizes"):
+        np.testing.assert_array_equal(getattr(one, name), getattr(again, name))
+    whole = find_places("v", label, mask, pad=(0, 0, 0), seed=1)
+    np.testing.assert_array_equal(one.instances, whole.instances)
+    return one
+
+
+def test_every_section_is_as_likely_though_few_voxels_of_it_are_remembered(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    label = np.zeros((40, 40, 40), np.uint16)
+    label[:, 5:15, 5:15] = 7  # through all sections, as a neurite
+    label[:, 30:32, 30:32] = 2
+    label[38:, 20:25, 20:25] = 9  # comes last, and is as large as its share
+    mask = np.ones(label.shape, bool)
+    mask[20:, 25:] = False
+    found = places_of(label, mask, 2000, monkeypatch)
+    assert found.valid is not None
+    assert (len(found.valid), found.valid_voxels) == (2000, int(mask.sum()))
+    assert len(np.unique(found.valid)) == 2000
+    expected = mask.reshape(4, -1).sum(1) * 2000 / mask.sum()
+    per_ten = np.histogram(found.valid // 1600, bins=[0, 10, 20, 30, 40])[0]
+    assert np.abs(per_ten - expected).max() < 5 * np.sqrt(expected.max())
+    assert found.sizes.tolist() == [80, 666, 50]
+    of_seven = found.instances[found.first[1] : found.first[1] + found.sizes[1]]
+    assert (label.ravel()[of_seven] == 7).all()
+    per_ten = np.histogram(of_seven // 1600, bins=[0, 10, 20, 30, 40])[0]
+    assert np.abs(per_ten - 666 / 4).max() < 5 * np.sqrt(666 / 4)
+
+
+def test_what_is_remembered_of_the_mask_is_any_voxel_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over many seeds each voxel is kept as often as any other."""
+    monkeypatch.setattr(places, "MOST_PLACES", 20)
+    label = np.ones((10, 4, 5), np.uint8)
+    counts = np.zeros(200)
+    for seed in range(1000):
+        found = find_places("v", label, np.ones(label.shape), pad=(0, 0, 0), seed=seed)
+        assert len(found.valid) == len(found.instances) == 20
+        counts[found.valid] += 1
+        counts[found.instances] += 1
+    # Binomial with mean 200, deviation 13.4; the extremes of 200 lie within 4.5 of them.
+    assert 140 < counts.min() < counts.max() < 260
+
+
 def test_draws_from_disk_are_those_from_memory_and_survive_a_checkpoint(
     on_disk: VolumePaths,
 ) -> None:
@@ -296,16 +354,61 @@ def test_draws_from_disk_are_those_from_memory_and_survive_a_checkpoint(
 
 @pytest.mark.parametrize("mode", ["0-1", "z_volume", "z_section", "none"])
 @pytest.mark.parametrize("clip", [(0.0, 1.0), (0.02, 0.97)])
+@pytest.mark.parametrize("kind", ["uint8", "int16"])
 def test_statistics_read_section_by_section_are_those_of_the_whole(
-    mode: str, clip: tuple[float, float]
+    mode: str, clip: tuple[float, float], kind: str
 ) -> None:
-    image = volume().image
+    image = volume().image.astype(kind)
+    if kind == "int16":
+        image = image * 90 - 9000
     image[5:, 20:] = 0  # most of these sections is fill, as in a sparse volume
     chosen = {"normalize": mode, "clip_percentile_low": clip[0], "clip_percentile_high": clip[1]}
     streamed = stream_normalisation(windowed(image), settings(image_transform=chosen))
     whole = fit_normalisation(image, mode=mode, clip_low=clip[0], clip_high=clip[1])
     for name in ("low", "high", "offset", "scale"):
         np.testing.assert_allclose(getattr(streamed, name), getattr(whole, name), rtol=1e-4)
+
+
+def drifting() -> Volume:
+    """Return the volume with sections that grow brighter, and a right half that is darker."""
+    given = volume()
+    image = given.image // 2 + np.arange(12, dtype=np.uint8)[:, None, None] * 10
+    image[:, :, 28:] //= 2
+    return Volume("v", image, given.label)
+
+
+@pytest.mark.parametrize("mode", ["0-1", "z_volume", "z_section", "none"])
+@pytest.mark.parametrize("axis", [0, 2])
+@pytest.mark.parametrize("lazy", [False, True], ids=["in memory", "on disk"])
+def test_a_part_is_normalised_as_in_the_whole_to_train_on_and_to_score(
+    mode: str, axis: int, lazy: bool
+) -> None:
+    given = drifting()
+    chosen = {"normalize": mode, "clip_percentile_low": 0.01, "clip_percentile_high": 0.98}
+    data = settings(
+        image_transform=chosen,
+        split={"kind": "holdout", "axis": axis, "fraction": 0.5, "margin": 1},
+    )
+    plan = split_volumes([as_lazy(given) if lazy else given], data, receptive_field=(1, 1, 1))
+    whole = normalise(given.image, mode=mode, clip_low=0.01, clip_high=0.98)
+    trained, scored = plan.folds[0].train[0], plan.folds[0].score[0]
+    source = (LazySource if lazy else ResidentVolume)(trained, data, CPU, 0)
+    patch = source.cut(np.array([[1, 5, 9]]), SIZE).image[0, 0].numpy()
+    np.testing.assert_allclose(patch, whole[1:5, 5:21, 9:25], atol=1e-4)
+    if lazy:
+        # Three of its sections fit; which ones, its name says.
+        few = data.model_copy(
+            update={"memory_limit_gb": 3 * 40 * np.prod(scored.image.shape[1:]) / 1e9}
+        )
+        scored = part_to_score(scored, few)
+        assert scored.image.shape[0] == 3
+    half = whole.shape[axis] // 2
+    expected = whole[half:] if axis == 0 else whole[:, :, half:]
+    if lazy:
+        first = int(scored.name.rpartition("[z ")[2].partition(":")[0])
+        expected = expected[first : first + 3]
+    assert scored.normalisation is not None
+    np.testing.assert_allclose(scored.normalisation.apply(scored.image), expected, atol=1e-4)
 
 
 def test_a_volume_on_disk_is_scored_where_its_truth_is(on_disk: VolumePaths) -> None:
@@ -316,20 +419,37 @@ def test_a_volume_on_disk_is_scored_where_its_truth_is(on_disk: VolumePaths) -> 
                                         volume().mask).fingerprint()  # fmt: skip
     assert is_too_large(lazy, 1e-4)
     assert not is_too_large(lazy, 1.0)
-    part = part_to_score(lazy, 40 * 48 * 56 * 5 / 1e9)
+    part = part_to_score(lazy, settings(memory_limit_gb=40 * 48 * 56 * 5 / 1e9))
     assert part.image.shape == (5, 48, 56)
-    assert part.name == "v[z 3:8]"
-    np.testing.assert_array_equal(part.label, volume().label[3:8])
+    # The ball that begins at section 3 lies outside the mask.
+    assert part.name == "v[z 4:9]"
+    np.testing.assert_array_equal(part.label, volume().label[4:9])
 
 
-def split(kind: str, **keys: object) -> Split:
-    return Split.model_validate({"kind": kind, **keys})
+def test_only_truth_inside_the_mask_decides_what_is_scored(tmp_path: Path) -> None:
+    label = np.zeros((12, 24, 24), np.uint16)
+    label[1:5, 2:22, 2:22] = 1  # most of the labels, where nothing is trusted
+    label[9, 4:6, 4:6] = 2
+    mask = np.zeros(label.shape, np.uint8)
+    mask[7:] = 255
+    arrays = {"im": np.ones_like(mask), "label": label, "mask": mask}
+    for name, array in arrays.items():
+        write_array(tmp_path / f"{name}.h5", array)
+    lazy = open_volume(VolumePaths("v", *(str(tmp_path / f"{name}.h5") for name in arrays)))
+    part = part_to_score(lazy, settings(memory_limit_gb=40 * 24 * 24 * 3 / 1e9))
+    assert part.name == "v[z 7:10]"
+    assert part.label[part.mask].any()
+
+
+def split(kind: str, **keys: object) -> Data:
+    return settings(split={"kind": kind, **keys})
 
 
 def test_without_a_split_the_sentence_says_that_the_score_is_optimistic() -> None:
     given = volume()
     plan = split_volumes([given], split("none"), receptive_field=(1, 1, 1))
-    assert plan.folds[0].train == plan.folds[0].score == (given,)
+    for part in (*plan.folds[0].train, *plan.folds[0].score):
+        assert part.image is given.image
     assert "optimistic" in plan.sentence
 
 
@@ -359,8 +479,8 @@ def test_a_slab_that_leaves_nothing_is_refused() -> None:
 def test_volumes_are_held_out_by_name() -> None:
     one, two = volume(1, name="one"), volume(2, name="two")
     plan = split_volumes([one, two], split("volumes", volumes=["two"]), receptive_field=(1, 1, 1))
-    assert plan.folds[0].train == (one,)
-    assert plan.folds[0].score == (two,)
+    assert [part.name for part in plan.folds[0].train] == ["one"]
+    assert [part.name for part in plan.folds[0].score] == ["two"]
     with pytest.raises(ConfigError, match=r"data\.split\.volumes.*'tow'.*Did you mean 'two'"):
         split_volumes([one, two], split("volumes", volumes=["tow"]), receptive_field=(1, 1, 1))
     with pytest.raises(ConfigError, match="none is held out"):

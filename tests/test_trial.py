@@ -24,15 +24,22 @@ import torch
 import yaml
 from PIL import Image
 
+from hydralv_tune.disk.formats import LazyArray
 from hydralv_tune.disk.records import load_checkpoint, previous, read_record, save_checkpoint
 from hydralv_tune.disk.volumes import Volume, VolumePaths, write_array
 from hydralv_tune.numerics import metrics
 from hydralv_tune.numerics.decoding import decode
 from hydralv_tune.one_trial.evaluation import Outcome, better, evaluate
 from hydralv_tune.one_trial.prediction import load_network, network_of, predict
-from hydralv_tune.one_trial.trial import Evaluation, TrialSpec, run_trial, stop_on_signal
+from hydralv_tune.one_trial.trial import (
+    Evaluation,
+    TrialSpec,
+    _held_out,
+    run_trial,
+    stop_on_signal,
+)
 from hydralv_tune.one_trial.trial_facts import verdicts
-from hydralv_tune.one_trial.trial_run import TrialRun
+from hydralv_tune.one_trial.trial_run import BestUnit, TrialRun
 from hydralv_tune.vocabulary.config import Candidate, DecodingGrid, candidate_from_mapping
 from hydralv_tune.vocabulary.errors import InputError, TrialFailed, TrialInterrupted, TrialTakenOver
 from hydralv_tune.vocabulary.space import Objective
@@ -681,6 +688,32 @@ def test_a_holdout_is_scored_where_it_was_not_trained(tmp_path: Path) -> None:
     assert "held out" in record.split["sentence"]
 
 
+@pytest.mark.parametrize("limit_gb", [8.0, 40 * 32 * 48 / 1e9], ids=["in memory", "on disk"])
+def test_a_part_is_scored_as_a_prediction_of_the_whole_volume_would_be(limit_gb: float) -> None:
+    """The mean of a section grows, so a part that was normalised by itself would look different."""
+    given = volume()
+    image = given.image // 2 + np.arange(8, dtype=np.uint8)[:, None, None] * 15
+    data = {
+        **candidate().data.model_dump(mode="json"),
+        "split": {"kind": "holdout", "axis": 0, "fraction": 0.5, "margin": 0},
+        "memory_limit_gb": limit_gb,
+        "image_transform": {"normalize": "z_volume"},
+    }
+    chosen = candidate(data=data)
+    trial = TrialRun(spec(Path("unused"), chosen), [replace(given, image=image)], [],
+                     torch.device("cpu"))  # fmt: skip
+    fold = trial.folds[0]
+    network = torch.nn.Conv3d(1, 3, 1)
+    unit = BestUnit("all", network, fold.score)
+    outcome = evaluate([unit], chosen, GRID, Objective(), device=torch.device("cpu"), threads=1)
+    whole = predict(network, image, chosen)
+    # Of the upper half, the first section has most truth; over the limit it is scored alone.
+    part = whole[:, 4:] if limit_gb == 8.0 else whole[:, 4:5]
+    inside = fold.score[0].mask
+    assert np.abs(outcome.probabilities[0] - part)[:, inside].max() < 2e-3
+    trial.close()
+
+
 def test_a_volume_of_its_own_is_scored_where_the_candidate_names_one(tmp_path: Path) -> None:
     other = volume(3, "other")
     write_array(tmp_path / "val.h5", other.image)
@@ -696,6 +729,11 @@ def test_a_volume_of_its_own_is_scored_where_the_candidate_names_one(tmp_path: P
     assert record.split["folds"][0]["score"] == ["val 8×32×48"]
     assert [facts["name"] for facts in record.volumes] == ["balls", "val"]
     assert "not trained on" in record.split["sentence"]
+    # Over the limit it stays on disk, as one that is trained on does.
+    for limit_gb, on_disk in ((8.0, False), (1e-4, True)):
+        limited = candidate(data={**data, "memory_limit_gb": limit_gb})
+        opened = _held_out(limited)[0].image
+        assert isinstance(getattr(opened, "array", None), LazyArray) == on_disk
 
 
 @pytest.mark.parametrize(
@@ -789,6 +827,22 @@ def test_a_fold_that_stops_early_counts_with_its_last_losses_and_the_rest_goes_o
         for key in ("step", "lr", "losses", "task_weights", "value", "stopped"):
             assert row[key] == whole[key]
     assert second.verdicts == cut.verdicts
+
+
+def test_folds_share_one_upload_of_a_volume_that_both_train_on() -> None:
+    data = {
+        **candidate().data.model_dump(mode="json"),
+        "split": {"kind": "cross_validation", "folds": 3},
+    }
+    volumes = [volume(seed, f"v{seed}") for seed in range(3)]
+    trial = TrialRun(spec(Path("unused"), candidate(data=data)), volumes, [], torch.device("cpu"))
+    held = [{s.places.name: s for s in fold.trainer.sampler.sources} for fold in trial.folds]
+    assert [sorted(sources) for sources in held] == [["v1", "v2"], ["v0", "v2"], ["v0", "v1"]]
+    assert held[0]["v2"] is held[1]["v2"]
+    assert len({id(source) for sources in held for source in sources.values()}) == 3
+    drawn = [fold.trainer.sampler.draw_places(8) for fold in trial.folds]
+    assert drawn[0] != drawn[1]
+    trial.close()
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,7 @@ from hydralv_tune.disk.volumes import (
     volume_paths,
     write_array,
 )
+from hydralv_tune.one_trial.lazy_reader import open_volume
 from hydralv_tune.vocabulary.errors import VolumeError
 
 SHAPE = (9, 20, 21)
@@ -64,6 +65,12 @@ def paths_of(files: dict[str, Path], **others: object) -> VolumePaths:
     """Return the paths of a volume, some of them replaced."""
     chosen = {"image": files["im"], "label": files["label"], "mask": files["mask"], **others}
     return VolumePaths("v", **{k: None if p is None else str(p) for k, p in chosen.items()})
+
+
+@pytest.fixture(params=[read_volume, open_volume], ids=["in memory", "on disk"])
+def reader(request: pytest.FixtureRequest) -> Any:
+    """Return what checks a volume: a rule holds whether it is read whole or stays on disk."""
+    return request.param
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -287,58 +294,69 @@ def test_read_volume_keeps_dtypes_and_makes_the_mask_boolean(files: dict[str, Pa
 
 
 def test_read_volume_takes_the_voxel_size_from_whichever_file_has_it(
-    files: dict[str, Path],
+    files: dict[str, Path], reader: Any
 ) -> None:
-    assert read_volume(paths_of(files)).voxel_size_nm is None
-    label = read_labels(files["label"])
-    write_array(files["label"], label, voxel_size_nm=(30, 8, 8))
-    assert read_volume(paths_of(files)).voxel_size_nm == (30, 8, 8)
+    assert reader(paths_of(files)).voxel_size_nm is None
+    mask = read_array(files["mask"])
+    write_array(files["mask"], mask, voxel_size_nm=(30, 8, 8))
+    assert reader(paths_of(files)).voxel_size_nm == (30, 8, 8)
 
 
 @pytest.mark.parametrize("which", ["label", "mask"])
-def test_shapes_that_differ_are_refused(files: dict[str, Path], which: str) -> None:
+def test_shapes_that_differ_are_refused(files: dict[str, Path], reader: Any, which: str) -> None:
     array = read_array(files[which])
     write_array(files[which], array[1:])
-    refused(paths_of(files), f"{which}.h5", "shape", (8, 20, 21), SHAPE, reader=read_volume)
+    refused(paths_of(files), f"{which}.h5", "shape", (8, 20, 21), SHAPE, reader=reader)
     write_array(files[which], array.transpose(2, 1, 0))
-    refused(paths_of(files), "another order", reader=read_volume)
+    refused(paths_of(files), "another order", reader=reader)
 
 
-def test_labels_without_an_instance_are_refused(files: dict[str, Path]) -> None:
+def test_labels_without_an_instance_are_refused(files: dict[str, Path], reader: Any) -> None:
     label = read_labels(files["label"])
     write_array(files["mask"], (label == 0).astype(np.uint8))
-    refused(paths_of(files), "label.h5", "mask.h5", "inside the mask", reader=read_volume)
+    refused(paths_of(files), "label.h5", "mask.h5", "inside the mask", reader=reader)
     write_array(files["label"], np.zeros_like(label))
-    refused(paths_of(files), "label.h5", "no labelled voxel", reader=read_volume)
+    refused(paths_of(files), "label.h5", "no labelled voxel", reader=reader)
 
 
-def test_ids_beyond_int32_are_refused(files: dict[str, Path]) -> None:
+def test_ids_beyond_int32_are_refused(files: dict[str, Path], reader: Any) -> None:
     label = read_labels(files["label"]).astype(np.uint64)
-    write_array(files["label"], label * 2**40)
-    refused(paths_of(files), "label.h5", 2 * 2**40, "Renumber", reader=read_volume)
+    # Multiples of 2**32 are 0 in 32 bits, so such instances would become background.
+    for factor in (2**30, 2**32, 2**40):
+        write_array(files["label"], label * factor)
+        refused(paths_of(files), "label.h5", 2 * factor, "Renumber", reader=reader)
 
 
-def test_an_empty_mask_is_refused(files: dict[str, Path]) -> None:
+def test_labels_that_are_no_ids_are_refused(files: dict[str, Path], reader: Any) -> None:
+    label = read_labels(files["label"])
+    write_array(files["label"], label.astype(np.int32) - 1)
+    refused(paths_of(files), "negative", "smallest -1", reader=reader)
+    for wrong in (label > 0, label / 7):
+        write_array(files["label"], wrong)
+        refused(paths_of(files), "label.h5", wrong.dtype, "integers", reader=reader)
+
+
+def test_an_empty_mask_is_refused(files: dict[str, Path], reader: Any) -> None:
     write_array(files["mask"], np.zeros(SHAPE, np.uint8))
-    refused(paths_of(files), "mask.h5", "no voxel above 0", reader=read_volume)
+    refused(paths_of(files), "mask.h5", "no voxel above 0", reader=reader)
     refused(files["mask"], "mask.h5", reader=read_mask)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("which", ["im", "mask"])
 def test_values_that_are_not_finite_are_refused(
-    files: dict[str, Path], value: float, which: str
+    files: dict[str, Path], value: float, which: str, reader: Any
 ) -> None:
     array = np.ones(SHAPE, np.float32)
     array[3, 4, 5] = array[6, 7, 8] = value
     write_array(files[which], array)
-    message = refused(paths_of(files), f"{which}.h5", "2 voxels", (3, 4, 5), reader=read_volume)
+    message = refused(paths_of(files), f"{which}.h5", "2 voxels", (3, 4, 5), reader=reader)
     assert "NaN" in message
 
 
-def test_a_boolean_image_is_refused(files: dict[str, Path]) -> None:
+def test_a_boolean_image_is_refused(files: dict[str, Path], reader: Any) -> None:
     write_array(files["im"], np.ones(SHAPE, bool))
-    refused(paths_of(files), "im.h5", "bool", reader=read_volume)
+    refused(paths_of(files), "im.h5", "bool", reader=reader)
 
 
 @pytest.mark.parametrize(
@@ -401,6 +419,13 @@ def test_a_colon_in_a_folder_is_no_dataset(tmp_path: Path) -> None:
     folder.mkdir()
     write_array(folder / "v.h5", counted())
     np.testing.assert_array_equal(read_array(folder / "v.h5"), counted())
+
+
+def test_on_disk_a_volume_has_the_fingerprint_that_it_has_in_memory(
+    files: dict[str, Path],
+) -> None:
+    assert read_array(files["mask"]).dtype == np.uint8
+    assert open_volume(paths_of(files)).fingerprint() == read_volume(paths_of(files)).fingerprint()
 
 
 def test_fingerprint_follows_content_not_name(files: dict[str, Path]) -> None:

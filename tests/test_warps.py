@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -98,6 +99,21 @@ class TestAffine:
         assert factor != 1
         assert points[1, 0, :, 0].mean() == pytest.approx(19.5, abs=1e-3)
         assert points[2, 0, 0, 39] == 39
+
+    def test_each_sample_of_a_batch_is_warped_in_its_own_voxel_size(self) -> None:
+        sizes = (NM, (8.0, 8.0, 8.0), None)
+        patches = random_patches(3)
+        mixed = replace(patches, voxel_sizes_nm=sizes)
+        knobs = {**AUGMENTATIONS["affine"].defaults, "rotate_range": (0.3, 0.3, 0.3)}
+        smooth = {"sigma_range": 4.0, "magnitude_range": 15.0}
+        for row, size in enumerate(sizes):
+            for warp, full in ((warps.affine, knobs), (warps.deform, smooth)):
+                where = warps.Coordinates.identity(mixed, [1, 2, 0])
+                alone = warps.Coordinates.identity(random_patches(1, voxel_size_nm=size), [0])
+                index = where.rows.index(row)
+                warp(where, index, full, seeded(5))
+                warp(alone, 0, full, seeded(5))
+                torch.testing.assert_close(where.points[index], alone.points[0])
 
     def test_what_comes_from_outside_is_masked_out(self) -> None:
         patches = random_patches(1, voxel_size_nm=NM)
@@ -201,7 +217,7 @@ class TestResample:
         patches = random_patches(1)
         points = torch.rand((1, 3, *SHAPE), generator=seeded(2))
         last = torch.tensor(SHAPE)[None, :, None, None, None] - 1
-        where = warps.Coordinates([0], points * last, SHAPE, (1.0, 1.0, 1.0))
+        where = warps.Coordinates([0], points * last, SHAPE, [(1.0, 1.0, 1.0)])
         grid = (points * 2 - 1).flip(1).permute(0, 2, 3, 4, 1)
         wanted = torch.nn.functional.grid_sample(patches.image, grid, align_corners=True)
         after = warps.resample(patches, where)

@@ -8,9 +8,10 @@ from __future__ import annotations
 import glob
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -22,11 +23,15 @@ from hydralv_tune.disk.formats import (
     read_voxel_size_nm,
     write_array,
 )
+from hydralv_tune.numerics.normalisation import Normalisation
 from hydralv_tune.vocabulary.errors import VolumeError
 
 __all__ = [
+    "Sections",
     "Volume",
     "VolumePaths",
+    "check_volume",
+    "first_voxel_size",
     "open_lazy",
     "read_array",
     "read_labels",
@@ -40,6 +45,16 @@ __all__ = [
 
 GENERIC_STEMS = {"im", "img", "image", "images", "raw", "volume", "vol", "em", "main", "data"}
 LARGEST_ID = np.iinfo(np.int32).max
+
+
+class Sections(Protocol):
+    """An array (Z, Y, X) in memory or on disk, read section by section."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def dtype(self) -> np.dtype[Any]: ...
+    def __iter__(self) -> Iterator[Any]: ...
 
 
 @dataclass(frozen=True)
@@ -69,6 +84,8 @@ class Volume:
         label: (Z, Y, X) integer instance ids, 0 is background; None where there is no truth.
         mask: (Z, Y, X) bool, True where voxels count; None where all do.
         voxel_size_nm: Size of a voxel along z, y, x; None where the file does not say.
+        normalisation: How its sections are normalised, fitted on the whole volume where this is a
+            part of one; None until a candidate says how.
     """
 
     name: str
@@ -76,20 +93,24 @@ class Volume:
     label: np.ndarray | None = None
     mask: np.ndarray | None = None
     voxel_size_nm: tuple[float, float, float] | None = None
+    normalisation: Normalisation | None = None
 
     def fingerprint(self) -> str:
         """Return 16 hex digits of a SHA-256 over shape, dtype and content of all three arrays.
 
-        The dtype counts, since normalisation sees it; the name and the path do not.
+        The dtype counts, since normalisation sees it; the name and the path do not, nor does the
+        type of a mask, which is boolean in memory and anything on disk.
         """
         digest = hashlib.sha256()
         for kind, array in (("image", self.image), ("label", self.label), ("mask", self.mask)):
             digest.update(kind.encode())
             if array is None:
                 continue
-            digest.update(f"{array.shape}{array.dtype.str}".encode())
+            dtype = np.dtype(bool) if kind == "mask" else array.dtype
+            digest.update(f"{array.shape}{dtype.str}".encode())
             for section in array:
-                digest.update(np.ascontiguousarray(section).data)
+                values = section > 0 if kind == "mask" else section
+                digest.update(np.ascontiguousarray(values).data)
         return digest.hexdigest()[:16]
 
 
@@ -138,12 +159,38 @@ def read_volume(paths: VolumePaths) -> Volume:
         VolumeError: A file cannot be read, or its content breaks a rule; the message names the
             file, the value, the rule and the next step.
     """
-    image = _read_image(paths.image)
-    label = mask = None
-    if paths.label is not None:
-        label = read_labels(paths.label)
+    image = read_array(paths.image, ndim=3)
+    label = None if paths.label is None else read_array(paths.label, ndim=3)
+    mask = None if paths.mask is None else read_array(paths.mask, ndim=3)
+    check_volume(paths, image, label, mask)
+    return Volume(
+        name=paths.name,
+        image=image,
+        label=label,
+        mask=None if mask is None else mask > 0,
+        voxel_size_nm=first_voxel_size(paths),
+    )
+
+
+def check_volume(
+    paths: VolumePaths, image: Sections, label: Sections | None, mask: Sections | None
+) -> None:
+    """Refuse a volume that breaks a rule; of one on disk, a section is in memory at a time.
+
+    Args:
+        paths: What messages name.
+        image: (Z, Y, X).
+        label: The same of the instance labels, where the paths name any.
+        mask: The same of the valid mask.
+
+    Raises:
+        VolumeError: As for `read_volume`.
+    """
+    _check_image(paths.image, image)
+    if label is not None:
+        assert paths.label is not None, "it was read from there"
         _check_shape(paths.label, "label", label.shape, paths.image, image.shape)
-        largest = int(label.max(initial=0))
+        largest = _check_labels(paths.label, label)
         if largest == 0:
             raise VolumeError(
                 f"{paths.label}: the label has no labelled voxel; there is nothing to learn from. "
@@ -155,22 +202,18 @@ def read_volume(paths: VolumePaths) -> Volume:
                 f"{LARGEST_ID}. Renumber them, for example with "
                 "skimage.segmentation.relabel_sequential."
             )
-    if paths.mask is not None:
-        mask = read_mask(paths.mask)
+    if mask is not None:
+        assert paths.mask is not None, "it was read from there"
         _check_shape(paths.mask, "mask", mask.shape, paths.image, image.shape)
-        if label is not None and not label[mask].any():
+        _check_mask(paths.mask, mask)
+        if label is not None and not any(
+            ((ids > 0) & (valid > 0)).any() for ids, valid in zip(label, mask, strict=True)
+        ):
             raise VolumeError(
                 f"{paths.label}: the label has no labelled voxel inside the mask {paths.mask}, so "
                 "adapted Rand error is undefined. Check that both belong to this volume, or drop "
                 "it."
             )
-    return Volume(
-        name=paths.name,
-        image=image,
-        label=label,
-        mask=mask,
-        voxel_size_nm=_first_voxel_size(paths),
-    )
 
 
 def read_labels(path: str | Path) -> np.ndarray:
@@ -182,8 +225,15 @@ def read_labels(path: str | Path) -> np.ndarray:
         VolumeError: They cannot be read, are not 3-D, not integers, or negative.
     """
     labels = read_array(path, ndim=3)
-    if labels.dtype.kind == "f":
-        whole = np.isfinite(labels).all() and (labels == np.round(labels)).all()
+    _check_labels(path, labels)
+    return labels
+
+
+def _check_labels(path: str | Path, labels: Sections) -> int:
+    """Refuse labels that are no instance ids, and return the largest id."""
+    kind = labels.dtype.kind
+    if kind == "f":
+        whole = all(np.isfinite(ids).all() and (ids == np.round(ids)).all() for ids in labels)
         hint = (
             "All values are whole numbers: save them as integers, labels.astype('uint16')."
             if whole
@@ -193,19 +243,24 @@ def read_labels(path: str | Path) -> np.ndarray:
             f"{path}: the labels have dtype {labels.dtype}, but instance ids must be integers. "
             f"{hint}"
         )
-    if labels.dtype.kind == "b":
+    if kind == "b":
         raise VolumeError(
             f"{path}: the labels have dtype bool, which cannot tell one instance from another; "
             "ids must be integers. Number the components, for example with scipy.ndimage.label."
         )
-    if labels.dtype.kind == "i" and labels.size and int(labels.min()) < 0:
-        count = int((labels < 0).sum())
+    smallest = largest = negative = 0
+    for ids in labels:
+        largest = max(largest, int(ids.max()))
+        if kind == "i" and int(ids.min()) < 0:
+            smallest = min(smallest, int(ids.min()))
+            negative += int(np.count_nonzero(ids < 0))
+    if negative:
         raise VolumeError(
-            f"{path}: {count} labels are negative (smallest {int(labels.min())}), but 0 is "
+            f"{path}: {negative} labels are negative (smallest {smallest}), but 0 is "
             "background and ids are positive. Set what is to be ignored to 0 and leave it out "
             "with a mask."
         )
-    return labels
+    return largest
 
 
 def read_mask(path: str | Path) -> np.ndarray:
@@ -215,14 +270,19 @@ def read_mask(path: str | Path) -> np.ndarray:
         VolumeError: It cannot be read, is not 3-D, holds NaN, or has no valid voxel.
     """
     values = read_array(path, ndim=3)
-    _refuse_not_finite(path, "mask", values)
+    _check_mask(path, values)
     mask: np.ndarray = values > 0
-    if not mask.any():
+    return mask
+
+
+def _check_mask(path: str | Path, mask: Sections) -> None:
+    """Refuse a mask that is not finite, or in which nothing counts."""
+    _refuse_not_finite(path, "mask", mask)
+    if not any((valid > 0).any() for valid in mask):
         raise VolumeError(
             f"{path}: the mask has no voxel above 0, so nothing would count. Check the path, or "
             "leave the mask out to use the whole volume."
         )
-    return mask
 
 
 def read_probabilities(path: str | Path) -> np.ndarray:
@@ -250,35 +310,34 @@ def read_probabilities(path: str | Path) -> np.ndarray:
     return maps if maps.dtype.itemsize <= 4 else maps.astype(np.float32)
 
 
-def _read_image(path: str | Path) -> np.ndarray:
-    """Return an image (Z, Y, X), finite, in the dtype of its file."""
-    image = read_array(path, ndim=3)
+def _check_image(path: str | Path, image: Sections) -> None:
+    """Refuse an image that is a mask or not finite."""
     if image.dtype.kind == "b":
         raise VolumeError(
             f"{path}: the image has dtype bool, which is a mask. Give the EM image with --image "
             "and the mask with --mask."
         )
     _refuse_not_finite(path, "image", image)
-    return image
 
 
-def _refuse_not_finite(path: str | Path, kind: str, array: np.ndarray) -> None:
+def _refuse_not_finite(path: str | Path, kind: str, array: Sections) -> None:
     """Raise where a float array holds NaN or infinity, naming how many and the first place."""
     if array.dtype.kind != "f":
         return
+    count, first = 0, ""
     # One section at a time: a whole-volume boolean array would double the peak of memory.
-    bad = [np.argwhere(~np.isfinite(section)) for section in array]
-    count = sum(len(places) for places in bad)
-    if not count:
-        return
-    first = next(index for index, places in enumerate(bad) if len(places))
-    place = (first, *(int(i) for i in bad[first][0]))
-    value = "NaN" if np.isnan(array[place]) else "infinite"
-    raise VolumeError(
-        f"{path}: {count} voxels of the {kind} are NaN or infinite (first: {value} at {place}), "
-        "but every value must be finite. Fill them, for example with numpy.nan_to_num, and leave "
-        "them out with a mask."
-    )
+    for index, section in enumerate(array):
+        bad = np.argwhere(~np.isfinite(section))
+        if len(bad) and not count:
+            value = "NaN" if np.isnan(section[tuple(bad[0])]) else "infinite"
+            first = f"{value} at {(index, *(int(i) for i in bad[0]))}"
+        count += len(bad)
+    if count:
+        raise VolumeError(
+            f"{path}: {count} voxels of the {kind} are NaN or infinite (first: {first}), "
+            "but every value must be finite. Fill them, for example with numpy.nan_to_num, and "
+            "leave them out with a mask."
+        )
 
 
 def _check_shape(
@@ -293,8 +352,12 @@ def _check_shape(
         )
 
 
-def _first_voxel_size(paths: VolumePaths) -> tuple[float, float, float] | None:
-    """Return the voxel size that the image states, or else the label, or else the mask."""
+def first_voxel_size(paths: VolumePaths) -> tuple[float, float, float] | None:
+    """Return the voxel size that the image states, or else the label, or else the mask.
+
+    Raises:
+        VolumeError: A file cannot be opened.
+    """
     for path in (paths.image, paths.label, paths.mask):
         size = None if path is None else read_voxel_size_nm(path)
         if size is not None:

@@ -37,6 +37,20 @@ class Normalisation:
     offset: Floats
     scale: Floats
 
+    def of_sections(self, start: int, stop: int) -> Normalisation:
+        """Return what is done to some sections of the volume.
+
+        Args:
+            start: First section.
+            stop: Section after the last.
+        """
+        return Normalisation(
+            low=self.low[start:stop],
+            high=self.high[start:stop],
+            offset=self.offset[start:stop],
+            scale=self.scale[start:stop],
+        )
+
     @overload
     def apply(self, image: Array) -> Floats: ...
     @overload

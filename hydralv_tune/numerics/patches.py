@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 Span = float | Sequence[float]
+VoxelSize = tuple[float, float, float]
 
 INTENSITY_RANGES = {"0-1": (0.0, 1.0), "z_volume": (-3.0, 3.0), "z_section": (-3.0, 3.0)}
 """Black and white after a normalisation: three spreads hold nearly all of a standardised image."""
@@ -27,7 +28,8 @@ class Patches:
         labels: int32 (B, Z, Y, X), 0 outside instances.
         edt: float32 (B, Z, Y, X), distance inside an instance, -1 outside.
         mask: bool (B, Z, Y, X), True where a voxel counts.
-        voxel_size_nm: Voxel size (z, y, x), so that a tilt is a rigid one; unit voxels without it.
+        voxel_sizes_nm: Voxel size (z, y, x) of each patch, so that a tilt is a rigid one; unit
+            voxels where it is None, and for all where there is none.
         intensity_range: The values of black and white in `image`. Knobs of intensity are shares
             of it, so they mean the same for a 0-1 image and a standardised one.
     """
@@ -36,7 +38,7 @@ class Patches:
     labels: Tensor
     edt: Tensor
     mask: Tensor
-    voxel_size_nm: tuple[float, float, float] | None = None
+    voxel_sizes_nm: tuple[VoxelSize | None, ...] = ()
     intensity_range: tuple[float, float] = (0.0, 1.0)
 
     @property
@@ -48,6 +50,14 @@ class Patches:
     def __len__(self) -> int:
         """Return the number of patches."""
         return int(self.labels.shape[0])
+
+    def voxel_size(self, row: int) -> VoxelSize:
+        """Return the voxel size (z, y, x) of a patch; unit voxels where it is unknown.
+
+        Args:
+            row: Of the batch.
+        """
+        return (self.voxel_sizes_nm[row] if self.voxel_sizes_nm else None) or (1.0, 1.0, 1.0)
 
     @property
     def contrast(self) -> float:
@@ -74,12 +84,14 @@ class Patches:
             and tuple(self.image.shape) == (shape[0], 1, *shape[1:])
             and tuple(self.edt.shape) == shape
             and tuple(self.mask.shape) == shape
+            and len(self.voxel_sizes_nm) in (0, shape[0])
         )
         if not fits:
             raise ValueError(
                 f"Patches do not fit: image {tuple(self.image.shape)}, labels {shape}, edt "
                 f"{tuple(self.edt.shape)}, mask {tuple(self.mask.shape)}; they must be "
-                "(B, 1, Z, Y, X) and three times (B, Z, Y, X)."
+                "(B, 1, Z, Y, X) and three times (B, Z, Y, X), with "
+                f"{len(self.voxel_sizes_nm)} voxel sizes, none or B."
             )
         kinds = (self.image.dtype, self.edt.dtype, self.mask.dtype)
         if kinds != (torch.float32, torch.float32, torch.bool) or self.labels.is_floating_point():

@@ -19,7 +19,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hydralv_tune.numerics.patches import Patches, device_generator, happens, rows, uniform, whole
+from hydralv_tune.numerics.patches import (
+    Patches,
+    VoxelSize,
+    device_generator,
+    happens,
+    rows,
+    uniform,
+    whole,
+)
 
 Knobs = Mapping[str, Any]
 
@@ -74,13 +82,13 @@ class Coordinates:
         rows: The samples of the batch that are warped.
         points: (n, 3, Z, Y, X), components (z, y, x); changed in place by each warp.
         shape: Shape of a patch.
-        voxel_size: Voxel size (z, y, x), in any unit.
+        voxel_sizes: Voxel size (z, y, x) of each warped sample, in any unit.
     """
 
     rows: list[int]
     points: Tensor
     shape: tuple[int, int, int]
-    voxel_size: tuple[float, float, float]
+    voxel_sizes: list[VoxelSize]
 
     @classmethod
     def identity(cls, patches: Patches, chosen: Sequence[int]) -> Coordinates:
@@ -89,8 +97,8 @@ class Coordinates:
         for axis, n in enumerate(patches.shape):
             sides = [-1 if other == axis else 1 for other in range(3)]
             points[:, axis] = torch.arange(n, device=points.device).reshape(sides)
-        size = patches.voxel_size_nm or (1.0, 1.0, 1.0)
-        return cls(list(chosen), points, patches.shape, size)
+        sizes = [patches.voxel_size(row) for row in chosen]
+        return cls(list(chosen), points, patches.shape, sizes)
 
 
 def misalign(where: Coordinates, row: int, knobs: Knobs, generator: torch.Generator) -> None:
@@ -138,7 +146,7 @@ def deform(where: Coordinates, row: int, knobs: Knobs, generator: torch.Generato
     """
     sigma = max(uniform(generator, knobs["sigma_range"]), 0.5)
     strength = uniform(generator, knobs["magnitude_range"])
-    size_z, size_y, size_x = where.voxel_size
+    size_z, size_y, size_x = where.voxel_sizes[row]
     spacing = (sigma * min(size_y, size_x) / size_z, sigma, sigma)
     # Knots three sigma apart, cubic between them, are as steep as noise smoothed by sigma.
     knots = [
@@ -192,7 +200,7 @@ def affine(where: Coordinates, row: int, knobs: Knobs, generator: torch.Generato
             if other != axis:
                 shear[axis, other] = uniform(generator, (-float(reach), float(reach)))
     scale = [1.0 + uniform(generator, (-float(r), float(r))) for r in knobs["scale_range"]]
-    size = np.array(where.voxel_size)
+    size = np.array(where.voxel_sizes[row])
     matrix = (matrix @ shear @ np.diag(scale)) * size / size[:, None]
     middle = (np.array(where.shape) - 1) / 2
     moved = torch.addmm(

@@ -104,7 +104,7 @@ def evaluate(
                 maps.append(
                     predict(
                         unit.network, volume.image, candidate, device=device,
-                        progress=progress, mask=volume.mask,
+                        progress=progress, mask=volume.mask, normalisation=volume.normalisation,
                     )
                 )  # fmt: skip
     predicted = time.perf_counter()

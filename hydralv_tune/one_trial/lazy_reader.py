@@ -14,30 +14,26 @@ import numpy.typing as npt
 import torch
 
 from hydralv_tune.disk.volumes import (
-    LARGEST_ID,
     Volume,
     VolumePaths,
+    check_volume,
+    first_voxel_size,
     open_lazy,
-    read_voxel_size_nm,
+    read_volume,
 )
-from hydralv_tune.numerics.normalisation import FILL_SHARE, Normalisation, normalisation_of
 from hydralv_tune.numerics.patches import Patches, intensity_range
 from hydralv_tune.numerics.targets import instance_edt
+from hydralv_tune.one_trial.intensities import PAD_MODES, fitted_normalisation, padded_normalisation
+from hydralv_tune.one_trial.places import Ints, find_places
 from hydralv_tune.one_trial.sampling import (
-    MOST_PLACES,
     OUTSIDE,
-    PAD_MODES,
-    Ints,
-    Places,
     distance_arguments,
     known_voxel_size,
     normalised,
-    padded_normalisation,
     resident_bytes,
     upload,
 )
 from hydralv_tune.vocabulary.config import Data
-from hydralv_tune.vocabulary.errors import VolumeError, as_input_error
 
 Array = npt.NDArray[Any]
 Box = tuple[slice, slice, slice]
@@ -150,65 +146,38 @@ def as_lazy(volume: Volume) -> Volume:
 
 
 def open_volume(paths: VolumePaths) -> Volume:
-    """Return a volume that stays on disk; its fingerprint is that of `read_volume`.
+    """Return a volume that stays on disk, checked as `read_volume` does, section by section.
+
+    Its fingerprint is that of `read_volume`.
 
     Raises:
-        VolumeError: A file cannot be opened, or the shapes differ.
+        VolumeError: A file cannot be read, or its content breaks a rule.
     """
-    image = open_lazy(paths.image, ndim=3)
-    opened: dict[str, Any] = {"label": None, "mask": None}
-    for kind, path in (("label", paths.label), ("mask", paths.mask)):
-        if path is None:
-            continue
-        opened[kind] = open_lazy(path, ndim=3)
-        if opened[kind].shape != image.shape:
-            raise VolumeError(
-                f"{path}: the {kind} has shape {opened[kind].shape}, but the image {paths.image} "
-                f"has {image.shape}; both must be equal."
-            )
-    if opened["mask"] is not None:
-        opened["mask"] = AboveZero(opened["mask"])
-    size = next((s for p in (paths.image, paths.label) if p and (s := read_voxel_size_nm(p))), None)
-    return as_lazy(Volume(paths.name, cast(Array, image), opened["label"], opened["mask"], size))
+    image = windowed(open_lazy(paths.image, ndim=3))
+    label, mask = (
+        None if path is None else windowed(open_lazy(path, ndim=3))
+        for path in (paths.label, paths.mask)
+    )
+    check_volume(paths, image, label, mask)
+    volume = Volume(paths.name, cast(Array, image), voxel_size_nm=first_voxel_size(paths))
+    above = None if mask is None else replace(mask, array=AboveZero(mask.array))
+    return replace(volume, label=cast(Array, label), mask=cast(Array, above))
 
 
-def check_sections(volume: Volume, paths: VolumePaths) -> None:
-    """Refuse what `read_volume` refuses, with one section in memory at a time.
+def read_or_open(paths: VolumePaths, limit_gb: float) -> Volume:
+    """Return a volume in memory, or one that stays on disk where it takes more than the limit.
 
     Args:
-        volume: Of `open_volume`, with a label.
-        paths: Where it lies, for the message.
+        paths: Of its files.
+        limit_gb: `data.memory_limit_gb`.
 
     Raises:
-        VolumeError: The content of a file breaks a rule.
+        VolumeError: A file cannot be read, or its content breaks a rule.
     """
-    image, label = volume.image, cast(Array, volume.label)
-    if image.dtype.kind == "b":
-        raise VolumeError(f"{paths.image}: the image has dtype bool. Give the EM image.")
-    if label.dtype.kind not in "iu":
-        raise VolumeError(
-            f"{paths.label}: the labels have dtype {label.dtype}, but instance ids must be "
-            "integers. Save them as integers, labels.astype('uint16')."
-        )
-    for z, section in enumerate(image):
-        if image.dtype.kind == "f" and not np.isfinite(section).all():
-            raise VolumeError(
-                f"{paths.image}: section {z} holds NaN or infinity, but every value must be "
-                "finite. Fill them, for example with numpy.nan_to_num."
-            )
-    for z, section in enumerate(label):
-        lowest, highest = int(section.min()), int(section.max())
-        if lowest < 0 or highest > LARGEST_ID:
-            raise VolumeError(
-                f"{paths.label}: section {z} has labels from {lowest} to {highest}, but ids must "
-                f"be between 0 and {LARGEST_ID}. Renumber them."
-            )
-    if not has_truth(volume):
-        raise VolumeError(
-            f"{paths.label}: the label has no labelled voxel"
-            + ("" if paths.mask is None else f" inside the mask {paths.mask}")
-            + ", so adapted Rand error is undefined. Check the path, or drop the volume."
-        )
+    with open_lazy(paths.image, ndim=3) as image:
+        unread = Volume(paths.name, cast(Array, windowed(image)))
+        large = is_too_large(unread, limit_gb)
+    return open_volume(paths) if large else read_volume(paths)
 
 
 def is_too_large(volume: Volume, limit_gb: float) -> bool:
@@ -216,33 +185,39 @@ def is_too_large(volume: Volume, limit_gb: float) -> bool:
     return resident_bytes(volume) > limit_gb * 1e9
 
 
-def has_truth(volume: Volume) -> bool:
-    """Return whether there is a labelled voxel inside the mask; sections are read one by one."""
-    label = volume.label
-    if label is None:
-        return False
+def truth_counts(volume: Volume) -> Iterator[int]:
+    """Yield how many labelled voxels inside the mask each section has; they are read one by one."""
+    if volume.label is None:
+        return
     masks = iter(volume.mask) if volume.mask is not None else None
-    for section in label:
+    for section in volume.label:
         inside = section > 0
         if masks is not None:
             inside &= next(masks) > 0
-        if inside.any():
-            return True
-    return False
+        yield int(np.count_nonzero(inside))
 
 
-def part_to_score(volume: Volume, limit_gb: float) -> Volume:
+def has_truth(volume: Volume) -> bool:
+    """Return whether there is a labelled voxel inside the mask; no more is read than it takes."""
+    return any(truth_counts(volume))
+
+
+def part_to_score(volume: Volume, data: Data) -> Volume:
     """Return those sections of a lazy volume that can be scored in memory, with most truth.
 
+    They are normalised as sections of the whole, which is how they are trained on.
+
     Args:
-        volume: Lazy, with a label.
-        limit_gb: Memory that prediction and sweep may take.
+        volume: With a labelled voxel inside its mask; returned as it is where it is not lazy.
+        data: `data` of the candidate; prediction and sweep may take its `memory_limit_gb`.
     """
+    if not is_lazy(volume):
+        return volume
     label = cast(Windowed, volume.label)
     depth, height, width = label.shape
-    sections = int(limit_gb * 1e9 / (SCORED_BYTES * height * width))
+    sections = int(data.memory_limit_gb * 1e9 / (SCORED_BYTES * height * width))
     sections = min(max(sections, 1), depth)
-    counts = np.array([np.count_nonzero(section) for section in label])
+    counts = np.fromiter(truth_counts(volume), np.int64)
     sums = np.convolve(counts, np.ones(sections, np.int64), mode="valid")
     first = int(np.argmax(sums))
     box: Box = (slice(first, first + sections), slice(0, height), slice(0, width))
@@ -254,120 +229,8 @@ def part_to_score(volume: Volume, limit_gb: float) -> Volume:
         image=cast(Windowed, volume.image).read(box),
         label=label.read(box),
         mask=None if mask is None else cast(Windowed, mask).read(box) > 0,
+        normalisation=fitted_normalisation(volume, data).of_sections(first, first + sections),
     )
-
-
-def stream_places(volume: Volume, *, pad: Sequence[int], seed: int) -> Places:
-    """Return where patches may lie, as `find_places`, reading one section at a time.
-
-    Of each instance and of the mask so many voxels are kept at random that memory is bounded.
-
-    Args:
-        volume: Lazy, with a label.
-        pad: Voxels (z, y, x) added on both sides.
-        seed: Of the subsets.
-    """
-    rng = np.random.default_rng(seed)
-    label, mask = cast(Windowed, volume.label), cast(Windowed | None, volume.mask)
-    depth, height, width = (side + 2 * p for side, p in zip(label.shape, pad, strict=True))
-    kept_ids, kept, kept_valid = np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0, np.int64)
-    valid_voxels = 0
-    masks = iter(mask) if mask is not None else None
-    for z, section in enumerate(label):
-        inside = section > 0
-        if masks is not None:
-            valid = next(masks) > 0
-            inside &= valid
-            found = _flat(valid, z, pad, height, width)
-            valid_voxels += len(found)
-            kept_valid = np.concatenate([kept_valid, found])
-            if len(kept_valid) > 2 * MOST_PLACES:
-                kept_valid = np.sort(rng.choice(kept_valid, MOST_PLACES, replace=False))
-        kept = np.concatenate([kept, _flat(inside, z, pad, height, width)])
-        kept_ids = np.concatenate([kept_ids, section[inside].astype(np.int64)])
-        if len(kept) > 2 * MOST_PLACES:
-            kept_ids, kept = _thinned(kept_ids, kept, rng)
-    order = np.argsort(kept_ids, kind="stable")
-    _, first, sizes = np.unique(kept_ids[order], return_index=True, return_counts=True)
-    return Places(
-        name=volume.name,
-        shape=(depth, height, width),
-        valid=None if mask is None else kept_valid,
-        valid_voxels=label.size if mask is None else valid_voxels,
-        instances=kept[order],
-        first=first.astype(np.int64),
-        sizes=sizes.astype(np.int64),
-    )
-
-
-def _flat(inside: Array, z: int, pad: Sequence[int], height: int, width: int) -> Ints:
-    """Return the flat indices, in the padded volume, of the voxels of a section."""
-    y, x = np.nonzero(inside)
-    return (((z + pad[0]) * height + y + pad[1]) * width + x + pad[2]).astype(np.int64)
-
-
-def _thinned(ids: Ints, flat: Ints, rng: np.random.Generator) -> tuple[Ints, Ints]:
-    """Return at most as many voxels of each instance as let all of them fit."""
-    shuffled = rng.permutation(len(ids))
-    order = shuffled[np.argsort(ids[shuffled], kind="stable")]
-    _, first, sizes = np.unique(ids[order], return_index=True, return_counts=True)
-    limit = max(MOST_PLACES // len(sizes), 1)
-    rank = np.arange(len(order)) - np.repeat(first, sizes)
-    kept = order[rank < limit]
-    return ids[kept], flat[kept]
-
-
-def stream_normalisation(image: Windowed, data: Data) -> Normalisation:
-    """Return how a volume is normalised, as `fit_normalisation`, reading a section at a time.
-
-    Percentiles come from a histogram of whole numbers, exact for 8 and 16 bits; of other types
-    from a sample of each section.
-
-    Args:
-        image: (Z, Y, X).
-        data: `data` of the candidate.
-    """
-    chosen = data.image_transform
-    low, high = _clip_range(image, chosen.clip_percentile_low, chosen.clip_percentile_high)
-    sections = (_tissue(section) for section in image)
-    return normalisation_of(chosen.normalize, low, high, sections, len(image))
-
-
-def _tissue(section: Array) -> Array:
-    """Return the voxels that statistics come from: none of a constant section, no fill."""
-    if section.min() == section.max():
-        return section[:0].ravel()
-    zeros = section == 0
-    return section[~zeros] if zeros.mean() >= FILL_SHARE else section.ravel()
-
-
-def _clip_range(image: Windowed, low: float, high: float) -> tuple[float, float]:
-    """Return the intensities at the two shares; fill counts where they are 0 and 1 alone."""
-    lowest, highest = np.inf, -np.inf
-    samples: list[Array] = []
-    counts = np.zeros(1 << 16, np.int64)
-    histogram = image.dtype.kind == "u" and image.dtype.itemsize <= 2
-    for section in image:
-        lowest, highest = min(lowest, float(section.min())), max(highest, float(section.max()))
-        if (low, high) == (0.0, 1.0):
-            continue
-        tissue = _tissue(section)
-        if histogram:
-            counts += np.bincount(tissue, minlength=len(counts))
-        else:
-            samples.append(tissue[:: max(tissue.size // 4096, 1)])
-    if histogram and counts.any():
-        # Two values of the sorted volume around each quantile, as NumPy interpolates them.
-        places = np.array([low, high]) * (counts.sum() - 1)
-        ends = np.cumsum(counts)
-        below = np.searchsorted(ends, np.floor(places), side="right")
-        after = np.searchsorted(ends, np.ceil(places), side="right")
-        found = below + (after - below) * (places - np.floor(places))
-        return float(found[0]), float(found[1])
-    if samples:
-        first, last = np.quantile(np.concatenate(samples), [low, high])
-        return float(first), float(last)
-    return lowest, highest
 
 
 class LazySource:
@@ -386,13 +249,12 @@ class LazySource:
         self.voxel_size_nm = known_voxel_size(data, volume)
         self.pad = data.pad_size
         self.pad_mode = PAD_MODES[data.pad_mode]
-        self.places = stream_places(volume, pad=data.pad_size, seed=seed)
+        label, mask = cast(Windowed, volume.label), cast(Windowed | None, volume.mask)
+        self.places = find_places(volume.name, label, mask, pad=data.pad_size, seed=seed)
         self.distance_arguments = distance_arguments(data, volume)
-        with as_input_error(f"Volume '{volume.name}'"):
-            fitted = stream_normalisation(cast(Windowed, volume.image), data)
-        mode = data.image_transform.normalize
+        fitted = fitted_normalisation(volume, data)
         self.intensity_range = intensity_range(
-            mode, float(fitted.low.min()), float(fitted.high.max())
+            data.image_transform.normalize, float(fitted.low.min()), float(fitted.high.max())
         )
         fitted = padded_normalisation(fitted, self.pad[0], data.pad_mode)
         self.per_section = {
@@ -418,7 +280,7 @@ class LazySource:
             labels=upload(np.stack(labels), self.device),
             edt=upload(np.stack(distance), self.device),
             mask=upload(np.stack(mask), self.device),
-            voxel_size_nm=self.voxel_size_nm,
+            voxel_sizes_nm=(self.voxel_size_nm,) * len(starts),
             intensity_range=self.intensity_range,
         )
 

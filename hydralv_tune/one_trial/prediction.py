@@ -21,7 +21,7 @@ from hydralv_tune.numerics.architectures import (
     match_weights,
     network_arguments,
 )
-from hydralv_tune.numerics.normalisation import fit_normalisation
+from hydralv_tune.numerics.normalisation import Normalisation
 from hydralv_tune.numerics.tta import (
     Transform,
     activate,
@@ -29,7 +29,7 @@ from hydralv_tune.numerics.tta import (
     ensemble,
     unfit_turn,
 )
-from hydralv_tune.one_trial.sampling import padded_normalisation
+from hydralv_tune.one_trial.intensities import fit_image, padded_normalisation
 from hydralv_tune.vocabulary.config import Candidate, candidate_from_mapping
 from hydralv_tune.vocabulary.errors import CheckpointError, ConfigError, InputError, TrialFailed
 
@@ -229,6 +229,7 @@ def predict(
     device: torch.device | str = "cpu",
     progress: Progress | None = None,
     mask: Array | None = None,
+    normalisation: Normalisation | None = None,
 ) -> Probabilities:
     """Return the probabilities of a volume.
 
@@ -240,6 +241,8 @@ def predict(
         progress: Called with (windows done, windows in all) after each batch.
         mask: (Z, Y, X); windows that it does not touch are not computed. Inside it the result
             is the same as without; windows left out are background.
+        normalisation: Of the sections, where the image is a part of a volume; fitted on the image
+            without.
 
     Returns:
         (3, Z, Y, X) float16: binary and boundary in [0, 1], distance in [-1, 1].
@@ -257,7 +260,7 @@ def predict(
     windows = plan_windows(image.shape, candidate)
     job = _Job(
         network=network,
-        padded=_padded(np.asarray(image), windows, candidate),
+        padded=_padded(np.asarray(image), windows, candidate, normalisation),
         candidate=candidate,
         windows=windows,
         transforms=transforms_of(candidate),
@@ -370,15 +373,12 @@ def _fits(shape: Size3, device: torch.device) -> bool:
     return needed < VOLUME_SHARE * torch.cuda.mem_get_info(device)[0]
 
 
-def _padded(image: Array, windows: Windows, candidate: Candidate) -> Array:
+def _padded(
+    image: Array, windows: Windows, candidate: Candidate, normalisation: Normalisation | None
+) -> Array:
     """Return the normalised volume, padded as in training, then to a window at least."""
-    data, settings = candidate.data, candidate.data.image_transform
-    fitted = fit_normalisation(
-        image,
-        mode=settings.normalize,
-        clip_low=settings.clip_percentile_low,
-        clip_high=settings.clip_percentile_high,
-    )
+    data = candidate.data
+    fitted = fit_image(image, data) if normalisation is None else normalisation
     # Intensities are padded before they are normalised: a rim of 0 is black, not average.
     context = _pad(image, [(p, p) for p in data.pad_size], data.pad_mode)
     volume = padded_normalisation(fitted, data.pad_size[0], data.pad_mode).apply(context)

@@ -19,18 +19,13 @@ import torch
 from torch import Tensor
 
 from hydralv_tune.disk.volumes import Volume
-from hydralv_tune.numerics.normalisation import Normalisation, fit_normalisation
 from hydralv_tune.numerics.patches import Patches, intensity_range
 from hydralv_tune.numerics.targets import instance_edt
+from hydralv_tune.one_trial.intensities import PAD_MODES, fitted_normalisation, padded_normalisation
+from hydralv_tune.one_trial.places import Ints, Places, find_places
 from hydralv_tune.vocabulary.config import Data
 from hydralv_tune.vocabulary.errors import ConfigError, as_input_error
 
-Ints = npt.NDArray[np.int64]
-
-MOST_PLACES = 1 << 20
-"""Voxels remembered as places to sample from, of the mask and of the instances each: 8 MB."""
-
-PAD_MODES = {"reflect": "reflect", "constant": "constant", "replicate": "edge"}
 OUTSIDE = -1.0
 """The distance target where there is no instance."""
 
@@ -49,90 +44,6 @@ class Source(Protocol):
     def cut(self, starts: Ints, size: Sequence[int]) -> Patches: ...
 
 
-@dataclass(frozen=True)
-class Places:
-    """Where patches of one volume may lie.
-
-    Args:
-        name: Of the volume.
-        shape: (z, y, x) with the padding.
-        valid: Flat indices of voxels in the mask, a random subset where there are many; None
-            where every voxel counts.
-        valid_voxels: How many voxels count.
-        instances: Flat indices of voxels of instances, grouped by instance.
-        first: Start of each instance's group.
-        sizes: Length of each group.
-    """
-
-    name: str
-    shape: tuple[int, int, int]
-    valid: Ints | None
-    valid_voxels: int
-    instances: Ints
-    first: Ints
-    sizes: Ints
-
-
-def find_places(
-    name: str,
-    label: npt.NDArray[Any],
-    mask: npt.NDArray[Any] | None,
-    *,
-    pad: Sequence[int],
-    seed: int,
-) -> Places:
-    """Return where patches of a volume may lie.
-
-    Args:
-        name: Of the volume.
-        label: (Z, Y, X) integers.
-        mask: (Z, Y, X) bool, or None where every voxel counts.
-        pad: Voxels (z, y, x) added on both sides.
-        seed: Of the subset that is remembered.
-    """
-    rng = np.random.default_rng(seed)
-    depth, height, width = (side + 2 * p for side, p in zip(label.shape, pad, strict=True))
-    shape = (depth, height, width)
-
-    def padded(flat: Ints) -> Ints:
-        where = np.unravel_index(flat, label.shape)
-        moved = tuple(axis + p for axis, p in zip(where, pad, strict=True))
-        return np.ravel_multi_index(moved, shape).astype(np.int64)
-
-    inside = label > 0 if mask is None else (label > 0) & mask
-    flat = np.flatnonzero(inside)
-    ids = label.ravel()[flat]
-    order = np.argsort(ids, kind="stable")
-    flat, ids = flat[order], ids[order]
-    _, first, sizes = np.unique(ids, return_index=True, return_counts=True)
-    limit = max(MOST_PLACES // max(len(sizes), 1), 1)
-    if len(flat) > MOST_PLACES:
-        groups = [
-            rng.choice(flat[a : a + n], min(n, limit), replace=False)
-            for a, n in zip(first, sizes, strict=True)
-        ]
-        sizes = np.minimum(sizes, limit)
-        first = np.concatenate([[0], np.cumsum(sizes)[:-1]])
-        flat = np.concatenate(groups)
-    valid = None
-    voxels = int(label.size)
-    if mask is not None:
-        counted = np.flatnonzero(mask)
-        voxels = len(counted)
-        if voxels > MOST_PLACES:
-            counted = rng.choice(counted, MOST_PLACES, replace=False)
-        valid = padded(counted)
-    return Places(
-        name=name,
-        shape=shape,
-        valid=valid,
-        valid_voxels=voxels,
-        instances=padded(flat),
-        first=first.astype(np.int64),
-        sizes=sizes.astype(np.int64),
-    )
-
-
 class ResidentVolume:
     """One volume on the device, padded, with its distance target and its normalisation.
 
@@ -146,19 +57,13 @@ class ResidentVolume:
     def __init__(self, volume: Volume, data: Data, device: torch.device, seed: int) -> None:
         label = volume.label
         assert label is not None, "checked by the split"
-        chosen = data.image_transform
         with as_input_error(f"Volume '{volume.name}'"):
-            fitted = fit_normalisation(
-                volume.image,
-                mode=chosen.normalize,
-                clip_low=chosen.clip_percentile_low,
-                clip_high=chosen.clip_percentile_high,
-            )
             distance = instance_edt(label, **distance_arguments(data, volume))
         pad = data.pad_size
         self.voxel_size_nm = known_voxel_size(data, volume)
+        fitted = fitted_normalisation(volume, data)
         self.intensity_range = intensity_range(
-            chosen.normalize, float(fitted.low.min()), float(fitted.high.max())
+            data.image_transform.normalize, float(fitted.low.min()), float(fitted.high.max())
         )
         self.places = find_places(volume.name, label, volume.mask, pad=pad, seed=seed)
         self.device = device
@@ -193,7 +98,7 @@ class ResidentVolume:
             labels=labels,
             edt=crop(self.distance, begin, size),
             mask=torch.ones_like(labels, dtype=torch.bool) if mask is None else mask,
-            voxel_size_nm=self.voxel_size_nm,
+            voxel_sizes_nm=(self.voxel_size_nm,) * len(starts),
             intensity_range=self.intensity_range,
         )
 
@@ -213,7 +118,8 @@ def distance_arguments(data: Data, volume: Volume) -> dict[str, Any]:
         if size is None:
             raise ConfigError(
                 f"Volume '{volume.name}': data.label_transform.edt_voxel_size is volume, but its "
-                "voxel size is unknown. Set data.train_resolution: [30, 8, 8]."
+                "voxel size is unknown. Give it, for example --set data.train_resolution=[30,8,8] "
+                "(nanometres along z, y, x)."
             )
         arguments["voxel_size_nm"] = size
     return arguments
@@ -238,7 +144,11 @@ def boundary_arguments(data: Data) -> dict[str, Any]:
 
 
 def resident_bytes(volume: Volume) -> int:
-    """Return what a volume takes on the device."""
+    """Return what a volume takes on the device.
+
+    Folds share a volume that is whole in them. Slabs differ in margin and in the instances that
+    they cut, so of a volume that is cross-validated by itself each fold holds what it trains on.
+    """
     return int(volume.image.size) * (volume.image.dtype.itemsize + RESIDENT_BYTES)
 
 
@@ -299,18 +209,6 @@ def _padded(
     if mode is None:
         return np.pad(array, width, constant_values=value)
     return np.pad(array, width, mode=mode)  # type: ignore[call-overload]
-
-
-def padded_normalisation(fitted: Normalisation, pad: int, mode: str) -> Normalisation:
-    """Return the statistics of the sections, those of the rim as the rim itself."""
-    if not pad:
-        return fitted
-    kind = "edge" if mode == "constant" else PAD_MODES[mode]
-    low, high, offset, scale = (
-        np.pad(values, pad, mode=kind)  # type: ignore[call-overload]
-        for values in (fitted.low, fitted.high, fitted.offset, fitted.scale)
-    )
-    return Normalisation(low=low, high=high, offset=offset, scale=scale)
 
 
 def upload(array: npt.NDArray[Any], device: torch.device) -> Tensor:
@@ -464,12 +362,18 @@ def _joined(parts: Sequence[Patches], order: Ints) -> Patches:
     """Return the patches of several volumes as one batch, in the order they were drawn."""
     if len(parts) == 1:
         return parts[0]
-    back = torch.from_numpy(np.argsort(order)).to(parts[0].image.device)
+    rows = np.argsort(order)
+    back = torch.from_numpy(rows).to(parts[0].image.device)
     image, labels, edt, mask = (
         torch.cat([getattr(part, name) for part in parts])[back]
         for name in ("image", "labels", "edt", "mask")
     )
-    return replace(parts[0], image=image, labels=labels, edt=edt, mask=mask)
+    sizes = [size for part in parts for size in part.voxel_sizes_nm]
+    return replace(
+        parts[0],
+        image=image, labels=labels, edt=edt, mask=mask,
+        voxel_sizes_nm=tuple(sizes[row] for row in rows),
+    )  # fmt: skip
 
 
 def _unravelled(flat: int, shape: tuple[int, int, int]) -> tuple[int, int, int]:

@@ -7,8 +7,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from hydralv_tune.disk.volumes import Volume
+from hydralv_tune.one_trial.intensities import fitted_normalisation
 from hydralv_tune.one_trial.lazy_reader import Windowed, has_truth
-from hydralv_tune.vocabulary.config import Split
+from hydralv_tune.vocabulary.config import Data, Split
 from hydralv_tune.vocabulary.errors import ConfigError, VolumeError, unknown_name
 
 AXES = "zyx"
@@ -71,16 +72,16 @@ def describe(volume: Volume) -> str:
 
 def split_volumes(
     volumes: Sequence[Volume],
-    split: Split,
+    data: Data,
     *,
     receptive_field: Sequence[int],
     held_out: Sequence[Volume] = (),
 ) -> SplitPlan:
-    """Return the folds of a trial.
+    """Return the folds of a trial; each part carries the normalisation of its whole volume.
 
     Args:
         volumes: With labels.
-        split: `data.split` of the candidate.
+        data: `data` of the candidate, with its `split`.
         receptive_field: Voxels (z, y, x) that one output voxel sees; the margin where the split
             says none.
         held_out: Volumes of their own to score on, for `kind: volumes`.
@@ -97,6 +98,11 @@ def split_volumes(
                 f"Volume '{volume.name}': it has no label, but training and scoring need "
                 "instance labels. Give --label."
             )
+    volumes, held_out = (
+        [replace(v, normalisation=fitted_normalisation(v, data)) for v in group]
+        for group in (volumes, held_out)
+    )
+    split = data.split
     margin = receptive_field[split.axis] if split.margin is None else split.margin
     if split.kind == "none":
         plan = SplitPlan(
@@ -122,7 +128,7 @@ def slab(volume: Volume, axis: int, start: int, stop: int) -> Volume:
     """Return the part of a volume from `start` up to `stop` along an axis, without copying.
 
     Args:
-        volume: Whole.
+        volume: Whole; the part keeps its normalisation.
         axis: 0, 1 or 2 for z, y, x.
         start: First voxel.
         stop: Voxel after the last.
@@ -132,12 +138,16 @@ def slab(volume: Volume, axis: int, start: int, stop: int) -> Volume:
     def cut(array: Any) -> Any:
         return array.cut((z, y, x)) if isinstance(array, Windowed) else array[z, y, x]
 
+    fitted = volume.normalisation
+    if fitted is not None and axis == 0:
+        fitted = fitted.of_sections(start, stop)
     return replace(
         volume,
         name=f"{volume.name}[{AXES[axis]} {start}:{stop}]",
         image=cut(volume.image),
         label=None if volume.label is None else cut(volume.label),
         mask=None if volume.mask is None else cut(volume.mask),
+        normalisation=fitted,
     )
 
 

@@ -19,8 +19,8 @@ import torch
 
 from hydralv_tune.disk import records
 from hydralv_tune.disk.records import TrialRecord
-from hydralv_tune.disk.volumes import Volume, read_volume, volume_paths
-from hydralv_tune.one_trial.lazy_reader import is_too_large, open_volume
+from hydralv_tune.disk.volumes import Volume, volume_paths
+from hydralv_tune.one_trial.lazy_reader import read_or_open
 from hydralv_tune.one_trial.prediction import pick_device
 from hydralv_tune.one_trial.training import is_out_of_memory
 from hydralv_tune.one_trial.trial_facts import check_continues
@@ -152,16 +152,12 @@ def _read(spec: TrialSpec) -> list[Volume]:
     Raises:
         VolumeError: One cannot be read.
     """
-    volumes = []
-    for paths in spec.volumes:
-        lazy = open_volume(paths)
-        large = is_too_large(lazy, spec.candidate.data.memory_limit_gb)
-        volumes.append(lazy if large else read_volume(paths))
-    return volumes
+    limit_gb = spec.candidate.data.memory_limit_gb
+    return [read_or_open(paths, limit_gb) for paths in spec.volumes]
 
 
 def _held_out(candidate: Candidate) -> list[Volume]:
-    """Return the volumes that the candidate names for validation.
+    """Return the volumes that the candidate names for validation, opened as those to train on.
 
     Raises:
         VolumeError: One cannot be read.
@@ -174,7 +170,7 @@ def _held_out(candidate: Candidate) -> list[Volume]:
         return [] if paths is None else [paths] if isinstance(paths, str) else list(paths)
 
     named = volume_paths(listed(data.val_image), listed(data.val_label), listed(data.val_mask))
-    return [read_volume(paths) for paths in named]
+    return [read_or_open(paths, data.memory_limit_gb) for paths in named]
 
 
 @contextmanager

@@ -29,7 +29,7 @@ from hydralv_tune.one_trial.lazy_reader import (
     part_to_score,
 )
 from hydralv_tune.one_trial.prediction import network_of
-from hydralv_tune.one_trial.sampling import PatchSampler, ResidentVolume
+from hydralv_tune.one_trial.sampling import PatchSampler, ResidentVolume, Source
 from hydralv_tune.one_trial.section_targets import section_targets
 from hydralv_tune.one_trial.splits import Fold, split_volumes
 from hydralv_tune.one_trial.training import Trainer, check_stopping, load_external_weights
@@ -133,8 +133,9 @@ class TrialRun:
         with as_input_error("model"):
             field = receptive_field(model.architecture, network_arguments(model.model_dump()))
         self.split = split_volumes(
-            volumes, self.candidate.data.split, receptive_field=field, held_out=held_out
+            volumes, self.candidate.data, receptive_field=field, held_out=held_out
         )
+        self._sources: dict[int, Source] = {}
         self.folds = [self._fold(index, fold) for index, fold in enumerate(self.split.folds)]
         self.plan = self.folds[0].trainer.plan
 
@@ -143,10 +144,7 @@ class TrialRun:
         data, seed = self.candidate.data, self.candidate.system.seed + 1000 * index
         lazy = any(is_lazy(volume) for volume in fold.train)
         sampler = PatchSampler(
-            [
-                (LazySource if is_lazy(volume) else ResidentVolume)(volume, data, self.device, seed)
-                for volume in fold.train
-            ],
+            [self._source(volume) for volume in fold.train],
             patch_size=data.patch_size,
             foreground_share=data.sampling.foreground_share,
             seed=seed,
@@ -163,11 +161,18 @@ class TrialRun:
         score = tuple(self._scorable(volume) for volume in fold.score)
         return FoldRun(fold.name, trainer, score)
 
+    def _source(self, volume: Volume) -> Source:
+        """Return where patches of a volume come from: one upload for all folds that train on it."""
+        key = id(volume)
+        if key not in self._sources:
+            kind = LazySource if is_lazy(volume) else ResidentVolume
+            data, seed = self.candidate.data, self.candidate.system.seed
+            self._sources[key] = kind(volume, data, self.device, seed)
+        return self._sources[key]
+
     def _scorable(self, volume: Volume) -> Volume:
         """Return the volume, or those of its sections that can be scored in memory."""
-        if not is_lazy(volume):
-            return volume
-        part = part_to_score(volume, self.candidate.data.memory_limit_gb)
+        part = part_to_score(volume, self.candidate.data)
         if part.name != volume.name:
             self.notes.append(
                 f"Volume '{volume.name}' is over data.memory_limit_gb: it is read lazily, and "

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy import ndimage
 
-from hydralv_tune.disk.volumes import Volume, read_labels, read_volume, volume_paths
+from hydralv_tune.disk.volumes import Volume, read_labels, volume_paths
 from hydralv_tune.numerics.architectures import network_arguments, receptive_field
 from hydralv_tune.numerics.decoding import decode
 from hydralv_tune.numerics.metrics import (
@@ -22,6 +22,7 @@ from hydralv_tune.numerics.metrics import (
     match_instances,
 )
 from hydralv_tune.numerics.verdicts import Verdict, joined_tables, judge
+from hydralv_tune.one_trial.lazy_reader import part_to_score, read_or_open
 from hydralv_tune.one_trial.prediction import load_network, pick_device, predict
 from hydralv_tune.one_trial.splits import SplitPlan, split_volumes
 from hydralv_tune.studies.winner import Winner
@@ -128,14 +129,18 @@ def scored_volumes(winner: Winner) -> list[ScoredVolume]:
 
 
 def _plan(winner: Winner) -> SplitPlan:
-    """Return the split of the trial over its volumes, which must be those it was trained on."""
+    """Return the split of the trial over its volumes, which must be those it was trained on.
+
+    Of a volume over `data.memory_limit_gb` the same sections are scored as in the trial.
+    """
     record, candidate = winner.record, winner.candidate
-    volumes = [read_volume(paths) for paths in winner.volumes]
+    limit_gb = candidate.data.memory_limit_gb
+    volumes = [read_or_open(paths, limit_gb) for paths in winner.volumes]
     held_out = []
     if candidate.data.split.kind == "volumes" and candidate.data.val_image is not None:
         data = candidate.data
         paths = volume_paths(*map(_listed, (data.val_image, data.val_label, data.val_mask)))
-        held_out = [read_volume(entry) for entry in paths]
+        held_out = [read_or_open(entry, limit_gb) for entry in paths]
     for volume, entry in zip([*volumes, *held_out], record.volumes, strict=True):
         if volume.fingerprint() != entry.get("fingerprint"):
             raise InputError(
@@ -144,7 +149,12 @@ def _plan(winner: Winner) -> SplitPlan:
             )
     model = candidate.model
     field = receptive_field(model.architecture, network_arguments(model.model_dump()))
-    return split_volumes(volumes, candidate.data.split, receptive_field=field, held_out=held_out)
+    plan = split_volumes(volumes, candidate.data, receptive_field=field, held_out=held_out)
+    folds = [
+        replace(fold, score=tuple(part_to_score(part, candidate.data) for part in fold.score))
+        for fold in plan.folds
+    ]
+    return replace(plan, folds=tuple(folds))
 
 
 def _listed(paths: str | list[str] | None) -> Sequence[str]:
@@ -164,7 +174,10 @@ def _decoded_again(winner: Winner, plan: SplitPlan, changed: dict[str, Any]) -> 
         network, candidate = load_network(path, device=device)
         for part in fold.score:
             with as_input_error(f"Volume '{part.name}'"):
-                maps = predict(network, part.image, candidate, device=device, mask=part.mask)
+                maps = predict(
+                    network, part.image, candidate, device=device, mask=part.mask,
+                    normalisation=part.normalisation,
+                )  # fmt: skip
                 segments = decode(winner.step.name, maps, part.mask, **arguments)
             scored.append(ScoredVolume(part, segments))
     return scored

@@ -236,7 +236,11 @@ class Data(Section):
     sampling: Sampling = Sampling()
     augmentation: Augmentation = Augmentation()
     split: Split = Split()
-    memory_limit_gb: Positive = Field(8.0, description="Larger volumes are read lazily.")
+    memory_limit_gb: Positive = Field(
+        8.0,
+        description="Of each volume; larger ones are read lazily. Folds that are slabs of one "
+        "volume hold it `split.folds` - 1 times.",
+    )
 
 
 class Optimizer(Section):

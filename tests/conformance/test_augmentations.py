@@ -75,7 +75,7 @@ def landmarks(batch: int = 3, shape: tuple[int, int, int] = (16, 64, 64)) -> Pat
         labels=tensor,
         edt=torch.from_numpy(edt),
         mask=mask,
-        voxel_size_nm=(30.0, 8.0, 8.0),
+        voxel_sizes_nm=((30.0, 8.0, 8.0),) * batch,
     )
 
 
@@ -162,7 +162,7 @@ def test_shapes_types_and_input_are_kept(name: str) -> None:
         assert torch.equal(getattr(before, field), copy)
         assert getattr(after, field).shape == copy.shape
         assert getattr(after, field).dtype == copy.dtype
-    assert after.voxel_size_nm == before.voxel_size_nm
+    assert after.voxel_sizes_nm == before.voxel_sizes_nm
 
 
 def test_it_invents_no_instance(name: str) -> None:
@@ -194,7 +194,7 @@ def test_odd_shapes_and_single_patches_work(name: str, shape: tuple[int, int, in
 def test_the_host_never_asks_the_device(name: str) -> None:
     # Tensors on "meta" hold no values, so whatever would wait for one raises.
     there = landmarks()
-    there = Patches(*(getattr(there, f).to("meta") for f in FIELDS), (30.0, 8.0, 8.0))
+    there = Patches(*(getattr(there, f).to("meta") for f in FIELDS), there.voxel_sizes_nm)
     after = AUGMENTATIONS[name].apply(there, always(name), seeded())
     assert after.image.device.type == "meta"
     assert after.image.shape == there.image.shape
@@ -204,7 +204,7 @@ def test_on_a_gpu_it_runs_without_waiting_and_repeats(name: str) -> None:
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device here")
     there = landmarks()
-    there = Patches(*(getattr(there, f).cuda() for f in FIELDS), (30.0, 8.0, 8.0))
+    there = Patches(*(getattr(there, f).cuda() for f in FIELDS), there.voxel_sizes_nm)
     AUGMENTATIONS[name].apply(there, always(name), seeded(1))
     torch.cuda.set_sync_debug_mode("error")
     try:

@@ -19,13 +19,8 @@ import ray
 from ray import tune
 
 from hydralv_tune.disk.mirror import file_system, trial_name
-from hydralv_tune.disk.volumes import Volume, VolumePaths, read_volume
-from hydralv_tune.one_trial.lazy_reader import (
-    check_sections,
-    is_lazy,
-    is_too_large,
-    open_volume,
-)
+from hydralv_tune.disk.volumes import Volume, VolumePaths
+from hydralv_tune.one_trial.lazy_reader import is_lazy, read_or_open
 from hydralv_tune.one_trial.sampling import check_patch_fits
 from hydralv_tune.studies.bridge import Bridge, Event
 from hydralv_tune.studies.folder_claim import fetch_folder
@@ -34,6 +29,7 @@ from hydralv_tune.studies.launch.faces import AskingFace, DecidingFace, make_fla
 from hydralv_tune.studies.start import Start
 from hydralv_tune.studies.study import GRACE_S, HEARTBEAT_S, DatabaseAway, Driver, Study
 from hydralv_tune.studies.trial_view import Asked, process_start
+from hydralv_tune.studies.voxel_sizes import searchable
 from hydralv_tune.studies.worker import Reporter, TrialFunction
 from hydralv_tune.vocabulary.errors import HydraLVError
 from hydralv_tune.vocabulary.space import SearchSpace
@@ -111,7 +107,8 @@ def run_study(
     Raises:
         StudyError: The storage does not answer, space or volumes have changed, or `out` is not
             the study's; nothing is written then.
-        InputError: The cluster does not answer or cannot hold a single trial.
+        InputError: The cluster does not answer or cannot hold a single trial, or the space does
+            not fit the volumes.
         StudyInterrupted: Ctrl-C or SIGTERM came.
         StudyFailed: Trial after trial fails, or Ray died.
     """
@@ -120,6 +117,8 @@ def run_study(
         file_system(checkpoints)
     # Wrong input must leave nothing behind, so all that can be refused comes before the study.
     check_before_ray(ray_address, gpus_per_trial, cpus_per_trial)
+    if trial_function is None:
+        space = searchable(space, volumes)
     start = Start(storage, study, space, out, extend, warm_start_from)
     start.check({})  # before volumes are read, which may take long
     read = [] if trial_function is not None else open_volumes(space, volumes)
@@ -185,12 +184,7 @@ def open_volumes(space: SearchSpace, volumes: Sequence[VolumePaths]) -> list[Vol
     data = space.candidate({}).data
     opened = []
     for paths in volumes:
-        image = open_volume(VolumePaths(paths.name, paths.image))
-        if is_too_large(image, data.memory_limit_gb):
-            volume = open_volume(paths)
-            check_sections(volume, paths)
-        else:
-            volume = read_volume(paths)
+        volume = read_or_open(paths, data.memory_limit_gb)
         shape = zip(volume.image.shape, data.pad_size, strict=True)
         check_patch_fits(volume.name, [side + 2 * pad for side, pad in shape], data.patch_size)
         opened.append(volume)
