@@ -26,10 +26,10 @@ test-install: $(BIN)/.installed-test ## the same with what the tests need
 demo: $(BIN)/.installed ## the main job on a phantom: study, best config, report
 	$(BIN)/hydralv-tune demo
 
-test: $(BIN)/.installed-test ## the whole test suite but the soak
+test: $(BIN)/.installed-test ## the whole test suite but soak and random kills
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
 
-soak: $(BIN)/.installed-test ## random kills and the long runs
+soak: $(BIN)/.installed-test ## 500 trials that crash and hang, and drivers killed at random
 	$(BIN)/python -m pytest -m slow
 
 check: $(BIN)/.installed-test ## lint, types and the import floors
