@@ -8,12 +8,21 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from hydralv_tune.disk.volumes import Volume
 from hydralv_tune.numerics.phantom import make_phantom
 from hydralv_tune.one_trial import planning
-from hydralv_tune.one_trial.planning import _Part, _predicted_s, draw_patches, plan_facts
+from hydralv_tune.one_trial.planning import (
+    _Part,
+    _part_trainer,
+    _predicted_s,
+    draw_patches,
+    plan_facts,
+)
+from hydralv_tune.one_trial.prediction import network_of
+from hydralv_tune.one_trial.sampling import ResidentVolume
 from hydralv_tune.vocabulary.config import Candidate, candidate_from_mapping
 from hydralv_tune.vocabulary.errors import InputError
 
@@ -72,6 +81,24 @@ def test_the_estimate_is_that_of_steps_really_taken(volume: Volume) -> None:
     assert 1 / taken < facts["steps_per_s"] < 5000
     hours = facts["optimizer_steps"] / facts["steps_per_s"] / 3600
     assert facts["hours"] == pytest.approx(hours, rel=0.02)
+
+
+def test_a_training_that_would_stop_at_once_is_timed_all_the_same(volume: Volume) -> None:
+    """Steps that are not taken, since the first said stop, would be timed as free."""
+    hasty = candidate_from_mapping(
+        {
+            **TINY,
+            "data": {**TINY["data"], "patch_size": [4, 16, 16], "iter_num_per_epoch": 1},
+            "monitor": {"early_stopping": {"enabled": True, "threshold": 1e6,
+                                           "divergence_threshold": None}},
+        },
+        place="test",
+    )  # fmt: skip
+    cpu = torch.device("cpu")
+    source = ResidentVolume(volume, hasty.data, cpu, seed=0)
+    timed = _part_trainer(hasty, source, network_of(hasty), (4, 16, 16), batch=1, accumulate=1)
+    timed.run_to(3)
+    assert timed.step == 3
 
 
 def test_what_is_too_slow_to_time_whole_is_scaled_and_said(volume: Volume) -> None:

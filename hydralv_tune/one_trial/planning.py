@@ -30,7 +30,7 @@ from hydralv_tune.one_trial.sampling import (
     check_patch_fits,
 )
 from hydralv_tune.one_trial.training import Trainer
-from hydralv_tune.vocabulary.config import Candidate
+from hydralv_tune.vocabulary.config import Candidate, EarlyStopping
 from hydralv_tune.vocabulary.errors import ConfigError, InputError, TrialFailed, as_input_error
 from hydralv_tune.vocabulary.explanation import without_effect
 
@@ -348,7 +348,10 @@ def _part_trainer(
     batch: int,
     accumulate: int,
 ) -> Trainer:
-    """Return a trainer of the candidate with a part of its batch and patch."""
+    """Return a trainer of the candidate with a part of its batch and patch.
+
+    It never stops early: steps that are not taken would be timed as free.
+    """
     training = candidate.system.training.model_copy(update={"batch_size": batch})
     part = candidate.model_copy(
         update={
@@ -356,6 +359,7 @@ def _part_trainer(
             "optimization": candidate.optimization.model_copy(
                 update={"accumulate_grad_batches": accumulate}
             ),
+            "monitor": candidate.monitor.model_copy(update={"early_stopping": EarlyStopping()}),
         }
     )
     sampler = _sampler(candidate, source, patch_size=patch)
