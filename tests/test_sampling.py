@@ -119,9 +119,9 @@ def test_black_and_white_are_those_of_the_image_that_the_network_gets(
         own = Volume("v", image, given.label, given.mask)
         source = kind(as_lazy(own) if kind is LazySource else own, data, CPU, 0)
         patch = source.cut(np.array([[4, 8, 8]]), SIZE)
-        assert patch.intensity_range == pytest.approx(expected)
+        assert patch.intensity_range(0) == pytest.approx(expected)
         noisy = augment(patch, {"intensity": knobs}, torch.Generator().manual_seed(0))
-        changes.append((noisy.image - patch.image) / patch.contrast)
+        changes.append((noisy.image - patch.image) / patch.contrast(0))
     # The knobs are shares, so they change an image alike in whatever unit it comes.
     for change in changes:
         torch.testing.assert_close(change, changes[0], atol=1e-4, rtol=0)
@@ -196,7 +196,8 @@ def test_draws_follow_the_seed_and_go_on_from_a_state() -> None:
 def test_several_volumes_are_drawn_by_the_voxels_that_count() -> None:
     small = replace(volume(1, name="small"), voxel_size_nm=(8.0, 8.0, 8.0))
     large = volume(2, masked=False, name="large")
-    both = sampler(settings(), small, large, share=0.0)
+    large = replace(large, image=(large.image / 255).astype(np.float32))
+    both = sampler(settings(image_transform={"normalize": "none"}), small, large, share=0.0)
     drawn = [number for number, _ in both.draw_places(3000)]
     assert np.mean(drawn) == pytest.approx(56 / (56 + 30), abs=0.03)
     sizes = {number: source.voxel_size_nm for number, source in enumerate(both.sources)}
@@ -210,6 +211,7 @@ def test_several_volumes_are_drawn_by_the_voxels_that_count() -> None:
         own = (small, large)[number].label[z : z + 4, y : y + 16, x : x + 16]
         np.testing.assert_array_equal(patches.labels[row].numpy(), own)
         assert patches.voxel_sizes_nm[row] == sizes[number]
+        assert patches.contrast(row) == pytest.approx((222, 222 / 255)[number], rel=0.05)
 
 
 @pytest.mark.parametrize("mode", ["reflect", "constant", "replicate"])
