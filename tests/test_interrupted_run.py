@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from commands_in_a_process import environment, small_run
 
 from hydralv_tune.disk.records import TrialRecord, load_checkpoint, read_record
@@ -64,11 +65,8 @@ def saved_in(folder: Path, root: int) -> tuple[TrialRecord, int] | None:
     return record, step
 
 
-@pytest.mark.timeout(600)
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_stopped_run_saves_and_the_same_command_ends_with_exactly_its_trials(
-    tmp_path: Path, number: signal.Signals
-) -> None:
+def stopped_run(tmp_path: Path, number: signal.Signals) -> tuple[list[str], str]:
+    """Stop a run in the middle; return its words and what it has said on stderr."""
     words = small_run(tmp_path, TRAINING, "--out", "out", "--trials", str(TRIALS), "--json")
     process = start(words, tmp_path, "first")
     try:
@@ -84,6 +82,15 @@ def test_a_stopped_run_saves_and_the_same_command_ends_with_exactly_its_trials(
     assert "Traceback" not in said
     text = (tmp_path / "first.out").read_text()
     assert not text or isinstance(json.loads(text), dict)
+    return words, said
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_run_saves_and_the_same_command_ends_with_exactly_its_trials(
+    tmp_path: Path, number: signal.Signals
+) -> None:
+    words, said = stopped_run(tmp_path, number)
     before = {root: saved_in(tmp_path, root) for root in range(TRIALS)}
     assert any(saved is not None for saved in before.values())
     facts = go_on(words, tmp_path)
@@ -101,6 +108,28 @@ def test_a_stopped_run_saves_and_the_same_command_ends_with_exactly_its_trials(
     assert {view.user_attrs["retry_of"] for view in views if "retry_of" in view.user_attrs} == set(
         stopped
     )
+
+
+@pytest.mark.timeout(600)
+def test_a_stopped_run_goes_on_under_a_changed_grid_with_extend(tmp_path: Path) -> None:
+    words, _ = stopped_run(tmp_path, signal.SIGTERM)
+    evaluated = [
+        root
+        for root in range(TRIALS)
+        if (saved := saved_in(tmp_path, root)) is not None and saved[0].history
+    ]
+    assert evaluated
+    space = yaml.safe_load((tmp_path / "small.yaml").read_text())
+    space["decoding"]["grid"]["min_seed_size"] = [3]
+    (tmp_path / "small.yaml").write_text(yaml.safe_dump(space))
+    facts = go_on([*words, "--extend"], tmp_path)
+    assert facts["trials"]["complete"] == TRIALS
+    for root in range(TRIALS):
+        record = read_record(tmp_path / "out" / "trials" / str(root) / "record.json")
+        assert record.grid["grid"]["min_seed_size"] == [3]
+        assert record.decoding is not None
+        assert record.decoding["kwargs"]["min_seed_size"] == 3
+        assert any("another grid" in note for note in record.notes) == (root in evaluated)
 
 
 def go_on(words: list[str], folder: Path) -> dict[str, Any]:

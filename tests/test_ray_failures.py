@@ -48,6 +48,12 @@ def test_a_worker_killed_for_want_of_memory_is_retried_and_the_study_goes_on(
     assert any("low on memory" in reason for reason in reasons), reasons
 
 
+def two_at_work(rows: list[dict[str, Any]]) -> bool:
+    """Return whether two trials that have not ended were evaluated."""
+    evaluated = {row["number"] for row in rows if row.get("event") == "evaluation"}
+    return len(evaluated - {r["number"] for r in rows if r.get("event") == "trial_finished"}) >= 2
+
+
 @pytest.mark.timeout(900)
 def test_a_node_of_a_cluster_dies_and_the_study_goes_on(fake_study: Any) -> None:
     """Two nodes on one machine; each worker says which one it is on by its parent."""
@@ -68,13 +74,12 @@ def test_a_node_of_a_cluster_dies_and_the_study_goes_on(fake_study: Any) -> None
         address = cluster.stdout.readline().strip()
         assert ":" in address, address
         driver = fake_study.start(
-            trials=8, steps=8, step_s=0.5, options={"ray_address": address, "cpus_per_trial": 1},
+            trials=8, steps=12, step_s=0.5, options={"ray_address": address, "cpus_per_trial": 1},
             environment={"RAY_AUTH_MODE": "disabled"},
         )  # fmt: skip
-        fake_study.until(evaluations(6), timeout_s=240)
+        # One core a node: two at work at once are on both.
+        fake_study.until(two_at_work, timeout_s=240)
         study = open_readonly(f"sqlite:///{fake_study.folder / 'study.db'}", "fake")
-        running = [row["number"] for row in fake_study.said() if row["event"] == "trial_started"]
-        assert len(running) >= 2, "only one trial ran at a time on two nodes of one core"
         cluster.stdin.write("kill\n")
         cluster.stdin.flush()
         assert cluster.stdout.readline().strip() == "killed"
