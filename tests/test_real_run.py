@@ -22,6 +22,7 @@ from hydralv_tune.disk.volumes import VolumePaths, read_volume
 
 PASSWORD = "s3cr3t-of-the-database"
 TRIALS = 4
+pytestmark = pytest.mark.timeout(600)
 
 
 @dataclass
