@@ -214,19 +214,6 @@ def duplicate_of(
     return None
 
 
-def consecutive_failures(trials: Sequence[TrialView]) -> list[TrialView]:
-    """Return the FAILs in a row at the end of the history that were their own fault."""
-    failures: list[TrialView] = []
-    ended = [t for t in trials if t.state in (*FINISHED, "FAIL") and not t.is_imported]
-    for trial in sorted(ended, key=lambda t: t.finished or datetime.min, reverse=True):
-        if trial.state in FINISHED:
-            break
-        if trial.user_attrs.get("retry") == "free" or "duplicate_of" in trial.user_attrs:
-            continue
-        failures.append(trial)
-    return failures
-
-
 @cache
 def machine_identity() -> str:
     """Return what tells one machine, boot and process table from another."""
