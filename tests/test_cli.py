@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -523,9 +524,11 @@ def test_a_refused_run_leaves_its_study_as_it_was(
 
 def readable_by_all(process: psutil.Process) -> str:
     """Return the command line of a process, and the environment that its children got."""
-    own = " ".join(process.cmdline())
-    below = [" ".join((*p.cmdline(), *p.environ().values())) for p in process.children(True)]
-    return "\n".join([own, *below])
+    lines = [" ".join(process.cmdline())]
+    for child in process.children(True):
+        with suppress(psutil.Error):  # some of Ray's helpers end at once
+            lines.append(" ".join((*child.cmdline(), *child.environ().values())))
+    return "\n".join(lines)
 
 
 def test_a_password_on_the_command_line_does_not_stay_there(
