@@ -181,7 +181,7 @@ class TestIntensity:
 
     @pytest.mark.parametrize("span", [(0.0, 1.0), (-3.0, 3.0)], ids=str)
     def test_noise_is_a_share_of_the_range(self, span: tuple[float, float]) -> None:
-        patches = random_patches(intensity_range=span)
+        patches = random_patches(intensity_ranges=(span,) * 2)
         after = applied("intensity", patches, gaussian_noise_std=0.05, **self.only_noise)
         noise = (after.image - patches.image).std().item()
         assert noise == pytest.approx(0.05 * (span[1] - span[0]), rel=0.03)
@@ -234,7 +234,7 @@ class TestSections:
         assert share.max() <= 0.51
 
     def test_the_grey_lies_between_black_and_white(self) -> None:
-        patches = random_patches(8, intensity_range=(-2.0, 4.0))
+        patches = random_patches(8, intensity_ranges=((-2.0, 4.0),) * 8)
         after = applied(
             "missing_section", patches, full_section_prob=1.0, fill_value_range=(1.0, 1.0)
         )

@@ -119,13 +119,29 @@ def test_black_and_white_are_those_of_the_image_that_the_network_gets(
         own = Volume("v", image, given.label, given.mask)
         source = kind(as_lazy(own) if kind is LazySource else own, data, CPU, 0)
         patch = source.cut(np.array([[4, 8, 8]]), SIZE)
-        assert patch.intensity_range == pytest.approx(expected)
+        assert patch.intensity_range(0) == pytest.approx(expected)
         noisy = augment(patch, {"intensity": knobs}, torch.Generator().manual_seed(0))
-        changes.append((noisy.image - patch.image) / patch.contrast)
+        changes.append((noisy.image - patch.image) / patch.contrast(0))
     # The knobs are shares, so they change an image alike in whatever unit it comes.
     for change in changes:
         torch.testing.assert_close(change, changes[0], atol=1e-4, rtol=0)
         assert 0.01 < float(change.abs().mean()) < 0.2
+
+
+def test_each_patch_of_a_mixed_batch_has_the_black_and_white_of_its_own_volume() -> None:
+    given = volume()
+    bright = Volume("w", given.image.astype(np.uint16) * 100, given.label, given.mask)
+    data = settings(image_transform={"normalize": "none"})
+    batch = sampler(data, given, bright, share=1.0).draw(16)
+    own = [(700.0, 22900.0) if float(image.max()) > 255 else (7.0, 229.0) for image in batch.image]
+    assert [batch.intensity_range(row) for row in range(16)] == own
+    assert len(set(own)) == 2
+    knobs = {"prob": 1.0, "contrast_prob": 0.0, "shift_intensity_prob": 0.0,
+             "gaussian_noise_prob": 1.0, "gaussian_noise_std": 0.03}  # fmt: skip
+    noisy = augment(batch, {"intensity": knobs}, torch.Generator().manual_seed(0))
+    for row, (black, white) in enumerate(own):
+        noise = (noisy.image[row] - batch.image[row]).std() / (white - black)
+        assert 0.028 < float(noise) < 0.032
 
 
 def test_one_kernel_and_slices_cut_the_same() -> None:

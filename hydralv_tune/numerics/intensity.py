@@ -1,7 +1,7 @@
 """Change the image alone: noise, contrast, and the defects of an electron microscope's stack.
 
 Labels, distance and mask stay: the network is asked for what is there, not for what is seen.
-Strengths are shares of the range from black to white, `Patches.intensity_range`.
+Strengths are shares of a patch's range from black to white, `Patches.intensity_range`.
 """
 
 from __future__ import annotations
@@ -58,12 +58,12 @@ def intensity(patches: Patches, knobs: Knobs, generator: torch.Generator) -> Pat
         if contrast:
             _apply_gamma(sample, uniform(generator, knobs["contrast_range"]))
         if shift:
-            reach = float(knobs["shift_intensity_offset"]) * patches.contrast
+            reach = float(knobs["shift_intensity_offset"]) * patches.contrast(row)
             sample += uniform(generator, (-reach, reach))
         if noise:
             noise_generator = noise_generator or device_generator(generator, image.device)
             field = torch.empty_like(sample).normal_(generator=noise_generator)
-            sample.add_(field, alpha=float(knobs["gaussian_noise_std"]) * patches.contrast)
+            sample.add_(field, alpha=float(knobs["gaussian_noise_std"]) * patches.contrast(row))
     return patches.with_image(image)
 
 
@@ -81,10 +81,10 @@ def missing_section(patches: Patches, knobs: Knobs, generator: torch.Generator) 
     if not chosen:
         return patches
     image = patches.image.clone()
-    black = patches.intensity_range[0]
     for row in chosen:
+        black, contrast = patches.intensity_range(row)[0], patches.contrast(row)
         for z in _sections(patches.shape[0], knobs["num_sections"], generator):
-            grey = black + uniform(generator, knobs["fill_value_range"]) * patches.contrast
+            grey = black + uniform(generator, knobs["fill_value_range"]) * contrast
             section = image[row, 0, z]
             if not happens(generator, knobs["full_section_prob"]):
                 section = _part(section, knobs["partial_ratio_range"], generator)
@@ -137,7 +137,7 @@ def cut_noise(patches: Patches, knobs: Knobs, generator: torch.Generator) -> Pat
     noise_generator = device_generator(generator, image.device)
     for row in chosen:
         box = image[row, 0][_box(patches.shape, knobs["length_ratio"], generator)]
-        scale = uniform(generator, knobs["noise_scale"]) * patches.contrast
+        scale = uniform(generator, knobs["noise_scale"]) * patches.contrast(row)
         box += torch.empty_like(box).uniform_(-scale, scale, generator=noise_generator)
     return patches.with_image(image)
 

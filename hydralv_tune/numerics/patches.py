@@ -14,6 +14,7 @@ from torch import Tensor
 
 Span = float | Sequence[float]
 VoxelSize = tuple[float, float, float]
+IntensityRange = tuple[float, float]
 
 INTENSITY_RANGES = {"0-1": (0.0, 1.0), "z_volume": (-3.0, 3.0), "z_section": (-3.0, 3.0)}
 """Black and white after a normalisation: three spreads hold nearly all of a standardised image."""
@@ -30,8 +31,9 @@ class Patches:
         mask: bool (B, Z, Y, X), True where a voxel counts.
         voxel_sizes_nm: Voxel size (z, y, x) of each patch, so that a tilt is a rigid one; unit
             voxels where it is None, and for all where there is none.
-        intensity_range: The values of black and white in `image`. Knobs of intensity are shares
-            of it, so they mean the same for a 0-1 image and a standardised one.
+        intensity_ranges: The values of black and white in each patch of `image`; 0 and 1 for all
+            where there is none. Knobs of intensity are shares of it, so they mean the same for a
+            0-1 image and a standardised one.
     """
 
     image: Tensor
@@ -39,7 +41,7 @@ class Patches:
     edt: Tensor
     mask: Tensor
     voxel_sizes_nm: tuple[VoxelSize | None, ...] = ()
-    intensity_range: tuple[float, float] = (0.0, 1.0)
+    intensity_ranges: tuple[IntensityRange, ...] = ()
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -59,10 +61,22 @@ class Patches:
         """
         return (self.voxel_sizes_nm[row] if self.voxel_sizes_nm else None) or (1.0, 1.0, 1.0)
 
-    @property
-    def contrast(self) -> float:
-        """Return white minus black."""
-        return self.intensity_range[1] - self.intensity_range[0]
+    def intensity_range(self, row: int) -> IntensityRange:
+        """Return the values of black and white in a patch.
+
+        Args:
+            row: Of the batch.
+        """
+        return self.intensity_ranges[row] if self.intensity_ranges else (0.0, 1.0)
+
+    def contrast(self, row: int) -> float:
+        """Return white minus black of a patch.
+
+        Args:
+            row: Of the batch.
+        """
+        black, white = self.intensity_range(row)
+        return white - black
 
     def with_image(self, image: Tensor) -> Patches:
         """Return the same patches with another image.
@@ -85,13 +99,15 @@ class Patches:
             and tuple(self.edt.shape) == shape
             and tuple(self.mask.shape) == shape
             and len(self.voxel_sizes_nm) in (0, shape[0])
+            and len(self.intensity_ranges) in (0, shape[0])
         )
         if not fits:
             raise ValueError(
                 f"Patches do not fit: image {tuple(self.image.shape)}, labels {shape}, edt "
                 f"{tuple(self.edt.shape)}, mask {tuple(self.mask.shape)}; they must be "
                 "(B, 1, Z, Y, X) and three times (B, Z, Y, X), with "
-                f"{len(self.voxel_sizes_nm)} voxel sizes, none or B."
+                f"{len(self.voxel_sizes_nm)} voxel sizes and {len(self.intensity_ranges)} "
+                "intensity ranges, none or B."
             )
         kinds = (self.image.dtype, self.edt.dtype, self.mask.dtype)
         if kinds != (torch.float32, torch.float32, torch.bool) or self.labels.is_floating_point():
@@ -101,7 +117,7 @@ class Patches:
             )
 
 
-def intensity_range(mode: str, low: float, high: float) -> tuple[float, float]:
+def intensity_range(mode: str, low: float, high: float) -> IntensityRange:
     """Return black and white of a normalised volume.
 
     Args:

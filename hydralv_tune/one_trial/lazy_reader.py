@@ -281,7 +281,7 @@ class LazySource:
             edt=upload(np.stack(distance), self.device),
             mask=upload(np.stack(mask), self.device),
             voxel_sizes_nm=(self.voxel_size_nm,) * len(starts),
-            intensity_range=self.intensity_range,
+            intensity_ranges=(self.intensity_range,) * len(starts),
         )
 
     def _read(self, start: Sequence[int], size: Sequence[int]) -> tuple[Array, ...]:

@@ -99,7 +99,7 @@ class ResidentVolume:
             edt=crop(self.distance, begin, size),
             mask=torch.ones_like(labels, dtype=torch.bool) if mask is None else mask,
             voxel_sizes_nm=(self.voxel_size_nm,) * len(starts),
-            intensity_range=self.intensity_range,
+            intensity_ranges=(self.intensity_range,) * len(starts),
         )
 
 
@@ -369,10 +369,12 @@ def _joined(parts: Sequence[Patches], order: Ints) -> Patches:
         for name in ("image", "labels", "edt", "mask")
     )
     sizes = [size for part in parts for size in part.voxel_sizes_nm]
+    ranges = [pair for part in parts for pair in part.intensity_ranges]
     return replace(
         parts[0],
         image=image, labels=labels, edt=edt, mask=mask,
         voxel_sizes_nm=tuple(sizes[row] for row in rows),
+        intensity_ranges=tuple(ranges[row] for row in rows),
     )  # fmt: skip
 
 
