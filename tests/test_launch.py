@@ -596,10 +596,10 @@ def test_a_volume_over_the_limit_is_checked_and_known_by_its_sections(large: Vol
     ("kind", "words"),
     [
         ("float labels", "must be integers"),
-        ("negative labels", "section 5"),
+        ("negative labels", "16384 labels are negative"),
         ("no labels", "no labelled voxel"),
         ("nothing in the mask", "inside the mask"),
-        ("NaN", "section 5 holds NaN"),
+        ("NaN", r"NaN or infinite \(first: NaN at \(5, 0, 0\)\)"),
         ("bool image", "dtype bool"),
         ("shapes differ", "shape"),
     ],

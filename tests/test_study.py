@@ -753,13 +753,14 @@ def test_a_start_that_is_refused_changes_neither_study_nor_folders(
     assert before["out"] == str(home)
     wider = make_space(parameters={LR: {"float": [1e-6, 1e-1], "log": True}})
     pupil = begin(storage, elsewhere, warm_start_from="nosuch", extend=True)
-    for start, words in (
-        (begin(storage, elsewhere), "other volumes; changed: im"),
-        (begin(storage, elsewhere, space=wider), "another search space"),
-        (pupil, "warm-start-from nosuch"),
+    for start, image, words in (
+        (begin(storage, elsewhere), "2", "other volumes; changed: im"),
+        (begin(storage, elsewhere, extend=True), "2", "other volumes; changed: im"),
+        (begin(storage, elsewhere, space=wider), "1", "another search space"),
+        (pupil, "1", "warm-start-from nosuch"),
     ):
         with pytest.raises(StudyError, match=words):
-            start.check({"im": "2"})
+            start.check({"im": image})
     with_trial(home)
     moved = begin(storage, elsewhere)
     for refuse in (moved.check, moved.open):
