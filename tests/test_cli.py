@@ -62,7 +62,7 @@ def run(capfd: pytest.CaptureFixture[str]) -> Run:
     return run_command
 
 
-MARKUP = ("audit4[z 10:14]", "[/a]", "[bold]x[/bold]", ":warning:")
+MARKUP = ("slab [z 10:14]", "[/a]", "[bold]x[/bold]", ":warning:")
 """Names that a terminal library would take for markup: dropped, an error, a style, an emoji."""
 
 
