@@ -25,9 +25,9 @@ from hydralv_tune.disk.records import (
     read_json,
     read_record,
     save_checkpoint,
-    write_atomically,
     write_json,
 )
+from hydralv_tune.disk.writing import write_atomically
 from hydralv_tune.vocabulary.errors import CheckpointError, InputError
 
 
@@ -203,9 +203,9 @@ def test_a_process_killed_while_writing_leaves_the_old_file(tmp_path: Path) -> N
     path = write_atomically(tmp_path / "a.bin", b"old")
     code = (
         "import os, sys\n"
-        "from hydralv_tune.disk import records\n"
+        "from hydralv_tune.disk.writing import write_atomically\n"
         "os.fsync = lambda handle: os.kill(os.getpid(), 9)\n"
-        "records.write_atomically(sys.argv[1], b'new')\n"
+        "write_atomically(sys.argv[1], b'new')\n"
     )
     done = subprocess.run([sys.executable, "-c", code, str(path)], check=False, timeout=120)
     assert done.returncode == -signal.SIGKILL

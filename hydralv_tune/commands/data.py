@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from hydralv_tune.commands.console import print_facts, print_json, print_rows, progress_bar, say
-from hydralv_tune.disk.places import why_not_writable
+from hydralv_tune.disk.writing import why_not_writable, write_atomically
 from hydralv_tune.vocabulary.errors import InputError, as_input_error
 
 if TYPE_CHECKING:
@@ -319,7 +319,6 @@ def sweep(
 
     Example: `hydralv-tune sweep --probabilities runs/p.h5 --label runs/phantom/label.h5`
     """
-    from hydralv_tune.disk.records import write_atomically
     from hydralv_tune.disk.volumes import read_labels, read_probabilities
     from hydralv_tune.one_trial.sweep import sweep as sweep_grid
     from hydralv_tune.vocabulary.space import load_space

@@ -13,7 +13,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from hydralv_tune.disk.records import write_atomically
+from hydralv_tune.disk.writing import write_atomically
 
 NAMES = {
     "adapted_rand_error": "adapted Rand error",

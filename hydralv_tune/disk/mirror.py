@@ -22,6 +22,7 @@ from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
+from hydralv_tune.disk.writing import write_atomically
 from hydralv_tune.vocabulary.errors import InputError, TrialTakenOver
 
 HERE_FILE = ".version.json"
@@ -245,10 +246,7 @@ def version_here(folder: Path) -> Version:
 
 def set_version_here(folder: Path, version: Version) -> None:
     """Say which version a folder on this node holds, or will while its attempt works on."""
-    # Not by `records`, which brings PyTorch: a worker that starts is to be light.
-    temporary = folder / f"{HERE_FILE}.new"
-    temporary.write_text(json.dumps(version))
-    os.replace(temporary, folder / HERE_FILE)
+    write_atomically(folder / HERE_FILE, json.dumps(version).encode())
 
 
 def trial_name(study: str, root: int) -> str:

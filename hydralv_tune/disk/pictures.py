@@ -21,7 +21,7 @@ from matplotlib.lines import Line2D
 from scipy import ndimage
 from skimage.measure import find_contours
 
-from hydralv_tune.disk.records import write_atomically
+from hydralv_tune.disk.writing import write_atomically
 from hydralv_tune.numerics.metrics import InstanceMatching, contingency_table, match_instances
 from hydralv_tune.numerics.verdicts import VERDICTS, segment_verdicts, truth_verdicts
 

@@ -13,7 +13,6 @@ import os
 import pickle
 import platform
 import subprocess
-import tempfile
 import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
@@ -25,6 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from hydralv_tune.disk.writing import flush_folder, write_atomically
 from hydralv_tune.vocabulary.errors import CheckpointError, InputError
 
 FORMAT = "hydralv_tune"
@@ -33,56 +33,6 @@ PACKAGES = (
     "hydralv-tune", "torch", "monai", "numpy", "scipy", "scikit-image", "numba", "pydantic",
     "optuna", "ray",
 )  # fmt: skip
-
-
-def write_atomically(path: str | Path, data: bytes) -> Path:
-    """Write a file whole or not at all, and return its path.
-
-    Args:
-        path: Where it goes; an older file there is replaced at the very end.
-        data: The content.
-
-    Raises:
-        OSError: The disk is full or the folder cannot be written; the older file is untouched.
-    """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        # A temporary file is private to its owner; what others may read stays as they set it.
-        Path(name).chmod(0o666 & ~_umask())
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
-    _flush_folder(path.parent)
-    return path
-
-
-@cache
-def _umask() -> int:
-    """Return the process' mask of file rights, which can only be read by setting it."""
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-def _flush_folder(folder: Path) -> None:
-    """Flush a rename to the disk, where the file system lets one."""
-    try:
-        handle = os.open(folder, os.O_RDONLY)
-    except OSError:
-        return
-    try:
-        os.fsync(handle)
-    except OSError:
-        pass
-    finally:
-        os.close(handle)
 
 
 def write_json(path: str | Path, value: Any) -> Path:
@@ -148,7 +98,7 @@ def save_checkpoint(path: str | Path, state: Mapping[str, Any]) -> Path:
     if path.exists():
         os.replace(path, previous(path))
     os.replace(fresh, path)
-    _flush_folder(path.parent)
+    flush_folder(path.parent)
     return path
 
 

@@ -15,8 +15,8 @@ import torch
 from matplotlib.figure import Figure
 from scipy import ndimage
 
-from hydralv_tune.disk.records import write_atomically
 from hydralv_tune.disk.volumes import Volume
+from hydralv_tune.disk.writing import write_atomically
 from hydralv_tune.numerics.architectures import divisor, network_arguments, parameter_count
 from hydralv_tune.numerics.augmentation import Patches, augment, resolve_preset
 from hydralv_tune.numerics.randomness import seeded

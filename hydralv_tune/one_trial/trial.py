@@ -20,6 +20,7 @@ import torch
 from hydralv_tune.disk import records
 from hydralv_tune.disk.records import TrialRecord
 from hydralv_tune.disk.volumes import Volume, volume_paths
+from hydralv_tune.disk.writing import write_atomically
 from hydralv_tune.one_trial.lazy_reader import read_or_open
 from hydralv_tune.one_trial.prediction import pick_device
 from hydralv_tune.one_trial.training import is_out_of_memory
@@ -76,9 +77,7 @@ def run_trial(
             run = TrialRun(spec, given, held_out, device)
             out.mkdir(parents=True, exist_ok=True)
             run.resume()
-            records.write_atomically(
-                out / "config.yaml", dump_yaml(spec.candidate.as_mapping()).encode()
-            )
+            write_atomically(out / "config.yaml", dump_yaml(spec.candidate.as_mapping()).encode())
 
         def stop() -> bool:
             if deadline is not None and time.monotonic() > deadline:

@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from hydralv_tune.disk import records
 from hydralv_tune.disk.figures import draw_heatmap
 from hydralv_tune.disk.pictures import draw_contact_sheet, draw_losses
 from hydralv_tune.disk.volumes import Volume, write_array
+from hydralv_tune.disk.writing import write_atomically
 from hydralv_tune.one_trial.evaluation import Outcome
 
 
@@ -30,7 +30,7 @@ def draw_trial(
     """
     buffer = io.BytesIO()
     outcome.sweep.table.to_parquet(buffer, index=False)
-    records.write_atomically(out / "sweep.parquet", buffer.getvalue())
+    write_atomically(out / "sweep.parquet", buffer.getvalue())
     draw_heatmap(outcome.sweep, out / "sweep.png")
     draw_losses(list(history), out / "losses.png")
     # In the order of the folds and their parts, for the report's instance by instance.

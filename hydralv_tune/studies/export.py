@@ -11,7 +11,8 @@ from typing import Any
 import pandas as pd
 import torch
 
-from hydralv_tune.disk.records import load_checkpoint, provenance, write_atomically
+from hydralv_tune.disk.records import load_checkpoint, provenance
+from hydralv_tune.disk.writing import write_atomically
 from hydralv_tune.one_trial.prediction import load_network
 from hydralv_tune.studies.pytc_blocks import PeerData
 from hydralv_tune.studies.pytc_export import PEER_FORMATS, peer_config, peer_weights

@@ -11,6 +11,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from hydralv_tune.disk.writing import write_atomically
+
 PREFIX = "journal-"
 SUFFIX = ".jsonl"
 
@@ -86,8 +88,6 @@ class Journal:
 
     def _keep(self, entries: list[dict[str, Any]]) -> None:
         """Replace the file by what still waits."""
-        from hydralv_tune.disk.records import write_atomically  # PyTorch comes with it
-
         try:
             if entries:
                 write_atomically(self.path, _lines(entries))

@@ -11,7 +11,7 @@ import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from hydralv_tune.disk.places import why_not_writable
+from hydralv_tune.disk.writing import why_not_writable, write_atomically
 from hydralv_tune.studies.journal import journals_in
 from hydralv_tune.vocabulary.errors import StudyError
 
@@ -93,8 +93,6 @@ def claim_out(folder: Path, owner: Owner) -> None:
         StudyError: It has become another study's.
         OSError: It cannot be written.
     """
-    from hydralv_tune.disk.records import write_atomically  # PyTorch comes with it
-
     if owner_of(folder) is None:
         whole = write_atomically(
             folder / f".{MARKER}.{owner.identity}", json.dumps(asdict(owner)).encode()

@@ -11,7 +11,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any, BinaryIO
 
-from hydralv_tune.disk.records import TrialRecord, read_record, write_atomically
+from hydralv_tune.disk.records import TrialRecord, read_record
+from hydralv_tune.disk.writing import write_atomically
 from hydralv_tune.numerics.wording import figure, number_of, objective_label
 from hydralv_tune.studies.study import Driver, Study, open_readonly
 from hydralv_tune.studies.study.database import database_errors

@@ -11,7 +11,8 @@ import jinja2
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
-from hydralv_tune.disk.records import provenance, write_atomically
+from hydralv_tune.disk.records import provenance
+from hydralv_tune.disk.writing import write_atomically
 from hydralv_tune.numerics.wording import figure, number_of, signed
 from hydralv_tune.studies import report_figures
 from hydralv_tune.studies.report_data import KIND_COLOURS, METRICS, ReportData, gather

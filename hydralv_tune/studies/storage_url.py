@@ -9,7 +9,7 @@ import sqlalchemy
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError, NoSuchModuleError, SQLAlchemyError
 
-from hydralv_tune.disk.places import why_not_writable
+from hydralv_tune.disk.writing import why_not_writable
 from hydralv_tune.vocabulary.errors import StudyError
 from hydralv_tune.vocabulary.secrets import HIDDEN, is_secret, mask_passwords
 
