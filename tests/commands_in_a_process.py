@@ -15,6 +15,16 @@ from typing import Any
 
 import yaml
 
+SMALL_DECODING: dict[str, Any] = {
+    "grid": {
+        "binary_threshold": {"seed": [0.3, 0.5, 0.7], "foreground": [0.3, 0.5]},
+        "contour_threshold": {"seed": [None], "foreground": [None]},
+        "distance_threshold": {"seed": [0.0, 0.3], "foreground": [-0.5, 0.0]},
+        "min_seed_size": [2],
+    }
+}
+"""A few combinations of thresholds."""
+
 SMALL_SPACE: dict[str, Any] = {
     "base": "smoke",
     "warm_starts": ["smoke"],
@@ -25,14 +35,7 @@ SMALL_SPACE: dict[str, Any] = {
         "inference": {"sliding_window": {"window_size": [8, 64, 64]}},
     },
     "parameters": {"optimization.optimizer.lr": {"float": [1e-3, 1e-2], "log": True}},
-    "decoding": {
-        "grid": {
-            "binary_threshold": {"seed": [0.3, 0.5, 0.7], "foreground": [0.3, 0.5]},
-            "contour_threshold": {"seed": [None], "foreground": [None]},
-            "distance_threshold": {"seed": [0.0, 0.3], "foreground": [-0.5, 0.0]},
-            "min_seed_size": [2],
-        }
-    },
+    "decoding": SMALL_DECODING,
     "pruner": {"name": "none"},
 }
 """Trials of seconds; `optimization` and `monitor` say of how many."""

@@ -19,6 +19,7 @@ from typing import Any
 
 import psutil
 import pytest
+from commands_in_a_process import SMALL_DECODING
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -197,14 +198,7 @@ TINY_SPACE: dict[str, Any] = {
         "optimization.optimizer.lr": {"float": [1e-3, 1e-2], "log": True},
         "data.sampling.foreground_share": {"choice": [0.5, 0.8]},
     },
-    "decoding": {
-        "grid": {
-            "binary_threshold": {"seed": [0.3, 0.5, 0.7], "foreground": [0.3, 0.5]},
-            "contour_threshold": {"seed": [None], "foreground": [None]},
-            "distance_threshold": {"seed": [0.0, 0.3], "foreground": [-0.5, 0.0]},
-            "min_seed_size": [2],
-        }
-    },
+    "decoding": SMALL_DECODING,
     "objective": {"guard": {"f1_iou50": 0.0}},
     "budget": {"trials": 3},
 }

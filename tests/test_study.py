@@ -598,6 +598,18 @@ def test_a_second_driver_does_not_draw_the_same_trials(
     assert len({tuple(p.items()) for p in params}) == 4
 
 
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold an SQLite file for one writer, as another program may."""
+    writer = sqlite3.connect(path, isolation_level=None)
+    writer.execute("BEGIN EXCLUSIVE")
+    try:
+        yield
+    finally:
+        writer.execute("ROLLBACK")
+        writer.close()
+
+
 def test_results_wait_in_the_journal_while_sqlite_is_locked(
     tmp_path: Path, make_driver: Callable[..., Driver], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -605,9 +617,7 @@ def test_results_wait_in_the_journal_while_sqlite_is_locked(
     path = tmp_path / "study.db"
     driver = make_driver(f"sqlite:///{path}", heartbeat_s=600)
     first, second = asked(driver), asked(driver)
-    writer = sqlite3.connect(path, isolation_level=None)
-    writer.execute("BEGIN EXCLUSIVE")
-    try:
+    with locked(path):
         assert driver.report(first.number, 1, 0.4) == "go"
         assert driver.tell(first.number, complete(0.2)) == "kept"
         assert driver.waiting_results == 2
@@ -616,9 +626,6 @@ def test_results_wait_in_the_journal_while_sqlite_is_locked(
         with pytest.raises(DatabaseAway):
             driver.poll()
         assert driver.waiting_results == 2
-    finally:
-        writer.execute("ROLLBACK")
-        writer.close()
     # What waits is told before anything else, and its trial is nobody's orphan until then.
     third = asked(driver)
     assert third.retry_of is None
@@ -709,16 +716,11 @@ def test_results_are_told_though_neither_database_nor_disk_takes_them(
     path = tmp_path / "study.db"
     driver = make_driver(f"sqlite:///{path}", heartbeat_s=600)
     trial = asked(driver)
-    writer = sqlite3.connect(path, isolation_level=None)
-    writer.execute("BEGIN EXCLUSIVE")
-    try:
+    with locked(path):
         with full_disk(4), pytest.warns(UserWarning, match="Make room"):
             assert driver.tell(trial.number, complete(0.2)) == "kept"
         driver._journal.path.unlink()
         assert driver.waiting_results == 1
-    finally:
-        writer.execute("ROLLBACK")
-        writer.close()
     asked(driver)
     assert driver.study.trials()[trial.number].value == 0.2
     assert driver.waiting_results == 0
