@@ -30,11 +30,11 @@ from hydralv_tune.disk.volumes import Volume, VolumePaths, write_array
 from hydralv_tune.numerics import metrics
 from hydralv_tune.numerics.decoding import decode
 from hydralv_tune.one_trial.evaluation import Outcome, better, evaluate
+from hydralv_tune.one_trial.lazy_reader import held_out_volumes
 from hydralv_tune.one_trial.prediction import load_network, network_of, predict
 from hydralv_tune.one_trial.trial import (
     Evaluation,
     TrialSpec,
-    _held_out,
     run_trial,
     stop_on_signal,
 )
@@ -732,7 +732,7 @@ def test_a_volume_of_its_own_is_scored_where_the_candidate_names_one(tmp_path: P
     # Over the limit it stays on disk, as one that is trained on does.
     for limit_gb, on_disk in ((8.0, False), (1e-4, True)):
         limited = candidate(data={**data, "memory_limit_gb": limit_gb})
-        opened = _held_out(limited)[0].image
+        opened = held_out_volumes(limited.data)[0].image
         assert isinstance(getattr(opened, "array", None), LazyArray) == on_disk
 
 

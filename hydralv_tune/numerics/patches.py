@@ -12,6 +12,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from hydralv_tune.numerics.normalisation import Normalisation
+
 Span = float | Sequence[float]
 VoxelSize = tuple[float, float, float]
 
@@ -116,16 +118,16 @@ class Patches:
             )
 
 
-def intensity_range(mode: str, low: float, high: float) -> tuple[float, float]:
+def intensity_range(mode: str, fitted: Normalisation) -> tuple[float, float]:
     """Return black and white of a normalised volume.
 
     Args:
         mode: Of the normalisation. Under `none` intensities stay those of the file, so black and
             white are the volume's own: 0 and 255, or 0 and 1.
-        low: Least intensity kept.
-        high: Largest intensity kept.
+        fitted: The normalisation of the volume, with the intensities that it keeps.
     """
-    return INTENSITY_RANGES.get(mode, (low, high))
+    kept = float(fitted.low.min()), float(fitted.high.max())
+    return INTENSITY_RANGES.get(mode, kept)
 
 
 def host_generator(generator: torch.Generator) -> torch.Generator:

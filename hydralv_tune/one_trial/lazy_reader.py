@@ -20,6 +20,7 @@ from hydralv_tune.disk.volumes import (
     first_voxel_size,
     open_lazy,
     read_volume,
+    volume_paths,
 )
 from hydralv_tune.numerics.patches import Patches, intensity_range
 from hydralv_tune.numerics.targets import instance_edt
@@ -180,6 +181,25 @@ def read_or_open(paths: VolumePaths, limit_gb: float) -> Volume:
     return open_volume(paths) if large else read_volume(paths)
 
 
+def held_out_volumes(data: Data) -> list[Volume]:
+    """Return the volumes that a candidate names for validation, opened as those to train on.
+
+    Args:
+        data: `data` of the candidate.
+
+    Raises:
+        VolumeError: One cannot be read.
+    """
+    if data.split.kind != "volumes" or data.val_image is None:
+        return []
+
+    def listed(paths: str | list[str] | None) -> list[str]:
+        return [] if paths is None else [paths] if isinstance(paths, str) else list(paths)
+
+    named = volume_paths(listed(data.val_image), listed(data.val_label), listed(data.val_mask))
+    return [read_or_open(paths, data.memory_limit_gb) for paths in named]
+
+
 def is_too_large(volume: Volume, limit_gb: float) -> bool:
     """Return whether a volume takes more of the device than it may."""
     return resident_bytes(volume) > limit_gb * 1e9
@@ -253,9 +273,7 @@ class LazySource:
         self.places = find_places(volume.name, label, mask, pad=data.pad_size, seed=seed)
         self.distance_arguments = distance_arguments(data, volume)
         fitted = fitted_normalisation(volume, data)
-        self.intensity_range = intensity_range(
-            data.image_transform.normalize, float(fitted.low.min()), float(fitted.high.max())
-        )
+        self.intensity_range = intensity_range(data.image_transform.normalize, fitted)
         fitted = padded_normalisation(fitted, self.pad[0], data.pad_mode)
         self.per_section = {
             name: torch.from_numpy(getattr(fitted, name))

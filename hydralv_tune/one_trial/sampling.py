@@ -62,9 +62,7 @@ class ResidentVolume:
         pad = data.pad_size
         self.voxel_size_nm = known_voxel_size(data, volume)
         fitted = fitted_normalisation(volume, data)
-        self.intensity_range = intensity_range(
-            data.image_transform.normalize, float(fitted.low.min()), float(fitted.high.max())
-        )
+        self.intensity_range = intensity_range(data.image_transform.normalize, fitted)
         self.places = find_places(volume.name, label, volume.mask, pad=pad, seed=seed)
         self.device = device
         self.image = upload(_padded(volume.image, pad, PAD_MODES[data.pad_mode]), device)

@@ -19,15 +19,14 @@ import torch
 
 from hydralv_tune.disk import records
 from hydralv_tune.disk.records import TrialRecord
-from hydralv_tune.disk.volumes import Volume, volume_paths
+from hydralv_tune.disk.volumes import Volume
 from hydralv_tune.disk.writing import write_atomically
-from hydralv_tune.one_trial.lazy_reader import read_or_open
+from hydralv_tune.one_trial.lazy_reader import held_out_volumes, read_or_open
 from hydralv_tune.one_trial.prediction import pick_device
 from hydralv_tune.one_trial.training import is_out_of_memory
 from hydralv_tune.one_trial.trial_facts import check_continues
 from hydralv_tune.one_trial.trial_run import TrialRun
 from hydralv_tune.one_trial.trial_spec import Evaluation, TrialSpec
-from hydralv_tune.vocabulary.config import Candidate
 from hydralv_tune.vocabulary.errors import HydraLVError, InputError, TrialFailed, TrialTakenOver
 from hydralv_tune.vocabulary.yaml_io import dump_yaml
 
@@ -63,7 +62,7 @@ def run_trial(
     out = Path(spec.out)
     with stage("reading"):
         given = _read(spec) if volumes is None else list(volumes)
-        held_out = _held_out(spec.candidate)
+        held_out = held_out_volumes(spec.candidate.data)
     found = _finished(spec, [*given, *held_out])
     if found is not None:
         return found
@@ -153,23 +152,6 @@ def _read(spec: TrialSpec) -> list[Volume]:
     """
     limit_gb = spec.candidate.data.memory_limit_gb
     return [read_or_open(paths, limit_gb) for paths in spec.volumes]
-
-
-def _held_out(candidate: Candidate) -> list[Volume]:
-    """Return the volumes that the candidate names for validation, opened as those to train on.
-
-    Raises:
-        VolumeError: One cannot be read.
-    """
-    data = candidate.data
-    if data.split.kind != "volumes" or data.val_image is None:
-        return []
-
-    def listed(paths: str | list[str] | None) -> list[str]:
-        return [] if paths is None else [paths] if isinstance(paths, str) else list(paths)
-
-    named = volume_paths(listed(data.val_image), listed(data.val_label), listed(data.val_mask))
-    return [read_or_open(paths, data.memory_limit_gb) for paths in named]
 
 
 @contextmanager

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -11,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy import ndimage
 
-from hydralv_tune.disk.volumes import Volume, read_labels, volume_paths
+from hydralv_tune.disk.volumes import Volume, read_labels
 from hydralv_tune.numerics.architectures import network_arguments, receptive_field
 from hydralv_tune.numerics.decoding import decode
 from hydralv_tune.numerics.metrics import (
@@ -22,7 +21,7 @@ from hydralv_tune.numerics.metrics import (
     match_instances,
 )
 from hydralv_tune.numerics.verdicts import Verdict, joined_tables, judge
-from hydralv_tune.one_trial.lazy_reader import part_to_score, read_or_open
+from hydralv_tune.one_trial.lazy_reader import held_out_volumes, part_to_score, read_or_open
 from hydralv_tune.one_trial.prediction import load_network, pick_device, predict
 from hydralv_tune.one_trial.splits import SplitPlan, split_volumes
 from hydralv_tune.studies.winner import Winner
@@ -136,11 +135,7 @@ def _plan(winner: Winner) -> SplitPlan:
     record, candidate = winner.record, winner.candidate
     limit_gb = candidate.data.memory_limit_gb
     volumes = [read_or_open(paths, limit_gb) for paths in winner.volumes]
-    held_out = []
-    if candidate.data.split.kind == "volumes" and candidate.data.val_image is not None:
-        data = candidate.data
-        paths = volume_paths(*map(_listed, (data.val_image, data.val_label, data.val_mask)))
-        held_out = [read_or_open(entry, limit_gb) for entry in paths]
+    held_out = held_out_volumes(candidate.data)
     for volume, entry in zip([*volumes, *held_out], record.volumes, strict=True):
         if volume.fingerprint() != entry.get("fingerprint"):
             raise InputError(
@@ -155,11 +150,6 @@ def _plan(winner: Winner) -> SplitPlan:
         for fold in plan.folds
     ]
     return replace(plan, folds=tuple(folds))
-
-
-def _listed(paths: str | list[str] | None) -> Sequence[str]:
-    """Return paths as a list."""
-    return [] if paths is None else [paths] if isinstance(paths, str) else paths
 
 
 def _decoded_again(winner: Winner, plan: SplitPlan, changed: dict[str, Any]) -> list[ScoredVolume]:

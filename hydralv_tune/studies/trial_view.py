@@ -109,13 +109,12 @@ def best_trial(trials: Iterable[TrialView]) -> TrialView | None:
     the one nearest to it is best.
     """
     complete = [t for t in trials if t.state == "COMPLETE" and not t.is_imported]
-    return min(complete, key=_rank, default=None)
+    return min(complete, key=lambda t: rank(t.violation, t.value, t.number), default=None)
 
 
-def _rank(trial: TrialView) -> tuple[float, float, int]:
-    """Return what trials are ordered by: violation, value, number."""
-    value = math.inf if trial.value is None else trial.value
-    return (max(0.0, trial.violation or 0.0), value, trial.number)
+def rank(violation: float | None, value: float | None, number: int) -> tuple[float, float, int]:
+    """Return what COMPLETE trials are ordered by: violation of the guard, value, number."""
+    return (max(0.0, violation or 0.0), math.inf if value is None else value, number)
 
 
 def describe_best(trial: TrialView | None) -> dict[str, Any] | None:

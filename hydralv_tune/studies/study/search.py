@@ -11,7 +11,7 @@ from typing import Any
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
-from hydralv_tune.studies.trial_view import FOLD_VALUES, VIOLATIONS
+from hydralv_tune.studies.trial_view import FOLD_VALUES, VIOLATIONS, rank
 from hydralv_tune.vocabulary.errors import StudyError
 from hydralv_tune.vocabulary.space import (
     Parameter,
@@ -26,6 +26,11 @@ GUARD = "f1_iou50"
 
 BEHIND = 1000.0
 """What a violation is added to: more than any objective."""
+
+
+def violation_of(trial: FrozenTrial) -> float | None:
+    """Return by how much a trial violates the guard; None where that was never known."""
+    return max(trial.constraints.values(), default=None)
 
 
 def make_sampler(sampler: Sampler, count: int) -> optuna.samplers.BaseSampler:
@@ -135,16 +140,12 @@ class _OverFolds(optuna.pruners.BasePruner):
         own = [other for other in complete if FOLD_VALUES in other.user_attrs]
         if step is None or step < self._warmup or len(own) < max(self._startup, 1):
             return False
-        best, judged = _of_folds(min(own, key=_rank), step), _of_folds(trial, step)
+        first = min(own, key=lambda t: rank(violation_of(t), t.value, t.number))
+        best, judged = _of_folds(first, step), _of_folds(trial, step)
         if len(best.intermediate_values) != len(judged.intermediate_values):
             return False
         shown: Any = SimpleNamespace(best_trial=best, direction=study.direction)
         return self._wrapped.prune(shown, judged)
-
-
-def _rank(trial: FrozenTrial) -> tuple[float, float]:
-    """Return what complete trials are ordered by: violation of the guard, value."""
-    return (max([0.0, *trial.constraints.values()]), trial.values[0])
 
 
 def _of_folds(trial: FrozenTrial, step: int) -> FrozenTrial:

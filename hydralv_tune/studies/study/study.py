@@ -33,6 +33,7 @@ from hydralv_tune.studies.study.search import (
     imported_trial,
     require_comparable,
     require_compatible,
+    violation_of,
 )
 from hydralv_tune.studies.trial_view import (
     FINISHED,
@@ -481,7 +482,6 @@ def trial_by_number(study: optuna.Study, number: int) -> FrozenTrial | None:
 
 def view_of(trial: FrozenTrial) -> TrialView:
     """Return a trial as a frozen view."""
-    constraints = trial.constraints.values()
     return TrialView(
         number=trial.number,
         state=trial.state.name,
@@ -489,7 +489,7 @@ def view_of(trial: FrozenTrial) -> TrialView:
         params=trial.params,
         user_attrs=trial.user_attrs,
         intermediate=trial.intermediate_values,
-        violation=max(constraints) if constraints else None,
+        violation=violation_of(trial),
         started=trial.datetime_start,
         finished=trial.datetime_complete,
         requested=trial.system_attrs.get("fixed_params", {}),
