@@ -6,7 +6,7 @@ import random
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from hydralv_tune.vocabulary.candidate import Candidate
+from hydralv_tune.vocabulary.candidate import Candidate, Split
 from hydralv_tune.vocabulary.config import NETWORK_KEYS
 from hydralv_tune.vocabulary.decoding_rules import check_grid
 from hydralv_tune.vocabulary.errors import ConfigError
@@ -60,14 +60,16 @@ def check_space(space: SearchSpace, place: str) -> None:
     for key, parameter in space.parameters.items():
         for value in extremes(parameter):
             params = _with_conditions(space, {key: value})
-            _check_point(space, params, f"{place}: parameters.{key}: the value {shown(value)}")
+            what = f"{place}: parameters.{key}: the value {shown(value)}"
+            _check_point(space, params, split, what)
     generator = random.Random(0)
     for _ in range(DRAWS if space.parameters else 0):
         params = drawn(space, generator)
-        _check_point(space, params, f"{place}: parameters: the combination {params}")
+        _check_point(space, params, split, f"{place}: parameters: the combination {params}")
     for name in space.warm_starts:
         start = space.warm_start(name)
-        _check_point(space, start.params, f"{place}: warm_starts: '{name}'", start.overrides)
+        what = f"{place}: warm_starts: '{name}'"
+        _check_point(space, start.params, split, what, start.overrides)
     if len(set(space.warm_starts)) != len(space.warm_starts):
         refuse(place, "warm_starts", space.warm_starts, "a name stands twice")
 
@@ -97,6 +99,7 @@ def _without_place(error: ConfigError) -> str:
 def _check_point(
     space: SearchSpace,
     params: Mapping[str, Any],
+    of_all: Split,
     what: str,
     recipe: Mapping[str, Any] | None = None,
 ) -> None:
@@ -105,7 +108,7 @@ def _check_point(
         split = space.candidate(params, recipe).data.split
     except ConfigError as error:
         raise ConfigError(f"{what} gives no valid candidate: {_without_place(error)}") from error
-    if split != (of_all := space.candidate({}).data.split):
+    if split != of_all:
         raise ConfigError(
             f"{what} has the data.split {split.kind}, but the base has {of_all.kind}, or another "
             "one of that kind: errors of the two would be ranked as one. Set it in `fixed`."
