@@ -7,12 +7,12 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from hydralv_tune.disk.records import TrialRecord
-from hydralv_tune.disk.volumes import Volume
-from hydralv_tune.one_trial.trial import TrialSpec, run_trial
-from hydralv_tune.vocabulary.config import Candidate, load_candidate
-from hydralv_tune.vocabulary.space import SearchSpace
-from hydralv_tune.vocabulary.validation import merged
+from hydralv_tune.artifacts.records import TrialRecord
+from hydralv_tune.config.files import Candidate, load_candidate
+from hydralv_tune.config.search_space import SearchSpace
+from hydralv_tune.config.validation import merged
+from hydralv_tune.data.volumes import Volume
+from hydralv_tune.trial.run import TrialSpec, run_trial
 
 TRAINING_SHARE = 0.8
 """Of the time asked for; evaluations, which predict and sweep the volume, take the rest."""

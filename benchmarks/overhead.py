@@ -22,9 +22,10 @@ from typing import Any
 import optuna
 import sqlalchemy
 
-from hydralv_tune.studies.study import Driver, Study
-from hydralv_tune.studies.trial_view import Asked, Outcome
-from hydralv_tune.vocabulary.space import space_from_mapping
+from hydralv_tune.config.search_space import space_from_mapping
+from hydralv_tune.study.driver import Driver
+from hydralv_tune.study.study import Study
+from hydralv_tune.study.trial_views import Asked, Outcome
 
 REPOSITORY = Path(__file__).parents[1]
 SPACE = {

@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from _timed_training import sentence, show_scores, train_for
 
-from hydralv_tune.disk.records import TrialRecord
-from hydralv_tune.disk.volumes import Volume
-from hydralv_tune.numerics.phantom import make_phantom
-from hydralv_tune.vocabulary.space import load_space
-from hydralv_tune.vocabulary.validation import merged
+from hydralv_tune.artifacts.records import TrialRecord
+from hydralv_tune.config.search_space import load_space
+from hydralv_tune.config.validation import merged
+from hydralv_tune.data.volumes import Volume
+from hydralv_tune.numerics.phantom.volume import make_phantom
 
 CROP = (slice(8, 32), slice(60, 220), slice(180, 340))
 """Of the plan's phantom: holds 17 whole vesicles, the most that such a box can."""

@@ -16,11 +16,11 @@ import numpy as np
 import torch
 from monai.inferers.utils import sliding_window_inference
 
+from hydralv_tune.config.files import Candidate
 from hydralv_tune.numerics.normalisation import normalise
-from hydralv_tune.numerics.phantom import Phantom, make_phantom
-from hydralv_tune.numerics.tta import activate
-from hydralv_tune.one_trial.prediction import network_of, plan_windows, predict, transforms_of
-from hydralv_tune.vocabulary.config import Candidate
+from hydralv_tune.numerics.phantom.volume import Phantom, make_phantom
+from hydralv_tune.numerics.test_time_augmentation import activate
+from hydralv_tune.trial.scoring.prediction import network_of, plan_windows, predict, transforms_of
 
 ALL = {"enabled": True, "flip_axes": "all", "rotation90_axes": [[1, 2]]}
 

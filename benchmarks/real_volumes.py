@@ -17,15 +17,15 @@ from typing import Any
 import torch
 from _timed_training import sentence, show_scores, train_for
 
-from hydralv_tune.disk.records import TrialRecord
-from hydralv_tune.disk.volumes import Volume, read_volume, volume_paths
-from hydralv_tune.numerics import metrics
-from hydralv_tune.numerics.decoding import decode
-from hydralv_tune.one_trial.intensities import fitted_normalisation
-from hydralv_tune.one_trial.prediction import load_network, pick_device, predict
-from hydralv_tune.one_trial.splits import slab
-from hydralv_tune.vocabulary.space import SearchSpace, load_space
-from hydralv_tune.vocabulary.validation import merged
+from hydralv_tune.artifacts.records import TrialRecord
+from hydralv_tune.config.search_space import SearchSpace, load_space
+from hydralv_tune.config.validation import merged
+from hydralv_tune.data.volumes import Volume, read_volume, volume_paths
+from hydralv_tune.numerics.metrics import scores
+from hydralv_tune.numerics.watershed.decoders import decode
+from hydralv_tune.trial.fitted_normalisation import fitted_normalisation
+from hydralv_tune.trial.scoring.prediction import load_network, pick_device, predict
+from hydralv_tune.trial.splits import slab
 
 VOLUMES = {
     "hydra-11-5": ("im_sparse.h5", "label.h5", "im_sparse_valid.h5", 2),
@@ -111,7 +111,7 @@ def _of_trained_half(volume: Volume, axis: int, record: TrialRecord) -> dict[str
     )  # fmt: skip
     segments = decode(record.decoding["name"], maps, part.mask, **record.decoding["kwargs"])
     assert part.label is not None
-    scored = metrics.score(prediction=segments, truth=part.label, mask=part.mask)
+    scored = scores.score(prediction=segments, truth=part.label, mask=part.mask)
     return {**scored.as_dict(), **{f"{key}_count": n for key, n in scored.counts.items()}}
 
 

@@ -30,8 +30,8 @@ import numpy as np
 import optuna
 import pandas as pd
 
-from hydralv_tune.studies.study.search import GUARD, VIOLATIONS, make_pruner, make_sampler, suggest
-from hydralv_tune.vocabulary.space import Pruner, Sampler, SearchSpace, load_space
+from hydralv_tune.config.search_space import Pruner, Sampler, SearchSpace, load_space
+from hydralv_tune.study.samplers import GUARD, VIOLATIONS, make_pruner, make_sampler, suggest
 
 FOLDER = Path(__file__).parent / "search_table"
 LR = "optimization.optimizer.lr"

@@ -56,9 +56,9 @@ def growing_axes(tens: int) -> dict[str, list[Any]]:
 
 def make_volume(folder: Path, label: Path | None, mask: Path | None) -> None:
     """Write labels, mask and degraded targets as arrays that can be mapped; say what they are."""
-    from hydralv_tune.disk.volumes import read_labels, read_mask
-    from hydralv_tune.numerics.degradation import degraded_probabilities
-    from hydralv_tune.numerics.phantom import make_phantom
+    from hydralv_tune.data.volumes import read_labels, read_mask
+    from hydralv_tune.numerics.phantom.degradation import degraded_probabilities
+    from hydralv_tune.numerics.phantom.volume import make_phantom
 
     if label is None:
         made = make_phantom()
@@ -79,7 +79,7 @@ def reference(folder: Path) -> dict[str, float]:
     from skimage.metrics import adapted_rand_error
     from skimage.segmentation import watershed
 
-    from hydralv_tune.numerics.metrics import score
+    from hydralv_tune.numerics.metrics.scores import score
 
     maps = np.load(folder / "maps.npy")
     labels, mask = np.load(folder / "labels.npy"), np.load(folder / "mask.npy")
@@ -110,9 +110,9 @@ def reference(folder: Path) -> dict[str, float]:
 
 def work(folder: Path, task: dict[str, Any]) -> dict[str, Any]:
     """Run one sweep in this process, and say how long it took and how much memory it had."""
-    from hydralv_tune.numerics.decoding import decode
-    from hydralv_tune.numerics.metrics import score
-    from hydralv_tune.one_trial.sweep import Grid, sweep, warm_up
+    from hydralv_tune.numerics.metrics.scores import score
+    from hydralv_tune.numerics.watershed.decoders import decode
+    from hydralv_tune.trial.scoring.sweep.sweep import Grid, sweep, warm_up
 
     compile_s = warm_up()
     maps, labels = np.load(folder / "maps.npy"), np.load(folder / "labels.npy")

@@ -35,15 +35,15 @@ from monai.transforms import (
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.flop_counter import FlopCounterMode
 
-from hydralv_tune.disk.volumes import Volume
-from hydralv_tune.numerics.phantom import make_phantom
+from hydralv_tune.config.files import Candidate, load_candidate
+from hydralv_tune.data.volumes import Volume
+from hydralv_tune.numerics.phantom.volume import make_phantom
 from hydralv_tune.numerics.randomness import seeded
 from hydralv_tune.numerics.targets import binary_target, instance_boundary, instance_edt
-from hydralv_tune.one_trial.optimization import build_optimizer
-from hydralv_tune.one_trial.prediction import network_of
-from hydralv_tune.one_trial.sampling import PatchSampler, ResidentVolume
-from hydralv_tune.one_trial.training import Trainer, build_loss
-from hydralv_tune.vocabulary.config import Candidate, load_candidate
+from hydralv_tune.trial.scoring.prediction import network_of
+from hydralv_tune.trial.training.loop import Trainer, build_loss
+from hydralv_tune.trial.training.optimization import build_optimizer
+from hydralv_tune.trial.training.sampling import PatchSampler, ResidentVolume
 
 WARM_UP = 4
 """Steps before the clock runs: memory is allocated, kernels are chosen."""
@@ -74,7 +74,7 @@ def main() -> None:
 
 def _unsaid() -> dict[str, Any]:
     """Return settings that let every augmentation act, whatever the candidate switched off."""
-    from hydralv_tune.numerics.augmentation import AUGMENTATIONS
+    from hydralv_tune.numerics.augmentation.registry import AUGMENTATIONS
 
     return {name: {"enabled": True} for name in AUGMENTATIONS}
 

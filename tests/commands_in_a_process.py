@@ -49,8 +49,8 @@ def small_run(folder: Path, training: dict[str, Any], *words: str) -> list[str]:
         training: Blocks of the candidate beside those of `SMALL_SPACE`.
         words: Further ones.
     """
-    from hydralv_tune.disk.volumes import write_array
-    from hydralv_tune.numerics.phantom import make_phantom
+    from hydralv_tune.data.volumes import write_array
+    from hydralv_tune.numerics.phantom.volume import make_phantom
 
     made = make_phantom(shape=(16, 96, 96), instances=6, seed=3)
     for name, array in (("im", made.image), ("label", made.label), ("mask", made.mask)):

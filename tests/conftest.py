@@ -207,13 +207,14 @@ TINY_SPACE: dict[str, Any] = {
 @pytest.fixture(scope="session")
 def finished_study(tmp_path_factory: pytest.TempPathFactory) -> FinishedStudy:
     """Return a study of three complete trials, one pruned and one failed, as `run` leaves it."""
-    from hydralv_tune.disk.volumes import volume_paths, write_array
-    from hydralv_tune.numerics.phantom import make_phantom
-    from hydralv_tune.one_trial.trial import TrialSpec, run_trial
-    from hydralv_tune.studies.publish import publish_study, publish_trial_end
-    from hydralv_tune.studies.study import Driver, Study
-    from hydralv_tune.studies.trial_view import Outcome
-    from hydralv_tune.vocabulary.space import space_from_mapping
+    from hydralv_tune.config.search_space import space_from_mapping
+    from hydralv_tune.data.volumes import volume_paths, write_array
+    from hydralv_tune.numerics.phantom.volume import make_phantom
+    from hydralv_tune.results.publish import publish_study, publish_trial_end
+    from hydralv_tune.study.driver import Driver
+    from hydralv_tune.study.study import Study
+    from hydralv_tune.study.trial_views import Outcome
+    from hydralv_tune.trial.run import TrialSpec, run_trial
 
     folder = tmp_path_factory.mktemp("finished")
     made = make_phantom(shape=(12, 80, 80), instances=5, seed=3)

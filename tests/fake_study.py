@@ -107,10 +107,11 @@ def make_trial(config: dict[str, Any]) -> Any:
 
 def main(config: dict[str, Any]) -> int:
     """Run a study and return the exit code."""
-    from hydralv_tune.studies import live_trial
-    from hydralv_tune.studies.launch import StudyFailed, StudyInterrupted, run_study
-    from hydralv_tune.vocabulary.errors import InputError
-    from hydralv_tune.vocabulary.space import space_from_mapping
+    from hydralv_tune.config.errors import InputError
+    from hydralv_tune.config.search_space import space_from_mapping
+    from hydralv_tune.launch import live_trial
+    from hydralv_tune.launch.coordinator import StudyFailed
+    from hydralv_tune.launch.run import StudyInterrupted, run_study
 
     def say(**fields: Any) -> None:
         print(json.dumps(fields), flush=True, file=sys.__stdout__)

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hydralv_tune.numerics.augmentation import AUGMENTATIONS, Patches
+from hydralv_tune.numerics.augmentation.registry import AUGMENTATIONS, Patches
 from hydralv_tune.numerics.targets import instance_edt
 
 SHAPE = (10, 40, 40)

@@ -6,7 +6,7 @@ from typing import Any
 
 from sqlalchemy.engine import make_url
 
-from hydralv_tune.studies.study import Study
+from hydralv_tune.study.study import Study
 
 
 def evaluations(count: int) -> Any:

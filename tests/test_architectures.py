@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from hydralv_tune.numerics.architectures import (
+from hydralv_tune.config.candidate import Model
+from hydralv_tune.numerics.networks.registry import (
     ARCHITECTURES,
     architecture,
     build_network,
@@ -16,7 +17,6 @@ from hydralv_tune.numerics.architectures import (
     network_arguments,
     parameter_count,
 )
-from hydralv_tune.vocabulary.candidate import Model
 
 
 def test_every_key_that_an_architecture_may_take_is_a_key_of_the_candidate() -> None:
@@ -115,7 +115,7 @@ def test_heads_of_the_coarser_levels_equal_the_public_peer(shared_data: Path) ->
 
 
 def test_up_sampling_is_linear_interpolation_and_leaves_a_constant_alone() -> None:
-    from hydralv_tune.numerics.rsunet import FixedUpsample
+    from hydralv_tune.numerics.networks.rsunet import FixedUpsample
 
     image = torch.randn(1, 2, 3, 5, 6)
     ours = FixedUpsample(2, (1, 2, 2))(image)

@@ -10,15 +10,15 @@ import pytest
 import torch
 from sample_patches import NM, SHAPE, applied, changed, random_patches, seeded
 
-from hydralv_tune.numerics import warps
-from hydralv_tune.numerics.augmentation import (
+from hydralv_tune.numerics.augmentation import warps
+from hydralv_tune.numerics.augmentation.copy_paste import PASTED
+from hydralv_tune.numerics.augmentation.registry import (
     AUGMENTATIONS,
     Patches,
     augment,
     check_augmentation,
     resolve_preset,
 )
-from hydralv_tune.numerics.copy_paste import PASTED
 
 
 class TestPresets:
@@ -353,7 +353,7 @@ class TestCopyPaste:
 
 
 def test_a_line_kernel_sums_to_one_in_every_direction_and_lies_along_it() -> None:
-    from hydralv_tune.numerics.intensity import _line_kernels
+    from hydralv_tune.numerics.augmentation.intensity import _line_kernels
 
     angles = np.linspace(0, math.pi, 9).tolist()
     kernels = _line_kernels(7, angles)

@@ -21,10 +21,10 @@ import pytest
 import yaml
 from commands_in_a_process import environment
 
-from hydralv_tune.cli import exit_code
-from hydralv_tune.numerics.phantom import make_phantom
-from hydralv_tune.studies.study import Study, open_readonly
-from hydralv_tune.vocabulary.space import load_space
+from hydralv_tune.cli.main import exit_code
+from hydralv_tune.config.search_space import load_space
+from hydralv_tune.numerics.phantom.volume import make_phantom
+from hydralv_tune.study.study import Study, open_readonly
 
 Run = Callable[..., tuple[int, str, str]]
 FLAGS = {"im": "--image", "label": "--label", "mask": "--mask"}
@@ -438,7 +438,7 @@ def test_what_nobody_expected_is_told_in_one_line(
     def fail(**_: object) -> None:
         raise RuntimeError("first line\nsecond line")
 
-    monkeypatch.setattr("hydralv_tune.numerics.metrics.score", fail)
+    monkeypatch.setattr("hydralv_tune.numerics.metrics.scores.score", fail)
     code, out, err = run("score", "--prediction", volume["label"], "--label", volume["label"])
     assert (code, out) == (1, "")
     assert err.startswith("error: RuntimeError: first line")

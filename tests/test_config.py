@@ -15,10 +15,8 @@ from typing import Any
 
 import pytest
 
-from hydralv_tune.numerics.architectures import build_network, network_arguments, parameter_count
-from hydralv_tune.numerics.augmentation import resolve_preset
-from hydralv_tune.one_trial.optimization import step_plan
-from hydralv_tune.vocabulary.config import (
+from hydralv_tune.config.errors import ConfigError
+from hydralv_tune.config.files import (
     Candidate,
     candidate_from_mapping,
     decoding_step,
@@ -28,10 +26,16 @@ from hydralv_tune.vocabulary.config import (
     load_candidate,
     parse_overrides,
 )
-from hydralv_tune.vocabulary.errors import ConfigError
-from hydralv_tune.vocabulary.reference import reference
-from hydralv_tune.vocabulary.validation import key_paths, nested
-from hydralv_tune.vocabulary.yaml_io import dump_yaml, parse_yaml
+from hydralv_tune.config.reference import reference
+from hydralv_tune.config.validation import key_paths, nested
+from hydralv_tune.config.yaml_io import dump_yaml, parse_yaml
+from hydralv_tune.numerics.augmentation.registry import resolve_preset
+from hydralv_tune.numerics.networks.registry import (
+    build_network,
+    network_arguments,
+    parameter_count,
+)
+from hydralv_tune.trial.training.optimization import step_plan
 
 REPOSITORY = Path(__file__).parents[1]
 TRIALS = sorted(path.stem for path in (REPOSITORY / "trials").glob("*.yaml"))
@@ -126,7 +130,7 @@ def test_bare_names_are_found_inside_an_installed_package(tmp_path: Path) -> Non
     for kind in ("trials", "search_spaces"):
         (package / kind).symlink_to(REPOSITORY / kind)
     code = (
-        "import hydralv_tune.vocabulary.config as c; print(c.__file__); "
+        "import hydralv_tune.config.files as c; print(c.__file__); "
         "print(c.find_file('baseline', 'trials'), c.find_file('smoke', 'search_spaces'))"
     )
     out = subprocess.run(
@@ -137,7 +141,7 @@ def test_bare_names_are_found_inside_an_installed_package(tmp_path: Path) -> Non
 
 
 def test_importing_the_vocabulary_does_not_import_torch() -> None:
-    code = "import sys, hydralv_tune.vocabulary.space; sys.exit('torch' in sys.modules)"
+    code = "import sys, hydralv_tune.config.search_space; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, check=False).returncode == 0
 
 
@@ -519,14 +523,14 @@ def test_focal_alpha_is_explained() -> None:
 
 def test_the_reference_is_up_to_date_and_names_every_key() -> None:
     text = (REPOSITORY / "docs" / "config.md").read_text()
-    assert text == reference(), "run: python -m hydralv_tune.vocabulary.reference > docs/config.md"
+    assert text == reference(), "run: python -m hydralv_tune.config.reference > docs/config.md"
     for path in key_paths(Candidate):
         assert f"`{path.rpartition('.')[2]}`" in text or f"`{path}`" in text, path
 
 
 def test_every_key_says_what_it_means() -> None:
     def walk(model: Any, path: str) -> None:
-        from hydralv_tune.vocabulary.validation import names_of, sub_model
+        from hydralv_tune.config.validation import names_of, sub_model
 
         for name, annotation in names_of(model).items():
             inner = sub_model(annotation)

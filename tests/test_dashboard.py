@@ -14,13 +14,14 @@ from typing import Any
 
 import pytest
 
-from hydralv_tune.disk.pictures import draw_losses
-from hydralv_tune.studies.dashboard import Guard, make_dashboard, serve
-from hydralv_tune.studies.publish import ARTIFACTS, ArtifactFolder, publish_study, publish_trial_end
-from hydralv_tune.studies.study import Driver, Study, open_readonly
-from hydralv_tune.studies.trial_view import Outcome
-from hydralv_tune.vocabulary.errors import InputError, StudyError
-from hydralv_tune.vocabulary.space import space_from_mapping
+from hydralv_tune.artifacts.pictures import draw_losses
+from hydralv_tune.config.errors import InputError, StudyError
+from hydralv_tune.config.search_space import space_from_mapping
+from hydralv_tune.results.dashboard import Guard, make_dashboard, serve
+from hydralv_tune.results.publish import ARTIFACTS, ArtifactFolder, publish_study, publish_trial_end
+from hydralv_tune.study.driver import Driver
+from hydralv_tune.study.study import Study, open_readonly
+from hydralv_tune.study.trial_views import Outcome
 
 
 @pytest.fixture(scope="module")

@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 from commands_in_a_process import environment, serve_and_stop
 
-from hydralv_tune.cli import app, exit_code
-from hydralv_tune.disk.volumes import write_array
-from hydralv_tune.numerics.phantom import make_phantom
+from hydralv_tune.cli.main import app, exit_code
+from hydralv_tune.data.volumes import write_array
+from hydralv_tune.numerics.phantom.volume import make_phantom
 
 REPOSITORY = Path(__file__).parents[1]
 PAGES = ("README.md", "docs/tutorial.md")

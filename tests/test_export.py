@@ -13,18 +13,18 @@ import pytest
 import torch
 import yaml
 
-from hydralv_tune.cli import exit_code
-from hydralv_tune.disk.records import load_checkpoint, read_record
-from hydralv_tune.disk.volumes import VolumePaths
-from hydralv_tune.numerics.architectures import build_network, match_weights
-from hydralv_tune.studies.export import export_best, told
-from hydralv_tune.studies.pytc_blocks import PeerData
-from hydralv_tune.studies.pytc_export import peer_config, peer_step, peer_weights
-from hydralv_tune.studies.study import Study, open_readonly
-from hydralv_tune.vocabulary.candidate import DecodingStep
-from hydralv_tune.vocabulary.config import known_names, load_candidate
-from hydralv_tune.vocabulary.errors import InputError, StudyError
-from hydralv_tune.vocabulary.yaml_io import dump_yaml
+from hydralv_tune.artifacts.records import load_checkpoint, read_record
+from hydralv_tune.cli.main import exit_code
+from hydralv_tune.config.candidate import DecodingStep
+from hydralv_tune.config.errors import InputError, StudyError
+from hydralv_tune.config.files import known_names, load_candidate
+from hydralv_tune.config.yaml_io import dump_yaml
+from hydralv_tune.data.volumes import VolumePaths
+from hydralv_tune.numerics.networks.registry import build_network, match_weights
+from hydralv_tune.results.export.export import export_best, told
+from hydralv_tune.results.export.pytc import peer_config, peer_step, peer_weights
+from hydralv_tune.results.export.pytc_blocks import PeerData
+from hydralv_tune.study.study import Study, open_readonly
 
 DATA = PeerData(
     volumes=[VolumePaths("im", "im.h5", "lab.h5", "mask.h5")],
@@ -213,7 +213,7 @@ def test_weights_survive_the_way_to_that_tool_and_back(
 
 
 def test_study_without_a_finished_trial_is_refused(tmp_path: Path) -> None:
-    from hydralv_tune.vocabulary.space import load_space
+    from hydralv_tune.config.search_space import load_space
 
     storage = f"sqlite:///{tmp_path / 'study.db'}"
     Study.open(storage, "empty", space=load_space("smoke"), create=True).close()

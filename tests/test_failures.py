@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from study_checks import check_truth, evaluations, with_password
 
-from hydralv_tune.studies.study import open_readonly
+from hydralv_tune.study.study import open_readonly
 
 QUICK = {"heartbeat_s": 1.0, "grace_s": 8.0}
 

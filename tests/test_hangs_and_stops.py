@@ -15,9 +15,9 @@ import psutil
 import pytest
 from study_checks import check_truth, evaluations
 
-from hydralv_tune.studies.bridge import MAX_CONSECUTIVE_FAILURES
-from hydralv_tune.studies.launch.faces import STOP_ANSWER_S
-from hydralv_tune.studies.study import open_readonly
+from hydralv_tune.launch.coordinator import MAX_CONSECUTIVE_FAILURES
+from hydralv_tune.launch.ray_adapters import STOP_ANSWER_S
+from hydralv_tune.study.study import open_readonly
 
 HANGS_ONCE = """
 # Lets the process of one trial hang for ever as it imports. That of the stop flag imports the same
@@ -26,7 +26,7 @@ import os, sys, time, traceback
 
 class Hangs:
     def find_spec(self, name, path=None, target=None):
-        if name == "hydralv_tune.studies.worker":
+        if name == "hydralv_tune.launch.worker":
             names = {frame.name for frame in traceback.extract_stack()}
             if "_deserialization_helper" not in names:
                 return None

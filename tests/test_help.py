@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from commands_in_a_process import environment, serve_and_stop
 
-from hydralv_tune.cli import COMMANDS, exit_code
+from hydralv_tune.cli.main import COMMANDS, exit_code
 
 ALL = {name: command for panel in COMMANDS.values() for name, command in panel.items()}
 ORDER = (
@@ -65,7 +65,8 @@ def test_help_shows_what_the_docstring_promises(
 
 def test_help_needs_none_of_the_slow_libraries() -> None:
     program = (
-        "import sys; from hydralv_tune.cli import exit_code; code = exit_code(['run', '--help']); "
+        "import sys; from hydralv_tune.cli.main import exit_code; "
+        "code = exit_code(['run', '--help']); "
         "slow = {'torch', 'ray', 'optuna', 'monai', 'numba', 'pandas'} & set(sys.modules); "
         "sys.exit(f'imported {slow}' if slow else code)"
     )

@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hydralv_tune.disk.inspection import characteristics, find_pieces, touching_pairs
-from hydralv_tune.disk.volumes import Volume, VolumePaths, read_volume
-from hydralv_tune.numerics.phantom import make_phantom
+from hydralv_tune.data.inspection import characteristics, find_pieces, touching_pairs
+from hydralv_tune.data.volumes import Volume, VolumePaths, read_volume
+from hydralv_tune.numerics.phantom.volume import make_phantom
 
 SHAPE = (12, 60, 60)
 SIZE = (30.0, 8.0, 8.0)

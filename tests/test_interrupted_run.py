@@ -15,8 +15,8 @@ import pytest
 import yaml
 from commands_in_a_process import environment, small_run
 
-from hydralv_tune.disk.records import TrialRecord, load_checkpoint, read_record
-from hydralv_tune.studies.study import open_readonly
+from hydralv_tune.artifacts.records import TrialRecord, load_checkpoint, read_record
+from hydralv_tune.study.study import open_readonly
 
 TRIALS = 2
 TRAINING = {

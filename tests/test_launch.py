@@ -21,18 +21,8 @@ import numpy as np
 import pytest
 from commands_in_a_process import environment
 
-from hydralv_tune.commands.live_view import event_line
-from hydralv_tune.disk.volumes import VolumePaths, read_volume, write_array
-from hydralv_tune.numerics.phantom import make_phantom
-from hydralv_tune.one_trial.lazy_reader import is_lazy
-from hydralv_tune.studies.bridge import MAX_CONSECUTIVE_FAILURES, Bridge, Event, StudyFailed
-from hydralv_tune.studies.folder_claim import FolderClaim, folder_owner
-from hydralv_tune.studies.launch.cluster import Resources, check_before_ray
-from hydralv_tune.studies.launch.run import open_volumes
-from hydralv_tune.studies.live_trial import LEAST_START_S
-from hydralv_tune.studies.study import Driver, Study, open_readonly
-from hydralv_tune.studies.worker import failure, plain, run_worker
-from hydralv_tune.vocabulary.errors import (
+from hydralv_tune.cli.live_view import event_line
+from hydralv_tune.config.errors import (
     ConfigError,
     InputError,
     TrialFailed,
@@ -40,7 +30,23 @@ from hydralv_tune.vocabulary.errors import (
     TrialTakenOver,
     VolumeError,
 )
-from hydralv_tune.vocabulary.space import space_from_mapping
+from hydralv_tune.config.search_space import space_from_mapping
+from hydralv_tune.data.volumes import VolumePaths, read_volume, write_array
+from hydralv_tune.launch.cluster import Resources, check_before_ray
+from hydralv_tune.launch.coordinator import (
+    MAX_CONSECUTIVE_FAILURES,
+    Coordinator,
+    Event,
+    StudyFailed,
+)
+from hydralv_tune.launch.live_trial import LEAST_START_S
+from hydralv_tune.launch.run import open_volumes
+from hydralv_tune.launch.trial_folder import FolderClaim, folder_owner
+from hydralv_tune.launch.worker import failure, plain, run_worker
+from hydralv_tune.numerics.phantom.volume import make_phantom
+from hydralv_tune.study.driver import Driver
+from hydralv_tune.study.study import Study, open_readonly
+from hydralv_tune.trial.training.lazy_reader import is_lazy
 
 FIGURES = {"adapted_rand_error": 0.2, "adapted_rand_error_foreground": 0.3, "f1_iou50": 0.8}
 
@@ -150,14 +156,14 @@ def test_as_many_trials_run_at_once_as_fit_into_living_nodes(
     slots: int,
     takes: tuple[float, int],
 ) -> None:
-    monkeypatch.setattr("hydralv_tune.studies.launch.cluster.ray", TwoNodes)
+    monkeypatch.setattr("hydralv_tune.launch.cluster.ray", TwoNodes)
     resources = Resources(gpus, cpus)
     assert (resources.gpus, resources.cpus) == takes
     assert resources.slots() == slots
 
 
 def test_a_cluster_too_small_for_a_trial_is_wrong_input(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hydralv_tune.studies.launch.cluster.ray", TwoNodes)
+    monkeypatch.setattr("hydralv_tune.launch.cluster.ray", TwoNodes)
     with pytest.raises(InputError, match="99 GPUs"):
         Resources(99.0, 1)
 
@@ -205,7 +211,7 @@ class Rig:
             "on_event": self.events.append,
             "on_trial_end": None,
         }
-        self.bridge = Bridge(self.driver, **{**settings, **options})
+        self.bridge = Coordinator(self.driver, **{**settings, **options})
 
     def kinds(self) -> list[str]:
         """Return what kinds of events there were."""

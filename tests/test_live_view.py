@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from hydralv_tune.commands.console import stderr
-from hydralv_tune.commands.live_view import LiveView, clock, event_line
+from hydralv_tune.cli.console import stderr
+from hydralv_tune.cli.live_view import LiveView, clock, event_line
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from monai.losses import DiceCELoss, DiceFocalLoss, DiceLoss, FocalLoss, TverskyLoss
 from torch import Tensor, nn
 
-from hydralv_tune.numerics.losses import (
+from hydralv_tune.numerics.losses.multi_task import (
     LOSSES,
     LossTerm,
     MultiTaskLoss,

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import mutual_info_score
 
-from hydralv_tune.numerics.metrics import (
+from hydralv_tune.numerics.metrics.scores import (
     adapted_rand,
     adapted_rand_foreground,
     contingency_table,

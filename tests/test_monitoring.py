@@ -11,12 +11,12 @@ import pytest
 import torch
 from PIL import Image
 
-from hydralv_tune.disk.volumes import Volume
+from hydralv_tune.config.files import Data, DecodingGrid, candidate_from_mapping
+from hydralv_tune.config.search_space import Objective
+from hydralv_tune.data.volumes import Volume
 from hydralv_tune.numerics.targets import derive_targets, instance_edt
-from hydralv_tune.one_trial.section_targets import section_targets
-from hydralv_tune.one_trial.trial import TrialSpec, run_trial
-from hydralv_tune.vocabulary.config import Data, DecodingGrid, candidate_from_mapping
-from hydralv_tune.vocabulary.space import Objective
+from hydralv_tune.trial.run import TrialSpec, run_trial
+from hydralv_tune.trial.section_targets import section_targets
 
 NM = (30.0, 8.0, 8.0)
 

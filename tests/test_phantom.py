@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from hydralv_tune.numerics import metrics
-from hydralv_tune.numerics.phantom import Phantom, make_phantom
-from hydralv_tune.numerics.phantom_bodies import CONNECT_26
+from hydralv_tune.numerics.metrics import scores
+from hydralv_tune.numerics.phantom.bodies import CONNECT_26
+from hydralv_tune.numerics.phantom.volume import Phantom, make_phantom
 
 SMALL = (24, 128, 128)
 
@@ -147,7 +147,7 @@ def test_outlining_every_body_perfectly_is_still_wrong(which: object) -> None:
     everything = made.label.astype(np.int32) + (made.distractors.astype(np.int32) + 1000) * (
         made.distractors > 0
     )
-    scored = metrics.score(prediction=everything, truth=made.label, mask=made.mask > 0)
+    scored = scores.score(prediction=everything, truth=made.label, mask=made.mask > 0)
     assert scored.recall_iou50 == 1
     assert scored.f1_iou50 < 0.85
 
@@ -190,7 +190,7 @@ def test_a_detector_of_dark_rings_scores_badly(detector: object, seed: int) -> N
     made = small(seed)
     image, mask = by_section(made), made.mask > 0
     best = max(
-        metrics.score(
+        scores.score(
             prediction=detector(image, mask, level),  # type: ignore[operator]
             truth=made.label,
             mask=mask,

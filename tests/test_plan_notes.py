@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hydralv_tune.numerics.augmentation import resolve_preset
-from hydralv_tune.numerics.decoding import decode
-from hydralv_tune.numerics.metrics import score
-from hydralv_tune.vocabulary.config import load_candidate
-from hydralv_tune.vocabulary.errors import ConfigError
-from hydralv_tune.vocabulary.space import load_space, space_from_mapping
+from hydralv_tune.config.errors import ConfigError
+from hydralv_tune.config.files import load_candidate
+from hydralv_tune.config.search_space import load_space, space_from_mapping
+from hydralv_tune.numerics.augmentation.registry import resolve_preset
+from hydralv_tune.numerics.metrics.scores import score
+from hydralv_tune.numerics.watershed.decoders import decode
 
 REPOSITORY = Path(__file__).parents[1]
 PAGE = REPOSITORY / "docs" / "plan_notes.md"

@@ -11,20 +11,14 @@ import pytest
 import torch
 from PIL import Image
 
-from hydralv_tune.disk.volumes import Volume
-from hydralv_tune.numerics.phantom import make_phantom
-from hydralv_tune.one_trial import planning
-from hydralv_tune.one_trial.planning import (
-    _Part,
-    _part_trainer,
-    _predicted_s,
-    draw_patches,
-    plan_facts,
-)
-from hydralv_tune.one_trial.prediction import network_of
-from hydralv_tune.one_trial.sampling import ResidentVolume
-from hydralv_tune.vocabulary.config import Candidate, candidate_from_mapping
-from hydralv_tune.vocabulary.errors import InputError
+from hydralv_tune.config.errors import InputError
+from hydralv_tune.config.files import Candidate, candidate_from_mapping
+from hydralv_tune.data.volumes import Volume
+from hydralv_tune.numerics.phantom.volume import make_phantom
+from hydralv_tune.trial import planning
+from hydralv_tune.trial.planning import _Part, _part_trainer, _predicted_s, draw_patches, plan_facts
+from hydralv_tune.trial.scoring.prediction import network_of
+from hydralv_tune.trial.training.sampling import ResidentVolume
 
 # Too short for any step: the two smallest parts of one are timed all the same.
 BRIEF = 1e-6

@@ -10,10 +10,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hydralv_tune.disk.records import save_checkpoint
+from hydralv_tune.artifacts.records import save_checkpoint
+from hydralv_tune.config.errors import CheckpointError, ConfigError, InputError, TrialFailed
+from hydralv_tune.config.files import Candidate
 from hydralv_tune.numerics.normalisation import fit_normalisation, normalise
-from hydralv_tune.numerics.tta import Transform, activate, distinct_transforms, ensemble
-from hydralv_tune.one_trial.prediction import (
+from hydralv_tune.numerics.test_time_augmentation import (
+    Transform,
+    activate,
+    distinct_transforms,
+    ensemble,
+)
+from hydralv_tune.trial.scoring.prediction import (
     load_network,
     network_of,
     pick_device,
@@ -21,8 +28,6 @@ from hydralv_tune.one_trial.prediction import (
     predict,
     transforms_of,
 )
-from hydralv_tune.vocabulary.config import Candidate
-from hydralv_tune.vocabulary.errors import CheckpointError, ConfigError, InputError, TrialFailed
 
 
 def candidate(**blocks: Any) -> Candidate:

@@ -11,7 +11,7 @@ import psutil
 import pytest
 from study_checks import check_truth, evaluations
 
-from hydralv_tune.studies.study import open_readonly
+from hydralv_tune.study.study import open_readonly
 
 
 @pytest.mark.parametrize("victim", ["raylet", "gcs_server"])

@@ -18,7 +18,7 @@ import pytest
 from commands_in_a_process import environment, small_run
 from study_checks import with_password
 
-from hydralv_tune.disk.volumes import VolumePaths, read_volume
+from hydralv_tune.data.volumes import VolumePaths, read_volume
 
 PASSWORD = "s3cr3t-of-the-database"
 TRIALS = 4
@@ -139,7 +139,7 @@ def test_it_sends_no_usage_statistics(seen: Seen) -> None:
     assert seen.usage == {"0"}
     # Ray's releases switch them off in `ray.init` too; whatever a Ray does, we said so before.
     code = (
-        "import hydralv_tune.studies.launch\n"
+        "import hydralv_tune.launch\n"
         "from ray._common.usage.usage_lib import usage_stats_enabled\n"
         "print(usage_stats_enabled())"
     )

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-from hydralv_tune.disk.records import (
+from hydralv_tune.artifacts.records import (
     TrialRecord,
     load_checkpoint,
     plain,
@@ -27,8 +27,8 @@ from hydralv_tune.disk.records import (
     save_checkpoint,
     write_json,
 )
-from hydralv_tune.disk.writing import write_atomically
-from hydralv_tune.vocabulary.errors import CheckpointError, InputError
+from hydralv_tune.artifacts.writing import write_atomically
+from hydralv_tune.config.errors import CheckpointError, InputError
 
 
 @contextmanager
@@ -203,7 +203,7 @@ def test_a_process_killed_while_writing_leaves_the_old_file(tmp_path: Path) -> N
     path = write_atomically(tmp_path / "a.bin", b"old")
     code = (
         "import os, sys\n"
-        "from hydralv_tune.disk.writing import write_atomically\n"
+        "from hydralv_tune.artifacts.writing import write_atomically\n"
         "os.fsync = lambda handle: os.kill(os.getpid(), 9)\n"
         "write_atomically(sys.argv[1], b'new')\n"
     )

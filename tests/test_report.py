@@ -11,22 +11,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hydralv_tune.disk.pictures import (
+from hydralv_tune.artifacts.pictures import (
     COLOURS,
     choose_sections,
     draw_contact_sheet,
     draw_losses,
 )
-from hydralv_tune.disk.thumbnails import thumbnail
-from hydralv_tune.disk.volumes import Volume
-from hydralv_tune.numerics.metrics import (
-    adapted_rand,
-    adapted_rand_foreground,
-    contingency_table,
-    match_instances,
-    score,
-)
-from hydralv_tune.numerics.verdicts import (
+from hydralv_tune.artifacts.thumbnails import thumbnail
+from hydralv_tune.config.errors import InputError, StudyError
+from hydralv_tune.data.volumes import Volume
+from hydralv_tune.numerics.metrics.instance_errors import (
     bootstrap,
     errors_if_mended,
     joined_tables,
@@ -34,12 +28,18 @@ from hydralv_tune.numerics.verdicts import (
     segment_verdicts,
     truth_verdicts,
 )
-from hydralv_tune.studies.report import write_report
-from hydralv_tune.studies.report_data import compare
-from hydralv_tune.studies.report_limits import limits, plan_targets
-from hydralv_tune.studies.scored_volumes import ScoredVolume, judge_all
-from hydralv_tune.studies.study import open_readonly
-from hydralv_tune.vocabulary.errors import InputError, StudyError
+from hydralv_tune.numerics.metrics.scores import (
+    adapted_rand,
+    adapted_rand_foreground,
+    contingency_table,
+    match_instances,
+    score,
+)
+from hydralv_tune.results.report.data import compare
+from hydralv_tune.results.report.limits import limits, plan_targets
+from hydralv_tune.results.report.report import write_report
+from hydralv_tune.results.scored_volumes import ScoredVolume, judge_all
+from hydralv_tune.study.study import open_readonly
 
 
 @pytest.fixture(scope="module")
@@ -276,8 +276,8 @@ def test_study_that_does_not_exist_leaves_nothing(finished_study: Any, tmp_path:
 def test_segmentation_is_decoded_again_where_its_file_is_gone(
     finished_study: Any, tmp_path: Path
 ) -> None:
-    from hydralv_tune.studies.scored_volumes import scored_volumes
-    from hydralv_tune.studies.winner import open_winner
+    from hydralv_tune.results.best_trial import load_best_trial
+    from hydralv_tune.results.scored_volumes import scored_volumes
 
     copied = tmp_path / "copy"
     shutil.copytree(finished_study.folder, copied)
@@ -285,7 +285,7 @@ def test_segmentation_is_decoded_again_where_its_file_is_gone(
     study = open_readonly(storage, "tiny")
     study.remember("out", str(copied))
     study.close()
-    with open_winner(storage, "tiny") as winner:
+    with load_best_trial(storage, "tiny") as winner:
         kept = scored_volumes(winner)[0].prediction
         (winner.folder / "segmentation_0.h5").unlink()
         assert np.array_equal(scored_volumes(winner)[0].prediction, kept)

@@ -10,13 +10,16 @@ import numpy as np
 import pytest
 import torch
 
-from hydralv_tune.disk.volumes import Volume, VolumePaths, write_array
-from hydralv_tune.numerics.augmentation import augment
+from hydralv_tune.config.errors import ConfigError, VolumeError
+from hydralv_tune.config.files import Data
+from hydralv_tune.data.volumes import Volume, VolumePaths, write_array
+from hydralv_tune.numerics.augmentation.registry import augment
 from hydralv_tune.numerics.normalisation import fit_normalisation, normalise
 from hydralv_tune.numerics.targets import instance_edt
-from hydralv_tune.one_trial import places
-from hydralv_tune.one_trial.intensities import stream_normalisation
-from hydralv_tune.one_trial.lazy_reader import (
+from hydralv_tune.trial.fitted_normalisation import stream_normalisation
+from hydralv_tune.trial.splits import slab, split_volumes
+from hydralv_tune.trial.training import sampling_locations
+from hydralv_tune.trial.training.lazy_reader import (
     LazySource,
     as_lazy,
     has_truth,
@@ -26,17 +29,14 @@ from hydralv_tune.one_trial.lazy_reader import (
     part_to_score,
     windowed,
 )
-from hydralv_tune.one_trial.places import Places, find_places
-from hydralv_tune.one_trial.sampling import (
+from hydralv_tune.trial.training.sampling import (
     PatchSampler,
     ResidentVolume,
     crop,
     gather,
     resident_bytes,
 )
-from hydralv_tune.one_trial.splits import slab, split_volumes
-from hydralv_tune.vocabulary.config import Data
-from hydralv_tune.vocabulary.errors import ConfigError, VolumeError
+from hydralv_tune.trial.training.sampling_locations import Places, find_sampling_locations
 
 CPU = torch.device("cpu")
 SIZE = (4, 16, 16)
@@ -204,10 +204,10 @@ def test_several_volumes_are_drawn_by_the_voxels_that_count() -> None:
     assert len(set(sizes.values())) == 2
     # The rows of a batch keep the order in which they were drawn.
     state = both.state_dict()
-    places = both.draw_places(12)
+    drawn_places = both.draw_places(12)
     both.load_state_dict(state)
     patches = both.draw(12)
-    for row, (number, (z, y, x)) in enumerate(places):
+    for row, (number, (z, y, x)) in enumerate(drawn_places):
         own = (small, large)[number].label[z : z + 4, y : y + 16, x : x + 16]
         np.testing.assert_array_equal(patches.labels[row].numpy(), own)
         assert patches.voxel_sizes_nm[row] == sizes[number]
@@ -284,12 +284,14 @@ def places_of(
     label: np.ndarray, mask: np.ndarray | None, most: int, monkeypatch: pytest.MonkeyPatch
 ) -> Places:
     """Return the places of a volume of which only some are remembered, the same ones each time."""
-    monkeypatch.setattr(places, "MOST_PLACES", most)
+    monkeypatch.setattr(sampling_locations, "MOST_PLACES", most)
     given = as_lazy(Volume("v", np.zeros(label.shape, np.uint8), label, mask))
-    one, again = (find_places("v", given.label, given.mask, pad=(0, 0, 0), seed=1) for _ in "ab")
+    one, again = (
+        find_sampling_locations("v", given.label, given.mask, pad=(0, 0, 0), seed=1) for _ in "ab"
+    )
     for name in ("valid", "instances", "sizes"):
         np.testing.assert_array_equal(getattr(one, name), getattr(again, name))
-    whole = find_places("v", label, mask, pad=(0, 0, 0), seed=1)
+    whole = find_sampling_locations("v", label, mask, pad=(0, 0, 0), seed=1)
     np.testing.assert_array_equal(one.instances, whole.instances)
     return one
 
@@ -319,11 +321,11 @@ def test_every_section_is_as_likely_though_few_voxels_of_it_are_remembered(
 
 def test_what_is_remembered_of_the_mask_is_any_voxel_alike(monkeypatch: pytest.MonkeyPatch) -> None:
     """Over many seeds each voxel is kept as often as any other."""
-    monkeypatch.setattr(places, "MOST_PLACES", 20)
+    monkeypatch.setattr(sampling_locations, "MOST_PLACES", 20)
     label = np.ones((10, 4, 5), np.uint8)
     counts = np.zeros(200)
     for seed in range(1000):
-        found = find_places("v", label, np.ones(label.shape), pad=(0, 0, 0), seed=seed)
+        found = find_sampling_locations("v", label, np.ones(label.shape), pad=(0, 0, 0), seed=seed)
         assert len(found.valid) == len(found.instances) == 20
         counts[found.valid] += 1
         counts[found.instances] += 1

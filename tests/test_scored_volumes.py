@@ -8,10 +8,10 @@ from types import SimpleNamespace
 import numpy as np
 from test_trial import candidate, spec, volume
 
-from hydralv_tune.disk.volumes import VolumePaths, write_array
-from hydralv_tune.one_trial.trial import run_trial
-from hydralv_tune.studies.scored_volumes import joined_tables, scored_volumes
-from hydralv_tune.vocabulary.config import decoding_step
+from hydralv_tune.config.files import decoding_step
+from hydralv_tune.data.volumes import VolumePaths, write_array
+from hydralv_tune.results.scored_volumes import joined_tables, scored_volumes
+from hydralv_tune.trial.run import run_trial
 
 
 def test_the_part_of_a_large_volume_that_was_scored_is_found_and_decoded_again(

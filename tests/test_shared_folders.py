@@ -15,10 +15,10 @@ from typing import Any
 
 import pytest
 
-from hydralv_tune.disk.mirror import Mirror, trial_name
-from hydralv_tune.studies.folder_claim import FolderClaim, fetch_folder, folder_owner
-from hydralv_tune.studies.worker import run_worker
-from hydralv_tune.vocabulary.errors import InputError, TrialTakenOver
+from hydralv_tune.artifacts.checkpoint_store import CheckpointStore, trial_name
+from hydralv_tune.config.errors import InputError, TrialTakenOver
+from hydralv_tune.launch.trial_folder import FolderClaim, fetch_folder, folder_owner
+from hydralv_tune.launch.worker import run_worker
 
 FIGURES = {"adapted_rand_error": 0.2, "adapted_rand_error_foreground": 0.3, "f1_iou50": 0.8}
 
@@ -45,9 +45,9 @@ class Trial:
     def __init__(self, folder: Path) -> None:
         self.folder, self.store = folder, str(folder / "store")
 
-    def mirror(self, on: str) -> Mirror:
+    def mirror(self, on: str) -> CheckpointStore:
         """Return the mirror of a node."""
-        return Mirror(node(self.folder / on), self.store, "study/0")
+        return CheckpointStore(node(self.folder / on), self.store, "study/0")
 
     def run(
         self,
@@ -349,7 +349,7 @@ def test_what_a_store_says_cannot_leave_the_folder(trial: Trial) -> None:
         with pytest.raises(InputError, match="no file of a trial's folder"):
             trial.mirror("a").pull()
     with pytest.raises(InputError, match="cannot be used"):
-        Mirror(trial.folder, "nosuch://bucket/x", "7")
+        CheckpointStore(trial.folder, "nosuch://bucket/x", "7")
 
 
 def test_studies_that_share_a_store_have_places_of_their_own(tmp_path: Path) -> None:

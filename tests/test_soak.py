@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from hydralv_tune.studies.study import open_readonly
+from hydralv_tune.study.study import open_readonly
 
 TRIALS = 500
 

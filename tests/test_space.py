@@ -11,10 +11,9 @@ from typing import Any
 
 import pytest
 
-from hydralv_tune.one_trial.sweep import checked_axes
-from hydralv_tune.vocabulary.config import load_candidate
-from hydralv_tune.vocabulary.errors import ConfigError
-from hydralv_tune.vocabulary.space import (
+from hydralv_tune.config.errors import ConfigError
+from hydralv_tune.config.files import load_candidate
+from hydralv_tune.config.search_space import (
     Objective,
     SearchSpace,
     check_file,
@@ -24,9 +23,10 @@ from hydralv_tune.vocabulary.space import (
     space_from_mapping,
     thresholds_yaml,
 )
-from hydralv_tune.vocabulary.space_rules import drawn
-from hydralv_tune.vocabulary.validation import merged, value_at
-from hydralv_tune.vocabulary.yaml_io import parse_yaml
+from hydralv_tune.config.search_space_rules import drawn
+from hydralv_tune.config.validation import merged, value_at
+from hydralv_tune.config.yaml_io import parse_yaml
+from hydralv_tune.trial.scoring.sweep.sweep import checked_axes
 
 REPOSITORY = Path(__file__).parents[1]
 SPACES = sorted(path.stem for path in (REPOSITORY / "search_spaces").glob("*.yaml"))

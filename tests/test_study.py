@@ -19,31 +19,24 @@ from typing import Any
 import pytest
 from optuna.trial import TrialState
 
-from hydralv_tune.studies.journal import PREFIX, SUFFIX, Journal
-from hydralv_tune.studies.mutex import MutexLost, StudyMutex
-from hydralv_tune.studies.out_folder import MARKER, Owner, claim_out, owner_of
-from hydralv_tune.studies.start import Start
-from hydralv_tune.studies.storage_url import masked, parse_storage
-from hydralv_tune.studies.study import (
-    DatabaseAway,
-    Driver,
-    Study,
-    facts_of,
-    find_study,
-    open_readonly,
-    study_names,
-)
-from hydralv_tune.studies.study.database import set_attributes
-from hydralv_tune.studies.trial_view import (
+from hydralv_tune.config.errors import StudyError
+from hydralv_tune.config.search_space import SearchSpace, space_from_mapping
+from hydralv_tune.config.secrets import mask_passwords
+from hydralv_tune.launch.start import Start
+from hydralv_tune.study.database import DatabaseAway, set_attributes
+from hydralv_tune.study.driver import Driver
+from hydralv_tune.study.journal import PREFIX, SUFFIX, Journal
+from hydralv_tune.study.mutex import MutexLost, StudyMutex
+from hydralv_tune.study.storage_url import masked, parse_storage
+from hydralv_tune.study.study import Study, facts_of, find_study, open_readonly, study_names
+from hydralv_tune.study.study_folder import MARKER, Owner, claim_out, owner_of
+from hydralv_tune.study.trial_views import (
     Asked,
     Outcome,
     is_surely_dead,
     own_process,
     process_start,
 )
-from hydralv_tune.vocabulary.errors import StudyError
-from hydralv_tune.vocabulary.secrets import mask_passwords
-from hydralv_tune.vocabulary.space import SearchSpace, space_from_mapping
 
 LR, DECAY = "optimization.optimizer.lr", "optimization.optimizer.weight_decay"
 METRICS = {"adapted_rand_error": 0.2, "adapted_rand_error_foreground": 0.3, "f1_iou50": 0.8}
@@ -613,7 +606,7 @@ def locked(path: Path) -> Iterator[None]:
 def test_results_wait_in_the_journal_while_sqlite_is_locked(
     tmp_path: Path, make_driver: Callable[..., Driver], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("hydralv_tune.studies.storage_url.BUSY_TIMEOUT_S", 0.2)
+    monkeypatch.setattr("hydralv_tune.study.storage_url.BUSY_TIMEOUT_S", 0.2)
     path = tmp_path / "study.db"
     driver = make_driver(f"sqlite:///{path}", heartbeat_s=600)
     first, second = asked(driver), asked(driver)
@@ -712,7 +705,7 @@ def test_a_line_that_was_cut_off_does_not_spoil_the_next(tmp_path: Path) -> None
 def test_results_are_told_though_neither_database_nor_disk_takes_them(
     tmp_path: Path, make_driver: Callable[..., Driver], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("hydralv_tune.studies.storage_url.BUSY_TIMEOUT_S", 0.2)
+    monkeypatch.setattr("hydralv_tune.study.storage_url.BUSY_TIMEOUT_S", 0.2)
     path = tmp_path / "study.db"
     driver = make_driver(f"sqlite:///{path}", heartbeat_s=600)
     trial = asked(driver)
@@ -1067,8 +1060,8 @@ def test_names_in_the_database_cannot_leave_the_output_folder(
 def test_the_mutex_excludes_other_processes_and_falls_with_its_holder(storage: str) -> None:
     script = (
         "import sys, time\n"
-        "from hydralv_tune.studies.mutex import StudyMutex\n"
-        "from hydralv_tune.studies.storage_url import parse_storage\n"
+        "from hydralv_tune.study.mutex import StudyMutex\n"
+        "from hydralv_tune.study.storage_url import parse_storage\n"
         f"with StudyMutex(parse_storage({storage!r}), 's'):\n"
         "    print('held', flush=True)\n"
         "    time.sleep(60)\n"

@@ -19,13 +19,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import ndimage
 
-from hydralv_tune.disk.figures import draw_heatmap
-from hydralv_tune.numerics.decoding import decode
-from hydralv_tune.numerics.degradation import degraded_probabilities
-from hydralv_tune.numerics.metrics import score
-from hydralv_tune.numerics.phantom import make_phantom
-from hydralv_tune.one_trial.sweep import Grid, SweepResult, sweep
-from hydralv_tune.one_trial.sweep_grid import checked_axes, count
+from hydralv_tune.artifacts.sweep_figures import draw_heatmap
+from hydralv_tune.numerics.metrics.scores import score
+from hydralv_tune.numerics.phantom.degradation import degraded_probabilities
+from hydralv_tune.numerics.phantom.volume import make_phantom
+from hydralv_tune.numerics.watershed.decoders import decode
+from hydralv_tune.trial.scoring.sweep.grid import checked_axes, count
+from hydralv_tune.trial.scoring.sweep.sweep import Grid, SweepResult, sweep
 
 CONTOUR = "decode_instance_binary_contour_distance"
 DISTANCE = "decode_instance_watershed_distance"

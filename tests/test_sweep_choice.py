@@ -9,10 +9,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from hydralv_tune.numerics.decoding import DECODERS
-from hydralv_tune.one_trial.sweep import Grid
-from hydralv_tune.one_trial.sweep_choice import by_rule, depths, judge, plateau_of
-from hydralv_tune.one_trial.sweep_grid import checked_axes, count, finer, halvings, slow_axes
+from hydralv_tune.numerics.watershed.decoders import DECODERS
+from hydralv_tune.trial.scoring.sweep.choice import by_rule, depths, judge, plateau_of
+from hydralv_tune.trial.scoring.sweep.grid import checked_axes, count, finer, halvings, slow_axes
+from hydralv_tune.trial.scoring.sweep.sweep import Grid
 
 CONTOUR = "decode_instance_binary_contour_distance"
 AXES: dict[str, list[Any]] = {

@@ -13,29 +13,29 @@ import torch
 from pydantic import BaseModel
 from torch import nn
 
-from hydralv_tune.disk.records import load_checkpoint, save_checkpoint
-from hydralv_tune.disk.volumes import Volume
-from hydralv_tune.numerics.architectures import ARCHITECTURES
+from hydralv_tune.artifacts.records import load_checkpoint, save_checkpoint
+from hydralv_tune.config.errors import CheckpointError, TrialFailed, TrialInterrupted
+from hydralv_tune.config.files import Candidate, candidate_from_mapping
+from hydralv_tune.data.volumes import Volume
+from hydralv_tune.numerics.networks.registry import ARCHITECTURES
 from hydralv_tune.numerics.randomness import seeded
-from hydralv_tune.one_trial.optimization import (
-    AveragedWeights,
-    EarlyStop,
-    build_optimizer,
-    rate_factor,
-    step_plan,
-)
-from hydralv_tune.one_trial.prediction import network_of
-from hydralv_tune.one_trial.sampling import PatchSampler, ResidentVolume
-from hydralv_tune.one_trial.training import (
+from hydralv_tune.trial.scoring.prediction import network_of
+from hydralv_tune.trial.training.log import LossLog
+from hydralv_tune.trial.training.loop import (
     Trainer,
     build_loss,
     is_out_of_memory,
     load_external_weights,
     shared_parameter,
 )
-from hydralv_tune.one_trial.training_log import LossLog
-from hydralv_tune.vocabulary.config import Candidate, candidate_from_mapping
-from hydralv_tune.vocabulary.errors import CheckpointError, TrialFailed, TrialInterrupted
+from hydralv_tune.trial.training.optimization import (
+    AveragedWeights,
+    EarlyStop,
+    build_optimizer,
+    rate_factor,
+    step_plan,
+)
+from hydralv_tune.trial.training.sampling import PatchSampler, ResidentVolume
 
 CPU = torch.device("cpu")
 

@@ -24,25 +24,20 @@ import torch
 import yaml
 from PIL import Image
 
-from hydralv_tune.disk.formats import LazyArray
-from hydralv_tune.disk.records import load_checkpoint, previous, read_record, save_checkpoint
-from hydralv_tune.disk.volumes import Volume, VolumePaths, write_array
-from hydralv_tune.numerics import metrics
-from hydralv_tune.numerics.decoding import decode
-from hydralv_tune.one_trial.evaluation import Outcome, better, evaluate
-from hydralv_tune.one_trial.lazy_reader import held_out_volumes
-from hydralv_tune.one_trial.prediction import load_network, network_of, predict
-from hydralv_tune.one_trial.trial import (
-    Evaluation,
-    TrialSpec,
-    run_trial,
-    stop_on_signal,
-)
-from hydralv_tune.one_trial.trial_facts import verdicts
-from hydralv_tune.one_trial.trial_run import BestUnit, TrialRun
-from hydralv_tune.vocabulary.config import Candidate, DecodingGrid, candidate_from_mapping
-from hydralv_tune.vocabulary.errors import InputError, TrialFailed, TrialInterrupted, TrialTakenOver
-from hydralv_tune.vocabulary.space import Objective
+from hydralv_tune.artifacts.records import load_checkpoint, previous, read_record, save_checkpoint
+from hydralv_tune.config.errors import InputError, TrialFailed, TrialInterrupted, TrialTakenOver
+from hydralv_tune.config.files import Candidate, DecodingGrid, candidate_from_mapping
+from hydralv_tune.config.search_space import Objective
+from hydralv_tune.data.formats.files import LazyArray
+from hydralv_tune.data.volumes import Volume, VolumePaths, write_array
+from hydralv_tune.numerics.metrics import scores
+from hydralv_tune.numerics.watershed.decoders import decode
+from hydralv_tune.trial.record import verdicts
+from hydralv_tune.trial.run import Evaluation, TrialSpec, run_trial, stop_on_signal
+from hydralv_tune.trial.scoring.evaluation import Outcome, better, evaluate
+from hydralv_tune.trial.scoring.prediction import load_network, network_of, predict
+from hydralv_tune.trial.state import BestUnit, TrialRun
+from hydralv_tune.trial.training.lazy_reader import held_out_volumes
 
 GRID = DecodingGrid.model_validate(
     {
@@ -193,7 +188,7 @@ def test_the_best_checkpoint_gives_the_recorded_score(finished: Any) -> None:
     kept = load_checkpoint(record.checkpoint)
     assert kept["decoding"] == record.decoding
     segments = decode(kept["decoding"]["name"], maps, given.mask, **kept["decoding"]["kwargs"])
-    score = metrics.score(prediction=segments, truth=given.label, mask=given.mask)
+    score = scores.score(prediction=segments, truth=given.label, mask=given.mask)
     assert score.adapted_rand_error == record.metrics["adapted_rand_error"]
     assert score.voi_split == record.metrics["voi_split"]
     assert list(score.invented) == list(record.metrics["invented"])

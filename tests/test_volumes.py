@@ -12,8 +12,9 @@ import pytest
 import tifffile
 import zarr
 
-from hydralv_tune.disk import formats
-from hydralv_tune.disk.volumes import (
+from hydralv_tune.config.errors import VolumeError
+from hydralv_tune.data.formats import files as formats
+from hydralv_tune.data.volumes import (
     Volume,
     VolumePaths,
     open_lazy,
@@ -26,8 +27,7 @@ from hydralv_tune.disk.volumes import (
     volume_paths,
     write_array,
 )
-from hydralv_tune.one_trial.lazy_reader import open_volume
-from hydralv_tune.vocabulary.errors import VolumeError
+from hydralv_tune.trial.training.lazy_reader import open_volume
 
 SHAPE = (9, 20, 21)
 KINDS = ["v.h5", "v.hdf5", "v.tif", "v.zarr", "v.h5:raw/em", "v.zarr:raw/em"]

@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hydralv_tune.disk.volumes import VolumePaths, volume_paths, write_array
-from hydralv_tune.studies.launch import run_study
-from hydralv_tune.studies.voxel_sizes import UNIT, searchable
-from hydralv_tune.vocabulary.errors import ConfigError
-from hydralv_tune.vocabulary.space import SearchSpace, load_space, space_from_mapping
+from hydralv_tune.config.errors import ConfigError
+from hydralv_tune.config.search_space import SearchSpace, load_space, space_from_mapping
+from hydralv_tune.data.volumes import VolumePaths, volume_paths, write_array
+from hydralv_tune.launch.run import run_study
+from hydralv_tune.launch.voxel_sizes import UNIT, searchable
 
 RESOLUTION = {"data": {"train_resolution": [30, 8, 8]}}
 IN_NANOMETRES = {"data": {"label_transform": {"edt_voxel_size": "volume"}}}

@@ -11,8 +11,8 @@ import torch
 from sample_patches import NM, SHAPE, applied, changed, random_patches, seeded
 from torch import Tensor
 
-from hydralv_tune.numerics import warps
-from hydralv_tune.numerics.augmentation import AUGMENTATIONS, Patches
+from hydralv_tune.numerics.augmentation import warps
+from hydralv_tune.numerics.augmentation.registry import AUGMENTATIONS, Patches
 
 
 class TestFlipAndRotate:

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from hydralv_tune.vocabulary.errors import ConfigError
-from hydralv_tune.vocabulary.yaml_io import dump_yaml, parse_yaml, read_yaml_mapping
+from hydralv_tune.config.errors import ConfigError
+from hydralv_tune.config.yaml_io import dump_yaml, parse_yaml, read_yaml_mapping
 
 
 @pytest.mark.parametrize(

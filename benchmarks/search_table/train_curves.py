@@ -21,15 +21,15 @@ from typing import Any
 import pandas as pd
 import torch
 
-from hydralv_tune.disk.volumes import Volume
-from hydralv_tune.numerics import metrics
-from hydralv_tune.numerics.decoding import decode
-from hydralv_tune.numerics.phantom import make_phantom
-from hydralv_tune.one_trial.prediction import load_network, pick_device, predict
-from hydralv_tune.one_trial.sweep import sweep
-from hydralv_tune.one_trial.trial import Evaluation, TrialSpec, run_trial
-from hydralv_tune.vocabulary.errors import TrialFailed, TrialInterrupted
-from hydralv_tune.vocabulary.space import SearchSpace, load_space
+from hydralv_tune.config.errors import TrialFailed, TrialInterrupted
+from hydralv_tune.config.search_space import SearchSpace, load_space
+from hydralv_tune.data.volumes import Volume
+from hydralv_tune.numerics.metrics import scores
+from hydralv_tune.numerics.phantom.volume import make_phantom
+from hydralv_tune.numerics.watershed.decoders import decode
+from hydralv_tune.trial.run import Evaluation, TrialSpec, run_trial
+from hydralv_tune.trial.scoring.prediction import load_network, pick_device, predict
+from hydralv_tune.trial.scoring.sweep.sweep import sweep
 
 HERE = Path(__file__).parent
 CURVES, THRESHOLDS = HERE / "curves.csv.gz", HERE / "thresholds.csv.gz"
@@ -115,7 +115,7 @@ def _thresholds(space: SearchSpace, volume: Volume, checkpoint: str) -> pd.DataF
     start = time.perf_counter()
     for _ in range(TIMED):
         segments = decode(space.decoding.decoder, maps, volume.mask, **kwargs)
-        metrics.score(prediction=segments, truth=volume.label, mask=volume.mask)
+        scores.score(prediction=segments, truth=volume.label, mask=volume.mask)
     cost = (time.perf_counter() - start) / TIMED
     return table.assign(phantom=volume.name, seconds=round(cost, 5))
 

@@ -1,1 +1,1 @@
-"""Floor 0: arrays and tensors in and out; no files, no config, no study."""
+"""Arrays and tensors in and out; no files, no configuration, no study."""

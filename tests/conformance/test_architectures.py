@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hydralv_tune.numerics.architectures import (
+from hydralv_tune.numerics.networks.registry import (
     ARCHITECTURES,
     OWN_KEYS,
     build_network,

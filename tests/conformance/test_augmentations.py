@@ -14,14 +14,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hydralv_tune.numerics.augmentation import (
+from hydralv_tune.numerics.augmentation.copy_paste import PASTED
+from hydralv_tune.numerics.augmentation.registry import (
     AUGMENTATIONS,
     Patches,
     augment,
     check_augmentation,
     resolve_preset,
 )
-from hydralv_tune.numerics.copy_paste import PASTED
 from hydralv_tune.numerics.targets import derive_targets, instance_edt
 
 MOVES_VOXELS = {"copy_paste", "flip", "rotate", "misalignment", "elastic", "affine"}

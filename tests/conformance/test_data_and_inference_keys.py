@@ -18,16 +18,16 @@ import pytest
 import torch
 from pydantic import BaseModel
 
-from hydralv_tune.disk.volumes import Volume, VolumePaths, write_array
-from hydralv_tune.numerics.augmentation import augment
+from hydralv_tune.config.explanation import NO_EFFECT
+from hydralv_tune.config.files import Candidate, DecodingGrid
+from hydralv_tune.config.search_space import Objective
+from hydralv_tune.config.validation import merged, nested, sub_model
+from hydralv_tune.data.volumes import Volume, VolumePaths, write_array
+from hydralv_tune.numerics.augmentation.registry import augment
 from hydralv_tune.numerics.targets import derive_targets
-from hydralv_tune.one_trial.prediction import predict
-from hydralv_tune.one_trial.trial import TrialSpec, run_trial
-from hydralv_tune.one_trial.trial_run import TrialRun
-from hydralv_tune.vocabulary.config import Candidate, DecodingGrid
-from hydralv_tune.vocabulary.explanation import NO_EFFECT
-from hydralv_tune.vocabulary.space import Objective
-from hydralv_tune.vocabulary.validation import merged, nested, sub_model
+from hydralv_tune.trial.run import TrialSpec, run_trial
+from hydralv_tune.trial.scoring.prediction import predict
+from hydralv_tune.trial.state import TrialRun
 
 BASE: dict[str, Any] = {
     "system": {"training": {"batch_size": 2}},

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from scipy import ndimage
 from skimage.segmentation import watershed
 
-from hydralv_tune.numerics.decoding import DECODERS, decode, decoder_arguments
-from hydralv_tune.numerics.metrics import adapted_rand, contingency_table
-from hydralv_tune.numerics.relief import distance_relief, squared_distances
+from hydralv_tune.numerics.metrics.scores import adapted_rand, contingency_table
+from hydralv_tune.numerics.watershed.decoders import DECODERS, decode, decoder_arguments
+from hydralv_tune.numerics.watershed.graph import distance_relief, squared_distances
 
 NAMES = sorted(DECODERS)
 CONTOUR = "decode_instance_binary_contour_distance"

@@ -15,7 +15,7 @@ import h5py
 import pytest
 import yaml
 
-from hydralv_tune.disk.mirror import Mirror
+from hydralv_tune.artifacts.checkpoint_store import CheckpointStore
 
 PHANTOM = ("--shape", "16", "96", "96", "--instances", "6", "--seed", "3")
 QUICK = (
@@ -75,7 +75,9 @@ def test_a_study_finishes_with_a_truthful_account(study: dict[str, Any], folder:
     checkpoints = list((folder / "runs" / "s" / "trials").rglob("best.ckpt"))
     assert checkpoints
     for checkpoint in checkpoints:
-        Mirror(folder / "fetched", str(folder / "mirror"), f"s/{checkpoint.parent.name}").pull()
+        CheckpointStore(
+            folder / "fetched", str(folder / "mirror"), f"s/{checkpoint.parent.name}"
+        ).pull()
         assert (folder / "fetched" / "best.ckpt").read_bytes() == checkpoint.read_bytes()
         shutil.rmtree(folder / "fetched")
 

@@ -1,0 +1,1 @@
+"""What a trial leaves behind on disk: records, checkpoints, pictures."""

@@ -1,0 +1,126 @@
+"""The commands of one candidate: train, predict."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from hydralv_tune.cli.console import format_value, print_facts, print_json, progress_bar, say
+from hydralv_tune.cli.data import (
+    Images,
+    Json,
+    Labels,
+    Masks,
+    Settings,
+    check_file_out,
+    check_folder,
+)
+from hydralv_tune.config.errors import InputError, as_input_error
+
+PREDICTION_BLOCKS = {"inference", "system"}
+"""What of a candidate may still be changed when its network is trained."""
+
+
+def train(
+    candidate: Annotated[str, typer.Argument(help="A file, or a name in trials/.")],
+    image: Images,
+    out: Annotated[Path, typer.Option(help="Folder for checkpoint, record and tables.")],
+    label: Labels = None,
+    mask: Masks = None,
+    space: Annotated[
+        str, typer.Option(help="Search space whose thresholds are swept, unless the candidate's.")
+    ] = "hydra_lv",
+    settings: Settings = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    json: Json = False,
+) -> None:
+    """Fine-tune one candidate, without a study. A folder with a checkpoint is continued.
+
+    Example: `hydralv-tune train overfit_check --image runs/phantom/im.h5
+    --label runs/phantom/label.h5 --out runs/overfit`
+    """
+    from hydralv_tune.config.files import load_candidate, parse_overrides
+    from hydralv_tune.config.search_space import load_space
+    from hydralv_tune.data.volumes import volume_paths
+    from hydralv_tune.trial.run import Evaluation, TrialSpec, run_trial, stop_on_signal
+
+    check_folder("--out", out)
+    loaded = load_candidate(candidate, parse_overrides(settings or []))
+    searched = load_space(space)
+    paths = volume_paths(image, label or [], mask or [])
+    if not label:
+        raise InputError("train: --label is missing; training needs instance labels.")
+
+    def show(evaluation: Evaluation) -> None:
+        shown = {"error": evaluation.value, **evaluation.losses}
+        say(
+            f"evaluation {evaluation.step}, epoch {evaluation.epoch}, "
+            f"{evaluation.seconds:.0f} s: {format_value(shown)}"
+        )
+
+    spec = TrialSpec(
+        number=0,
+        root=0,
+        candidate=loaded,
+        objective=searched.objective,
+        grid=loaded.test.decoding_grid or searched.decoding,
+        volumes=paths,
+        out=str(out),
+        device=device,
+        threads=loaded.system.cpu_threads,
+        study=None,
+        timeout_s=None,
+    )
+    with progress_bar("Train") as move, stop_on_signal() as should_stop:
+        record = run_trial(spec, report=show, progress=move, should_stop=should_stop)
+    document = record.summary()
+    if json:
+        print_json(document)
+    else:
+        print_facts(f"Trained {candidate}", document)
+
+
+def predict(
+    checkpoint: Annotated[Path, typer.Option(help="best.ckpt of a trial, or an exported one.")],
+    image: Annotated[str, typer.Option(help="Image volume: HDF5, TIFF or Zarr.")],
+    out: Annotated[Path, typer.Option(help="Where the (3, Z, Y, X) probabilities go.")],
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    settings: Settings = None,
+    json: Json = False,
+) -> None:
+    """Write the probabilities of a volume.
+
+    Example: `hydralv-tune predict --checkpoint runs/overfit/best.ckpt
+    --image runs/phantom/im.h5 --out runs/p.h5`
+    """
+    import time
+
+    from hydralv_tune.config.files import parse_overrides
+    from hydralv_tune.data.formats.files import SUFFIXES
+    from hydralv_tune.data.volumes import VolumePaths, read_volume, write_array
+    from hydralv_tune.trial.scoring.prediction import load_network, pick_device
+    from hydralv_tune.trial.scoring.prediction import predict as predict_volume
+
+    check_file_out("--out", out, SUFFIXES, [image, checkpoint])
+    overrides = parse_overrides(settings or [])
+    if other := sorted(set(overrides) - PREDICTION_BLOCKS):
+        raise InputError(
+            f"--set: '{other[0]}' is fixed by the checkpoint; predict takes keys of "
+            f"{', '.join(sorted(PREDICTION_BLOCKS))} only. Leave it out."
+        )
+    target = pick_device(device)
+    network, candidate = load_network(checkpoint, device=target)
+    if overrides:
+        candidate = candidate.with_overrides(overrides)
+    volume = read_volume(VolumePaths(name=image, image=image)).image
+    started = time.perf_counter()
+    with progress_bar("Predict") as move, as_input_error(image):
+        maps = predict_volume(network, volume, candidate, device=target, progress=move)
+    write_array(out, maps)
+    document = {"out": str(out), "seconds": round(time.perf_counter() - started, 3)}
+    if json:
+        print_json(document)
+    else:
+        print_facts("Predicted", document)

@@ -1,0 +1,1 @@
+"""Candidates, search spaces and the rules that both must meet."""

@@ -1,0 +1,247 @@
+"""Candidates from files, mappings and the command line: found, merged, checked.
+
+A file may be partial: what it does not say comes from `trials/baseline.yaml`. The models
+themselves stand in `candidate.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from copy import deepcopy
+from difflib import get_close_matches
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from hydralv_tune.config.candidate import (
+    Augmentation,
+    Candidate,
+    Data,
+    DecodingGrid,
+    DecodingStep,
+    EarlyStopping,
+    Ema,
+    Evaluation,
+    ImageTransform,
+    Inference,
+    LabelTransform,
+    LossBalancing,
+    Model,
+    Monitor,
+    Optimization,
+    Optimizer,
+    Sampling,
+    Scheduler,
+    SlidingWindow,
+    Split,
+    System,
+    Target,
+    TestSection,
+    TestTimeAugmentation,
+)
+from hydralv_tune.config.candidate_rules import check_candidate
+from hydralv_tune.config.decoding_rules import check_decoding_step
+from hydralv_tune.config.errors import ConfigError
+from hydralv_tune.config.explanation import explain
+from hydralv_tune.config.strict_model import Count, NotNegative, Positive, Share, Whole
+from hydralv_tune.config.validation import MISSING, check_keys, merged, nested, validated, value_at
+from hydralv_tune.config.yaml_io import parse_yaml, read_yaml_mapping
+
+__all__ = [
+    "Augmentation", "Candidate", "Count", "Data", "DecodingGrid", "DecodingStep",
+    "EarlyStopping", "Ema", "Evaluation", "ImageTransform", "Inference", "LabelTransform",
+    "LossBalancing", "Model", "Monitor", "NotNegative", "Optimization", "Optimizer", "Positive",
+    "Sampling", "Scheduler", "Share", "SlidingWindow", "Split", "System", "Target",
+    "TestSection", "TestTimeAugmentation", "Whole", "baseline", "candidate_from_mapping",
+    "decoding_step", "explain", "find_file", "known_names", "layered", "load_candidate",
+    "parse_overrides", "shown_path",
+]  # fmt: skip
+
+PACKAGE = Path(__file__).parents[1]
+ARCHITECTURE_KEYS = (
+    "dropout", "norm", "activation", "kernel_size", "strides", "num_res_units", "down_factors",
+    "upsample", "mednext_size", "mednext_kernel_size",
+)  # fmt: skip
+NETWORK_KEYS = ("architecture", "filters", "in_channels", *ARCHITECTURE_KEYS[1:])
+
+
+def _folders(kind: str) -> list[Path]:
+    """Return where files of a kind lie: beside the package in a checkout, inside it in a wheel."""
+    return [folder for folder in (PACKAGE.parent / kind, PACKAGE / kind) if folder.is_dir()]
+
+
+def known_names(kind: str) -> list[str]:
+    """Return the bare names that exist, `trials` or `search_spaces` being the kind."""
+    return sorted({path.stem for folder in _folders(kind) for path in folder.glob("*.yaml")})
+
+
+def find_file(name: str, kind: str) -> Path:
+    """Return the file of a path or a bare name.
+
+    Args:
+        name: A path, or the bare name of a file in the folder of that kind.
+        kind: `trials` or `search_spaces`.
+
+    Raises:
+        ConfigError: There is no such file; the nearest known name is told.
+    """
+    path = Path(name).expanduser()
+    if path.is_file():
+        return path
+    bare = path.parent == Path() and path.suffix not in (".yaml", ".yml")
+    for folder in _folders(kind):
+        if bare and (folder / f"{name}.yaml").is_file():
+            return folder / f"{name}.yaml"
+    known = known_names(kind)
+    near = get_close_matches(path.stem, known, n=1)
+    hint = f" Did you mean '{near[0]}'?" if near else ""
+    reason = "there is no such file" if not path.is_dir() else "it is a folder"
+    raise ConfigError(
+        f"{name}: {reason}, nor a bare name in {kind}/.{hint} Known: {', '.join(known)}."
+    )
+
+
+def shown_path(path: Path) -> str:
+    """Return a path as messages name it: relative where that is shorter."""
+    for start in (Path.cwd(), PACKAGE.parent):
+        if path.is_absolute() and path.is_relative_to(start):
+            return str(path.relative_to(start))
+    return str(path)
+
+
+@cache
+def _baseline() -> dict[str, Any]:
+    """Return the whole mapping of the baseline."""
+    path = find_file("baseline", "trials")
+    return _checked(read_yaml_mapping(path), shown_path(path)).as_mapping()
+
+
+def baseline() -> dict[str, Any]:
+    """Return the mapping that stands under every partial candidate."""
+    return deepcopy(_baseline())
+
+
+def layered(base: Mapping[str, Any], *layers: Mapping[str, Any]) -> dict[str, Any]:
+    """Return partial candidates laid over a base; what a new layer makes void goes.
+
+    New losses void the arguments of the old ones, a new architecture the keys that only the
+    old one had, and a new network the pretrained weights, unless the layer says them anew.
+    """
+    result = deepcopy(dict(base))
+    for layer in layers:
+        before = result.get("model") or {}
+        result = merged(result, _switched_on(layer))
+        model = result.get("model")
+        said = layer.get("model")
+        if not isinstance(said, Mapping) or not isinstance(model, dict):
+            continue
+        changed = {key for key in said if _plain(before.get(key)) != _plain(said[key])}
+        if "loss_functions" in changed and "loss_kwargs" not in said:
+            model["loss_kwargs"] = []
+        if "architecture" in changed:
+            model.update({key: None for key in ARCHITECTURE_KEYS if key not in said})
+        if changed & set(NETWORK_KEYS) and "external_weights_path" not in said:
+            model["external_weights_path"] = None
+    return result
+
+
+def _switched_on(layer: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the layer; one that says test-time transforms and nothing of `enabled` wants them."""
+    path = "inference.test_time_augmentation"
+    said = value_at(layer, path)
+    if not isinstance(said, Mapping) or "enabled" in said:
+        return layer
+    if all(said.get(key) is None for key in ("flip_axes", "rotation90_axes")):
+        return layer
+    return merged(layer, nested(f"{path}.enabled", True))
+
+
+def _plain(value: Any) -> Any:
+    """Return tuples as lists, so that the two compare equal."""
+    return [_plain(entry) for entry in value] if isinstance(value, list | tuple) else value
+
+
+def _checked(mapping: Mapping[str, Any], place: str) -> Candidate:
+    """Return the candidate of a whole mapping, every rule checked."""
+    candidate = validated(Candidate, mapping, place)
+    check_candidate(candidate, place)
+    return candidate
+
+
+def candidate_from_mapping(
+    partial: Mapping[str, Any], *, place: str, base: Mapping[str, Any] | None = None
+) -> Candidate:
+    """Return the candidate of a partial mapping, every rule checked.
+
+    Args:
+        partial: Of plain YAML values.
+        place: File or option it came from, for the message.
+        base: What is not said comes from it; None is the baseline.
+
+    Raises:
+        ConfigError: A key is unknown, or a value breaks a rule.
+    """
+    check_keys(partial, Candidate, place)
+    return _checked(layered(_baseline() if base is None else base, partial), place)
+
+
+def load_candidate(
+    name_or_path: str | Path, overrides: Mapping[str, Any] | None = None
+) -> Candidate:
+    """Return the candidate of a file, or of a bare name in `trials/`.
+
+    Args:
+        name_or_path: What is not said there comes from the baseline.
+        overrides: A partial candidate that wins, as `parse_overrides` returns it.
+
+    Raises:
+        ConfigError: There is no such file, or it or an override breaks a rule.
+    """
+    path = find_file(str(name_or_path), "trials")
+    candidate = candidate_from_mapping(read_yaml_mapping(path), place=shown_path(path))
+    if not overrides:
+        return candidate
+    return candidate_from_mapping(overrides, place="--set", base=candidate.as_mapping())
+
+
+def parse_overrides(settings: Iterable[str]) -> dict[str, Any]:
+    """Return the nested mapping of `key.path=value` texts, each value read as YAML.
+
+    Raises:
+        ConfigError: A text has no `=`, a key is empty or set twice, or a value is no YAML.
+    """
+    result: dict[str, Any] = {}
+    for setting in settings:
+        key, equals, text = setting.partition("=")
+        key = key.strip()
+        if not equals or not all(key.split(".")):
+            raise ConfigError(
+                f"--set: '{setting}' is no setting, but key=value is due. "
+                "Try --set optimization.optimizer.lr=3e-4."
+            )
+        if value_at(result, key) is not MISSING:
+            raise ConfigError(f"--set: {key} is set twice. Keep one of the two.")
+        steps = key.split(".")
+        for above in (".".join(steps[:end]) for end in range(1, len(steps))):
+            held = value_at(result, above)
+            if held is not MISSING and not isinstance(held, Mapping):
+                raise ConfigError(
+                    f"--set: {above} is set to {held!r}, which has no room for {key}."
+                )
+        result = merged(result, nested(key, parse_yaml(text, f"--set {key}")))
+    return result
+
+
+def decoding_step(decoder: str, arguments: Mapping[str, Any]) -> DecodingStep:
+    """Return a checked decoding step.
+
+    Args:
+        decoder: A name of the table of decoders.
+        arguments: Of the decoder; what is left out takes its default.
+
+    Raises:
+        ConfigError: The decoder or an argument is unknown, or a value breaks its rule.
+    """
+    step = validated(DecodingStep, {"name": decoder, "kwargs": dict(arguments)}, "--set")
+    check_decoding_step(step, "--set", "")
+    return step

@@ -1,0 +1,502 @@
+"""The search space: what a study samples, what it sweeps, what it minimises, when it ends."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from functools import lru_cache
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from hydralv_tune.config.candidate import Candidate, DecodingGrid
+from hydralv_tune.config.errors import ConfigError, InputError, unknown_name
+from hydralv_tune.config.files import (
+    candidate_from_mapping,
+    explain,
+    find_file,
+    layered,
+    load_candidate,
+    shown_path,
+)
+from hydralv_tune.config.strict_model import Count, NotNegative, Positive, Share, StrictModel, Whole
+from hydralv_tune.config.validation import (
+    MISSING,
+    check_keys,
+    leaves,
+    merged,
+    nested,
+    shown,
+    validated,
+    value_at,
+)
+from hydralv_tune.config.yaml_io import dump_yaml, read_yaml_mapping
+
+METRICS = ("adapted_rand_error", "adapted_rand_error_foreground", "f1_iou50", "voi")
+
+
+class Parameter(StrictModel):
+    """One searched key: `float: [lo, hi]`, `int: [lo, hi]` or `choice`.
+
+    A `choice` list holds values of the key. A `choice` mapping holds named partial candidates:
+    the parameter's name is then free, and the chosen block is merged into the candidate.
+    """
+
+    float_: tuple[float, float] | None = Field(
+        None, alias="float", strict=False, description="Lowest and highest."
+    )
+    int_: tuple[int, int] | None = Field(
+        None, alias="int", strict=False, description="Lowest and highest."
+    )
+    choice: list[Any] | dict[str, dict[str, Any]] | None = Field(
+        None, description="Values of the key, or named partial candidates."
+    )
+    log: bool = Field(False, description="Sample the logarithm of a range.")
+    step: Count | None = Field(None, description="Of an int; null: 1.")
+    when: dict[str, list[Any]] = Field(
+        default_factory=dict, description="Earlier parameters and the values they must have."
+    )
+
+    @property
+    def choices(self) -> list[str | int | float | bool | None]:
+        """Return the choices as a database can hold them: a list as its JSON text."""
+        if isinstance(self.choice, dict):
+            return list(self.choice)
+        return [encode(value) for value in self.choice or []]
+
+    def decoded(self, value: Any) -> Any:
+        """Return the value of the key for a value that a database held.
+
+        Raises:
+            ValueError: It is none of the choices.
+        """
+        if self.choice is None:
+            return float(value) if self.float_ is not None else int(value)
+        for name, choice in zip(self.choices, self._values(), strict=True):
+            if same(name, value):
+                return choice
+        raise ValueError(f"{shown(value)} is none of the choices {self.choices}")
+
+    def encoded(self, value: Any) -> Any:
+        """Return the database's form of a value of the key, or `MISSING` where it is outside."""
+        if self.choice is None:
+            low, high = self.float_ or self.int_ or (0, 0)
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            if not number or not low <= value <= high:
+                return MISSING
+            if self.float_ is not None:
+                return float(value)
+            on_grid = value == int(value) and (value - low) % (self.step or 1) == 0
+            return int(value) if on_grid else MISSING
+        for name, choice in zip(self.choices, self._values(), strict=True):
+            if same(choice, value):
+                return name
+        return MISSING
+
+    def _values(self) -> list[Any]:
+        """Return the choices themselves."""
+        return list(self.choice.values() if isinstance(self.choice, dict) else self.choice or [])
+
+    def allowed(self) -> str:
+        """Return the values allowed, in words."""
+        if self.choice is not None:
+            return f"one of {', '.join(shown(name) for name in self.choices)}"
+        low, high = self.float_ or self.int_ or (0, 0)
+        return f"in [{low:g}, {high:g}]" + (f" in steps of {self.step}" if self.step else "")
+
+
+def same(one: Any, other: Any) -> bool:
+    """Return whether two values are one choice: true is not 1, [1, 2] is (1, 2)."""
+    if isinstance(one, bool) or isinstance(other, bool):
+        return one is other
+    if isinstance(one, list | tuple) and isinstance(other, list | tuple):
+        return len(one) == len(other) and all(map(same, one, other))
+    return bool(one == other)
+
+
+def encode(value: Any) -> str | int | float | bool | None:
+    """Return a value as a database can hold it: a list or mapping as JSON text."""
+    if isinstance(value, list | tuple | dict):
+        return json.dumps(value, sort_keys=True)
+    return value
+
+
+class Guard(StrictModel):
+    """`objective.guard`: what adapted Rand error alone cannot see."""
+
+    f1_below_best: Share = Field(0.05, description="The sweep's: how far below the best F1.")
+    f1_iou50: Share = Field(0.5, description="The study's: a winner under it is infeasible.")
+
+
+class Objective(StrictModel):
+    """`objective`."""
+
+    metric: Literal["adapted_rand_error", "adapted_rand_error_foreground", "f1_iou50", "voi"] = (
+        Field(
+            "adapted_rand_error", description="What the sweep and the study minimise (F1 maximise)."
+        )
+    )
+    guard: Guard = Guard()
+    stop_at: NotNegative | None = Field(
+        0.02, description="The study stops once a feasible trial is under it; null: never."
+    )
+
+
+class Budget(StrictModel):
+    """`budget`: whichever limit comes first ends the study."""
+
+    trials: Count = Field(60, description="COMPLETE and PRUNED trials in all.")
+    timeout_s: Positive | None = Field(None, description="Wall clock of one `run`.")
+    gpu_hours: Positive | None = Field(None, description="Summed over all trials.")
+    trial_timeout_s: Positive | None = Field(None, description="A trial that hangs is failed.")
+    retries: Whole = Field(2, description="Further attempts after a crash or out of memory.")
+
+
+class Sampler(StrictModel):
+    """`sampler`."""
+
+    name: Literal["tpe", "gp", "random", "cmaes", "qmc"] = Field(
+        "tpe", description="tpe models conditional branches."
+    )
+    seed: Whole = Field(0, description="Of the sampling.")
+    startup_trials: Whole = Field(5, description="Random ones before the model is asked.")
+
+
+class Pruner(StrictModel):
+    """`pruner`: steps are evaluations."""
+
+    name: Literal["median", "percentile", "hyperband", "successive_halving", "wilcoxon", "none"] = (
+        Field(
+            "median",
+            description="Steps are evaluations; wilcoxon compares folds, at least 4 of them.",
+        )
+    )
+    warmup_evaluations: Whole = Field(3, description="Nothing is pruned before.")
+    startup_trials: Whole = Field(5, description="Finished trials before anything is pruned.")
+    patience: Whole = Field(0, description="Evaluations without improvement before pruning.")
+    percentile: Annotated[float, Field(gt=0, lt=100)] = Field(
+        25.0, description="Of `percentile`: this share of trials is kept at each step."
+    )
+
+
+@dataclass(frozen=True)
+class WarmStart:
+    """A recipe as a first trial: the searched values it holds, and all that it says."""
+
+    name: str
+    params: dict[str, Any]
+    overrides: dict[str, Any] = field(default_factory=dict)
+
+
+class SearchSpace(StrictModel):
+    """Everything that determines a study, apart from the volumes."""
+
+    name: str = Field("", description="The file's name where none is given.")
+    description: str | None = Field(None, description="A sentence for people.")
+    base: str = Field("baseline", description="The candidate that is varied.")
+    fixed: dict[str, Any] = Field(
+        default_factory=dict,
+        description="A partial candidate that holds for every trial, warm starts included.",
+    )
+    warm_starts: list[str] = Field(default_factory=list, description="Enqueued first.")
+    recipes: dict[str, dict[str, Any]] = Field(
+        default_factory=dict,
+        description="Partial candidates by name; those of `base` and `warm_starts` that stand in "
+        "files are read into it, so that a stored space is whole.",
+    )
+    parameters: dict[str, Parameter] = Field(
+        default_factory=dict, description="Searched keys; a condition names an earlier one."
+    )
+    decoding: DecodingGrid = DecodingGrid()
+    objective: Objective = Objective()
+    budget: Budget = Budget()
+    sampler: Sampler = Sampler()
+    pruner: Pruner = Pruner()
+
+    def as_mapping(self) -> dict[str, Any]:
+        """Return the space as plain JSON types; `space_from_mapping` reads it back."""
+        return self.model_dump(mode="json", by_alias=True)
+
+    def base_mapping(self) -> dict[str, Any]:
+        """Return the whole mapping of the candidate that is varied."""
+        if self.base not in self.recipes:
+            return load_candidate(self.base).as_mapping()
+        place = f"{self.name}: base '{self.base}'"
+        return _base_mapping(json.dumps(self.recipes[self.base]), place)
+
+    def with_fixed(self, overrides: Mapping[str, Any], place: str = "--set") -> SearchSpace:
+        """Return the space with a partial candidate that holds for every trial.
+
+        Args:
+            overrides: Wins over what `fixed` says already.
+            place: Where it came from, for the message.
+
+        Raises:
+            ConfigError: A key is unknown or searched, or a value gives no valid candidate.
+        """
+        from hydralv_tune.config.search_space_rules import check_space
+
+        check_keys(overrides, Candidate, place)
+        fixed = self.model_copy(update={"fixed": layered(self.fixed, overrides)})
+        check_space(fixed, place)
+        return fixed
+
+    def is_active(self, key: str, params: Mapping[str, Any]) -> bool:
+        """Return whether a parameter is searched, given the values of the earlier ones.
+
+        Args:
+            key: Of a parameter.
+            params: Values as the database holds them.
+        """
+        return all(
+            name in params
+            and self.is_active(name, params)
+            and any(same(params[name], encode(value)) for value in values)
+            for name, values in self.parameters[key].when.items()
+        )
+
+    def candidate(
+        self, params: Mapping[str, Any], overrides: Mapping[str, Any] | None = None
+    ) -> Candidate:
+        """Return the candidate of a trial: base, then recipe, then searched values, then fixed.
+
+        Args:
+            params: Values of the active parameters as the database holds them; one that is left
+                out keeps the value of the recipe or the base.
+            overrides: The partial candidate of a recipe.
+
+        Raises:
+            ConfigError: A parameter or a choice is unknown, or the result breaks a rule.
+        """
+        searched: dict[str, Any] = {}
+        for key in params:
+            if key not in self.parameters:
+                raise ConfigError(f"{self.name}: {unknown_name('parameter', key, self.parameters)}")
+        for key, parameter in self.parameters.items():
+            if key not in params or not self.is_active(key, params):
+                continue
+            try:
+                value = parameter.decoded(params[key])
+            except ValueError as error:
+                raise ConfigError(f"{self.name}: {key}: {error}.") from error
+            named = isinstance(parameter.choice, dict)
+            searched = merged(searched, value if named else nested(key, value))
+        base = layered(self.base_mapping(), overrides or {})
+        return candidate_from_mapping(
+            layered(base, searched, self.fixed), place=self.name or "search space", base={}
+        )
+
+    def warm_start(self, name: str) -> WarmStart:
+        """Return a recipe as a first trial.
+
+        Args:
+            name: Of a recipe of this space, a bare name in `trials/`, or a path.
+
+        Raises:
+            ConfigError: A searched key has a value outside the space.
+        """
+        overrides = self.recipes.get(name)
+        if overrides is None:
+            overrides = read_yaml_mapping(find_file(name, "trials"))
+        whole = self.candidate({}, overrides).as_mapping()
+        params: dict[str, Any] = {}
+        for key, parameter in self.parameters.items():
+            if not self.is_active(key, params):
+                continue
+            if isinstance(parameter.choice, dict):
+                found: Any = next(
+                    (choice for choice, block in parameter.choice.items() if _holds(whole, block)),
+                    MISSING,
+                )
+                value: Any = "none of the named choices"
+            else:
+                value = value_at(whole, key)
+                found = MISSING if value is MISSING else parameter.encoded(value)
+            if found is MISSING:
+                raise ConfigError(
+                    f"{self.name}: warm_starts: '{name}' has {key} = {shown(value)}, but the "
+                    f"space searches {parameter.allowed()}. Widen the space, or drop '{name}'."
+                )
+            params[key] = found
+        return WarmStart(name, params, dict(overrides))
+
+    def digest(self) -> str:
+        """Return a hash of everything that decides what a value of a trial means."""
+        text = json.dumps(self._identity(), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def _identity(self) -> dict[str, Any]:
+        """Return the space without what a study may change on its way: budget and the like."""
+        mapping = self.as_mapping()
+        for key in ("name", "description", "budget", "sampler", "pruner", "warm_starts"):
+            mapping.pop(key)
+        mapping["recipes"] = {"base": self.base_mapping()}
+        return mapping
+
+    def differences(self, other: SearchSpace) -> list[str]:
+        """Return a line for each key on which the two spaces disagree, this one's value first."""
+        mine, theirs = (dict(leaves(space._identity())) for space in (self, other))
+        return [
+            f"{key}: {shown(mine[key]) if key in mine else 'absent'} -> "
+            f"{shown(theirs[key]) if key in theirs else 'absent'}"
+            for key in dict.fromkeys([*mine, *theirs])
+            if not same(mine.get(key, MISSING), theirs.get(key, MISSING))
+        ]
+
+
+@lru_cache(maxsize=32)
+def _base_mapping(recipe: str, place: str) -> dict[str, Any]:
+    """Return the whole mapping of a recipe; a study asks at every trial, and it never changes."""
+    return candidate_from_mapping(json.loads(recipe), place=place).as_mapping()
+
+
+def _holds(whole: Mapping[str, Any], block: Mapping[str, Any]) -> bool:
+    """Return whether a whole candidate says everything that a partial one does."""
+    return all(same(value_at(whole, path), value) for path, value in leaves(block))
+
+
+def objective_value(metrics: Mapping[str, Any], objective: Objective) -> float:
+    """Return what a study minimises: an error as it is, 1 - F1, or split + merge of VOI.
+
+    Args:
+        metrics: As the sweep's winner has them.
+        objective: Its metric.
+    """
+    if objective.metric == "f1_iou50":
+        return 1.0 - float(metrics["f1_iou50"])
+    if objective.metric == "voi":
+        return float(metrics["voi_split"]) + float(metrics["voi_merge"])
+    return float(metrics[objective.metric])
+
+
+def guard_violation(f1: float | None, objective: Objective) -> float | None:
+    """Return by how much the study's guard is violated; 0 or less is feasible.
+
+    Args:
+        f1: F1 at IoU 0.5; None where it is unknown, and so is the answer.
+        objective: Its guard.
+    """
+    return None if f1 is None else objective.guard.f1_iou50 - float(f1)
+
+
+def space_from_mapping(mapping: Mapping[str, Any], place: str | None = None) -> SearchSpace:
+    """Return the space of a mapping, its keys and types checked.
+
+    Args:
+        mapping: As `SearchSpace.as_mapping` gives it, or as a file holds it.
+        place: File, for the message.
+
+    Raises:
+        ConfigError: A key is unknown, or a value breaks a rule.
+    """
+    return validated(SearchSpace, mapping, place or str(mapping.get("name") or "search space"))
+
+
+def load_space(name_or_path: str | Path) -> SearchSpace:
+    """Return the space of a file, or of a bare name in `search_spaces/`, every rule checked.
+
+    Raises:
+        ConfigError: There is no such file, or it breaks a rule.
+    """
+    from hydralv_tune.config.search_space_rules import check_space
+
+    path = find_file(str(name_or_path), "search_spaces")
+    place = shown_path(path)
+    read = {"name": path.stem, **read_yaml_mapping(path)}
+    space = space_from_mapping(read, place)
+    recipes = dict(space.recipes)
+    for name in (space.base, *space.warm_starts):
+        if name not in recipes:
+            # A recipe beside the space comes before a shipped one of that name.
+            beside = path.parent / name
+            file = beside if beside.is_file() else find_file(name, "trials")
+            recipes[name] = read_yaml_mapping(file)
+    space = space.model_copy(update={"recipes": recipes})
+    check_space(space, place)
+    return space
+
+
+@dataclass(frozen=True)
+class CheckResult:
+    """What `check` found in one file."""
+
+    path: str
+    kind: str
+    ok: bool
+    error: str | None = None
+
+
+SPACE_KEYS = frozenset(SearchSpace.model_fields) - {"name", "description"}
+
+
+def _kind_of(path: str) -> str:
+    """Return `search space` or `candidate`, by the folder of a bare name or by the keys."""
+    try:
+        find_file(path, "search_spaces")
+    except ConfigError:
+        return "candidate"
+    if not Path(path).is_file():
+        return "search space"
+    keys = {str(key) for key in read_yaml_mapping(Path(path))}
+    known = keys & {*SPACE_KEYS, *Candidate.model_fields}
+    # Misspelt keys speak only where no other does.
+    near = keys if not known else set()
+    of_space = known & SPACE_KEYS or any(get_close_matches(key, SPACE_KEYS, n=1) for key in near)
+    return "search space" if of_space else "candidate"
+
+
+def check_file(path: str | Path) -> CheckResult:
+    """Return whether a candidate or a search space is valid, and its first fault if not."""
+    kind = "candidate or search space"
+    try:
+        kind = _kind_of(str(path))
+        load_space(path) if kind == "search space" else load_candidate(path)
+    except InputError as error:
+        return CheckResult(str(path), kind, False, str(error))
+    return CheckResult(str(path), kind, True)
+
+
+def explain_file(path: str | Path) -> list[str]:
+    """Return sentences on what a candidate or a search space amounts to."""
+    if _kind_of(str(path)) == "candidate":
+        return explain(load_candidate(path))
+    return explain_space(load_space(path))
+
+
+def explain_space(space: SearchSpace) -> list[str]:
+    """Return sentences: what is searched and swept, when it ends, and what the base amounts to."""
+    combinations = math.prod(len(values) for values in space.decoding.axes.values())
+    budget = [f"{space.budget.trials} trials"]
+    budget += [f"{space.budget.timeout_s:g} s"] if space.budget.timeout_s else []
+    budget += [f"{space.budget.gpu_hours:g} GPU hours"] if space.budget.gpu_hours else []
+    return [
+        f"Minimises {space.objective.metric} over {len(space.parameters)} parameters, "
+        f"{sum(bool(p.when) for p in space.parameters.values())} of them conditional; ends after "
+        f"{' or '.join(budget)}"
+        + (f", or below {space.objective.stop_at:g}." if space.objective.stop_at else "."),
+        f"{combinations:,} combinations of {space.decoding.decoder} are swept per evaluation.",
+        f"Enqueued first: {', '.join(space.warm_starts) or 'nothing'}.",
+        *(f"Base '{space.base}': {line}" for line in explain(space.candidate({}))),
+    ]
+
+
+def thresholds_yaml(decoder: str, arguments: Mapping[str, Any]) -> str:
+    """Return a partial candidate, as YAML, that decodes with these arguments.
+
+    Args:
+        decoder: A name of the table of decoders.
+        arguments: Of the decoder; an infinite contour threshold is written as null, which is off.
+    """
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, list | tuple):
+            return [plain(entry) for entry in value]
+        return None if isinstance(value, float) and value == float("inf") else value
+
+    kwargs = {key: plain(value) for key, value in arguments.items()}
+    return dump_yaml({"test": {"decoding": [{"name": decoder, "kwargs": kwargs}]}})

@@ -1,0 +1,1 @@
+"""What comes in from disk: volumes, their formats and what is wrong with them."""

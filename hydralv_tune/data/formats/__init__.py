@@ -1,0 +1,1 @@
+"""File formats of volumes, one file each."""

@@ -1,0 +1,403 @@
+"""Volumes on disk: HDF5, TIFF and Zarr in, checked once at the edge; written whole or not at all.
+
+The formats themselves are in `formats.py`; here is what a volume must be.
+"""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from hydralv_tune.config.errors import VolumeError
+from hydralv_tune.data.formats.files import (
+    Location,
+    locate,
+    open_lazy,
+    read_array,
+    read_voxel_size_nm,
+    write_array,
+)
+from hydralv_tune.numerics.normalisation import Normalisation
+
+__all__ = [
+    "Sections",
+    "Volume",
+    "VolumePaths",
+    "check_volume",
+    "first_voxel_size",
+    "open_lazy",
+    "read_array",
+    "read_labels",
+    "read_mask",
+    "read_probabilities",
+    "read_volume",
+    "read_voxel_size_nm",
+    "volume_paths",
+    "write_array",
+]
+
+GENERIC_STEMS = {"im", "img", "image", "images", "raw", "volume", "vol", "em", "main", "data"}
+LARGEST_ID = np.iinfo(np.int32).max
+
+
+class Sections(Protocol):
+    """An array (Z, Y, X) in memory or on disk, read section by section."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def dtype(self) -> np.dtype[Any]: ...
+    def __iter__(self) -> Iterator[Any]: ...
+
+
+@dataclass(frozen=True)
+class VolumePaths:
+    """Where one volume lies.
+
+    Args:
+        name: What messages call it; unique within a study.
+        image: File, or `file:dataset`.
+        label: The same for the instance labels, or None.
+        mask: The same for the valid mask, or None where every voxel is valid.
+    """
+
+    name: str
+    image: str
+    label: str | None = None
+    mask: str | None = None
+
+
+@dataclass(frozen=True)
+class Volume:
+    """One volume in memory, already checked.
+
+    Args:
+        name: What messages call it.
+        image: (Z, Y, X) in the dtype of its file.
+        label: (Z, Y, X) integer instance ids, 0 is background; None where there is no truth.
+        mask: (Z, Y, X) bool, True where voxels count; None where all do.
+        voxel_size_nm: Size of a voxel along z, y, x; None where the file does not say.
+        normalisation: How its sections are normalised, fitted on the whole volume where this is a
+            part of one; None until a candidate says how.
+    """
+
+    name: str
+    image: np.ndarray
+    label: np.ndarray | None = None
+    mask: np.ndarray | None = None
+    voxel_size_nm: tuple[float, float, float] | None = None
+    normalisation: Normalisation | None = None
+
+    def fingerprint(self) -> str:
+        """Return 16 hex digits of a SHA-256 over shape, dtype and content of all three arrays.
+
+        The dtype counts, since normalisation sees it; the name and the path do not, nor does the
+        type of a mask, which is boolean in memory and anything on disk.
+        """
+        digest = hashlib.sha256()
+        for kind, array in (("image", self.image), ("label", self.label), ("mask", self.mask)):
+            digest.update(kind.encode())
+            if array is None:
+                continue
+            dtype = np.dtype(bool) if kind == "mask" else array.dtype
+            digest.update(f"{array.shape}{dtype.str}".encode())
+            for section in array:
+                values = section > 0 if kind == "mask" else section
+                digest.update(np.ascontiguousarray(values).data)
+        return digest.hexdigest()[:16]
+
+
+def volume_paths(
+    images: Sequence[str | Path],
+    labels: Sequence[str | Path] = (),
+    masks: Sequence[str | Path] = (),
+) -> list[VolumePaths]:
+    """Return one entry for each image, with `~` and globs expanded.
+
+    Args:
+        images: Files, `file:dataset` or globs; a glob stands for its matches in natural order.
+        labels: None at all, or as many as images, in the same order.
+        masks: None at all, or as many as images, in the same order.
+
+    Raises:
+        VolumeError: A glob matches nothing, no image is given, or the numbers differ.
+    """
+    image_files = _expand(images)
+    label_files = _expand(labels)
+    mask_files = _expand(masks)
+    if not image_files:
+        raise VolumeError("No image is given. Name at least one with --image.")
+    for option, files in (("--label", label_files), ("--mask", mask_files)):
+        if files and len(files) != len(image_files):
+            raise VolumeError(
+                f"{option} names {len(files)} files ({', '.join(files[:3])}"
+                f"{', ...' if len(files) > 3 else ''}), but --image names {len(image_files)}. "
+                f"Give one {option} for each --image, in the same order, or none."
+            )
+    return [
+        VolumePaths(
+            name=name,
+            image=image,
+            label=label_files[index] if label_files else None,
+            mask=mask_files[index] if mask_files else None,
+        )
+        for index, (name, image) in enumerate(zip(_names(image_files), image_files, strict=True))
+    ]
+
+
+def read_volume(paths: VolumePaths) -> Volume:
+    """Return a volume whose image, labels and mask fit each other.
+
+    Raises:
+        VolumeError: A file cannot be read, or its content breaks a rule; the message names the
+            file, the value, the rule and the next step.
+    """
+    image = read_array(paths.image, ndim=3)
+    label = None if paths.label is None else read_array(paths.label, ndim=3)
+    mask = None if paths.mask is None else read_array(paths.mask, ndim=3)
+    check_volume(paths, image, label, mask)
+    return Volume(
+        name=paths.name,
+        image=image,
+        label=label,
+        mask=None if mask is None else mask > 0,
+        voxel_size_nm=first_voxel_size(paths),
+    )
+
+
+def check_volume(
+    paths: VolumePaths, image: Sections, label: Sections | None, mask: Sections | None
+) -> None:
+    """Refuse a volume that breaks a rule; of one on disk, a section is in memory at a time.
+
+    Args:
+        paths: What messages name.
+        image: (Z, Y, X).
+        label: The same of the instance labels, where the paths name any.
+        mask: The same of the valid mask.
+
+    Raises:
+        VolumeError: As for `read_volume`.
+    """
+    _check_image(paths.image, image)
+    if label is not None:
+        assert paths.label is not None, "it was read from there"
+        _check_shape(paths.label, "label", label.shape, paths.image, image.shape)
+        largest = _check_labels(paths.label, label)
+        if largest == 0:
+            raise VolumeError(
+                f"{paths.label}: the label has no labelled voxel; there is nothing to learn from. "
+                "Check the path and the dataset, or drop the volume."
+            )
+        if largest > LARGEST_ID:
+            raise VolumeError(
+                f"{paths.label}: the largest label is {largest}, but ids must be at most "
+                f"{LARGEST_ID}. Renumber them, for example with "
+                "skimage.segmentation.relabel_sequential."
+            )
+    if mask is not None:
+        assert paths.mask is not None, "it was read from there"
+        _check_shape(paths.mask, "mask", mask.shape, paths.image, image.shape)
+        _check_mask(paths.mask, mask)
+        if label is not None and not any(
+            ((ids > 0) & (valid > 0)).any() for ids, valid in zip(label, mask, strict=True)
+        ):
+            raise VolumeError(
+                f"{paths.label}: the label has no labelled voxel inside the mask {paths.mask}, so "
+                "adapted Rand error is undefined. Check that both belong to this volume, or drop "
+                "it."
+            )
+
+
+def read_labels(path: str | Path) -> np.ndarray:
+    """Return instance labels (Z, Y, X) in the integer dtype of their file.
+
+    Labels without any instance are returned as they are: a prediction may be empty.
+
+    Raises:
+        VolumeError: They cannot be read, are not 3-D, not integers, or negative.
+    """
+    labels = read_array(path, ndim=3)
+    _check_labels(path, labels)
+    return labels
+
+
+def _check_labels(path: str | Path, labels: Sections) -> int:
+    """Refuse labels that are no instance ids, and return the largest id."""
+    kind = labels.dtype.kind
+    if kind == "f":
+        whole = all(np.isfinite(ids).all() and (ids == np.round(ids)).all() for ids in labels)
+        hint = (
+            "All values are whole numbers: save them as integers, labels.astype('uint16')."
+            if whole
+            else "Are these probabilities or an image? Give the instance labels."
+        )
+        raise VolumeError(
+            f"{path}: the labels have dtype {labels.dtype}, but instance ids must be integers. "
+            f"{hint}"
+        )
+    if kind == "b":
+        raise VolumeError(
+            f"{path}: the labels have dtype bool, which cannot tell one instance from another; "
+            "ids must be integers. Number the components, for example with scipy.ndimage.label."
+        )
+    smallest = largest = negative = 0
+    for ids in labels:
+        largest = max(largest, int(ids.max()))
+        if kind == "i" and int(ids.min()) < 0:
+            smallest = min(smallest, int(ids.min()))
+            negative += int(np.count_nonzero(ids < 0))
+    if negative:
+        raise VolumeError(
+            f"{path}: {negative} labels are negative (smallest {smallest}), but 0 is "
+            "background and ids are positive. Set what is to be ignored to 0 and leave it out "
+            "with a mask."
+        )
+    return largest
+
+
+def read_mask(path: str | Path) -> np.ndarray:
+    """Return a valid mask (Z, Y, X) as booleans, True where the file is above 0.
+
+    Raises:
+        VolumeError: It cannot be read, is not 3-D, holds NaN, or has no valid voxel.
+    """
+    values = read_array(path, ndim=3)
+    _check_mask(path, values)
+    mask: np.ndarray = values > 0
+    return mask
+
+
+def _check_mask(path: str | Path, mask: Sections) -> None:
+    """Refuse a mask that is not finite, or in which nothing counts."""
+    _refuse_not_finite(path, "mask", mask)
+    if not any((valid > 0).any() for valid in mask):
+        raise VolumeError(
+            f"{path}: the mask has no voxel above 0, so nothing would count. Check the path, or "
+            "leave the mask out to use the whole volume."
+        )
+
+
+def read_probabilities(path: str | Path) -> np.ndarray:
+    """Return probabilities (3, Z, Y, X): binary, boundary, distance; float16 or float32.
+
+    The range is checked by the decoder, which knows what each channel may hold.
+
+    Raises:
+        VolumeError: They cannot be read, are not 4-D with 3 channels, not floats, or not finite.
+    """
+    maps = read_array(path, ndim=4, axes="(3, Z, Y, X)")
+    if maps.shape[0] != 3:
+        hint = " Move the channels to the front." if maps.shape[-1] == 3 else ""
+        raise VolumeError(
+            f"{path}: shape {maps.shape} has {maps.shape[0]} channels, but probabilities have 3: "
+            f"binary, boundary, distance, in (3, Z, Y, X).{hint}"
+        )
+    if maps.dtype.kind != "f":
+        raise VolumeError(
+            f"{path}: dtype {maps.dtype}, but probabilities are float16 or float32: binary and "
+            "boundary from 0 to 1, distance from -1 to 1. Divide by 255 where they were scaled to "
+            "uint8."
+        )
+    _refuse_not_finite(path, "probabilities", maps)
+    return maps if maps.dtype.itemsize <= 4 else maps.astype(np.float32)
+
+
+def _check_image(path: str | Path, image: Sections) -> None:
+    """Refuse an image that is a mask or not finite."""
+    if image.dtype.kind == "b":
+        raise VolumeError(
+            f"{path}: the image has dtype bool, which is a mask. Give the EM image with --image "
+            "and the mask with --mask."
+        )
+    _refuse_not_finite(path, "image", image)
+
+
+def _refuse_not_finite(path: str | Path, kind: str, array: Sections) -> None:
+    """Raise where a float array holds NaN or infinity, naming how many and the first place."""
+    if array.dtype.kind != "f":
+        return
+    count, first = 0, ""
+    # One section at a time: a whole-volume boolean array would double the peak of memory.
+    for index, section in enumerate(array):
+        bad = np.argwhere(~np.isfinite(section))
+        if len(bad) and not count:
+            value = "NaN" if np.isnan(section[tuple(bad[0])]) else "infinite"
+            first = f"{value} at {(index, *(int(i) for i in bad[0]))}"
+        count += len(bad)
+    if count:
+        raise VolumeError(
+            f"{path}: {count} voxels of the {kind} are NaN or infinite (first: {first}), "
+            "but every value must be finite. Fill them, for example with numpy.nan_to_num, and "
+            "leave them out with a mask."
+        )
+
+
+def _check_shape(
+    path: str, kind: str, shape: tuple[int, ...], image: str, expected: tuple[int, ...]
+) -> None:
+    """Raise where an array does not lie on the voxels of its image."""
+    if shape != expected:
+        axes = " The axes seem to be in another order." if sorted(shape) == sorted(expected) else ""
+        raise VolumeError(
+            f"{path}: the {kind} has shape {shape}, but the image {image} has {expected}; both "
+            f"must be equal.{axes} Give the {kind} of this very volume."
+        )
+
+
+def first_voxel_size(paths: VolumePaths) -> tuple[float, float, float] | None:
+    """Return the voxel size that the image states, or else the label, or else the mask.
+
+    Raises:
+        VolumeError: A file cannot be opened.
+    """
+    for path in (paths.image, paths.label, paths.mask):
+        size = None if path is None else read_voxel_size_nm(path)
+        if size is not None:
+            return size
+    return None
+
+
+def _expand(patterns: Sequence[str | Path]) -> list[str]:
+    """Return the files that patterns stand for, each pattern in natural order."""
+    files: list[str] = []
+    for pattern in patterns:
+        location = locate(pattern)
+        text = str(location.path)
+        if location.path.exists() or not glob.has_magic(text):
+            files.append(str(location))
+            continue
+        matches = sorted(glob.glob(text, recursive=True), key=_natural)
+        if not matches:
+            raise VolumeError(
+                f"{pattern}: no file matches this pattern. Quote it, and check the folder."
+            )
+        files.extend(str(Location(Path(match), location.dataset)) for match in matches)
+    return files
+
+
+def _natural(text: str) -> list[tuple[int, int | str]]:
+    """Return a key that sorts `vol_2` before `vol_10`."""
+    return [(0, int(p)) if p.isdigit() else (1, p) for p in re.split(r"(\d+)", text)]
+
+
+def _names(files: Sequence[str]) -> list[str]:
+    """Return a name for each image: its stem, or its folder where the stem says nothing."""
+    names: list[str] = []
+    for file in files:
+        path = locate(file).path
+        stem = path.name.split(".")[0]
+        folder = path.absolute().parent.name
+        name = folder if stem.lower() in GENERIC_STEMS and folder else stem
+        number, unique = 2, name
+        while unique in names:
+            unique, number = f"{name}_{number}", number + 1
+        names.append(unique)
+    return names

@@ -1,0 +1,474 @@
+"""Between Ray Tune and the study: what a driver does with asks, results, ends and signals.
+
+It knows neither Ray nor Optuna. `launch.py` gives it two faces, a searcher and a scheduler.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+import warnings
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from hydralv_tune.config.errors import ConfigError, HydraLVError
+from hydralv_tune.config.search_space import SearchSpace, guard_violation, objective_value
+from hydralv_tune.launch.live_trial import LiveTrial, kept_of
+from hydralv_tune.study.database import DatabaseAway
+from hydralv_tune.study.driver import Driver
+from hydralv_tune.study.trial_views import Asked, Outcome, count_states, gpu_hours
+
+ASK_EVERY_S = 0.5
+POLL_EVERY_S = 3.0
+AWAY_RETRY_S = 2.0
+MAX_CONSECUTIVE_FAILURES = 12
+
+EventKind = Literal[
+    "trial_started",
+    "evaluation",
+    "trial_finished",
+    "trial_pruned",
+    "trial_failed",
+    "retry",
+    "waiting",
+    "stopped",
+]
+
+
+@dataclass(frozen=True)
+class Event:
+    """Something that happened in a running study, for a live view.
+
+    Args:
+        kind: What.
+        number: Of which trial; None where it is the whole study.
+        fields: Figures and reasons by name.
+    """
+
+    kind: EventKind
+    number: int | None = None
+    fields: Mapping[str, Any] = field(default_factory=dict)
+
+
+RAY_DIED = "Ray's daemons on this machine died. Run the same command again to go on."
+
+
+class StudyFailed(HydraLVError):
+    """The work itself is broken, every trial fails or Ray died: going on would not help."""
+
+
+class Coordinator:
+    """The state of one `run`.
+
+    Args:
+        driver: An entered driver of the study.
+        trials: COMPLETE and PRUNED trials wanted in all.
+        specification: Returns the mapping of a trial's `TrialSpec`; may raise `ConfigError`.
+        slots: Returns how many trials can run at once.
+        gpus_per_trial: For the record and the budget.
+        timeout_s: Wall clock of this run, or None.
+        save_s: Seconds that workers get to save after a stop.
+        on_event: Takes each event.
+        on_trial_end: Called with driver, number, state and attributes before a trial is told.
+        ray_is_alive: Whether Ray can still run anything.
+    """
+
+    def __init__(
+        self,
+        driver: Driver,
+        *,
+        trials: int,
+        specification: Callable[[Asked], dict[str, Any]],
+        slots: Callable[[], int],
+        gpus_per_trial: float,
+        timeout_s: float | None,
+        save_s: float,
+        on_event: Callable[[Event], None] | None,
+        on_trial_end: Callable[[Driver, int, str, Mapping[str, Any]], None] | None,
+        ray_is_alive: Callable[[], bool] = lambda: True,
+    ) -> None:
+        self.driver, self.trials = driver, trials
+        self.space: SearchSpace = driver.space
+        self.live: dict[str, LiveTrial] = {}
+        self.stop_wanted: str | None = None  # set by a signal, met at the next turn
+        self.stop_reason: str | None = None
+        self.failure: HydraLVError | None = None
+        self._stop_deadline = math.inf
+        self._specification, self._slots = specification, slots
+        self._gpus, self._save_s = gpus_per_trial, save_s
+        self._deadline = time.monotonic() + timeout_s if timeout_s else math.inf
+        self._on_event, self._on_trial_end = on_event, on_trial_end
+        self._ray_is_alive = ray_is_alive
+        self._next_ask = self._next_poll = 0.0
+        self._away_said = False
+        self._failed_in_a_row = 0
+
+    def suggest(self, key: str) -> dict[str, Any] | Literal["wait", "done"]:
+        """Return the specification of the next trial, or whether to wait or to end.
+
+        Args:
+            key: Ray's name of the trial that would run it.
+        """
+        now = time.monotonic()
+        if self.stop_reason is not None:
+            return "done"
+        if now < self._next_ask or len(self.live) >= self._slots():
+            return "wait"
+        try:
+            if self._budget_is_spent():
+                return "done"
+            asked = self.driver.ask(self.trials)
+        except DatabaseAway as error:
+            self._away(error)
+            self._next_ask = now + AWAY_RETRY_S
+            return "wait"
+        self._away_said = False
+        if asked == "done":
+            self._say_if_exhausted()
+            return "done"
+        if asked == "wait":
+            self._next_ask = now + ASK_EVERY_S
+            return "wait"
+        return self._start(key, asked)
+
+    def placed(self, key: str) -> None:
+        """Take in that Ray has a process for a trial, which may still hang before it works."""
+        if (live := self.live.get(key)) is not None and live.placed is None:
+            live.placed = time.monotonic()
+
+    def started(self, key: str) -> None:
+        """Take in that a trial's worker works."""
+        self.placed(key)
+        if (live := self.live.get(key)) is not None and live.started is None:
+            live.started = time.monotonic()
+
+    def on_message(self, key: str, message: dict[str, Any]) -> Literal["go", "stop"]:
+        """Take a worker's message in and return whether the trial goes on.
+
+        Args:
+            key: Ray's name of the trial.
+            message: As `worker.run_worker` sends it.
+        """
+        live = self.live.get(key)
+        if live is None:
+            return "stop"
+        self.started(key)
+        kind = message["kind"]
+        if kind == "started":
+            live.where = {k: v for k, v in message.items() if k != "kind"}
+            return "go"
+        if kind == "evaluation":
+            return self._evaluate(key, live, message)
+        if kind == "final":
+            self._finish(key, live, message["record"])
+        elif kind == "failed":
+            self._fail(key, live, message["reason"], message["retry"], message)
+        else:
+            self._interrupted(key, live)
+        return "stop"
+
+    def on_death(self, key: str, reason: str) -> None:
+        """Take in that a trial's process died, or was killed because of a verdict.
+
+        Args:
+            key: Ray's name of the trial.
+            reason: What is known of it.
+        """
+        live = self.live.get(key)
+        if live is None:
+            return
+        self._stop_without_ray()
+        if live.verdict == "interrupted" or self.stop_reason is not None:
+            self._interrupted(key, live)
+        elif live.verdict == "hang":
+            limit = self.space.budget.trial_timeout_s
+            self._fail(key, live, f"timeout: still running after {limit:g} s", "no")
+        elif live.verdict == "no start":
+            reason = f"timeout: its process has not begun after {live.seconds:.0f} s"
+            self._fail(key, live, reason, "counted")  # the machine's fault, not the trial's
+        elif live.verdict == "refused":
+            self._refused(key, live)
+        else:
+            self._fail(key, live, reason, "counted")
+
+    def tick(self) -> list[str]:
+        """Do what is due and return Ray's names of the trials whose processes are to be ended.
+
+        Raises:
+            StudyFailed: Ray died.
+        """
+        now = time.monotonic()
+        if self._stop_without_ray():
+            self.abandon()
+            raise StudyFailed(RAY_DIED)
+        if self.stop_wanted is not None:
+            self.stop(self.stop_wanted)
+        if now > self._deadline:
+            self.stop("the time of this run is over")
+        if now > self._next_poll:
+            self._next_poll = now + POLL_EVERY_S
+            self._poll()
+        for live in self.live.values():
+            if now > self._stop_deadline or (self.stop_reason and live.started is None):
+                live.verdict = live.verdict or "interrupted"
+            live.verdict = live.verdict or live.overdue(self.space.budget.trial_timeout_s)
+        return [key for key, live in self.live.items() if live.verdict is not None]
+
+    def stop(self, reason: str) -> None:
+        """Ask for no more trials and let the running ones save; they are enqueued again.
+
+        Args:
+            reason: For people.
+        """
+        if self.stop_reason is None:
+            self.stop_reason = reason
+            self._stop_deadline = time.monotonic() + self._save_s
+            self.emit("stopped", None, reason=reason)
+
+    def _stop_without_ray(self) -> bool:
+        """Stop the run where Ray died, and return whether it did."""
+        dead = not self._ray_is_alive()
+        if dead:
+            self.stop("Ray died")
+        return dead
+
+    def on_losses(self, reason: str) -> None:
+        """Take in that Ray gave up all live trials at once, whichever of them was to blame.
+
+        Args:
+            reason: What is known of it.
+        """
+        for key in list(self.live):
+            self.on_death(key, reason)
+
+    def abandon(self) -> None:
+        """Tell every live trial as interrupted: Ray is gone, or this process ends now."""
+        for key, live in list(self.live.items()):
+            self._interrupted(key, live)
+
+    def emit(self, kind: EventKind, number: int | None, **fields: Any) -> None:
+        """Hand an event to whoever watches."""
+        if self._on_event is not None:
+            self._on_event(Event(kind, number, fields))
+
+    def _start(self, key: str, asked: Asked) -> dict[str, Any] | Literal["wait"]:
+        """Return the specification of a trial that was just asked for."""
+        live = LiveTrial(asked)
+        self.live[key] = live
+        try:
+            spec = self._specification(asked)
+        except ConfigError as error:
+            self._fail(key, live, f"config: {error}", "no")
+            return "wait"
+        if asked.retry_of is not None:
+            self.emit("retry", asked.number, retry_of=asked.retry_of, attempt=asked.attempt)
+        self.emit(
+            "trial_started",
+            asked.number,
+            params=dict(asked.params),
+            warm_start=asked.warm_start,
+            attempt=asked.attempt,
+            **_plan(spec.get("candidate") or {}),
+        )
+        return spec
+
+    def _evaluate(
+        self, key: str, live: LiveTrial, message: dict[str, Any]
+    ) -> Literal["go", "stop"]:
+        """Report an evaluation and return whether the trial goes on."""
+        number = live.asked.number
+        live.last = message
+        step, value = int(message["step"]), float(message["value"])
+        metrics = message.get("metrics") or {}
+        violation = guard_violation(
+            message.get("best_f1_iou50", metrics.get("f1_iou50")), self.space.objective
+        )
+        decision = self.driver.report(number, step, value, violation, message.get("best_folds"))
+        fields = {k: v for k, v in message.items() if k not in ("kind", "metrics", "losses")}
+        shown = {**fields, **metrics, "losses": message.get("losses")}
+        self.emit("evaluation", number, **shown)
+        if decision == "refused":
+            self._refused(key, live)
+            return "stop"
+        if decision == "prune":
+            self._tell(
+                key,
+                live,
+                "PRUNED",
+                violation=violation,
+                reason=f"pruned at evaluation {step}",
+                **kept_of(message),
+            )
+            return "stop"
+        return "go"
+
+    def _finish(self, key: str, live: LiveTrial, record: dict[str, Any]) -> None:
+        """Tell a trial that came to its end."""
+        metrics = record.get("metrics") or {}
+        try:
+            value = objective_value(metrics, self.space.objective)
+        except (KeyError, TypeError, ValueError):
+            value = math.nan
+        if not math.isfinite(value):
+            self._fail(key, live, "the objective is not a number", "no")
+            return
+        self._tell(
+            key,
+            live,
+            "COMPLETE",
+            value=value,
+            violation=guard_violation(metrics.get("f1_iou50"), self.space.objective),
+            **kept_of(record),
+        )
+
+    def _fail(
+        self,
+        key: str,
+        live: LiveTrial,
+        reason: str,
+        retry: str,
+        message: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Tell a trial that failed."""
+        extra = {k: message[k] for k in ("stage", "traceback") if message and k in message}
+        kept = {**kept_of(live.last), **extra}
+        if self._tell(key, live, "FAIL", retry=retry, reason=reason, **kept):
+            self._failed_in_a_row += 1
+            self._stop_if_all_fail(reason)
+
+    def _interrupted(self, key: str, live: LiveTrial) -> None:
+        """Tell a trial that was stopped for no fault of its own; it is enqueued again."""
+        reason = f"interrupted: {self.stop_reason or 'its driver ended'}"
+        self._tell(key, live, "FAIL", retry="free", reason=reason, **kept_of(live.last))
+
+    def _refused(self, key: str, live: LiveTrial) -> None:
+        """Forget a trial that another driver has taken over."""
+        self.live.pop(key, None)
+        self.emit(
+            "trial_failed",
+            live.asked.number,
+            reason="refused: another driver has taken the trial over",
+        )
+
+    def _tell(
+        self,
+        key: str,
+        live: LiveTrial,
+        state: str,
+        *,
+        value: float | None = None,
+        violation: float | None = None,
+        retry: str = "no",
+        **attributes: Any,
+    ) -> bool:
+        """Tell the end of a trial, say so, and return whether it was still this driver's."""
+        self.live.pop(key, None)
+        number = live.asked.number
+        known = {
+            **live.where,
+            "seconds": round(live.seconds, 3),
+            "gpus": self._gpus,
+            "attempt": live.asked.attempt,
+            "root": live.asked.root,
+            **{k: v for k, v in attributes.items() if v is not None},
+        }
+        if self._on_trial_end is not None:
+            try:
+                self._on_trial_end(self.driver, number, state, known)
+            except Exception as error:  # a picture or a note must not cost the result
+                warnings.warn(f"trial {number}: not published: {error!r}", stacklevel=2)
+        told = self.driver.tell(
+            number, Outcome(state, value, violation, {**known, "driver": self.driver.name}, retry)
+        )
+        if told == "refused":
+            self._refused(key, live)
+            return False
+        if state != "FAIL":
+            self._failed_in_a_row = 0
+        kinds: dict[str, EventKind] = {"COMPLETE": "trial_finished", "PRUNED": "trial_pruned"}
+        metrics = known.get("metrics") or {}
+        self.emit(
+            kinds.get(state, "trial_failed"),
+            number,
+            value=value,
+            reason=known.get("reason"),
+            kept=True if told == "kept" else None,
+            **{k: metrics.get(k) for k in ("adapted_rand_error", "adapted_rand_error_foreground",
+                                           "f1_iou50")},
+        )  # fmt: skip
+        return True
+
+    def _budget_is_spent(self) -> bool:
+        """Stop the run where the goal is reached or the GPU-hours are used up."""
+        trials = self.driver.study.trials()
+        goal = self.space.objective.stop_at
+        best = self.driver.study.best()
+        value = best.value if best is not None and best.is_feasible else None
+        if goal is not None and best is not None and value is not None and value < goal:
+            self.stop(f"trial {best.number} reached the goal: {value:.4f} < {goal:g}")
+        limit = self.space.budget.gpu_hours
+        if limit is not None and gpu_hours(trials) >= limit:
+            self.stop(f"the budget of {limit:g} GPU-hours is spent")
+        return self.stop_reason is not None
+
+    def _say_if_exhausted(self) -> None:
+        """Say so where the run ends because the space has nothing left to try."""
+        with suppress(DatabaseAway):
+            counts = count_states(self.driver.study.trials())
+            finished = counts["complete"] + counts["pruned"]
+            if finished < self.trials:
+                reached = f"{finished} of {self.trials} trials"
+                self.stop(f"the space has no more combinations: {reached}")
+
+    def _stop_if_all_fail(self, reason: str) -> None:
+        """End a run in which nothing works any more; what failed in earlier runs may be mended.
+
+        Args:
+            reason: Of the last failure.
+        """
+        if self._failed_in_a_row >= MAX_CONSECUTIVE_FAILURES and self.failure is None:
+            self.failure = StudyFailed(
+                f"Study '{self.driver.study.name}': {self._failed_in_a_row} trials in a row "
+                f"failed, the last one with: {reason}. Mend that and run the same command again."
+            )
+            self.stop("every trial fails")
+
+    def _poll(self) -> None:
+        """Tell what waits, and mark the trials that the database has taken away."""
+        try:
+            lost = self.driver.poll()
+        except DatabaseAway as error:
+            self._away(error)
+            return
+        for live in self.live.values():
+            if live.asked.number in lost:
+                live.verdict = "refused"
+
+    def _away(self, error: DatabaseAway) -> None:
+        """Say once that the database does not answer."""
+        if not self._away_said:
+            self._away_said = True
+            self.emit(
+                "waiting",
+                None,
+                reason=f"the database does not answer ({error}); results wait in {self.folder}",
+            )
+
+    @property
+    def folder(self) -> Path:
+        """Return where results wait."""
+        return self.driver.out
+
+
+def _plan(candidate: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a candidate sets out to do, as far as it says so."""
+    if not candidate:
+        return {}
+    return {
+        "architecture": candidate["model"]["architecture"],
+        "epochs": candidate["optimization"]["max_epochs"],
+        "evaluations": candidate["monitor"]["evaluation"]["count"],
+    }

@@ -1,0 +1,71 @@
+"""A trial that a driver runs now: since when, whether it takes too long, what is kept of it."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from hydralv_tune.study.trial_views import Asked
+
+# A process has this long at least to say that it works: PyTorch from a cold disk, a large state
+# from a store, and the two minutes that an earlier attempt gets to leave the folder.
+LEAST_START_S = 300.0
+# User attributes are read by every ask; whatever is large belongs into the trial's folder.
+MAX_ATTRIBUTE_CHARACTERS = 20_000
+KEPT = (
+    "metrics", "losses", "decoding", "checkpoint", "record", "sweep", "verdicts", "notes",
+    "device", "split", "training", "folds", "weights", "epoch",
+)  # fmt: skip
+
+Verdict = Literal["refused", "interrupted", "hang", "no start"]
+
+
+@dataclass
+class LiveTrial:
+    """A trial that this driver runs now.
+
+    Args:
+        asked: What was asked for.
+        placed: Clock when Ray had a process for it; before that it waits for a place.
+        started: Clock when its worker said that it works.
+        last: Its last evaluation.
+        where: What its worker said of where it runs.
+        verdict: Why its process is to be ended, once that is decided.
+    """
+
+    asked: Asked
+    placed: float | None = None
+    started: float | None = None
+    last: dict[str, Any] = field(default_factory=dict)
+    where: dict[str, Any] = field(default_factory=dict)
+    verdict: Verdict | None = None
+
+    @property
+    def seconds(self) -> float:
+        """Return how long it has held its place; 0 before it has one."""
+        return 0.0 if self.placed is None else time.monotonic() - self.placed
+
+    def overdue(self, limit_s: float | None) -> Verdict | None:
+        """Return whether it hangs, at work or before, or None.
+
+        Args:
+            limit_s: `budget.trial_timeout_s`; None: nothing is too long.
+        """
+        limit = limit_s or math.inf
+        if self.started is not None:
+            return "hang" if time.monotonic() - self.started > limit else None
+        # One that waits for a place in a busy cluster is in nobody's way.
+        return "no start" if self.seconds > max(limit, LEAST_START_S) else None
+
+
+def kept_of(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the parts of a record or an evaluation that belong into the database."""
+    return {
+        key: value
+        for key, value in record.items()
+        if key in KEPT and value is not None and len(json.dumps(value)) <= MAX_ATTRIBUTE_CHARACTERS
+    }

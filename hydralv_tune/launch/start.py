@@ -1,0 +1,121 @@
+"""The start of a run: all that can be refused is refused before anything is written."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from hydralv_tune.config.errors import StudyError
+from hydralv_tune.config.search_space import SearchSpace
+from hydralv_tune.study.database import DatabaseAway, database_errors
+from hydralv_tune.study.mutex import StudyMutex
+from hydralv_tune.study.storage_url import parse_storage
+from hydralv_tune.study.study import IDENTITY, OUT, Study, find_study, open_readonly
+from hydralv_tune.study.study_folder import Owner, check_out, claim_out
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a run wants of its study.
+
+    Args:
+        storage: URL of the database.
+        study: Name of the study.
+        space: What it searches.
+        out: Its folder, absolute.
+        extend: Accept another space than the stored one.
+        warm_start_from: Another study of the same storage to learn from.
+    """
+
+    storage: str
+    study: str
+    space: SearchSpace
+    out: Path
+    extend: bool = False
+    warm_start_from: str | None = None
+
+    def check(self, fingerprints: Mapping[str, str]) -> None:
+        """Refuse what the study, its folder or its storage do not allow; nothing is written.
+
+        Args:
+            fingerprints: Hash of each volume's content, by its name; none where they were not read.
+
+        Raises:
+            StudyError: The storage does not answer, space, volumes or folder have changed, the
+                folder is another study's, or there is no study to learn from.
+        """
+        found = find_study(self.storage, self.study)
+        if found is None:
+            check_out(self.out, self.study, identity=None, stored=None)
+        else:
+            try:
+                found.check_space(self.space, extend=self.extend)
+                self._check_stored(found, fingerprints)
+            finally:
+                found.close()
+        if self.warm_start_from is not None:
+            self._source().close()
+
+    def open(self, fingerprints: Mapping[str, str]) -> Study:
+        """Open the study, or make it, and store what is new.
+
+        Raises:
+            StudyError: As `check`: another driver may have come in between.
+        """
+        opened = Study.open(
+            self.storage, self.study, space=self.space, create=True, extend=self.extend
+        )
+        mutex = StudyMutex(parse_storage(self.storage), self.study)
+        try:
+            with database_errors(), mutex:
+                self._store(opened, fingerprints)
+            with database_errors():
+                self._learn(opened)
+        except DatabaseAway as error:
+            opened.close()
+            raise StudyError(f"--storage: {opened.storage} does not answer: {error}.") from None
+        except BaseException:
+            opened.close()
+            raise
+        finally:
+            mutex.close()
+        return opened
+
+    def _store(self, opened: Study, fingerprints: Mapping[str, str]) -> None:
+        """Check again and store; under the mutex."""
+        self._check_stored(opened, fingerprints)
+        identity = opened.identity or uuid.uuid4().hex
+        opened.remember(IDENTITY, identity)
+        try:
+            claim_out(self.out, Owner(self.study, identity))
+        except OSError as error:
+            raise StudyError(
+                f"--out: {self.out} cannot be written ({error.strerror or error}). Make room, or "
+                "name another folder."
+            ) from error
+        opened.remember(OUT, str(self.out))
+        opened.settle_volumes(fingerprints)
+
+    def _learn(self, opened: Study) -> None:
+        """Add the trials of the study to learn from; doing it again adds none twice."""
+        if self.warm_start_from is not None:
+            source = self._source()
+            try:
+                opened.import_trials(source)
+            finally:
+                source.close()
+
+    def _check_stored(self, study: Study, fingerprints: Mapping[str, str]) -> None:
+        """Refuse other volumes and another folder than a study has."""
+        study.check_volumes(fingerprints)
+        check_out(self.out, self.study, identity=study.identity, stored=study.out)
+
+    def _source(self) -> Study:
+        """Open the study to learn from."""
+        assert self.warm_start_from is not None
+        try:
+            return open_readonly(self.storage, self.warm_start_from)
+        except StudyError as error:
+            raise StudyError(f"--warm-start-from {self.warm_start_from}: {error}") from None

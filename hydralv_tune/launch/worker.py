@@ -1,0 +1,204 @@
+"""One trial in a worker process: runs the trial function and says how it went; knows no Ray.
+
+A trial function is `function(spec, report) -> record`: `spec` is the plain mapping of a
+`TrialSpec`, `report` takes each `Evaluation` (or its mapping), and `record` is the mapping of a
+`TrialRecord`. It continues from the checkpoint in `spec["out"]` by itself.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import socket
+import traceback
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from hydralv_tune.artifacts.checkpoint_store import (
+    CheckpointStore,
+    Version,
+    set_version_here,
+    trial_name,
+)
+from hydralv_tune.config.errors import HydraLVError, TrialFailed, TrialInterrupted, TrialTakenOver
+from hydralv_tune.launch.trial_folder import FolderClaim
+
+Send = Callable[[dict[str, Any]], None]
+TRACEBACK_CHARACTERS = 4000
+
+
+class TrialFunction(Protocol):
+    """What a worker runs."""
+
+    def __call__(self, spec: dict[str, Any], report: Reporter) -> Mapping[str, Any]: ...
+
+
+class Reporter:
+    """What a trial function calls: it sends evaluations and stops the trial when told.
+
+    Args:
+        send: Takes a message to the driver and returns once that has decided.
+        should_stop: Whether the driver asks for the end.
+        claim: To the folder of the trial, which all its attempts share.
+        number: The trial's number.
+        mirror: Where the folder is copied to before each evaluation is sent, if anywhere.
+    """
+
+    def __init__(
+        self,
+        send: Send,
+        should_stop: Callable[[], bool],
+        claim: FolderClaim,
+        number: int,
+        mirror: CheckpointStore | None = None,
+    ) -> None:
+        self._send, self._should_stop = send, should_stop
+        self._claim, self._number, self._mirror = claim, number, mirror
+
+    def __call__(self, evaluation: Any) -> None:
+        """Send one evaluation.
+
+        Raises:
+            TrialFailed: The objective is not finite.
+            TrialInterrupted: The trial is to end here.
+            TrialTakenOver: Another attempt works on it since.
+        """
+        message = evaluation if isinstance(evaluation, Mapping) else evaluation.as_mapping()
+        value = float(message["value"])
+        if not math.isfinite(value):
+            raise TrialFailed("training", f"the objective is {value}", retry=False)
+        self.check()
+        if self._mirror is not None:
+            self._mirror.push(self._number)
+        # A driver may sleep over the answer, and another take the trial over meanwhile.
+        with self._claim.aside():
+            self._send({**message, "kind": "evaluation"})
+        if self._mirror is not None:
+            self._mirror.check(self._number)
+        self.check()
+
+    def check(self) -> None:
+        """Raise `TrialInterrupted` if the trial is to end."""
+        if self.should_stop():
+            raise TrialInterrupted(f"trial {self._number} was asked to stop")
+
+    def should_stop(self) -> bool:
+        """Return whether the trial is to save and end."""
+        return self._should_stop() or self._claim.is_lost()
+
+
+def run_worker(
+    spec: dict[str, Any],
+    *,
+    send: Send,
+    should_stop: Callable[[], bool],
+    function: TrialFunction,
+    checkpoints: str | None = None,
+    place: Mapping[str, Any] | None = None,
+) -> None:
+    """Run one trial and send how it started, went and ended; never raises for the trial's faults.
+
+    Args:
+        spec: Mapping of a `TrialSpec`.
+        send: Takes a message of plain JSON types to the driver.
+        should_stop: Asked now and then; true ends the trial without a fault.
+        function: The trial function.
+        checkpoints: URL that the trial's folder is mirrored to, and fetched from where another
+            node has gone further; None where all nodes see the folder.
+        place: What the launcher knows of where this runs, for the record.
+    """
+    folder, number, mirror = Path(spec["out"]), int(spec["number"]), None
+    claim = FolderClaim(folder, number)
+    has_begun = False
+    try:
+        claim.take()
+        if checkpoints is None:
+            set_version_here(folder, Version(number, 0))  # a later run may mirror the folder
+        else:
+            mirror = CheckpointStore(folder, checkpoints, trial_name(spec["study"], spec["root"]))
+            mirror.begin(number)
+        has_begun = True
+        started = {"kind": "started", **whereabouts(), **(place or {})}
+        if claim.note is not None:
+            started["hand_over"] = claim.note
+        with claim.aside():
+            send(started)
+        record = function(spec, Reporter(send, should_stop, claim, number, mirror))
+        if mirror is not None:
+            mirror.push(number)
+        last = {"kind": "final", "record": plain(dict(record))}
+    except TrialTakenOver as error:
+        if has_begun:
+            return  # its driver has lost the trial too; there is nobody to tell
+        last = failure(error)  # the database refuses it, or the folder is of another study
+    except TrialInterrupted:
+        last = {"kind": "interrupted"}
+    # The trial's boundary: whatever it raises is its end, told with the reason.
+    except Exception as error:
+        last = failure(error)
+    finally:
+        claim.let_go()
+    send(last)
+
+
+def failure(error: Exception) -> dict[str, Any]:
+    """Return the message of a failed trial.
+
+    Args:
+        error: What the trial function raised. What may pass another time (a full card, a lost
+            file system) is tried again; what cannot (not a number, a wrong value) is not.
+    """
+    stage, reason = "worker", f"{type(error).__name__}: {error}".strip()
+    retry = not isinstance(error, ValueError | TypeError | LookupError | AssertionError)
+    if isinstance(error, HydraLVError):
+        reason, retry = str(error), False
+    if isinstance(error, TrialFailed):
+        stage, reason, retry = error.stage, error.reason, error.retry
+    trace = "".join(traceback.format_exception(error))[-TRACEBACK_CHARACTERS:]
+    return {
+        "kind": "failed",
+        "stage": stage,
+        "reason": reason[:TRACEBACK_CHARACTERS],
+        "retry": "counted" if retry else "no",
+        "traceback": trace,
+    }
+
+
+def whereabouts() -> dict[str, Any]:
+    """Return host, process and visible devices of this worker."""
+    return {
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "cuda_visible_devices": os.environ.get("CUDA_VISIBLE_DEVICES"),
+    }
+
+
+def plain(value: Any) -> Any:
+    """Return a value of JSON types alone: NaN and infinity as None, paths and scalars as text."""
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    if isinstance(value, bool | int | str) or value is None:
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if hasattr(value, "item"):
+        return plain(value.item())
+    return str(value)
+
+
+class StopFlag:
+    """Tells every worker of this driver, on whatever machine, to save and end."""
+
+    def __init__(self) -> None:
+        self._raised = False
+
+    def raise_it(self) -> None:
+        """Ask the workers to end."""
+        self._raised = True
+
+    def is_raised(self) -> bool:
+        """Return whether they are asked to."""
+        return self._raised

@@ -1,0 +1,1 @@
+"""Augmentation of a batch of patches on its device."""

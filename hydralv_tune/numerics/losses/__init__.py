@@ -1,0 +1,1 @@
+"""Losses of one task, of several, and how they are balanced."""

@@ -1,0 +1,1 @@
+"""Networks by name, and how each is built."""

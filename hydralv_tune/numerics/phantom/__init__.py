@@ -1,0 +1,1 @@
+"""A synthetic EM volume with known vesicles."""

@@ -1,0 +1,1 @@
+"""Probabilities to instances: seeds, flood and the exact sums over every threshold."""

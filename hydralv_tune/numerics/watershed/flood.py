@@ -1,0 +1,288 @@
+"""Seeds and flood: the one implementation that decode and sweep share.
+
+A node is a voxel whose label, seed or rank matters; the rest of the domain, the plain, is only
+flooded through and costs one bit a voxel.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from numba import njit
+
+from hydralv_tune.numerics.watershed.graph import WatershedGraph
+
+Array = npt.NDArray[Any]
+Ints = npt.NDArray[np.int32]
+
+
+@njit(cache=True, nogil=True)
+def _root(parent: Any, node: int) -> int:
+    while parent[node] != node:
+        parent[node] = parent[parent[node]]
+        node = parent[node]
+    return node
+
+
+@njit(cache=True, nogil=True)
+def _joined(seeds: Any, place: Any, where: Any, position: Any, before: Any) -> Any:
+    """Return the parent of each seed in a union-find over 26 neighbours."""
+    parent = np.arange(len(seeds)).astype(np.int32)
+    for index in range(len(seeds)):
+        at = position[seeds[index]]
+        for offset in before:
+            other = where[at + offset]
+            if other >= 0 and place[other] >= 0:
+                one = _root(parent, index)
+                two = _root(parent, place[other])
+                if one < two:
+                    parent[two] = one
+                elif two < one:
+                    parent[one] = two
+    return parent
+
+
+@njit(cache=True, nogil=True)
+def components(
+    values: Any, thresholds: Any, candidates: Any, where: Any, position: Any, before: Any
+) -> Any:
+    """Return (seed nodes, component of each, component sizes), 26-connected.
+
+    Args:
+        values: (channels, nodes), float32; a seed is above the threshold in every channel.
+        thresholds: (channels,), float64.
+        candidates: Nodes that may be seeds, int32, in raster order.
+        where, position, before: Of `Relief` and its box.
+    """
+    place = np.full(values.shape[1], -1, np.int32)
+    seeds = np.empty(len(candidates), np.int32)
+    found = 0
+    for node in candidates:
+        above = True
+        for channel in range(values.shape[0]):
+            if not values[channel, node] > thresholds[channel]:
+                above = False
+                break
+        if above:
+            place[node] = found
+            seeds[found] = node
+            found += 1
+    seeds = seeds[:found].copy()
+    parent = _joined(seeds, place, where, position, before)
+    label = np.empty(found, np.int32)
+    sizes = np.zeros(found, np.int64)
+    total = 0
+    for index in range(found):
+        top = _root(parent, index)
+        if top == index:
+            label[index] = total
+            total += 1
+        else:
+            label[index] = label[top]
+        sizes[label[index]] += 1
+    return seeds, label, sizes[:total].copy()
+
+
+@njit(cache=True, nogil=True)
+def keep_large(seeds: Any, label: Any, sizes: Any, least: int) -> Any:
+    """Return (seed nodes, labels from 1, number of labels) of components of `least` voxels."""
+    renamed = np.zeros(len(sizes), np.int32)
+    total = 0
+    for index in range(len(sizes)):
+        if sizes[index] >= least:
+            total += 1
+            renamed[index] = total
+    kept = 0
+    nodes = np.empty(len(seeds), np.int32)
+    labels = np.empty(len(seeds), np.int32)
+    for index in range(len(seeds)):
+        if renamed[label[index]] > 0:
+            nodes[kept] = seeds[index]
+            labels[kept] = renamed[label[index]]
+            kept += 1
+    return nodes[:kept].copy(), labels[:kept].copy(), total
+
+
+@njit(cache=True, nogil=True)
+def _mixed(value: Any) -> Any:
+    """Return 64 well-mixed bits of a 64-bit number (the finaliser of splitmix64)."""
+    value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return value ^ (value >> np.uint64(31))
+
+
+@njit(cache=True, nogil=True)
+def fingerprint(seeds: Any) -> Any:
+    """Return two sums of 64 mixed bits for each seed: equal for equal seed masks."""
+    step = np.uint64(0x9E3779B97F4A7C15)
+    one = np.uint64(0)
+    two = np.uint64(0)
+    for node in seeds:
+        mixed = _mixed(np.uint64(node) + step)
+        one += mixed
+        two += _mixed(mixed + step)
+    return one, two
+
+
+@njit(cache=True, nogil=True)
+def _lowest_bit(word: Any) -> int:
+    bit = 0
+    for width in (32, 16, 8, 4, 2, 1):
+        if word & ((np.uint64(1) << np.uint64(width)) - np.uint64(1)) == 0:
+            word >>= np.uint64(width)
+            bit += width
+    return bit
+
+
+@njit(cache=True, nogil=True)
+def _push(node: int, rank: int, queues: Any, lowest: int) -> int:
+    """Put a node at the end of its rank's queue; return the lowest word that may hold a bit."""
+    head, tail, follows, bits, tops = queues
+    follows[node] = -1
+    if head[rank] < 0:
+        head[rank] = node
+        bits[rank >> 6] |= np.uint64(1) << np.uint64(rank & 63)
+        tops[rank >> 12] |= np.uint64(1) << np.uint64((rank >> 6) & 63)
+        lowest = min(lowest, rank >> 12)
+    else:
+        follows[tail[rank]] = node
+    tail[rank] = node
+    return lowest
+
+
+@njit(cache=True, nogil=True)
+def _pop(top: int, queues: Any) -> int:
+    """Take the first node out of the lowest rank, which is known to lie under this word."""
+    head, _, follows, bits, tops = queues
+    word = (top << 6) + _lowest_bit(tops[top])
+    rank = (word << 6) + _lowest_bit(bits[word])
+    node = head[rank]
+    head[rank] = follows[node]
+    if head[rank] < 0:
+        bits[word] &= ~(np.uint64(1) << np.uint64(rank & 63))
+        if bits[word] == 0:
+            tops[top] &= ~(np.uint64(1) << np.uint64(word & 63))
+    return node
+
+
+@njit(cache=True, nogil=True)
+def _start(
+    seeds: Any, seed_labels: Any, ranks: Any, levels: int, wanted: Any, missing: int, dry: Any,
+    position: Any, labels: Any, queues: Any, later: Any,
+) -> Any:  # fmt: skip
+    """Label and queue the seeds; return what is missing, the lowest word, and the plain's end."""
+    lowest, later_ends = len(queues[-1]), 0
+    for index in range(len(seeds)):
+        node = seeds[index]
+        place = np.int64(position[node])
+        bit = np.uint64(1) << np.uint64(place & 63)
+        if dry[place >> 6] & bit:
+            dry[place >> 6] ^= bit
+            labels[node] = seed_labels[index]
+            missing -= wanted[node]
+            if ranks[node] < levels:
+                lowest = _push(node, ranks[node], queues, lowest)
+            else:
+                later[later_ends] = place << 32 | np.int64(seed_labels[index])
+                later_ends += 1
+    return missing, lowest, later_ends
+
+
+@njit(cache=True, nogil=True)
+def flood(
+    seeds: Any, seed_labels: Any, ranks: Any, levels: int, wanted: Any, missing: int, dry: Any,
+    known: Any, where: Any, position: Any, faces: Any, labels: Any, follows: Any, now: Any,
+    later: Any,
+) -> None:  # fmt: skip
+    """Write to `labels` which seed reaches each node first; 0 where none does.
+
+    A watershed: lowest rank first, first in first out within a rank. Each voxel enters once, so
+    a linked list per rank holds the queues, and two levels of bits find the lowest rank that is
+    not empty. The plain, the highest rank, is a queue in two halves of place and label, and one
+    bit a voxel says what is still dry: 13.6 million voxels take 0.1 s instead of 3.4 s with
+    labels in memory. The flood ends when no wanted node is missing, since a label never changes.
+
+    Args:
+        seeds, seed_labels: Nodes in raster order, labels from 1; one that is not dry is skipped.
+        ranks, levels, wanted, dry, known, where, position: Of `Relief`; `dry` is written to.
+        missing: How many nodes are wanted.
+        faces: Offsets of the 6 neighbours, in raster order.
+        labels: (nodes,), int32, zeros.
+        follows, now, later: Room for the queues.
+    """
+    tops = np.zeros((levels >> 12) + 1, np.uint64)
+    queues = (
+        np.full(levels, -1, np.int32), np.full(levels, -1, np.int32), follows,
+        np.zeros((levels >> 6) + 1, np.uint64), tops,
+    )  # fmt: skip
+    missing, lowest, later_ends = _start(
+        seeds, seed_labels, ranks, levels, wanted, missing, dry, position, labels, queues, later
+    )
+    at, now_ends = 0, 0
+    while missing > 0:
+        while lowest < len(tops) and tops[lowest] == 0:
+            lowest += 1
+        if lowest < len(tops):
+            node = _pop(lowest, queues)
+            place, label = np.int64(position[node]), np.int64(labels[node])
+        elif at < now_ends:
+            place, label = now[at] >> 32, now[at] & 0xFFFFFFFF
+            at += 1
+        elif later_ends > 0:
+            now, later = later, now
+            at, now_ends, later_ends = 0, later_ends, 0
+            continue
+        else:
+            break
+        for offset in faces:
+            other = place + offset
+            bit = np.uint64(1) << np.uint64(other & 63)
+            if dry[other >> 6] & bit:
+                dry[other >> 6] ^= bit
+                if known[other >> 6] & bit:
+                    node = where[other]
+                    labels[node] = label
+                    missing -= wanted[node]
+                    if ranks[node] < levels:
+                        lowest = _push(node, ranks[node], queues, lowest)
+                        continue
+                later[later_ends] = other << 32 | label
+                later_ends += 1
+
+
+class Workspace:
+    """The memory one thread needs to flood a relief again and again.
+
+    8 bytes a node, 1 bit a voxel of the box, and 16 bytes a voxel of the widest front that
+    crosses the plain: the queues are sized for the whole plain, but only touched memory counts.
+    """
+
+    def __init__(self, relief: WatershedGraph) -> None:
+        self.relief = relief
+        self._dry = relief.dry.copy()
+        self._labels = np.zeros(len(relief.nodes), np.int32)
+        self._follows = np.empty(len(relief.nodes), np.int32)
+        self._now = np.empty(relief.plain, np.int64)
+        self._later = np.empty(relief.plain, np.int64)
+
+    def seeds(self, thresholds: npt.NDArray[np.float64]) -> tuple[Ints, Ints, Array]:
+        """Return (seed nodes, component of each, component sizes)."""
+        relief = self.relief
+        return components(
+            relief.values, thresholds, relief.candidates, relief.where, relief.nodes,
+            relief.box.before,
+        )  # fmt: skip
+
+    def flooded(self, seeds: Ints, seed_labels: Ints) -> Ints:
+        """Return the label of each node, right for the wanted ones; good until the next call."""
+        relief = self.relief
+        np.copyto(self._dry, relief.dry)
+        self._labels[:] = 0
+        flood(
+            seeds, seed_labels, relief.ranks, relief.levels, relief.wanted, relief.missing,
+            self._dry, relief.known, relief.where, relief.nodes, relief.box.faces, self._labels,
+            self._follows, self._now, self._later,
+        )  # fmt: skip
+        return self._labels

@@ -1,0 +1,1 @@
+"""What people take away: the best trial, exports, report and dashboard."""

@@ -1,0 +1,1 @@
+"""The best configuration in the forms that other tools read."""

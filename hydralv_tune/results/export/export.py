@@ -1,0 +1,318 @@
+"""The best configuration of a study, its checkpoint, and the commands that use them."""
+
+from __future__ import annotations
+
+import io
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+
+from hydralv_tune.artifacts.records import load_checkpoint, provenance
+from hydralv_tune.artifacts.writing import write_atomically
+from hydralv_tune.config.candidate import Candidate
+from hydralv_tune.config.errors import InputError, as_input_error, unknown_name
+from hydralv_tune.config.files import baseline, candidate_from_mapping
+from hydralv_tune.config.yaml_io import dump_yaml
+from hydralv_tune.results.best_trial import Winner, load_best_trial
+from hydralv_tune.results.export.pytc import PEER_FORMATS, peer_config, peer_weights
+from hydralv_tune.results.export.pytc_blocks import PeerData
+from hydralv_tune.study.study import open_readonly
+from hydralv_tune.trial.scoring.prediction import load_network
+
+FORMATS = ("hydralv", *PEER_FORMATS)
+CHECKPOINT_KEYS = ("format", "version", "candidate", "weights")
+"""What prediction needs; optimizer, schedule and random states stay behind."""
+
+FIGURES = (
+    "adapted_rand_error", "adapted_rand_precision", "adapted_rand_recall",
+    "adapted_rand_error_foreground", "f1_iou50",
+)  # fmt: skip
+
+
+def export_best(
+    storage: str,
+    study: str,
+    out: Path,
+    *,
+    format: str = "hydralv",
+    table: Path | None = None,
+) -> dict[str, Any]:
+    """Write the best configuration and its checkpoint, and return where and how to use them.
+
+    Args:
+        storage: Of the study.
+        study: Its name.
+        out: The YAML file; the checkpoint goes beside it under the same stem.
+        format: One of `FORMATS`.
+        table: Also write all trials here, as CSV or Parquet by its suffix.
+
+    Returns:
+        `out`, `checkpoint`, `commands`, and `table` where it was asked for.
+
+    Raises:
+        StudyError: No such storage or study, or no trial is finished.
+        InputError: The format or a suffix is unknown, or checkpoint or record are gone.
+    """
+    out = Path(out)
+    if format not in FORMATS:
+        raise InputError(f"export --format: {unknown_name('format', format, FORMATS)}")
+    if out.suffix not in (".yaml", ".yml"):
+        raise InputError(
+            f"export --out: {out} is no .yaml file; the checkpoint goes beside it as .ckpt."
+        )
+    if table is not None:
+        _check_table(Path(table))
+    with load_best_trial(storage, study) as winner:
+        write = _export_own if format == "hydralv" else _export_peer
+        document = write(winner, out, format)
+    if table is not None:
+        document["table"] = str(write_table(storage, study, Path(table)))
+    return document
+
+
+def _export_own(winner: Winner, out: Path, format: str) -> dict[str, Any]:
+    """Write a candidate like those of `trials/`, so that `train` of it repeats the score."""
+    checkpoint = out.with_suffix(".ckpt")
+    content = load_checkpoint(winner.checkpoint)
+    kept = {key: content[key] for key in CHECKPOINT_KEYS if key in content}
+    candidate = exported_candidate(winner)
+    text = _comments(_head_lines(winner)) + dump_yaml(told(candidate))
+    _write_weights(checkpoint, kept)
+    write_atomically(out, text.encode())
+    return {
+        "out": str(out),
+        "checkpoint": str(checkpoint),
+        "commands": own_commands(winner, out, checkpoint),
+    }
+
+
+def exported_candidate(winner: Winner) -> Candidate:
+    """Return the candidate with the winner's thresholds, and the grid that they were swept in."""
+    grid = winner.candidate.test.decoding_grid
+    swept = grid.model_dump(mode="json") if grid is not None else _grid_of(winner)
+    partial = {
+        "experiment_name": f"{winner.study.name}_trial_{winner.view.number}",
+        "test": {
+            "decoding": [winner.step.model_dump(mode="json")],
+            "decoding_grid": swept,
+        },
+    }
+    return candidate_from_mapping(
+        partial, place="the exported candidate", base=winner.candidate.as_mapping()
+    )
+
+
+def _grid_of(winner: Winner) -> dict[str, Any]:
+    """Return the grid of the study's space as plain values."""
+    mapping: dict[str, Any] = winner.study.space.decoding.model_dump(mode="json")
+    return mapping
+
+
+def told(candidate: Candidate) -> dict[str, Any]:
+    """Return the candidate as a mapping without the keys that say nothing.
+
+    A null says nothing only where the baseline, which stands under every file, has one too.
+    """
+
+    def said(value: Any, base: Any) -> Any:
+        if not isinstance(value, Mapping):
+            return value
+        known = base if isinstance(base, Mapping) else {}
+        kept = {
+            key: said(entry, known.get(key))
+            for key, entry in value.items()
+            if entry is not None or known.get(key) is not None
+        }
+        return {key: entry for key, entry in kept.items() if entry != {} or known.get(key)}
+
+    mapping: dict[str, Any] = said(candidate.as_mapping(), baseline())
+    return mapping
+
+
+def _head_lines(winner: Winner) -> list[str]:
+    """Return what the head of an exported file says about where it came from."""
+    record, view = winner.record, winner.view
+    objective = winner.study.space.objective.metric
+    lines = [
+        f"The best trial of study '{winner.study.name}': trial {view.number} of "
+        f"{len(winner.study.trials())}, by {objective}.",
+        *_score_lines(record.metrics),
+        f"Split: {record.split.get('sentence') or record.split.get('kind')}.",
+    ]
+    if not view.is_feasible:
+        lines.append("ATTENTION: no trial met the guard on F1; this one came nearest.")
+    for entry in record.volumes:
+        where = entry.get("image") or "named by data.val_image"
+        lines.append(
+            f"Volume '{entry.get('name')}': {where}, fingerprint {entry.get('fingerprint')}."
+        )
+    if record.folds:
+        lines.append(
+            f"{len(record.folds)} folds: the figures are over all of them, the checkpoint is that "
+            "of the best fold."
+        )
+    lines.append(f"Trained with {_versions(record.provenance)}.")
+    lines.append(f"Exported with {_versions(provenance())}.")
+    return lines
+
+
+def _score_lines(metrics: Mapping[str, Any]) -> list[str]:
+    """Return the figures, one line each, and the counts of what went wrong."""
+    lines = [
+        f"  {name} {float(metrics[name]):.4f}" for name in FIGURES if metrics.get(name) is not None
+    ]
+    counts = [
+        f"{len(metrics[key]) if isinstance(metrics[key], list) else metrics[key]} {key}"
+        for key in ("missed", "split", "merged", "invented")
+        if metrics.get(key) is not None
+    ]
+    if metrics.get("instances_true") is not None:
+        counts.insert(0, f"{metrics.get('matched_iou50')} of {metrics['instances_true']} matched")
+    return [*lines, f"  instances: {', '.join(counts)}"] if counts else lines
+
+
+def _versions(source: Mapping[str, Any]) -> str:
+    """Return version, commit and the packages that matter of a provenance."""
+    package, versions = source.get("package") or {}, source.get("versions") or {}
+    commit = package.get("git_commit")
+    parts = [f"hydralv-tune {package.get('version')}" + (f" ({commit[:12]})" if commit else "")]
+    parts += [
+        f"{name} {versions[name]}" for name in ("torch", "monai", "optuna") if name in versions
+    ]
+    return ", ".join(parts)
+
+
+def _comments(lines: list[str]) -> str:
+    """Return lines as YAML comments; a line break inside one cannot end the comment."""
+    flat = (" ".join(line.splitlines()) if line.strip() else "" for line in lines)
+    return "".join(f"# {line}".rstrip() + "\n" for line in flat)
+
+
+def own_commands(winner: Winner, out: Path, checkpoint: Path) -> list[str]:
+    """Return the commands that predict, decode and score a new volume, and train again."""
+    volume = winner.volumes[0] if winner.volumes else None
+    image = volume.image if volume else "IMAGE.h5"
+    label = (volume.label if volume else None) or "LABEL.h5"
+    mask = ["--mask", volume.mask] if volume and volume.mask else []
+    step = winner.step
+    settings: list[str] = []
+    for key, value in step.decoder_arguments().items():
+        settings += ["--set", f"{key}={_setting(value)}"]
+    probabilities, segmentation = out.with_suffix(".p.h5"), out.with_suffix(".seg.h5")
+    rows = [
+        ["predict", "--checkpoint", checkpoint, "--image", image, "--out", probabilities],
+        ["decode", "--probabilities", probabilities, "--out", segmentation, *mask,
+         "--decoder", step.name, *settings],
+        ["score", "--prediction", segmentation, "--label", label, *mask],
+        ["train", out, *_all_volumes(winner), "--out", out.with_suffix("")],
+    ]  # fmt: skip
+    return [shlex.join(["hydralv-tune", *map(str, row)]) for row in rows]
+
+
+def _all_volumes(winner: Winner) -> list[str]:
+    """Return the options that name every volume of the study."""
+    words: list[str] = []
+    for volume in winner.volumes:
+        for option in ("image", "label", "mask"):
+            path = getattr(volume, option)
+            words += [f"--{option}", path] if path else []
+    return words
+
+
+def _setting(value: Any) -> str:
+    """Return a value as `--set` reads it."""
+    if isinstance(value, list | tuple):
+        return "[" + ",".join(_setting(entry) for entry in value) + "]"
+    return "null" if value is None else str(value)
+
+
+def _export_peer(winner: Winner, out: Path, format: str) -> dict[str, Any]:
+    """Write a configuration for PyTorch Connectomics and weights as it takes them."""
+    weights = out.with_suffix(".ckpt")
+    network, _ = load_network(winner.checkpoint)
+    data = PeerData(
+        volumes=winner.volumes,
+        voxel_size_nm=winner.voxel_size_nm,
+        weights=weights.name,
+        experiment=f"{winner.study.name}_trial_{winner.view.number}",
+        description=f"exported by hydralv-tune, study {winner.study.name}, "
+        f"trial {winner.view.number}",
+    )
+    with as_input_error(f"export --format {format}"):
+        config = peer_config(winner.candidate, winner.step, data, schema=format)
+    lines = _head_lines(winner)
+    lines += ["", *_volume_flood_lines(winner)]
+    lines += ["", "What PyTorch Connectomics cannot be told, and so does otherwise:"]
+    lines += [f"- {note}" for note in config.notes] or ["- nothing"]
+    lines += ["", f"Weights: {weights.name}, tensors under state_dict with the prefix 'model.'."]
+    lines += ["Its loader does not check decoder names or arguments; this export did."]
+    _write_weights(weights, peer_weights(network))
+    write_atomically(out, (_comments(lines) + dump_yaml(config.mapping)).encode())
+    command = shlex.join(["python", "scripts/main.py", "--config", str(out)])
+    return {
+        "out": str(out),
+        "checkpoint": str(weights),
+        "commands": [f"{command} --mode test", f"{command} --mode train"],
+    }
+
+
+def _volume_flood_lines(winner: Winner) -> list[str]:
+    """Return the winner's score under that tool's flood, or why it is not known."""
+    from hydralv_tune.results.scored_volumes import score_under_volume_flood
+
+    title = "The same thresholds under that tool's flood over the whole volume (flood: volume):"
+    try:
+        metrics = score_under_volume_flood(winner)
+    except InputError as error:
+        return [f"{title} not measured, since {error}"]
+    return [title, *_score_lines(metrics)]
+
+
+def _write_weights(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a checkpoint whole or not at all."""
+    buffer = io.BytesIO()
+    torch.save(dict(content), buffer)
+    write_atomically(path, buffer.getvalue())
+
+
+def _check_table(path: Path) -> None:
+    """Refuse a table that is neither CSV nor Parquet."""
+    if path.suffix not in (".csv", ".parquet"):
+        raise InputError(
+            f"export --table: {path} is neither .csv nor .parquet. Name it TRIALS.csv."
+        )
+
+
+def write_table(storage: str, study: str, path: Path) -> Path:
+    """Write all finished trials as CSV or Parquet, by the suffix, and return the path.
+
+    Raises:
+        InputError: The suffix is neither.
+        StudyError: No such storage or study.
+    """
+    _check_table(path)
+    opened = open_readonly(storage, study)
+    try:
+        frame = opened.table()
+    finally:
+        opened.close()
+    buffer = io.BytesIO()
+    if path.suffix == ".csv":
+        frame.to_csv(buffer, index=False)
+    else:
+        _of_one_type(frame).to_parquet(buffer, index=False)
+    return write_atomically(path, buffer.getvalue())
+
+
+def _of_one_type(frame: pd.DataFrame) -> pd.DataFrame:
+    """Return the table with mixed columns as text: Parquet holds one type per column."""
+    mixed = [
+        name
+        for name in frame.columns
+        if frame[name].dtype == object and frame[name].dropna().map(type).nunique() > 1
+    ]
+    return frame.assign(**{name: frame[name].map(str, na_action="ignore") for name in mixed})

@@ -1,0 +1,213 @@
+"""The blocks of a PyTorch Connectomics configuration that its schemas share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from hydralv_tune.config.candidate import Candidate
+from hydralv_tune.data.volumes import VolumePaths
+from hydralv_tune.numerics.augmentation.registry import AUGMENTATIONS, resolve_preset
+
+PEER_AUGMENTATIONS: dict[str, tuple[str, ...]] = {
+    "flip": ("prob", "spatial_axis"),
+    "rotate": ("prob", "spatial_axes"),
+    "affine": ("prob", "rotate_range", "scale_range", "shear_range"),
+    "elastic": ("prob", "sigma_range", "magnitude_range"),
+    "intensity": (
+        "gaussian_noise_prob", "gaussian_noise_std", "shift_intensity_prob",
+        "shift_intensity_offset", "contrast_prob", "contrast_range",
+    ),
+    "misalignment": ("prob", "displacement", "rotate_ratio"),
+    "missing_section": (
+        "prob", "num_sections", "full_section_prob", "partial_ratio_range", "fill_value_range",
+    ),
+    "motion_blur": ("prob", "sections", "kernel_size"),
+    "cut_noise": ("prob", "length_ratio", "noise_scale"),
+    "cut_blur": ("prob", "length_ratio", "down_ratio_range", "downsample_z"),
+    "copy_paste": ("prob", "max_obj_ratio", "rotation_angles", "border"),
+}  # fmt: skip
+"""The augmentations that tool knows and the knobs we share with it."""
+
+DEFAULT_ON = ("flip", "rotate", "intensity")
+"""What that tool does unless it is switched off."""
+
+
+@dataclass(frozen=True)
+class PeerData:
+    """What a configuration names beside the candidate.
+
+    Args:
+        volumes: Where the volumes of the study lie.
+        voxel_size_nm: (z, y, x), where known.
+        weights: Path of the weights, as the configuration names it.
+        experiment: Name of the experiment.
+        description: One line.
+    """
+
+    volumes: Sequence[VolumePaths]
+    voxel_size_nm: Sequence[float] | None
+    weights: str
+    experiment: str
+    description: str
+
+
+def augmentation_blocks(candidate: Candidate, notes: list[str]) -> dict[str, Any]:
+    """Return every augmentation written out, off ones too, since some are on there by default."""
+    chosen = resolve_preset(
+        candidate.data.augmentation.preset, candidate.data.augmentation.settings
+    )
+    blocks: dict[str, Any] = {}
+    for name in AUGMENTATIONS:
+        if name not in chosen:
+            if name in PEER_AUGMENTATIONS:
+                blocks[name] = {"enabled": False}
+            continue
+        if name not in PEER_AUGMENTATIONS:
+            notes.append(f"Augmentation '{name}' does not exist there.")
+            continue
+        knobs = {k: v for k, v in dict(chosen[name]).items() if k != "enabled"}
+        shared = {k: listed(v) for k, v in knobs.items() if k in PEER_AUGMENTATIONS[name]}
+        lost = sorted(k for k in set(knobs) - set(shared) if knobs[k] is not None)
+        if lost and not (name == "intensity" and lost == ["prob"]):
+            notes.append(f"Augmentation '{name}': {', '.join(lost)} not carried over.")
+        blocks[name] = {"enabled": True, **shared}
+    for name in DEFAULT_ON:
+        blocks.setdefault(name, {"enabled": False})
+    return blocks
+
+
+def with_ranges(blocks: dict[str, Any]) -> dict[str, Any]:
+    """Return the blocks with the number of blurred sections as the range that tool takes."""
+    blur = blocks.get("motion_blur", {})
+    if isinstance(blur.get("sections"), int):
+        blocks["motion_blur"] = {**blur, "sections": [blur["sections"], blur["sections"]]}
+    return blocks
+
+
+def listed(value: Any) -> Any:
+    """Return tuples as lists."""
+    return [listed(entry) for entry in value] if isinstance(value, list | tuple) else value
+
+
+def depth_weights(candidate: Candidate) -> list[float] | None:
+    """Return the weights of deep supervision in the order in which that tool hands them out.
+
+    It gives the first to the finest output and the rest to the heads from the deepest on, so
+    ours, which go from fine to coarse, are turned around after the first.
+    """
+    model = candidate.model
+    if not model.deep_supervision:
+        return None
+    levels = len(model.filters)
+    weights = list(model.deep_supervision_weights or [0.5**level for level in range(levels)])
+    return weights[:1] + weights[:0:-1] if model.architecture == "rsunet" else weights
+
+
+def loss_entries(candidate: Candidate, notes: list[str]) -> list[dict[str, Any]]:
+    """Return the loss terms with their channels."""
+    model = candidate.model
+    kwargs = [*model.loss_kwargs, *({} for _ in model.loss_functions)]
+    entries = []
+    for first, end, _, indices in model.multi_task_config:
+        for index in indices:
+            own = dict(kwargs[index])
+            entry: dict[str, Any] = {
+                "function": model.loss_functions[index],
+                "weight": model.loss_weights[index],
+            }
+            if model.loss_functions[index].startswith(("Dice", "Tversky")):
+                own.setdefault("sigmoid", True)
+            if own.pop("foreground_weight", None) is not None:
+                notes.append(f"{model.loss_functions[index]}: foreground_weight not carried over.")
+            if "pos_weight" in own:
+                entry["pos_weight"] = own.pop("pos_weight")
+            entry["kwargs"] = {k: listed(v) for k, v in own.items()}
+            entry["pred_slice"] = entry["target_slice"] = f"{first}:{end}"
+            entries.append(entry)
+    return entries
+
+
+def network_block(candidate: Candidate) -> dict[str, Any]:
+    """Return the `arch` block and the block of the architecture."""
+    model = candidate.model
+    block: dict[str, Any]
+    if model.architecture == "rsunet":
+        factors = model.down_factors or [[1, 2, 2]] * (len(model.filters) - 1)
+        block = {
+            "width": list(model.filters),
+            "norm": model.norm or "batch",
+            "activation": model.activation or "relu",
+            "down_factors": listed(factors),
+            "depth_2d": 0,
+        }
+        return {"arch": {"type": "rsunet"}, "rsunet": block}
+    if model.architecture == "mednext":
+        block = {"size": model.mednext_size or "S", "kernel_size": model.mednext_kernel_size or 3}
+        return {"arch": {"type": "mednext"}, "mednext": block}
+    # MONAI's own defaults, which are ours, stand where the candidate says nothing.
+    block = {"filters": list(model.filters), "norm": model.norm or "instance"}
+    block["dropout"] = model.dropout or 0.0
+    for key, name in (("activation",) * 2, ("num_res_units",) * 2, ("kernel_size",) * 2,
+                      ("strides",) * 2, ("upsample", "upsample_mode")):  # fmt: skip
+        value = getattr(model, key)
+        if value is not None:
+            block[name] = listed(value)
+    return {"arch": {"type": model.architecture}, "monai": block}
+
+
+def paths_of(data: PeerData, key: str) -> Any:
+    """Return one path, or a list where there are several volumes; None where any has none."""
+    paths = [getattr(volume, key) for volume in data.volumes]
+    if not paths or None in paths:
+        return None
+    return paths[0] if len(paths) == 1 else paths
+
+
+def data_block(data: PeerData) -> dict[str, Any]:
+    """Return the block that names the volumes."""
+    block = {key: paths_of(data, key) for key in ("image", "label", "mask")}
+    block["resolution"] = list(data.voxel_size_nm) if data.voxel_size_nm is not None else None
+    return {key: value for key, value in block.items() if value is not None}
+
+
+def _scheduler(candidate: Candidate) -> dict[str, Any]:
+    """Return the schedule; a constant one is a cosine from the rate to the rate."""
+    scheduler = candidate.optimization.scheduler
+    constant = scheduler.name == "constant"
+    return {
+        "name": "WarmupCosineLR",
+        "warmup_epochs": scheduler.warmup_epochs,
+        "warmup_start_lr": scheduler.warmup_start_lr,
+        "min_lr": candidate.optimization.optimizer.lr if constant else scheduler.min_lr,
+    }
+
+
+def optimization_block(candidate: Candidate, *, head: bool) -> dict[str, Any]:
+    """Return the `optimization` block."""
+    own = candidate.optimization
+    patches = candidate.data.iter_num_per_epoch
+    a_step = candidate.system.training.batch_size * own.accumulate_grad_batches
+    steps = {"n_steps_per_epoch": max(1, round(patches / a_step))} if head else {}
+    scheduler = _scheduler(candidate)
+    return {
+        "max_epochs": own.max_epochs,
+        **steps,
+        "gradient_clip_val": own.gradient_clip_val,
+        "accumulate_grad_batches": own.accumulate_grad_batches,
+        "precision": own.precision,
+        "optimizer": own.optimizer.model_dump(mode="json"),
+        "scheduler": {**scheduler, "name": "warmupcosine"} if head else scheduler,
+        "ema": own.ema.model_dump(mode="json"),
+    }
+
+
+def monitor_block(candidate: Candidate) -> dict[str, Any]:
+    """Return the `monitor` block."""
+    stopping = candidate.monitor.early_stopping.model_dump(mode="json")
+    watched = "train_loss_total_epoch"
+    return {
+        "checkpoint": {"monitor": watched, "mode": "min", "save_top_k": 3, "save_last": True},
+        "early_stopping": {k: v for k, v in stopping.items() if v is not None},
+    }

@@ -1,0 +1,392 @@
+"""What a report says, gathered once and rendered twice: as a page and as Markdown."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from hydralv_tune.artifacts.pictures import COLOURS
+from hydralv_tune.artifacts.records import TrialRecord, read_record
+from hydralv_tune.artifacts.thumbnails import thumbnail
+from hydralv_tune.config.errors import HydraLVError, InputError
+from hydralv_tune.config.files import known_names
+from hydralv_tune.config.search_space import Parameter
+from hydralv_tune.numerics.formatting import number_of
+from hydralv_tune.numerics.metrics.instance_errors import Verdict, bootstrap
+from hydralv_tune.results.best_trial import Winner
+from hydralv_tune.results.report.limits import Limit, Target, kind_of, limits, plan_targets
+from hydralv_tune.results.scored_volumes import Judgement, judge_all, scored_volumes
+from hydralv_tune.study.trial_views import TrialView, count_states
+
+MOST_THUMBNAILS = 400
+"""More wrong instances than this are listed without a picture, or the page would not open."""
+
+KINDS = ("missed", "split", "merged", "shrunken", "swollen", "invented")
+KIND_COLOURS = {**COLOURS, "shrunken": "#E69F00", "swollen": "#0072B2", "loose": COLOURS["true"]}
+
+METRICS: tuple[tuple[str, str, bool], ...] = (
+    ("adapted_rand_error", "adapted Rand error", False),
+    ("adapted_rand_precision", "adapted Rand precision", True),
+    ("adapted_rand_recall", "adapted Rand recall", True),
+    ("adapted_rand_error_foreground", "adapted Rand error, foreground form", False),
+    ("skimage_adapted_rand_error", "adapted Rand error, as scikit-image has it", False),
+    ("voi_split", "variation of information, split", False),
+    ("voi_merge", "variation of information, merge", False),
+    ("f1_iou50", "F1 at IoU 0.5", True),
+    ("precision_iou50", "precision at IoU 0.5", True),
+    ("recall_iou50", "recall at IoU 0.5", True),
+    ("matched_iou50", "instances matched", True),
+    ("instances_predicted", "instances predicted", True),
+    ("missed", "missed", False),
+    ("split", "split", False),
+    ("merged", "merged", False),
+    ("invented", "invented", False),
+)
+"""Every figure, its name, and whether more is better."""
+
+NEUTRAL = ("instances_predicted",)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One figure of the best trial beside the baseline's."""
+
+    label: str
+    baseline: float | None
+    best: float | None
+    change: float | None
+    verdict: str
+
+
+@dataclass(frozen=True)
+class Card:
+    """One instance that went wrong."""
+
+    kind: str
+    colour: str
+    title: str
+    size_voxels: int
+    worth: float
+    worth_foreground: float
+    iou: float
+    details: str
+    picture: bytes | None
+
+    @property
+    def source(self) -> str | None:
+        """Return the picture as a data URL."""
+        if self.picture is None:
+            return None
+        return "data:image/webp;base64," + base64.b64encode(self.picture).decode()
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One axis of the sweep: the winner's value, its plateau, and what was tried."""
+
+    label: str
+    winner: str
+    plateau: str
+    tried: str
+
+
+@dataclass(frozen=True)
+class ReportData:
+    """Everything that a report says."""
+
+    study: str
+    storage: str
+    written: str
+    metric: str
+    guard_f1: float
+    counts: Mapping[str, int]
+    trials: Sequence[TrialView]
+    winner: Winner
+    metrics: Mapping[str, Any]
+    intervals: Mapping[str, tuple[float, float]]
+    searched: Sequence[tuple[str, str, str]]
+    importances: Mapping[str, float]
+    comparison: Sequence[Comparison]
+    baseline_number: int | None
+    targets: Sequence[Target]
+    limits: Sequence[Limit]
+    axes: Sequence[Axis]
+    points: Sequence[tuple[str, str, Mapping[str, Any]]]
+    table: pd.DataFrame | None
+    cards: Mapping[str, list[Card]]
+    sizes_found: Sequence[int]
+    sizes_lost: Sequence[int]
+    contact_sheet: bytes | None
+    notes: Sequence[str] = field(default_factory=list)
+
+    @property
+    def record(self) -> TrialRecord:
+        """Return the record of the best trial."""
+        return self.winner.record
+
+    @property
+    def wrong(self) -> int:
+        """Return how many instances are shown as wrong."""
+        return sum(len(cards) for cards in self.cards.values())
+
+
+def gather(winner: Winner) -> ReportData:
+    """Return what the report says about a study.
+
+    What cannot be read any more (a volume that moved) is left out, and the notes say so.
+    """
+    study, record = winner.study, winner.record
+    trials = study.trials()
+    notes = list(record.notes)
+    judgement: Judgement | None = None
+    try:
+        judgement = judge_all(scored_volumes(winner))
+    except (InputError, ValueError) as error:
+        notes.append(f"The instances are not shown one by one: {error}")
+    objective = study.space.objective
+    table = _sweep_table(winner.folder, notes)
+    number, baseline = _baseline(winner, trials, notes)
+    return ReportData(
+        study=study.name,
+        storage=study.storage,
+        written=datetime.now().strftime("%Y-%m-%d %H:%M"),
+        metric=objective.metric,
+        guard_f1=objective.guard.f1_iou50,
+        counts=count_states(trials),
+        trials=trials,
+        winner=winner,
+        metrics=record.metrics,
+        intervals={} if judgement is None else bootstrap(judgement.table),
+        searched=_searched(winner),
+        importances=study.importances(),
+        comparison=compare(baseline, record.metrics) if baseline else [],
+        baseline_number=number,
+        targets=plan_targets(record.metrics, record.losses),
+        limits=[] if judgement is None else _limits(judgement, objective.metric),
+        axes=_axes(record.sweep or {}, winner),
+        points=_points(record.sweep or {}),
+        table=table,
+        cards={} if judgement is None else _cards(judgement),
+        sizes_found=_sizes(judgement, found=True),
+        sizes_lost=_sizes(judgement, found=False),
+        contact_sheet=_bytes(winner.folder / "contact_sheet.png"),
+        notes=notes,
+    )
+
+
+def _bytes(path: Path) -> bytes | None:
+    """Return the content of a file, or None where there is none."""
+    return path.read_bytes() if path.is_file() else None
+
+
+def _sweep_table(folder: Path, notes: list[str]) -> pd.DataFrame | None:
+    """Return the table of all threshold combinations of the best trial."""
+    path = folder / "sweep.parquet"
+    try:
+        return pd.read_parquet(path)
+    except (OSError, ValueError) as error:
+        notes.append(f"The threshold plateau is not drawn: {path.name} cannot be read ({error}).")
+        return None
+
+
+def _baseline(
+    winner: Winner, trials: Sequence[TrialView], notes: list[str]
+) -> tuple[int | None, Mapping[str, Any] | None]:
+    """Return number and figures of the trial that the best one is compared with.
+
+    It is the warm start called `baseline`, else that of the space's base, else the first warm
+    start, else the first finished trial.
+    """
+    done = [t for t in trials if t.state in ("COMPLETE", "PRUNED") and not t.is_imported]
+    wanted = ["baseline", winner.study.space.base, *winner.study.space.warm_starts]
+    by_recipe = {t.user_attrs.get("warm_start"): t for t in reversed(done)}
+    chosen = next((by_recipe[name] for name in wanted if name in by_recipe), None)
+    chosen = chosen or (done[0] if done else None)
+    if chosen is None or chosen.number == winner.view.number:
+        return (None, None) if chosen is None else (chosen.number, None)
+    folder = winner.study.folder_of(chosen)
+    metrics = chosen.user_attrs.get("metrics")
+    if folder is not None and (folder / "record.json").is_file():
+        try:
+            metrics = read_record(folder / "record.json").metrics or metrics
+        except HydraLVError as error:
+            notes.append(f"The baseline's record: {error}")
+    return chosen.number, metrics
+
+
+def compare(baseline: Mapping[str, Any], best: Mapping[str, Any]) -> list[Comparison]:
+    """Return every figure of both, its change, and whether that is for the better."""
+    rows = []
+    for key, label, more_is_better in METRICS:
+        before, after = number_of(baseline.get(key)), number_of(best.get(key))
+        if before is None and after is None:
+            continue
+        change = None if before is None or after is None else after - before
+        verdict = ""
+        if change is not None and key not in NEUTRAL and abs(change) > 1e-9:
+            verdict = "better" if (change > 0) == more_is_better else "worse"
+        rows.append(Comparison(label, before, after, change, verdict))
+    return rows
+
+
+def _searched(winner: Winner) -> list[tuple[str, str, str]]:
+    """Return key, what was searched, and the best trial's value."""
+    space = winner.study.space
+    return [
+        (key, _range(parameter), _best_value(winner.view.params, key))
+        for key, parameter in space.parameters.items()
+    ]
+
+
+def _best_value(params: Mapping[str, Any], key: str) -> str:
+    """Return the best trial's value of a parameter; a dash where it had none."""
+    if key not in params:
+        return "–"
+    return "null" if params[key] is None else _shown(params[key])
+
+
+def _range(parameter: Parameter) -> str:
+    """Return what a parameter may be, in words."""
+    if parameter.choice is not None:
+        text = ", ".join("null" if c is None else _shown(c) for c in parameter.choices)
+    else:
+        low, high = parameter.float_ or parameter.int_ or (0, 0)
+        text = f"{low:g} to {high:g}" + (", log" if parameter.log else "")
+        text += f", step {parameter.step}" if parameter.step else ""
+    if parameter.when:
+        conditions = (
+            f"{key.split('.')[-1]} is {' or '.join(map(_shown, values))}"
+            for key, values in parameter.when.items()
+        )
+        text += f" (where {' and '.join(conditions)})"
+    return text
+
+
+def _shown(value: Any) -> str:
+    """Return a value as people read it."""
+    if value is None:
+        return "–"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _limits(judgement: Judgement, metric: str) -> list[Limit]:
+    """Return what costs score."""
+    return limits(judgement.table, judgement.joined, metric=metric, recipes=known_names("trials"))
+
+
+def _points(sweep: Mapping[str, Any]) -> list[tuple[str, str, Mapping[str, Any]]]:
+    """Return the three combinations worth a look, with what each is."""
+    named = (
+        ("winner", "smallest error among those near the best F1"),
+        ("best_by_f1", "highest F1"),
+        ("best_unguarded", "smallest error, whatever its F1"),
+    )
+    return [(name.replace("_", " "), why, sweep[name]) for name, why in named if name in sweep]
+
+
+def _axes(sweep: Mapping[str, Any], winner: Winner) -> list[Axis]:
+    """Return each axis of the sweep with the winner's plateau on it."""
+    plateau = sweep.get("plateau") or {}
+    grid = winner.candidate.test.decoding_grid or winner.study.space.decoding
+    arguments = winner.step.decoder_arguments()
+    rows = []
+    for name, flat in plateau.items():
+        key, _, part = name.partition(".")
+        value = arguments.get(key)
+        if part and isinstance(value, list | tuple):
+            value = value[part == "foreground"]
+        tried = grid.axes.get(name, ())
+        rows.append(Axis(_axis(name), _limit(value), _listed(flat), _listed(tried)))
+    return rows
+
+
+def _axis(name: str) -> str:
+    """Return the name of an axis in words."""
+    key, _, part = name.partition(".")
+    return f"{key.replace('_threshold', '').replace('_', ' ')}{', ' + part if part else ''}"
+
+
+def _limit(value: Any) -> str:
+    """Return a threshold as people read it; None is off."""
+    return "off" if value is None or value == float("inf") else f"{value:g}"
+
+
+def _listed(values: Sequence[Any]) -> str:
+    """Return values in a row, the middle ones left out where they are many."""
+    texts = [_limit(value) for value in values]
+    if len(texts) > 8:
+        texts = [*texts[:4], "…", *texts[-2:]]
+    return ", ".join(texts) or "–"
+
+
+def _sizes(judgement: Judgement | None, *, found: bool) -> list[int]:
+    """Return the sizes of the truths that are matched, or not."""
+    if judgement is None:
+        return []
+    return [v.size_voxels for v in judgement.joined if v.truth_id is not None and v.fits == found]
+
+
+def _cards(judgement: Judgement) -> dict[str, list[Card]]:
+    """Return the wrong instances by kind, dearest first."""
+    cards: dict[str, list[Card]] = {kind: [] for kind in KINDS}
+    drawn = 0
+    for instance, joined in zip(judgement.instances, judgement.joined, strict=True):
+        kind = kind_of(joined, judgement.table)
+        if kind is None:
+            continue
+        picture = None
+        if drawn < MOST_THUMBNAILS:
+            picture = _picture(judgement, instance.part, instance.verdict, kind)
+            drawn += 1
+        volume = judgement.parts[instance.part].volume.name
+        where = f" of {volume}" if len(judgement.parts) > 1 else ""
+        cards[kind].append(_card(instance.verdict, kind, where, picture))
+    return {kind: own for kind, own in cards.items() if own}
+
+
+def _card(verdict: Verdict, kind: str, where: str, picture: bytes | None) -> Card:
+    """Return the card of an instance."""
+    segments = verdict.segment_ids
+    if verdict.truth_id is None:
+        title = f"Segment {segments[0]}{where}"
+        details = "no instance of the truth makes up a tenth of it"
+    else:
+        title = f"Instance {verdict.truth_id}{where}"
+        shown = ", ".join(map(str, segments[:6])) + (" …" if len(segments) > 6 else "")
+        plural = "s" if len(segments) > 1 else ""
+        details = f"segment{plural} {shown}" if segments else "no segment touches it"
+    return Card(
+        kind=kind,
+        colour=KIND_COLOURS[kind],
+        title=title,
+        size_voxels=verdict.size_voxels,
+        worth=verdict.worth,
+        worth_foreground=verdict.worth_foreground,
+        iou=verdict.iou,
+        details=details,
+        picture=picture,
+    )
+
+
+def _picture(judgement: Judgement, part: int, verdict: Verdict, kind: str) -> bytes:
+    """Return the thumbnail of an instance."""
+    scored = judgement.parts[part]
+    truths, segments = scored.boxes
+    invented = verdict.truth_id is None
+    box = segments[verdict.segment_ids[0]] if invented else truths[verdict.truth_id or 0]
+    return thumbnail(
+        image=scored.volume.image,
+        truth=scored.truth,
+        prediction=scored.inside_prediction,
+        truth_ids=[] if invented else [verdict.truth_id or 0],
+        segment_ids=verdict.segment_ids,
+        colour=KIND_COLOURS[kind],
+        voxel_size_nm=scored.volume.voxel_size_nm,
+        box=box,
+    )

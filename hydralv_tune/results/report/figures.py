@@ -1,0 +1,365 @@
+"""The figures of a report, drawn by Plotly so that they can be hovered and zoomed."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import plotly.graph_objects as go
+from plotly.io import to_html
+
+from hydralv_tune.artifacts.pictures import COLOURS
+from hydralv_tune.config.candidate import DecodingStep
+from hydralv_tune.config.search_space import SearchSpace
+from hydralv_tune.numerics.formatting import objective_label
+from hydralv_tune.study.trial_views import TrialView
+
+INK, FAINT, GRID, ACCENT = "#1c2430", "#8a94a3", "#e7eaef", "#0072B2"
+STATES = {
+    "COMPLETE": ("circle", ACCENT),
+    "PRUNED": ("x-thin-open", "#7d8896"),
+    "INFEASIBLE": ("circle-open", "#D55E00"),
+}
+AXES = (
+    "binary_threshold", "contour_threshold", "distance_threshold", "min_seed_size",
+    "min_instance_size",
+)  # fmt: skip
+"""Starts of the sweep's axes among its columns."""
+
+AXIS_PIXELS = 118
+"""Width of one axis of the parallel coordinates; narrower, and its labels overlap."""
+
+
+def as_html(figure: go.Figure, name: str) -> str:
+    """Return a figure as a piece of HTML that needs Plotly's script somewhere before it."""
+    text: str = to_html(
+        figure,
+        include_plotlyjs=False,
+        full_html=False,
+        div_id=f"figure-{name}",
+        config={"displayModeBar": False, "responsive": True, "scrollZoom": False},
+    )
+    return text
+
+
+def _styled(figure: go.Figure, *, height: int, x: str = "", y: str = "") -> go.Figure:
+    """Return the figure in the report's dress."""
+    figure.update_layout(
+        height=height,
+        margin={"l": 52, "r": 12, "t": 14, "b": 44},
+        font={"family": "system-ui, -apple-system, Segoe UI, sans-serif", "size": 13, "color": INK},
+        paper_bgcolor="rgba(0,0,0,0)",
+        plot_bgcolor="rgba(0,0,0,0)",
+        legend={"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0, "title": None},
+        hoverlabel={"bgcolor": "white", "font": {"color": INK}},
+        bargap=0.18,
+    )
+    shared = {"gridcolor": GRID, "zeroline": False, "automargin": True}
+    figure.update_xaxes(title={"text": x, "font": {"size": 13}}, **shared)
+    figure.update_yaxes(title={"text": y, "font": {"size": 13}}, **shared)
+    return figure
+
+
+def history(trials: Sequence[TrialView], metric: str) -> go.Figure:
+    """Return each trial's value over time, and the best feasible one so far."""
+    done = sorted(
+        (t for t in trials if t.value is not None or t.intermediate),
+        key=lambda t: (t.finished is None, t.finished or t.started, t.number),
+    )
+    done = [t for t in done if t.finished is not None and t.state in ("COMPLETE", "PRUNED")]
+    figure = go.Figure()
+    if not done:
+        return _styled(figure, height=120)
+    first = min(t.started or t.finished for t in done if t.finished)
+    assert first is not None
+    hours = {t.number: (t.finished - first).total_seconds() / 3600 for t in done if t.finished}
+    unit, factor = ("hours", 1.0) if max(hours.values()) >= 2 else ("minutes", 60.0)
+    for state, (symbol, colour) in STATES.items():
+        own = [t for t in done if _state(t) == state]
+        if own:
+            figure.add_scatter(
+                x=[hours[t.number] * factor for t in own],
+                y=[_value(t) for t in own],
+                mode="markers",
+                name={"INFEASIBLE": "F1 under the guard"}.get(state, state.lower()),
+                marker={"symbol": symbol, "color": colour, "size": 9, "line": {"width": 2}},
+                hovertext=[_hover(t) for t in own],
+                hoverinfo="text",
+            )
+    best_x: list[float] = []
+    best_y: list[float] = []
+    best = np.inf
+    for trial in done:
+        value = trial.value
+        if _state(trial) == "COMPLETE" and value is not None and value < best:
+            best = value
+            best_x.append(hours[trial.number] * factor)
+            best_y.append(value)
+    if best_x:
+        figure.add_scatter(
+            x=[*best_x, max(hours.values()) * factor],
+            y=[*best_y, best],
+            mode="lines",
+            line={"shape": "hv", "color": INK, "width": 2},
+            name="best so far",
+            hoverinfo="skip",
+        )
+    figure.update_xaxes(rangemode="tozero")
+    figure.update_yaxes(rangemode="tozero")
+    figure.update_layout(showlegend=True)
+    return _styled(figure, height=340, x=f"{unit} since the start", y=objective_label(metric))
+
+
+def _state(trial: TrialView) -> str:
+    """Return the state, told apart by the study's guard."""
+    return "INFEASIBLE" if trial.state == "COMPLETE" and not trial.is_feasible else trial.state
+
+
+def _value(trial: TrialView) -> float | None:
+    """Return the final value, or the best that a pruned trial had reached."""
+    if trial.value is not None:
+        return trial.value
+    return min(trial.intermediate.values()) if trial.intermediate else None
+
+
+def _hover(trial: TrialView) -> str:
+    """Return what is said about a trial under the pointer."""
+    lines = [f"<b>trial {trial.number}</b> {trial.state.lower()}"]
+    value = _value(trial)
+    if value is not None:
+        lines.append(f"{value:.4f}")
+    if trial.user_attrs.get("warm_start"):
+        lines.append(f"recipe {trial.user_attrs['warm_start']}")
+    lines += [f"{key} {_short(v)}" for key, v in list(trial.params.items())[:8]]
+    return "<br>".join(lines)
+
+
+def _short(value: Any) -> str:
+    """Return a value in a few characters."""
+    if isinstance(value, float):
+        return f"{value:.3g}"
+    text = str(value)
+    return text if len(text) <= 28 else text[:27] + "…"
+
+
+def parallel_coordinates(
+    trials: Sequence[TrialView], space: SearchSpace | None, metric: str
+) -> tuple[go.Figure, int] | None:
+    """Return every finished trial as a line through its parameters, and the width it needs.
+
+    None where fewer than two trials have a value.
+    """
+    done = [t for t in trials if t.state in ("COMPLETE", "PRUNED") and _value(t) is not None]
+    names = [
+        name
+        for name in dict.fromkeys(name for t in done for name in t.params)
+        if len({str(t.params.get(name)) for t in done}) > 1
+    ]
+    if len(done) < 2 or not names:
+        return None
+    values = [float(_value(t) or 0.0) for t in done]
+    dimensions = [{"label": "value", "values": values}]
+    for name in names:
+        column = [t.params.get(name) for t in done]
+        log = bool(space and name in space.parameters and space.parameters[name].log)
+        dimensions.append(_dimension(name, column, log=log))
+    # A failed trial's error of 1 would wash out the colours of those worth telling apart.
+    low, high = min(values), float(np.quantile(values, 0.8))
+    figure = go.Figure(
+        go.Parcoords(
+            line={
+                "color": values, "colorscale": "Viridis", "reversescale": False,
+                "cmin": low, "cmax": max(high, low + 1e-9),
+            },
+            dimensions=dimensions,
+            labelfont={"size": 12, "color": INK},
+            tickfont={"size": 11, "color": INK},
+            rangefont={"size": 10, "color": FAINT},
+        )
+    )  # fmt: skip
+    _styled(figure, height=380)
+    figure.update_layout(margin={"l": 60, "r": 60, "t": 56, "b": 26})
+    return figure, AXIS_PIXELS * len(dimensions)
+
+
+def _dimension(name: str, column: Sequence[Any], *, log: bool) -> dict[str, Any]:
+    """Return one axis; what a trial did not have lies at the bottom under a dash."""
+    label = name.split(".")[-1].replace("_", " ")
+    missing = any(value is None for value in column)
+    # A conditional choice may be null in every trial: one tick, a dash, tells that too.
+    numeric = any(value is not None for value in column) and all(
+        value is None or (isinstance(value, int | float) and not isinstance(value, bool))
+        for value in column
+    )
+    if numeric:
+        known = [float(v) for v in column if v is not None]
+        shown = np.log10(known) if log else np.asarray(known)
+        low, high = float(shown.min()), float(shown.max())
+        floor = low - 0.15 * max(high - low, 1e-9)
+        scaled = [floor if v is None else float(np.log10(v) if log else v) for v in column]
+        ticks = np.linspace(low, high, 4) if high > low else np.array([low])
+        texts = [f"{10**t if log else t:.2g}" for t in ticks]
+        if missing:
+            ticks, texts = np.append(floor, ticks), ["–", *texts]
+        return {"label": label, "values": scaled, "tickvals": list(ticks), "ticktext": texts}
+    words = sorted({"–" if v is None else _word(v) for v in column})
+    index = {word: i for i, word in enumerate(words)}
+    return {
+        "label": label,
+        "values": [index["–" if v is None else _word(v)] for v in column],
+        "tickvals": list(range(len(words))),
+        "ticktext": words,
+    }
+
+
+def _word(value: Any) -> str:
+    """Return a choice as a tick; a list in JSON loses its spaces."""
+    text = str(value)
+    if text.startswith("["):
+        with contextlib.suppress(ValueError):
+            text = "[" + ",".join(_short(v) for v in json.loads(text)) + "]"
+    return text if len(text) <= 22 else text[:21] + "…"
+
+
+def importances(shares: Mapping[str, float]) -> go.Figure:
+    """Return how much of the spread of the objective each parameter explains."""
+    rows = sorted(shares.items(), key=lambda row: row[1])[-14:]
+    figure = go.Figure(
+        go.Bar(
+            x=[share for _, share in rows],
+            y=[name.split(".")[-1].replace("_", " ") for name, _ in rows],
+            orientation="h",
+            marker={"color": ACCENT},
+            text=[f"{share:.0%}" for _, share in rows],
+            textposition="outside",
+            cliponaxis=False,
+            hovertext=[name for name, _ in rows],
+            hoverinfo="text",
+        )
+    )
+    _styled(figure, height=70 + 26 * len(rows))
+    figure.update_xaxes(visible=False, range=[0, 1.18 * max(share for _, share in rows)])
+    return figure
+
+
+def plateau(table: pd.DataFrame, rows: str, columns: str, metric: str, winner: Any) -> go.Figure:
+    """Return the best value over two axes of the sweep, with the winner's place marked.
+
+    Args:
+        table: Every combination.
+        rows: Axis down.
+        columns: Axis across.
+        metric: Column that is shown.
+        winner: Values of the winner on both axes, (row, column).
+    """
+    within = table[table["within_guard"]] if "within_guard" in table else table
+    pick = "max" if metric == "f1_iou50" else "min"
+    best = within.groupby([rows, columns])[metric].agg(pick).unstack()
+    across = [_threshold(v) for v in best.columns]
+    down = [_threshold(v) for v in best.index]
+    figure = go.Figure(
+        go.Heatmap(
+            z=best.to_numpy(float),
+            x=across,
+            y=down,
+            colorscale="Viridis",
+            reversescale=pick == "min",
+            colorbar={"title": None, "thickness": 12, "len": 0.9},
+            hovertemplate=f"{rows} %{{y}}<br>{columns} %{{x}}<br>%{{z:.4f}}<extra></extra>",
+        )
+    )
+    figure.add_scatter(
+        x=[_threshold(winner[1])],
+        y=[_threshold(winner[0])],
+        mode="markers",
+        marker={"symbol": "star", "size": 15, "color": "white", "line": {"color": INK, "width": 1}},
+        hoverinfo="skip",
+        showlegend=False,
+    )
+    figure.update_xaxes(type="category")
+    figure.update_yaxes(type="category")
+    return _styled(figure, height=330, x=axis_label(columns), y=axis_label(rows))
+
+
+def plateau_of(table: pd.DataFrame | None, metric: str, step: DecodingStep) -> go.Figure | None:
+    """Return the plateau over the two axes that matter most, or None where too few move.
+
+    An axis matters by the spread of the best value along it, as in the sweep's own heat-map.
+    """
+    if table is None or metric not in table:
+        return None
+    within = table[table["within_guard"]] if "within_guard" in table else table
+    pick = "max" if metric == "f1_iou50" else "min"
+    names = [n for n in table.columns if n.startswith(AXES) and within[n].nunique() > 1]
+    if len(names) < 2:
+        return None
+    spread = {n: float(np.ptp(within.groupby(n)[metric].agg(pick).to_numpy())) for n in names}
+    rows, columns = sorted(names, key=lambda name: -spread[name])[:2]
+    arguments = step.decoder_arguments()
+    return plateau(
+        table, rows, columns, metric, (_argument(arguments, rows), _argument(arguments, columns))
+    )
+
+
+def _argument(arguments: Mapping[str, Any], name: str) -> Any:
+    """Return the winner's value on an axis."""
+    key, _, part = name.partition(".")
+    value = arguments.get(key)
+    return value[part == "foreground"] if part and isinstance(value, list | tuple) else value
+
+
+def axis_label(name: str) -> str:
+    """Return the name of an axis of the sweep in words: `binary_threshold.seed`, binary, seed."""
+    name, _, part = name.partition(".")
+    word = name.replace("_threshold", "").replace("_", " ")
+    return f"{word}, {part}" if part else word
+
+
+def _threshold(value: Any) -> str:
+    """Return a threshold as a tick; infinity is off."""
+    number = np.inf if value is None else float(value)
+    return "off" if not np.isfinite(number) else f"{number:g}"
+
+
+def sizes(found: Sequence[int], lost: Sequence[int]) -> go.Figure:
+    """Return a histogram over the sizes of the instances, matched and not, in log bins."""
+    every = np.array([*found, *lost], float)
+    low, high = float(every.min()), float(every.max())
+    bins = int(np.clip(np.sqrt(len(every)) * 1.6, 4, 14))
+    edges = np.geomspace(low, max(high, low * 1.01), bins + 1)
+    labels = [f"{a:.0f}–{b:.0f}" for a, b in itertools.pairwise(edges)]
+    figure = go.Figure()
+    for name, values, colour in (
+        ("matched at IoU 0.5", found, COLOURS["true"]),
+        ("not matched", lost, COLOURS["missed"]),
+    ):
+        counts, _ = np.histogram(np.clip(values, low, high), edges)
+        figure.add_bar(x=labels, y=counts, name=name, marker={"color": colour})
+    figure.update_layout(barmode="stack")
+    figure.update_yaxes(tickformat="d", dtick=1 if len(every) <= 24 else None)
+    return _styled(figure, height=300, x="size in voxels", y="instances")
+
+
+def curves(rows: Sequence[Mapping[str, Any]]) -> go.Figure:
+    """Return the losses of the best trial over its epochs.
+
+    Args:
+        rows: `TrialRecord.history`.
+    """
+    figure = go.Figure()
+    palette = [INK, "#0072B2", "#D55E00", "#009E73"]
+    epochs = [row.get("epoch") for row in rows]
+    for name, colour in zip(("total", "label", "boundary", "edt"), palette, strict=True):
+        values = [(row.get("losses") or {}).get(name) for row in rows]
+        if any(value is not None for value in values):
+            figure.add_scatter(
+                x=epochs, y=values, mode="lines+markers", name=name, line={"color": colour}
+            )
+    ticks = [base * 10**power for power in range(-4, 3) for base in (1, 2, 5)]
+    figure.update_yaxes(type="log", tickvals=ticks, ticktext=[f"{tick:g}" for tick in ticks])
+    return _styled(figure, height=300, x="epoch", y="loss")

@@ -1,0 +1,219 @@
+"""What the best trial was scored on, with its segmentation: for the report and for exports."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from scipy import ndimage
+
+from hydralv_tune.config.errors import InputError, as_input_error
+from hydralv_tune.data.volumes import Volume, read_labels
+from hydralv_tune.numerics.metrics.instance_errors import Verdict, joined_tables, judge
+from hydralv_tune.numerics.metrics.scores import (
+    ContingencyTable,
+    adapted_rand,
+    adapted_rand_foreground,
+    contingency_table,
+    match_instances,
+)
+from hydralv_tune.numerics.networks.registry import network_arguments, receptive_field
+from hydralv_tune.numerics.watershed.decoders import decode
+from hydralv_tune.results.best_trial import Winner
+from hydralv_tune.trial.scoring.prediction import load_network, pick_device, predict
+from hydralv_tune.trial.splits import SplitPlan, split_volumes
+from hydralv_tune.trial.training.lazy_reader import held_out_volumes, part_to_score, read_or_open
+
+Array = npt.NDArray[Any]
+
+
+@dataclass(frozen=True)
+class ScoredVolume:
+    """One volume, or the part of it that was scored, with the winner's segmentation of it.
+
+    Args:
+        volume: Image, label and mask of the part.
+        prediction: (Z, Y, X) labels, 0 outside the mask.
+    """
+
+    volume: Volume
+    prediction: Array
+
+    @cached_property
+    def inside_prediction(self) -> Array:
+        """Return the segments inside the mask."""
+        return self._inside(self.prediction)
+
+    @cached_property
+    def truth(self) -> Array:
+        """Return the labels inside the mask."""
+        assert self.volume.label is not None, "what is scored has labels"
+        return self._inside(self.volume.label)
+
+    @cached_property
+    def table(self) -> ContingencyTable:
+        """Return the overlaps of truth and segmentation inside the mask."""
+        return contingency_table(
+            prediction=self.prediction, truth=self.truth, mask=self.volume.mask
+        )
+
+    @cached_property
+    def boxes(self) -> tuple[dict[int, tuple[slice, ...]], dict[int, tuple[slice, ...]]]:
+        """Return where each instance of the truth, and each segment, lies."""
+        return _boxes(self.truth), _boxes(self.inside_prediction)
+
+    def _inside(self, labels: Array) -> Array:
+        """Return the labels with 0 outside the mask."""
+        return labels if self.volume.mask is None else np.where(self.volume.mask, labels, 0)
+
+
+def _boxes(labels: Array) -> dict[int, tuple[slice, ...]]:
+    """Return the bounding box of each id; ids may be far apart."""
+    ids, dense = np.unique(labels, return_inverse=True)
+    found = ndimage.find_objects(dense.reshape(labels.shape) + 1)
+    return {int(i): box for i, box in zip(ids, found, strict=True) if i and box is not None}
+
+
+@dataclass(frozen=True)
+class Instance:
+    """One instance with what became of it, in the ids of its volume."""
+
+    part: int
+    verdict: Verdict
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """All scored volumes together.
+
+    Args:
+        parts: The volumes.
+        table: Their overlaps as one.
+        instances: Every truth and every invented segment, dearest first.
+        joined: The same with ids that are unique over all volumes, as `table` has them.
+    """
+
+    parts: list[ScoredVolume]
+    table: ContingencyTable
+    instances: list[Instance]
+    joined: list[Verdict]
+
+
+def scored_volumes(winner: Winner) -> list[ScoredVolume]:
+    """Return what the winner was scored on, with its segmentations.
+
+    They are read from the trial's folder, or predicted and decoded again where they are gone.
+
+    Raises:
+        InputError: A volume is gone or has changed, or so has a checkpoint.
+    """
+    plan = _plan(winner)
+    parts = [(index, part) for index, fold in enumerate(plan.folds) for part in fold.score]
+    scored = []
+    for number, (_, part) in enumerate(parts):
+        path = winner.folder / f"segmentation_{number}.h5"
+        if not path.is_file():
+            return _decoded_again(winner, plan, {})
+        segments = read_labels(path)
+        if segments.shape != part.image.shape:
+            raise InputError(
+                f"{path}: has shape {segments.shape}, but {part.name} has {part.image.shape}. "
+                "Delete it to have it made again."
+            )
+        scored.append(ScoredVolume(part, segments))
+    return scored
+
+
+def _plan(winner: Winner) -> SplitPlan:
+    """Return the split of the trial over its volumes, which must be those it was trained on.
+
+    Of a volume over `data.memory_limit_gb` the same sections are scored as in the trial.
+    """
+    record, candidate = winner.record, winner.candidate
+    limit_gb = candidate.data.memory_limit_gb
+    volumes = [read_or_open(paths, limit_gb) for paths in winner.volumes]
+    held_out = held_out_volumes(candidate.data)
+    for volume, entry in zip([*volumes, *held_out], record.volumes, strict=True):
+        if volume.fingerprint() != entry.get("fingerprint"):
+            raise InputError(
+                f"Volume '{volume.name}': its fingerprint is {volume.fingerprint()}, but the trial "
+                f"was scored on {entry.get('fingerprint')}. Put the volume back as it was."
+            )
+    model = candidate.model
+    field = receptive_field(model.architecture, network_arguments(model.model_dump()))
+    plan = split_volumes(volumes, candidate.data, receptive_field=field, held_out=held_out)
+    folds = [
+        replace(fold, score=tuple(part_to_score(part, candidate.data) for part in fold.score))
+        for fold in plan.folds
+    ]
+    return replace(plan, folds=tuple(folds))
+
+
+def _decoded_again(winner: Winner, plan: SplitPlan, changed: dict[str, Any]) -> list[ScoredVolume]:
+    """Return the scored volumes, predicted and decoded, with some decoder arguments changed."""
+    device = pick_device("auto")
+    scored = []
+    arguments = {**winner.step.decoder_arguments(), **changed}
+    for fold in plan.folds:
+        path = winner.checkpoint
+        if len(plan.folds) > 1:
+            path = winner.folder / fold.name / "best.ckpt"
+        network, candidate = load_network(path, device=device)
+        for part in fold.score:
+            with as_input_error(f"Volume '{part.name}'"):
+                maps = predict(
+                    network, part.image, candidate, device=device, mask=part.mask,
+                    normalisation=part.normalisation,
+                )  # fmt: skip
+                segments = decode(winner.step.name, maps, part.mask, **arguments)
+            scored.append(ScoredVolume(part, segments))
+    return scored
+
+
+def score_under_volume_flood(winner: Winner) -> dict[str, Any]:
+    """Return the winner's figures with the flood that PyTorch Connectomics runs.
+
+    Raises:
+        InputError: A volume or a checkpoint is gone or has changed.
+    """
+    if winner.step.decoder_arguments().get("flood") == "volume" or (
+        winner.step.name != "decode_instance_binary_contour_distance"
+    ):
+        return winner.record.metrics
+    parts = _decoded_again(winner, _plan(winner), {"flood": "volume"})
+    return figures(joined_tables([part.table for part in parts])[0])
+
+
+def figures(table: ContingencyTable) -> dict[str, Any]:
+    """Return the figures of a contingency table under the names of the command line."""
+    rand = adapted_rand(table)
+    matching = match_instances(table)
+    return {
+        "adapted_rand_error": rand.error,
+        "adapted_rand_precision": rand.precision,
+        "adapted_rand_recall": rand.recall,
+        "adapted_rand_error_foreground": adapted_rand_foreground(table).error,
+        "f1_iou50": matching.f1,
+        "instances_true": len(table.truth_ids),
+        "matched_iou50": matching.matched,
+        **{k: len(getattr(matching, k)) for k in ("missed", "split", "merged", "invented")},
+    }
+
+
+def judge_all(parts: list[ScoredVolume]) -> Judgement:
+    """Return what became of every instance of all volumes, by what mending it is worth in all."""
+    table, truth_shifts, segment_shifts = joined_tables([part.table for part in parts])
+    joined = judge(table)
+    instances = []
+    for verdict in joined:
+        if verdict.truth_id is not None:
+            part = int(np.searchsorted(truth_shifts, verdict.truth_id, side="left")) - 1
+        else:
+            part = int(np.searchsorted(segment_shifts, verdict.segment_ids[0], side="left")) - 1
+        truth = None if verdict.truth_id is None else verdict.truth_id - truth_shifts[part]
+        segments = tuple(s - segment_shifts[part] for s in verdict.segment_ids)
+        instances.append(Instance(part, replace(verdict, truth_id=truth, segment_ids=segments)))
+    return Judgement(parts, table, instances, joined)

@@ -1,0 +1,1 @@
+"""One Optuna study in a database; the only package that imports Optuna."""

@@ -1,0 +1,455 @@
+"""The one process that asks and tells the trials of a study it runs, and nobody else's."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import threading
+import time
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import optuna
+import sqlalchemy
+from optuna.exceptions import UpdateFinishedTrialError
+from optuna.trial import FrozenTrial, TrialState
+
+from hydralv_tune.study.database import (
+    DatabaseAway,
+    database_errors,
+    set_attributes,
+    store_evaluation,
+)
+from hydralv_tune.study.journal import PREFIX, SUFFIX, Journal, journals_in
+from hydralv_tune.study.mutex import StudyMutex
+from hydralv_tune.study.samplers import GUARD, distribution_of, make_pruner, make_sampler, suggest
+from hydralv_tune.study.study import Study, trial_by_number
+from hydralv_tune.study.trial_views import (
+    FOLD_VALUES,
+    VIOLATIONS,
+    Asked,
+    Outcome,
+    TrialView,
+    count_states,
+    duplicate_of,
+    is_surely_dead,
+    missing_successors,
+    own_process,
+    successor_attributes,
+)
+
+HEARTBEAT_S = 30.0
+GRACE_S = 120.0
+DUPLICATE_TRIES = 3
+UNTRIED_TRIES = 200
+ABANDONED_S = 3600.0  # of a journal, after which its driver on another machine is not awaited
+
+
+class Driver:
+    """One process that asks and tells: the only writer of its trials.
+
+    Args:
+        study: An open study.
+        out: Folder of the study on this machine, where results wait while the database is away.
+        heartbeat_s: Seconds between two signs of life.
+        grace_s: Silence after which another driver takes this one's trials over.
+    """
+
+    def __init__(
+        self,
+        study: Study,
+        *,
+        out: Path,
+        heartbeat_s: float = HEARTBEAT_S,
+        grace_s: float = GRACE_S,
+    ) -> None:
+        self.study = study
+        self.space = study.space
+        self.process = own_process()
+        self.name = f"{self.process['machine'].split('/')[0]}/{self.process['pid']}"
+        self.identity = uuid.uuid4().hex
+        self.heartbeat_s, self.grace_s = heartbeat_s, grace_s
+        self.out = out
+        self._mutex = StudyMutex(study.rdb.engine.url, study.name)
+        self._live: dict[int, optuna.Trial] = {}
+        self._journal = Journal(out / f"{PREFIX}{self.identity}{SUFFIX}")
+        # Both monotonic: when the database last answered, and since when without a long pause.
+        self._answered_at, self._answering_since = -math.inf, math.inf
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
+        study.optuna.pruner = make_pruner(self.space.pruner)
+        self._sampler = make_sampler(self.space.sampler, 0)
+
+    def __enter__(self) -> Driver:
+        with self._database(), self._mutex:
+            self.adopt_journals()
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join(timeout=5.0)
+        with contextlib.suppress(DatabaseAway):
+            self.poll()
+        self._mutex.close()
+
+    @property
+    def live(self) -> frozenset[int]:
+        """Return the numbers of the trials that this driver answers for."""
+        return frozenset(self._live)
+
+    @property
+    def waiting_results(self) -> int:
+        """Return how many results wait in the journal."""
+        return len(self._journal.entries())
+
+    def ask(self, target: int) -> Asked | Literal["wait", "done"]:
+        """Return the next trial, or whether to wait for others or to end.
+
+        Args:
+            target: COMPLETE and PRUNED trials wanted in all.
+
+        Raises:
+            DatabaseAway: Try again later.
+        """
+        before = set(self._live)
+        try:
+            with self._database(), self._mutex:
+                self._flush()
+                self.reconcile()
+                return self._next_trial(target)
+        except (DatabaseAway, UpdateFinishedTrialError) as error:
+            # Nobody will run a trial that was claimed just before: it is to be found an orphan.
+            for number in set(self._live) - before:
+                self._live.pop(number)
+            if isinstance(error, DatabaseAway):
+                raise
+            return "wait"  # this process slept, and another driver found the trial an orphan
+
+    def _next_trial(self, target: int) -> Asked | Literal["wait", "done"]:
+        """Return a new trial if one is wanted; under the mutex."""
+        counts = count_states(self.study.trials())
+        finished = counts["complete"] + counts["pruned"]
+        if finished >= target:
+            return "done"
+        if finished + counts["running"] >= target:
+            return "wait"
+        for _ in range(DUPLICATE_TRIES):
+            asked = self._new_trial()
+            if asked is not None:
+                return asked
+        params = self._untried()
+        if params is None:  # the space has no more combinations
+            return "wait" if counts["running"] else "done"
+        self.study.optuna.enqueue_trial(params)
+        return self._new_trial() or "wait"
+
+    def report(
+        self,
+        number: int,
+        step: int,
+        value: float,
+        violation: float | None = None,
+        folds: Sequence[float] | None = None,
+    ) -> Literal["go", "prune", "refused"]:
+        """Store an intermediate value and return whether the trial goes on.
+
+        Args:
+            number: The trial.
+            step: Evaluation, from 1.
+            value: Objective so far, minimised.
+            violation: By how much the checkpoint of that value violates the guard.
+            folds: The objective of each fold, whose mean the value is.
+        """
+        beside = {VIOLATIONS: violation, FOLD_VALUES: None if folds is None else list(folds)}
+        trial = self._live.get(number)
+        if trial is None:
+            return "refused"
+        try:
+            with self._database():
+                self._flush()
+                store_evaluation(self.study.rdb, trial._trial_id, step, value, beside)
+                # Fresh: `trial.should_prune` would look at what it has reported by itself.
+                frozen = self.study.rdb.get_trial(trial._trial_id)
+                study = self.study.optuna
+                return "prune" if study.pruner.prune(study, frozen) else "go"
+        except UpdateFinishedTrialError:
+            self._live.pop(number, None)
+            return "refused"
+        except DatabaseAway:
+            kept = {"number": number, "step": step, "value": value, "beside": beside}
+            self._keep({"kind": "report", **kept})
+            return "go"
+
+    def tell(self, number: int, outcome: Outcome) -> Literal["told", "kept", "refused"]:
+        """End a trial in the database, or keep its result until that answers.
+
+        A result of a trial that another driver has taken over is refused: the database wins.
+        """
+        if number not in self._live:
+            return "refused"
+        try:
+            with self._database(), self._mutex:
+                self._flush()
+                told = self._tell_now(number, outcome, self.identity)
+                if told and outcome.state == "FAIL":
+                    self.reconcile()
+                return "told" if told else "refused"
+        except DatabaseAway:
+            self._keep({"kind": "tell", "number": number, "outcome": outcome.as_mapping()})
+            return "kept"
+
+    def poll(self) -> frozenset[int]:
+        """Tell what waits, and return the trials that the database has taken away.
+
+        Raises:
+            DatabaseAway: Try again later.
+        """
+        with self._database():
+            self._flush()
+            states = {trial.number: trial.state for trial in self.study.frozen()}
+            self._answered()
+        lost = frozenset(n for n in self._live if states.get(n) != TrialState.RUNNING)
+        for number in lost:
+            self._live.pop(number, None)
+        return lost
+
+    def adopt_journals(self) -> None:
+        """Tell the results that dead drivers left in this folder; to be called under the mutex."""
+        for journal in journals_in(self.out):
+            entries = journal.entries()
+            abandoned = time.time() - journal.path.stat().st_mtime > ABANDONED_S
+            if entries and (abandoned or is_surely_dead(entries[0].get("process"))):
+                journal.drain(self._tell_entry)
+
+    def _flush(self) -> None:
+        """Tell what waits, in order: a later result must not overtake an earlier one."""
+        if self._journal.entries():
+            with self._mutex:
+                self._journal.drain(self._tell_entry)
+                self.reconcile()
+
+    @contextlib.contextmanager
+    def _database(self) -> Iterator[None]:
+        """Turn a database that does not answer into `DatabaseAway`, and remember that it was."""
+        try:
+            with database_errors():
+                yield
+        except DatabaseAway:
+            self._answered_at = -math.inf
+            raise
+
+    def _answered(self) -> None:
+        """Take in that the database answers."""
+        now = time.monotonic()
+        if now - self._answered_at > self.grace_s:
+            self._answering_since = now
+        self._answered_at = now
+
+    def reconcile(self) -> None:
+        """Fail the trials whose driver is gone and give each FAIL that deserves it one successor.
+
+        To be called under the mutex; it may be called any number of times.
+        """
+        # First: a trial whose result a dead driver left behind is no orphan.
+        self.adopt_journals()
+        ages = self._heartbeat_ages()
+        for trial in self.study.frozen():
+            if trial.state == TrialState.RUNNING and trial.number not in self._live:
+                reason = self._orphaned(trial, ages.get(trial._trial_id))
+                if reason is not None:
+                    self._fail_orphan(trial, reason)
+        views = self.study.trials()
+        for view in missing_successors(views, retries=self.space.budget.retries):
+            # One that was killed while it was being asked for has only part of its parameters.
+            params = view.params if "owner" in view.user_attrs else view.requested
+            self.study.optuna.enqueue_trial(dict(params), user_attrs=successor_attributes(view))
+
+    def _orphaned(self, trial: FrozenTrial, age_s: float | None) -> str | None:
+        """Return why nobody works on a RUNNING trial any more, or None where somebody does."""
+        owner = trial.user_attrs.get("owner")
+        if owner is None or owner.get("identity") == self.identity:
+            return "orphaned: its driver died while it asked for the trial"
+        if is_surely_dead(owner):
+            return "orphaned: its driver's process is gone"
+        # While the database was away, or this process slept, nobody could be heard.
+        listened_s = time.monotonic() - self._answering_since
+        if listened_s > self.grace_s and (age_s is None or age_s > self.grace_s):
+            silence = "at all" if age_s is None else f"for {age_s:.0f} s"
+            return f"orphaned: no sign of life of its driver {silence}"
+        return None
+
+    def _fail_orphan(self, trial: FrozenTrial, reason: str) -> None:
+        """Tell an orphan as FAIL; whatever was asked for on purpose is asked for again."""
+        wanted = "owner" in trial.user_attrs or bool(trial.system_attrs.get("fixed_params"))
+        attributes = {"reason": reason, "retry": "free" if wanted else "no"}
+        with contextlib.suppress(UpdateFinishedTrialError):
+            set_attributes(self.study.rdb, trial._trial_id, attributes)
+        with contextlib.suppress(UpdateFinishedTrialError, ValueError):
+            self.study.optuna.tell(trial.number, state=TrialState.FAIL)
+
+    def _new_trial(self) -> Asked | None:
+        """Ask Optuna for a trial and claim it; None where its parameters were tried before."""
+        study = self.study.optuna
+        trials = self.study.trials()
+        study.sampler = self._sampler_for(len(trials))
+        trial = self._waiting_retry() or study.ask()
+        self.study.rdb.record_heartbeat(trial._trial_id)
+        params = suggest(self.space, trial)
+        attributes = dict(trial.user_attrs)
+        warm_start = attributes.get("warm_start")
+        retry_of = attributes.get("retry_of")
+        earlier = duplicate_of(params, warm_start, trials, number=trial.number)
+        if earlier is not None and retry_of is None:
+            reason = f"duplicate of trial {earlier}, not trained again"
+            repeated = {"duplicate_of": earlier, "reason": reason}
+            set_attributes(self.study.rdb, trial._trial_id, repeated)
+            study.tell(trial, state=TrialState.FAIL)
+            return None
+        self._inherit(trial, retry_of, trials)
+        # Last of all: a RUNNING trial without an owner was never fully asked for.
+        owner = {**self.process, "identity": self.identity}
+        claim = {"driver": self.name, "owner": owner}
+        set_attributes(self.study.rdb, trial._trial_id, claim)
+        self._live[trial.number] = trial
+        return Asked(
+            number=trial.number,
+            root=int(attributes.get("root", trial.number)),
+            attempt=int(attributes.get("attempt", 1)),
+            retry_of=retry_of,
+            params=params,
+            warm_start=warm_start,
+        )
+
+    def _waiting_retry(self) -> optuna.Trial | None:
+        """Return the first waiting trial that goes on from a checkpoint, now running, or None.
+
+        Optuna takes what waits in the order of its numbers. A trial that was nearly done would
+        then stay behind recipes that have not begun, and in a small budget for ever.
+        """
+        study, waiting = self.study.optuna, (TrialState.WAITING,)
+        storage = study._storage
+        for trial in storage.get_all_trials(study._study_id, deepcopy=False, states=waiting):
+            with contextlib.suppress(UpdateFinishedTrialError):
+                if "retry_of" in trial.user_attrs and storage.set_trial_state_values(
+                    trial._trial_id, TrialState.RUNNING
+                ):
+                    return optuna.Trial(study, trial._trial_id)
+        return None
+
+    def _untried(self) -> dict[str, Any] | None:
+        """Return parameters drawn at random that no trial has, or None where none are found."""
+        trials = self.study.trials()
+        draw = optuna.samplers.RandomSampler(seed=len(trials)).sample_independent
+        for _ in range(UNTRIED_TRIES):
+            params: dict[str, Any] = {}
+            for key, parameter in self.space.parameters.items():
+                if self.space.is_active(key, params):
+                    params[key] = draw(
+                        self.study.optuna, self.study.frozen()[0], key, distribution_of(parameter)
+                    )
+            if duplicate_of(params, None, trials, number=-1) is None:
+                return params
+        return None
+
+    def _inherit(self, trial: optuna.Trial, retry_of: int | None, trials: list[TrialView]) -> None:
+        """Give a retry the evaluations of the attempt before, from whose checkpoint it goes on."""
+        for view in trials:
+            if view.number == retry_of:
+                known = {k: view.user_attrs.get(k) or {} for k in (VIOLATIONS, FOLD_VALUES)}
+                for step, value in view.intermediate.items():
+                    if math.isfinite(value):
+                        beside = {key: by_step.get(str(step)) for key, by_step in known.items()}
+                        store_evaluation(self.study.rdb, trial._trial_id, step, value, beside)
+
+    def _sampler_for(self, count: int) -> optuna.samplers.BaseSampler:
+        """Return the sampler of the next trial.
+
+        Each trial has a seed of its own, so that neither a second driver nor a relaunch draws the
+        same random numbers again. CMA-ES and QMC are sequences and keep theirs.
+        """
+        if self.space.sampler.name in ("cmaes", "qmc"):
+            return self._sampler
+        return make_sampler(self.space.sampler, count)
+
+    def _tell_now(self, number: int, outcome: Outcome, identity: str) -> bool:
+        """End a trial if the database still has it RUNNING and owned by this driver."""
+        study = self.study.optuna
+        frozen = trial_by_number(study, number)
+        owner = (frozen.user_attrs.get("owner") or {}) if frozen is not None else {}
+        if (
+            frozen is None
+            or frozen.state != TrialState.RUNNING
+            or owner.get("identity") != identity
+        ):
+            self._live.pop(number, None)
+            return False
+        retry = {"retry": outcome.retry} if outcome.state == "FAIL" else {}
+        try:
+            set_attributes(self.study.rdb, frozen._trial_id, {**outcome.attributes, **retry})
+            if outcome.violation is not None and math.isfinite(outcome.violation):
+                optuna.Trial(study, frozen._trial_id).set_constraint(GUARD, outcome.violation)
+            values = outcome.value if outcome.state == "COMPLETE" else None
+            study.tell(number, values, state=TrialState[outcome.state])
+        except UpdateFinishedTrialError:
+            told = False  # this process slept under the mutex, and another took the trial over
+        else:
+            told = True
+        # Only now: until it is told, a trial must not look like an orphan.
+        self._live.pop(number, None)
+        return told
+
+    def _keep(self, entry: Mapping[str, Any]) -> None:
+        """Write into the journal what cannot be told now."""
+        self._journal.append({**entry, "identity": self.identity, "process": self.process})
+
+    def _tell_entry(self, entry: dict[str, Any]) -> None:
+        """Tell one entry of a journal; what the database no longer wants is dropped."""
+        number, identity = int(entry["number"]), str(entry["identity"])
+        with self._database(), self._mutex:
+            if entry["kind"] == "tell":
+                self._tell_now(number, Outcome.from_mapping(entry["outcome"]), identity)
+                return
+            frozen = trial_by_number(self.study.optuna, number)
+            if frozen is not None and frozen.state == TrialState.RUNNING:
+                with contextlib.suppress(UpdateFinishedTrialError):
+                    store_evaluation(
+                        self.study.rdb,
+                        frozen._trial_id,
+                        int(entry["step"]),
+                        float(entry["value"]),
+                        dict(entry["beside"]),
+                    )
+
+    def _heartbeat_ages(self) -> dict[int, float]:
+        """Return the seconds since each RUNNING trial's sign of life, by the database's clock."""
+        beats = sqlalchemy.table(
+            "trial_heartbeats",
+            sqlalchemy.column("trial_id", sqlalchemy.Integer),
+            sqlalchemy.column("heartbeat", sqlalchemy.DateTime),
+        )
+        running = [t._trial_id for t in self.study.frozen() if t.state == TrialState.RUNNING]
+        if not running:
+            return {}
+        query = sqlalchemy.select(beats.c.trial_id, beats.c.heartbeat, sqlalchemy.func.now()).where(
+            beats.c.trial_id.in_(running)
+        )
+        with self.study.rdb.engine.connect() as connection:
+            rows = connection.execute(query).all()
+        self._answered()
+        return {
+            trial: (now.replace(tzinfo=None) - beat.replace(tzinfo=None)).total_seconds()
+            for trial, beat, now in rows
+        }
+
+    def _beat(self) -> None:
+        """Record a sign of life of every live trial until the driver ends."""
+        while not self._stop.wait(self.heartbeat_s):
+            for trial in list(self._live.values()):
+                # A database that is away is met by the driver's own thread too, which says so.
+                # Whatever else goes wrong with one sign of life must not end the later ones.
+                with contextlib.suppress(Exception), self._database():
+                    self.study.rdb.record_heartbeat(trial._trial_id)
+        self.study.rdb.remove_session()

@@ -1,0 +1,487 @@
+"""One Optuna study: opened, read, and changed as a whole."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import optuna
+import pandas as pd
+from optuna.storages import RDBStorage
+from optuna.trial import FrozenTrial
+
+from hydralv_tune.config.errors import StudyError
+from hydralv_tune.config.search_space import SearchSpace, space_from_mapping
+from hydralv_tune.study.database import (
+    DatabaseAway,
+    database_errors,
+    has_tables,
+    load_named,
+    open_storage,
+    require_tables,
+)
+from hydralv_tune.study.mutex import StudyMutex
+from hydralv_tune.study.samplers import (
+    elsewhere,
+    imported_trial,
+    require_comparable,
+    require_compatible,
+    violation_of,
+)
+from hydralv_tune.study.storage_url import engine_options, masked, parse_storage, probe, sqlite_file
+from hydralv_tune.study.trial_views import (
+    FINISHED,
+    TrialView,
+    best_trial,
+    count_states,
+    describe_best,
+)
+
+SPACE, OUT, VOLUMES, IDENTITY = "space", "out", "volumes", "identity"
+
+
+class Study:
+    """An open study. Use `Study.open` or `open_readonly`."""
+
+    def __init__(self, storage: RDBStorage, study: optuna.Study, shown: str) -> None:
+        self.rdb = storage
+        self.optuna = study
+        self.storage = shown
+        self.name = study.study_name
+        self._space: SearchSpace | None = None
+        self._finished: dict[int, TrialView] = {}
+
+    @classmethod
+    def open(
+        cls,
+        storage: str,
+        name: str,
+        *,
+        space: SearchSpace | None = None,
+        create: bool = False,
+        extend: bool = False,
+    ) -> Study:
+        """Open a study, or make it.
+
+        Args:
+            storage: `sqlite:///FILE` or `postgresql+psycopg://…`.
+            name: Name of the study.
+            space: What it searches; needed to make it. The stored space must equal it.
+            create: Make database and study where they do not exist; otherwise nothing is written.
+            extend: Accept a space that differs from the stored one.
+
+        Raises:
+            StudyError: The storage does not exist or answer, there is no such study, or the
+                space has changed.
+        """
+        url = parse_storage(storage)
+        probe(url, create=create)
+        options = engine_options(url)
+        if not create:
+            require_tables(url, options)
+            rdb = open_storage(url, create=False)
+            return cls(rdb, load_named(rdb, name, masked(url)), masked(url))
+        assert space is not None, "a study is made from its space"
+        mutex = StudyMutex(url, name)
+        try:
+            with database_errors(), mutex:
+                rdb = open_storage(url, create=True)
+                study = cls(
+                    rdb,
+                    optuna.create_study(
+                        storage=rdb, study_name=name, direction="minimize", load_if_exists=True
+                    ),
+                    masked(url),
+                )
+                study._settle_space(space, extend=extend)
+                study._enqueue_warm_starts()
+        except DatabaseAway as error:
+            raise StudyError(f"--storage: {masked(url)} does not answer: {error}.") from None
+        finally:
+            mutex.close()
+        return study
+
+    @property
+    def space(self) -> SearchSpace:
+        """Return the space that the study searches."""
+        if self._space is None:
+            stored = self.optuna.user_attrs.get(SPACE)
+            if stored is None:
+                raise StudyError(
+                    f"Study '{self.name}' in {self.storage} was not made by hydralv-tune: it has "
+                    "no search space. Give the name of a study that `run` made."
+                )
+            self._space = space_from_mapping(stored)
+        return self._space
+
+    @property
+    def out(self) -> Path | None:
+        """Return the folder of the study, or None where none was told."""
+        text = self.optuna.user_attrs.get(OUT)
+        return Path(text) if text else None
+
+    @property
+    def identity(self) -> str | None:
+        """Return what tells the study from any other, of the same name too; None before its run."""
+        return self.optuna.user_attrs.get(IDENTITY)
+
+    def folder_of(self, trial: TrialView) -> Path | None:
+        """Return the folder that holds all attempts of a trial.
+
+        It is built from a number, so nothing in the database can point outside the study's folder.
+        """
+        return None if self.out is None else self.out / "trials" / str(trial.root)
+
+    def frozen(self) -> list[FrozenTrial]:
+        """Return all trials as Optuna has them, not to be changed.
+
+        Raises:
+            DatabaseAway: The database does not answer right now.
+        """
+        with database_errors():
+            return self.optuna.get_trials(deepcopy=False)
+
+    def trials(self) -> list[TrialView]:
+        """Return all trials, in order of their numbers."""
+        views = []
+        for trial in self.frozen():
+            view = self._finished.get(trial.number)
+            if view is None:
+                view = view_of(trial)
+                if trial.state.is_finished():  # and cannot change any more
+                    self._finished[trial.number] = view
+            views.append(view)
+        return views
+
+    def best(self) -> TrialView | None:
+        """Return the best feasible COMPLETE trial, or the one nearest to feasible, or None."""
+        return best_trial(self.trials())
+
+    def facts(self) -> dict[str, Any]:
+        """Return what `run` and `status` print: study, storage, trials, best, best_config."""
+        trials = self.trials()
+        best = best_trial(trials)
+        config = None
+        if best is not None and (folder := self.folder_of(best)) is not None:
+            config = folder / "config.yaml"
+        return {
+            "study": self.name,
+            "storage": self.storage,
+            "trials": count_states(trials),
+            "best": describe_best(best),
+            "best_config": str(config) if config is not None and config.is_file() else None,
+        }
+
+    def table(self) -> pd.DataFrame:
+        """Return one row per finished trial: number, state, value, params, figures, seconds."""
+        rows = []
+        for trial in self.trials():
+            if trial.state not in (*FINISHED, "FAIL"):
+                continue
+            figures = trial.user_attrs.get("metrics") or {}
+            rows.append(
+                {
+                    "number": trial.number,
+                    "root": trial.root,
+                    "attempt": trial.attempt,
+                    "state": trial.state,
+                    "value": trial.value,
+                    "feasible": trial.is_feasible,
+                    "seconds": trial.seconds,
+                    "reason": trial.user_attrs.get("reason"),
+                    "warm_start": trial.user_attrs.get("warm_start"),
+                    "started": trial.started,
+                    "finished": trial.finished,
+                    **{f"params.{key}": value for key, value in trial.params.items()},
+                    **{
+                        f"metrics.{key}": value
+                        for key, value in figures.items()
+                        if isinstance(value, int | float | str)
+                    },
+                }
+            )
+        return pd.DataFrame(rows)
+
+    def remember(self, key: str, value: Any) -> None:
+        """Store a fact about the study.
+
+        Args:
+            key: Name of the user attribute.
+            value: Plain JSON types.
+        """
+        if self.optuna.user_attrs.get(key) != value:
+            self.optuna.set_user_attr(key, value)
+
+    def importances(self) -> dict[str, float]:
+        """Return the share of the objective's spread that each parameter explains, largest first.
+
+        Empty while there is too little to say: under four finished trials, or all alike.
+        """
+        complete = [t for t in self.trials() if t.state == "COMPLETE"]
+        if len(complete) < 4 or len({t.value for t in complete}) < 2:
+            return {}
+        shared = set.intersection(*(set(t.params) for t in complete))
+        moving = sorted(k for k in shared if len({str(t.params[k]) for t in complete}) > 1)
+        if not moving:
+            return {}
+        return dict(
+            optuna.importance.get_param_importances(
+                self.optuna,
+                evaluator=optuna.importance.FanovaImportanceEvaluator(seed=0),
+                params=moving,
+            )
+        )
+
+    def attach(self, number: int | None, path: Path, store: Any) -> str:
+        """Store a file as an artifact of a trial, or of the study, and return its id.
+
+        Args:
+            number: The trial; None for the study. An artifact must be there before `tell`.
+            path: The file.
+            store: Has `write(id, file)`, as Optuna's artifact stores.
+
+        Raises:
+            DatabaseAway: Try again later.
+            StudyError: There is no such trial, or it is finished.
+        """
+        with database_errors():
+            owner = self.optuna if number is None else trial_by_number(self.optuna, number)
+            if owner is None:
+                raise StudyError(f"Study '{self.name}' has no trial {number}.")
+            try:
+                return optuna.artifacts.upload_artifact(
+                    artifact_store=store,
+                    file_path=str(path),
+                    study_or_trial=owner,
+                    storage=self.rdb,
+                )
+            except optuna.exceptions.UpdateFinishedTrialError:
+                raise StudyError(
+                    f"Trial {number} of study '{self.name}' is finished; it takes no more files."
+                ) from None
+
+    def write_note(self, number: int | None, text: str) -> None:
+        """Write the note that the dashboard shows of a trial, or of the study.
+
+        Args:
+            number: The trial; None for the study.
+            text: Markdown.
+        """
+        from optuna_dashboard import save_note  # slow to import, and only drivers write notes
+
+        owner: Any = self.optuna
+        if number is not None:
+            frozen = trial_by_number(self.optuna, number)
+            if frozen is None:
+                raise StudyError(f"Study '{self.name}' has no trial {number}.")
+            # Only the identity is used; a real `Trial` would ask the sampler first.
+            owner = SimpleNamespace(storage=self.rdb, study=self.optuna, _trial_id=frozen._trial_id)
+        with database_errors():
+            save_note(owner, text)
+
+    def close(self) -> None:
+        """Close the connections of this process."""
+        self.rdb.remove_session()
+        self.rdb.engine.dispose()
+
+    def import_trials(self, source: Study) -> int:
+        """Add the finished trials of an earlier study whose parameters fit; return how many.
+
+        They teach the sampler and count for nothing else. Running it again adds none twice.
+
+        Args:
+            source: The earlier study; its values are computed anew for this objective.
+        """
+        mutex = StudyMutex(self.rdb.engine.url, self.name)  # another driver may import them too
+        try:
+            with database_errors(), mutex:
+                known = {trial.user_attrs.get("imported_from") for trial in self.trials()}
+                added = 0
+                for trial in source.frozen():
+                    label = f"{source.name}#{trial.number}"
+                    recipe = source.recipe_of(trial)
+                    if label in known or recipe is None:
+                        continue
+                    imported = imported_trial(trial, label, self.space, recipe)
+                    if imported is not None:
+                        self.optuna.add_trial(imported)
+                        added += 1
+                return added
+        finally:
+            mutex.close()
+
+    def recipe_of(self, trial: FrozenTrial) -> Mapping[str, Any] | None:
+        """Return the partial candidate that a trial set beside its parameters; empty without.
+
+        None where the space has dropped the recipe since.
+        """
+        name = trial.user_attrs.get("warm_start")
+        return {} if name is None else self.space.recipes.get(name)
+
+    def check_space(self, space: SearchSpace, *, extend: bool) -> None:
+        """Refuse a space that differs from the stored one; nothing is stored.
+
+        Args:
+            space: What is to be searched.
+            extend: Accept a change, where Optuna can take it.
+
+        Raises:
+            StudyError: It has changed.
+        """
+        stored = self.optuna.user_attrs.get(SPACE)
+        if stored is None or stored == space.as_mapping():
+            return
+        before = space_from_mapping(stored)
+        same = before.digest() == space.digest()
+        differences = [] if same else before.differences(space)
+        if differences and not extend:
+            lines = "\n".join(f"  {line}" for line in differences)
+            raise StudyError(
+                f"Study '{self.name}' in {self.storage} was made with another search space:\n"
+                f"{lines}\nTake another --study name, or accept the change with --extend."
+            )
+        require_comparable(before, space, self.name)
+        require_compatible(before, space, self.name)
+
+    def _settle_space(self, space: SearchSpace, *, extend: bool) -> None:
+        """Store the space of a new study, or refuse one that has changed."""
+        self.check_space(space, extend=extend)
+        self._space = space
+        self.remember(SPACE, space.as_mapping())
+
+    def check_volumes(self, fingerprints: Mapping[str, str]) -> None:
+        """Refuse other volumes than before, since values would not compare; nothing is stored.
+
+        Args:
+            fingerprints: Hash of each volume's content, by its name.
+
+        Raises:
+            StudyError: The volumes are others than before.
+        """
+        stored = self.optuna.user_attrs.get(VOLUMES)
+        if fingerprints and stored is not None and stored != dict(fingerprints):
+            changed = sorted(set(stored.items()) ^ set(fingerprints.items()))
+            names = ", ".join(dict.fromkeys(name for name, _ in changed))
+            raise StudyError(
+                f"Study '{self.name}' in {self.storage} was scored on other volumes; changed: "
+                f"{names}. Errors of the two would be ranked as one. {elsewhere(self.name)}"
+            )
+
+    def settle_volumes(self, fingerprints: Mapping[str, str]) -> None:
+        """Store what the study is scored on, or refuse it, as `check_volumes` says."""
+        self.check_volumes(fingerprints)
+        if fingerprints:
+            self.remember(VOLUMES, dict(fingerprints))
+
+    def _enqueue_warm_starts(self) -> None:
+        """Enqueue every recipe of the space that is not in the study yet."""
+        known = {trial.user_attrs.get("warm_start") for trial in self.frozen()}
+        for name in self.space.warm_starts:
+            if name not in known:
+                start = self.space.warm_start(name)
+                self.optuna.enqueue_trial(dict(start.params), user_attrs={"warm_start": name})
+
+
+def open_readonly(storage: str, name: str) -> Study:
+    """Open a study without writing anything.
+
+    Raises:
+        StudyError: The storage or the study does not exist, or the database does not answer.
+    """
+    return Study.open(storage, name)
+
+
+def find_study(storage: str, name: str) -> Study | None:
+    """Open a study without writing anything, or return None where it is still to be made.
+
+    Raises:
+        StudyError: The storage does not answer, or could not be made.
+    """
+    url = parse_storage(storage)
+    probe(url, create=True)
+    path = sqlite_file(url)
+    if (path is not None and not path.exists()) or not has_tables(url, engine_options(url)):
+        return None
+    rdb = open_storage(url, create=False)
+    try:
+        with database_errors():
+            if name in optuna.get_all_study_names(rdb):
+                return Study(rdb, load_named(rdb, name, masked(url)), masked(url))
+    except DatabaseAway as error:
+        raise StudyError(f"--storage: {masked(url)} does not answer: {error}.") from None
+    rdb.engine.dispose()
+    return None
+
+
+def study_names(storage: str) -> list[str]:
+    """Return the names of the studies in a storage.
+
+    Raises:
+        StudyError: The storage does not exist, does not answer, or holds no study.
+    """
+    url = parse_storage(storage)
+    probe(url, create=False)
+    options = engine_options(url)
+    require_tables(url, options)
+    rdb = open_storage(url, create=False)
+    try:
+        with database_errors():
+            return sorted(optuna.get_all_study_names(rdb))
+    finally:
+        rdb.engine.dispose()
+
+
+def open_all(storage: str) -> list[Study]:
+    """Open every study of a storage without writing anything.
+
+    Raises:
+        StudyError: The storage does not exist or answer, or there is no study in it.
+    """
+    url = parse_storage(storage)
+    probe(url, create=False)
+    options = engine_options(url)
+    require_tables(url, options)
+    rdb = open_storage(url, create=False)
+    names = optuna.get_all_study_names(rdb)
+    if not names:
+        raise StudyError(f"--storage: {masked(url)} holds no study. Start one with `run`.")
+    return [Study(rdb, load_named(rdb, name, masked(url)), masked(url)) for name in names]
+
+
+def facts_of(storage: str, name: str) -> dict[str, Any]:
+    """Return what `status` prints about a study.
+
+    Raises:
+        StudyError: As `open_readonly`.
+    """
+    study = open_readonly(storage, name)
+    try:
+        return study.facts()
+    finally:
+        study.close()
+
+
+def trial_by_number(study: optuna.Study, number: int) -> FrozenTrial | None:
+    """Return a trial, fresh from the database, or None where there is none of that number."""
+    for trial in study.get_trials(deepcopy=False):
+        if trial.number == number:
+            return trial
+    return None
+
+
+def view_of(trial: FrozenTrial) -> TrialView:
+    """Return a trial as a frozen view."""
+    return TrialView(
+        number=trial.number,
+        state=trial.state.name,
+        value=trial.value if trial.values else None,
+        params=trial.params,
+        user_attrs=trial.user_attrs,
+        intermediate=trial.intermediate_values,
+        violation=violation_of(trial),
+        started=trial.datetime_start,
+        finished=trial.datetime_complete,
+        requested=trial.system_attrs.get("fixed_params", {}),
+    )

@@ -1,0 +1,1 @@
+"""One candidate from volumes to record; knows neither Optuna nor Ray."""

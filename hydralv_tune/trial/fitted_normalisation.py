@@ -1,0 +1,129 @@
+"""How the intensities of a volume become network input: fitted once, on the whole of it.
+
+Training and prediction share what is found here. A part of a volume, cut to be held out or to fit
+into memory, is normalised as sections of the whole: that is what a user has who predicts it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from hydralv_tune.config.errors import as_input_error
+from hydralv_tune.config.files import Data
+from hydralv_tune.data.volumes import Sections, Volume
+from hydralv_tune.numerics.normalisation import (
+    FILL_SHARE,
+    Normalisation,
+    fit_normalisation,
+    normalisation_of,
+)
+
+Array = npt.NDArray[Any]
+
+PAD_MODES = {"reflect": "reflect", "constant": "constant", "replicate": "edge"}
+
+
+def fitted_normalisation(volume: Volume, data: Data) -> Normalisation:
+    """Return how a volume is normalised: as it carries it, or else by its own image.
+
+    Args:
+        volume: In memory or on disk.
+        data: `data` of the candidate.
+
+    Raises:
+        InputError: The image holds values that are not finite.
+    """
+    if volume.normalisation is not None:
+        return volume.normalisation
+    if not isinstance(volume.image, np.ndarray):
+        return stream_normalisation(volume.image, data)
+    with as_input_error(f"Volume '{volume.name}'"):
+        return fit_image(volume.image, data)
+
+
+def fit_image(image: Array, data: Data) -> Normalisation:
+    """Return how an image in memory is normalised.
+
+    Args:
+        image: (Z, Y, X).
+        data: `data` of the candidate.
+
+    Raises:
+        ValueError: The image holds values that are not finite.
+    """
+    chosen = data.image_transform
+    return fit_normalisation(
+        image,
+        mode=chosen.normalize,
+        clip_low=chosen.clip_percentile_low,
+        clip_high=chosen.clip_percentile_high,
+    )
+
+
+def stream_normalisation(image: Sections, data: Data) -> Normalisation:
+    """Return how a volume is normalised, as `fit_normalisation`, reading a section at a time.
+
+    Percentiles come from a histogram of whole numbers, exact for 8 and 16 bits; of other types
+    from a sample of each section.
+
+    Args:
+        image: (Z, Y, X).
+        data: `data` of the candidate.
+    """
+    chosen = data.image_transform
+    low, high = _clip_range(image, chosen.clip_percentile_low, chosen.clip_percentile_high)
+    sections = (_tissue(section) for section in image)
+    return normalisation_of(chosen.normalize, low, high, sections, image.shape[0])
+
+
+def _tissue(section: Array) -> Array:
+    """Return the voxels that statistics come from: none of a constant section, no fill."""
+    if section.min() == section.max():
+        return section[:0].ravel()
+    zeros = section == 0
+    return section[~zeros] if zeros.mean() >= FILL_SHARE else section.ravel()
+
+
+def _clip_range(image: Sections, low: float, high: float) -> tuple[float, float]:
+    """Return the intensities at the two shares; fill counts where they are 0 and 1 alone."""
+    lowest, highest = np.inf, -np.inf
+    samples: list[Array] = []
+    counts = np.zeros(1 << 16, np.int64)
+    histogram = image.dtype.kind in "iu" and image.dtype.itemsize <= 2
+    darkest = np.iinfo(image.dtype).min if histogram else 0
+    for section in image:
+        lowest, highest = min(lowest, float(section.min())), max(highest, float(section.max()))
+        if (low, high) == (0.0, 1.0):
+            continue
+        tissue = _tissue(section)
+        if histogram:
+            counts += np.bincount(tissue.astype(np.int64) - darkest, minlength=len(counts))
+        else:
+            samples.append(tissue[:: max(tissue.size // 4096, 1)])
+    if histogram and counts.any():
+        # Two values of the sorted volume around each quantile, as NumPy interpolates them.
+        places = np.array([low, high]) * (counts.sum() - 1)
+        ends = np.cumsum(counts)
+        below = np.searchsorted(ends, np.floor(places), side="right")
+        after = np.searchsorted(ends, np.ceil(places), side="right")
+        found = darkest + below + (after - below) * (places - np.floor(places))
+        return float(found[0]), float(found[1])
+    if samples:
+        first, last = np.quantile(np.concatenate(samples), [low, high])
+        return float(first), float(last)
+    return lowest, highest
+
+
+def padded_normalisation(fitted: Normalisation, pad: int, mode: str) -> Normalisation:
+    """Return the statistics of the sections, those of the rim as the rim itself."""
+    if not pad:
+        return fitted
+    kind = "edge" if mode == "constant" else PAD_MODES[mode]
+    low, high, offset, scale = (
+        np.pad(values, pad, mode=kind)  # type: ignore[call-overload]
+        for values in (fitted.low, fitted.high, fitted.offset, fitted.scale)
+    )
+    return Normalisation(low=low, high=high, offset=offset, scale=scale)

@@ -1,0 +1,1 @@
+"""Prediction, threshold sweep and score of one trial."""

@@ -1,0 +1,233 @@
+"""Predict, sweep, decode, score: what one set of networks is worth."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+
+from hydralv_tune.config.errors import TrialFailed, as_input_error
+from hydralv_tune.config.files import Candidate
+from hydralv_tune.config.search_space import Objective, objective_value
+from hydralv_tune.data.volumes import Volume
+from hydralv_tune.numerics.metrics import scores
+from hydralv_tune.numerics.watershed.decoders import decode
+from hydralv_tune.trial.scoring.prediction import predict
+from hydralv_tune.trial.scoring.sweep.sweep import GridLike, SweepResult, sweep
+
+Array = npt.NDArray[Any]
+
+
+class Unit(Protocol):
+    """A network and the volumes it is scored on."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def network(self) -> nn.Module: ...
+    @property
+    def score(self) -> Sequence[Volume]: ...
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What an evaluation found.
+
+    Args:
+        value: What the study minimises; with several folds their mean.
+        metrics: Every figure of the winner's segmentation, over all volumes together; with
+            several folds, errors and F1 are means over the folds.
+        sweep: Every combination of thresholds.
+        decoding: `{name, kwargs}` of the winner.
+        folds: Name, value and figures of each fold.
+        volumes: Name and figures of each volume scored.
+        segmentations: Of each volume, in order.
+        probabilities: Of each volume, in order.
+        seconds: Of prediction, sweep and score.
+    """
+
+    value: float
+    metrics: dict[str, Any]
+    sweep: SweepResult
+    decoding: dict[str, Any]
+    folds: tuple[dict[str, Any], ...]
+    volumes: tuple[dict[str, Any], ...]
+    segmentations: tuple[Array, ...]
+    probabilities: tuple[Array, ...]
+    seconds: dict[str, float]
+
+    @property
+    def f1(self) -> float:
+        """Return F1 at IoU 0.5."""
+        return float(self.metrics["f1_iou50"])
+
+
+def evaluate(
+    units: Sequence[Unit],
+    candidate: Candidate,
+    grid: GridLike,
+    objective: Objective,
+    *,
+    device: torch.device,
+    threads: int | None = None,
+    time_limit_s: float | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Outcome:
+    """Return what the networks are worth under the best common thresholds.
+
+    Args:
+        units: One, or one per fold; all are decoded with the same thresholds.
+        candidate: Its inference settings.
+        grid: Combinations of thresholds.
+        objective: What is minimised, and the guard.
+        device: Where the networks are.
+        threads: Of the sweep.
+        time_limit_s: The sweep is thinned to fit.
+        progress: Told windows done and windows in all.
+
+    Raises:
+        TrialFailed: The prediction holds values that are not finite, or does not fit in memory.
+        InputError: The grid or the volumes break a rule.
+    """
+    start = time.perf_counter()
+    volumes = [volume for unit in units for volume in unit.score]
+    maps = []
+    for unit in units:
+        for volume in unit.score:
+            with as_input_error(f"Volume '{volume.name}'"):
+                maps.append(
+                    predict(
+                        unit.network, volume.image, candidate, device=device,
+                        progress=progress, mask=volume.mask, normalisation=volume.normalisation,
+                    )
+                )  # fmt: skip
+    predicted = time.perf_counter()
+    swept = _sweep(maps, volumes, grid, objective, threads, time_limit_s)
+    after_sweep = time.perf_counter()
+    arguments = swept.winner.arguments
+    with as_input_error("decoding"):
+        segments = [
+            decode(grid.decoder, probabilities, volume.mask, **arguments)
+            for probabilities, volume in zip(maps, volumes, strict=True)
+        ]
+    scored = _scored(units, volumes, segments)
+    folds = tuple(
+        {"name": name, "value": objective_value(figures, objective), "metrics": figures}
+        for name, figures in scored
+    )
+    together = _pooled(volumes, segments)
+    figures = together if len(units) == 1 else {**together, **_means([f for _, f in scored])}
+    return Outcome(
+        value=float(np.mean([fold["value"] for fold in folds])),
+        metrics=figures,
+        sweep=swept,
+        decoding={"name": grid.decoder, "kwargs": arguments},
+        folds=folds,
+        volumes=tuple(
+            {"name": volume.name, "metrics": _pooled([volume], [segment])}
+            for volume, segment in zip(volumes, segments, strict=True)
+        )
+        if len(volumes) > 1
+        else (),
+        segmentations=tuple(segments),
+        probabilities=tuple(maps),
+        seconds={
+            "prediction": predicted - start,
+            "sweep": after_sweep - predicted,
+            "score": time.perf_counter() - after_sweep,
+        },
+    )
+
+
+def _sweep(
+    maps: Sequence[Array],
+    volumes: Sequence[Volume],
+    grid: GridLike,
+    objective: Objective,
+    threads: int | None,
+    time_limit_s: float | None,
+) -> SweepResult:
+    """Return the sweep over all volumes together."""
+    with as_input_error("sweep"):
+        return sweep(
+            list(maps),
+            [volume.label for volume in volumes],
+            [volume.mask for volume in volumes],
+            grid,
+            objective=objective,
+            time_limit_s=time_limit_s,
+            threads=threads,
+        )
+
+
+def _scored(
+    units: Sequence[Unit], volumes: Sequence[Volume], segments: Sequence[Array]
+) -> list[tuple[str, dict[str, Any]]]:
+    """Return name and figures of each fold."""
+    found, at = [], 0
+    for unit in units:
+        end = at + len(unit.score)
+        found.append((unit.name, _pooled(volumes[at:end], segments[at:end])))
+        at = end
+    return found
+
+
+def _pooled(volumes: Sequence[Volume], segments: Sequence[Array]) -> dict[str, Any]:
+    """Return every figure over several volumes as if they were one; ids of one volume are kept."""
+    predictions: list[Array] = []
+    truths: list[Array] = []
+    masks: list[Array] = []
+    last_truth = last_segment = 0
+    for volume, segment in zip(volumes, segments, strict=True):
+        assert volume.label is not None, "checked by the split"
+        label = volume.label.astype(np.int64)
+        truths.append(np.where(label > 0, label + last_truth, 0).ravel())
+        predictions.append(
+            np.where(segment > 0, segment.astype(np.int64) + last_segment, 0).ravel()
+        )
+        mask = np.ones(label.shape, bool) if volume.mask is None else volume.mask
+        masks.append(mask.ravel())
+        last_truth += int(label.max(initial=0))
+        last_segment += int(segment.max(initial=0))
+    try:
+        scored = scores.score(
+            prediction=np.concatenate(predictions),
+            truth=np.concatenate(truths),
+            mask=np.concatenate(masks),
+        )
+    except ValueError as error:
+        raise TrialFailed("score", str(error), retry=False) from error
+    return {**scored.as_dict(), **{f"{key}_count": n for key, n in scored.counts.items()}}
+
+
+def _means(folds: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Return the means over folds of what is no count and no list."""
+    return {
+        key: float(np.mean([fold[key] for fold in folds]))
+        for key, value in folds[0].items()
+        if isinstance(value, float)
+    }
+
+
+def better(new: Outcome, best_value: float | None, best_f1: float, guard: float) -> bool:
+    """Return whether an evaluation replaces the best one so far.
+
+    The rule is the sweep's: a checkpoint whose F1 is more than `guard` below the other's loses,
+    whatever its error; otherwise the smaller value wins. Without it, an early blob of small error
+    would outlive every good checkpoint after it.
+
+    Args:
+        new: The evaluation.
+        best_value: Of the best one so far, None where there is none.
+        best_f1: Of the best one so far.
+        guard: `objective.guard.f1_below_best`.
+    """
+    if best_value is None or new.f1 > best_f1 + guard:
+        return True
+    return new.f1 >= best_f1 - guard and new.value < best_value

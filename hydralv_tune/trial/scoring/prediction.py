@@ -1,0 +1,406 @@
+"""A network and a volume to probabilities: windows, blending, test-time augmentation."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from monai.inferers.utils import sliding_window_inference
+from torch import Tensor, nn
+
+from hydralv_tune.artifacts.records import FORMAT, load_checkpoint
+from hydralv_tune.config.errors import CheckpointError, ConfigError, InputError, TrialFailed
+from hydralv_tune.config.files import Candidate, candidate_from_mapping
+from hydralv_tune.numerics.networks.registry import (
+    build_network,
+    divisor,
+    match_weights,
+    network_arguments,
+)
+from hydralv_tune.numerics.normalisation import Normalisation
+from hydralv_tune.numerics.test_time_augmentation import (
+    Transform,
+    activate,
+    distinct_transforms,
+    ensemble,
+    unfit_turn,
+)
+from hydralv_tune.trial.fitted_normalisation import fit_image, padded_normalisation
+
+Array = npt.NDArray[Any]
+Probabilities = npt.NDArray[np.float16]
+Progress = Callable[[int, int], None]
+Size3 = tuple[int, int, int]
+
+BACKGROUND = (0.0, 0.0, -1.0)
+"""What a window that the mask leaves out is: neither instance nor boundary, distance outside."""
+LOWEST = (0.0, 0.0, -1.0)
+PAD_MODES = {"reflect": "reflect", "constant": "constant", "replicate": "edge", "circular": "wrap"}
+"""Our padding modes as NumPy names them."""
+CPU_WINDOWS = 4
+"""Windows at once on a CPU where the candidate does not say: one at a time is the slowest way."""
+VOLUME_SHARE = 0.5
+"""Share of the free GPU memory that image and stitched result may take before they stay behind."""
+
+
+def pick_device(name: str = "auto") -> torch.device:
+    """Return the device of a name.
+
+    Args:
+        name: `auto` (a GPU where there is one), `cpu`, `cuda` or `cuda:N`.
+
+    Raises:
+        InputError: There is no such device here.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except (RuntimeError, ValueError) as error:
+        raise InputError(f"device is '{name}', but auto, cpu, cuda or cuda:N is due.") from error
+    if device.type not in ("cpu", "cuda"):
+        raise InputError(f"device is '{name}', but auto, cpu, cuda or cuda:N is due.")
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device.type == "cuda" and (device.index or 0) >= count:
+        raise InputError(
+            f"device is '{name}', but torch finds {count} GPUs here. Try --device cpu."
+        )
+    return device
+
+
+def network_of(candidate: Candidate) -> nn.Module:
+    """Return the untrained network that a candidate describes.
+
+    Raises:
+        ConfigError: The architecture is unknown, or a key of `model` does not fit it.
+    """
+    model = candidate.model.model_dump()
+    try:
+        return build_network(candidate.model.architecture, **network_arguments(model))
+    except ValueError as error:
+        raise ConfigError(f"model: {error}") from error
+
+
+def load_network(
+    checkpoint: str | Path, *, device: torch.device | str = "cpu"
+) -> tuple[nn.Module, Candidate]:
+    """Return the network of a checkpoint in evaluation mode, and the candidate it was trained as.
+
+    Args:
+        checkpoint: As a trial writes it: mapping with `format`, `version`, `candidate`,
+            `weights`. Its weights are the averaged ones where the candidate asked for that.
+        device: Where the network goes.
+
+    Raises:
+        CheckpointError: The file is missing, damaged, of another tool, or its weights do not fit.
+    """
+    path = Path(checkpoint)
+    content = load_checkpoint(path)
+    if content.get("format") != FORMAT:
+        other = "state_dict" in content
+        hint = (
+            " It holds a bare state_dict; fine-tune from it with model.external_weights_path."
+            if other
+            else " Give best.ckpt of a trial, or an exported checkpoint."
+        )
+        raise CheckpointError(f"{path}: is no checkpoint of hydralv-tune.{hint}")
+    mapping, weights = content.get("candidate"), content.get("weights")
+    if not isinstance(mapping, Mapping) or not isinstance(weights, Mapping):
+        raise CheckpointError(
+            f"{path}: holds {sorted(map(str, content))}, but candidate and weights are due. "
+            "Give best.ckpt of a trial."
+        )
+    try:
+        candidate = candidate_from_mapping(mapping, place=f"{path}: candidate", base={})
+        network = network_of(candidate)
+        match_weights(network, weights)
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    # As in training: convolutions are up to 1.7 times faster in this order on a CPU.
+    network.to(device).to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
+    return network.eval(), candidate
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What does not change while a volume is predicted."""
+
+    network: nn.Module
+    padded: Array
+    candidate: Candidate
+    windows: Windows
+    transforms: tuple[Transform, ...]
+    device: torch.device
+    progress: Progress | None
+    wanted: Array | None
+
+
+@dataclass(frozen=True)
+class Windows:
+    """How a volume is cut, padded and joined again.
+
+    Args:
+        shape: (z, y, x) of the padded volume.
+        before: Voxels padded before each axis.
+        size: (z, y, x) of a window.
+        overlap: Share of a window that the next one covers again.
+        count: Number of windows.
+    """
+
+    shape: Size3
+    before: Size3
+    size: Size3
+    overlap: float
+    count: int
+
+
+def plan_windows(shape: Sequence[int], candidate: Candidate) -> Windows:
+    """Return how a volume of that shape is predicted.
+
+    The volume is padded as in training (`data.pad_size`), then to a window at least.
+
+    Args:
+        shape: (z, y, x) of the volume.
+        candidate: Its `inference.sliding_window`, `data.patch_size`, `data.pad_size`.
+
+    Raises:
+        ValueError: The window is no multiple of what the architecture needs.
+    """
+    window = candidate.inference.sliding_window
+    size = window.window_size or candidate.data.patch_size
+    needed = divisor(candidate.model.architecture, network_arguments(candidate.model.model_dump()))
+    if any(s % d for s, d in zip(size, needed, strict=True)):
+        near = tuple(max(1, round(s / d)) * d for s, d in zip(size, needed, strict=True))
+        raise ValueError(
+            f"inference.sliding_window.window_size is {tuple(size)} (z, y, x), but "
+            f"{candidate.model.architecture} needs multiples of {needed}. Try {near}."
+        )
+    padded, before, count = [], [], 1
+    for axis in range(3):
+        whole = shape[axis] + 2 * candidate.data.pad_size[axis]
+        extra = max(size[axis] - whole, 0)
+        before.append(candidate.data.pad_size[axis] + extra // 2)
+        padded.append(whole + extra)
+        if padded[axis] > size[axis]:
+            step = max(int(size[axis] * (1 - window.overlap)), 1)
+            count *= math.ceil((padded[axis] - size[axis]) / step) + 1
+    return Windows(
+        shape=(padded[0], padded[1], padded[2]),
+        before=(before[0], before[1], before[2]),
+        size=size,
+        overlap=window.overlap,
+        count=count,
+    )
+
+
+def transforms_of(candidate: Candidate) -> tuple[Transform, ...]:
+    """Return the transforms of a candidate's test-time augmentation; the identity where it is off.
+
+    Raises:
+        ValueError: An axis does not exist, or a turned window does not fit the architecture.
+    """
+    tta = candidate.inference.test_time_augmentation
+    if not tta.enabled:
+        return (Transform(),)
+    transforms = distinct_transforms(tta.flip_axes, tta.rotation90_axes, tta.rotate90_k)
+    size = candidate.inference.sliding_window.window_size or candidate.data.patch_size
+    needed = divisor(candidate.model.architecture, network_arguments(candidate.model.model_dump()))
+    turned = unfit_turn(transforms, size, needed)
+    if turned is not None:
+        raise ValueError(
+            f"inference.test_time_augmentation.rotation90_axes turns the window {tuple(size)} "
+            f"into {turned} (z, y, x), but {candidate.model.architecture} needs multiples of "
+            f"{needed}. Try [[1, 2]]."
+        )
+    return transforms
+
+
+def predict(
+    network: nn.Module,
+    image: Array,
+    candidate: Candidate,
+    *,
+    device: torch.device | str = "cpu",
+    progress: Progress | None = None,
+    mask: Array | None = None,
+    normalisation: Normalisation | None = None,
+) -> Probabilities:
+    """Return the probabilities of a volume.
+
+    Args:
+        network: As trained; its mode is left as it was.
+        image: (Z, Y, X), raw intensities; normalised here as in training.
+        candidate: Its `inference`, `data.image_transform` and `data.pad_size` are followed.
+        device: Where the network is.
+        progress: Called with (windows done, windows in all) after each batch.
+        mask: (Z, Y, X); windows that it does not touch are not computed. Inside it the result
+            is the same as without; windows left out are background.
+        normalisation: Of the sections, where the image is a part of a volume; fitted on the image
+            without.
+
+    Returns:
+        (3, Z, Y, X) float16: binary and boundary in [0, 1], distance in [-1, 1].
+
+    Raises:
+        ValueError: The image or the mask has a wrong shape, the window does not fit the
+            architecture, or a key of the test-time augmentation is wrong.
+        TrialFailed: The network gives values that are not finite, or one window does not fit
+            into the GPU's memory.
+    """
+    if image.ndim != 3 or not image.size:
+        raise ValueError(f"image has shape {image.shape}, but (Z, Y, X) is due.")
+    if mask is not None and mask.shape != image.shape:
+        raise ValueError(f"mask has shape {mask.shape}, but the image has {image.shape}.")
+    windows = plan_windows(image.shape, candidate)
+    job = _Job(
+        network=network,
+        padded=_padded(np.asarray(image), windows, candidate, normalisation),
+        candidate=candidate,
+        windows=windows,
+        transforms=transforms_of(candidate),
+        device=torch.device(device),
+        progress=progress,
+        wanted=None if mask is None else _zero_padded(np.asarray(mask) > 0, windows),
+    )
+    was_training = network.training
+    network.eval()
+    try:
+        stitched = _within_memory(job)
+    finally:
+        network.train(was_training)
+    inside = tuple(
+        slice(before, before + side)
+        for before, side in zip(windows.before, image.shape, strict=True)
+    )
+    probabilities = stitched[(slice(None), *inside)]
+    if not bool(torch.isfinite(probabilities).all()):
+        raise TrialFailed(
+            "prediction",
+            "the network gives values that are not finite; its training diverged. Try a smaller "
+            "learning rate",
+            retry=False,
+        )
+    lowest = torch.tensor(LOWEST, device=probabilities.device).view(3, 1, 1, 1)
+    result = probabilities.clamp(lowest, torch.ones_like(lowest)).half().cpu().numpy()
+    if mask is not None and candidate.inference.test_time_augmentation.apply_mask:
+        result[:, ~(np.asarray(mask) > 0)] = np.array(BACKGROUND, np.float16)[:, None]
+    return cast(Probabilities, result)
+
+
+def _within_memory(job: _Job) -> Tensor:
+    """Return the stitched result; windows at once are halved while the GPU's memory runs out."""
+    window = job.candidate.inference.sliding_window
+    batch = window.sw_batch_size or max(
+        job.candidate.system.inference.batch_size, CPU_WINDOWS if job.device.type == "cpu" else 1
+    )
+    while True:
+        try:
+            return _stitched(job, batch)
+        except torch.cuda.OutOfMemoryError as error:
+            torch.cuda.empty_cache()
+            if batch == 1:
+                raise TrialFailed(
+                    "prediction",
+                    f"out of GPU memory with window {job.windows.size}. Try a smaller "
+                    "inference.sliding_window.window_size",
+                    retry=True,
+                ) from error
+            batch //= 2
+
+
+def _stitched(job: _Job, batch: int) -> Tensor:
+    """Return the blended probabilities (3, z, y, x) of the padded volume, float32."""
+    candidate, windows, device = job.candidate, job.windows, job.device
+    tta, window = candidate.inference.test_time_augmentation, candidate.inference.sliding_window
+    mixed = device.type == "cuda" and candidate.optimization.precision == "bf16-mixed"
+    background = torch.tensor(BACKGROUND, device=device).view(1, 3, 1, 1, 1)
+    done = 0
+
+    def probabilities(inputs: Tensor) -> Tensor:
+        # For a single narrow item on a single thread, torch leaves oneDNN for a convolution that
+        # is ten times slower (719 ms for a window of the smoke network, 67 ms among others).
+        alone = len(inputs) == 1 and device.type == "cpu" and torch.get_num_threads() == 1
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=mixed):
+            logits = job.network(inputs.expand(2, -1, -1, -1, -1) if alone else inputs)
+        return activate(logits[: len(inputs)].float(), tta.channel_activations)
+
+    def of_windows(inputs: Tensor, places: Sequence[Sequence[slice]]) -> Tensor:
+        nonlocal done
+        chosen = [
+            index
+            for index, place in enumerate(places)
+            if job.wanted is None or job.wanted[tuple(place[2:])].any()
+        ]
+        result = background.expand(len(places), 3, *inputs.shape[2:]).clone()
+        if chosen:
+            result[chosen] = ensemble(
+                probabilities, inputs[chosen], job.transforms, tta.ensemble_mode
+            )
+        done += len(places)
+        if job.progress is not None:
+            job.progress(done, windows.count)
+        return result
+
+    # The volume and its result stay on the host where they would crowd the network out.
+    home = device if _fits(windows.shape, device) else torch.device("cpu")
+    with torch.inference_mode():
+        stitched = sliding_window_inference(
+            torch.from_numpy(job.padded)[None, None].to(home),
+            windows.size,
+            batch,
+            of_windows,
+            overlap=windows.overlap,
+            mode=window.blending,
+            sigma_scale=window.sigma_scale,
+            sw_device=device,
+            device=home,
+            with_coord=True,
+        )
+    return cast(Tensor, stitched)[0]
+
+
+def _fits(shape: Size3, device: torch.device) -> bool:
+    """Return whether image, result and weights of that shape leave the GPU room for a network."""
+    if device.type != "cuda":
+        return True
+    needed = math.prod(shape) * 4 * (1 + 2 * 3 + 1)
+    return needed < VOLUME_SHARE * torch.cuda.mem_get_info(device)[0]
+
+
+def _padded(
+    image: Array, windows: Windows, candidate: Candidate, normalisation: Normalisation | None
+) -> Array:
+    """Return the normalised volume, padded as in training, then to a window at least."""
+    data = candidate.data
+    fitted = fit_image(image, data) if normalisation is None else normalisation
+    # Intensities are padded before they are normalised: a rim of 0 is black, not average.
+    context = _pad(image, [(p, p) for p in data.pad_size], data.pad_mode)
+    volume = padded_normalisation(fitted, data.pad_size[0], data.pad_mode).apply(context)
+    rest = [
+        (before - pad, whole - side - (before - pad))
+        for before, pad, whole, side in zip(
+            windows.before, data.pad_size, windows.shape, context.shape, strict=True
+        )
+    ]
+    mode = candidate.inference.sliding_window.padding_mode
+    return np.ascontiguousarray(_pad(volume, rest, mode))
+
+
+def _pad(volume: Array, widths: Sequence[tuple[int, int]], mode: str) -> Array:
+    """Return the padded volume."""
+    return np.pad(volume, widths, mode=cast(Any, PAD_MODES[mode]))
+
+
+def _zero_padded(mask: Array, windows: Windows) -> Array:
+    """Return the mask in the padded volume, where padding is not wanted."""
+    result = np.zeros(windows.shape, bool)
+    result[
+        tuple(slice(b, b + side) for b, side in zip(windows.before, mask.shape, strict=True))
+    ] = mask
+    return result

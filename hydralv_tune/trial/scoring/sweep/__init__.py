@@ -1,0 +1,1 @@
+"""The score of every combination of decoding thresholds."""

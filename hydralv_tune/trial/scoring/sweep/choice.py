@@ -1,0 +1,141 @@
+"""Which combination of a sweep wins, and how safe its place is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+from scipy import ndimage
+
+from hydralv_tune.numerics.watershed.decoders import decoder_arguments
+from hydralv_tune.trial.scoring.sweep.grid import PAIRS, SIZES, Axes, GridLike
+
+Array = npt.NDArray[Any]
+
+NEAR_TIE = 0.002
+METRICS = ("adapted_rand_error", "adapted_rand_error_foreground", "f1_iou50", "voi")
+HIGHER_IS_BETTER = ("f1_iou50",)
+BOOKKEEPING = ("round", "within_guard", "near_tie", "depth")
+
+
+@dataclass(frozen=True)
+class SweepPoint:
+    """One combination: the decoder's arguments and every figure it gets."""
+
+    arguments: dict[str, Any]
+    metrics: dict[str, float | int]
+
+    def as_mapping(self) -> dict[str, Any]:
+        """Return arguments and figures as plain JSON types, in one mapping."""
+        return {**self.arguments, **self.metrics}
+
+
+def plain(value: Any) -> Any:
+    """Return a NumPy scalar as a Python one; no threshold, infinity, becomes None."""
+    value = value.item() if isinstance(value, np.generic) else value
+    return None if isinstance(value, float) and not np.isfinite(value) else value
+
+
+def depths(near: npt.NDArray[np.bool_]) -> npt.NDArray[np.float64]:
+    """Return how many steps each combination lies inside its plateau, 0 outside.
+
+    Beyond the last value of an axis nothing is known, so it counts as outside. Axes of a grid
+    are short, so most combinations lie one step inside: up to half a step more tells, by the
+    share of neighbours that lie as deep, the one in the middle from the one on a corner.
+    """
+    inner = near.reshape([side for side in near.shape if side > 1])
+    deep = inner.astype(np.int64)
+    if inner.ndim == 0:
+        return deep.reshape(near.shape).astype(np.float64)
+    while inner.any():
+        inner = ndimage.binary_erosion(inner)
+        deep += inner
+    as_deep = np.zeros(deep.shape)
+    for axis in range(deep.ndim):
+        # Swapped views: writing to them writes to the arrays.
+        steps, seen = np.moveaxis(deep, axis, 0), np.moveaxis(as_deep, axis, 0)
+        seen[1:] += steps[:-1] >= steps[1:]
+        seen[:-1] += steps[1:] >= steps[:-1]
+    return (deep + (deep > 0) * as_deep / (4 * deep.ndim)).reshape(near.shape)
+
+
+def judge(table: pd.DataFrame, shapes: Sequence[Sequence[int]], metric: str, guard: float) -> None:
+    """Write to the table who is within the guard, who nearly ties for the best, and how deep.
+
+    Args:
+        table: Grids one below the other, numbered by `round`; changed in place.
+        shapes: The lengths of the axes of each grid. A step of round n is half of round n - 1.
+        metric: What is compared.
+        guard: How far F1 may be below the best F1.
+    """
+    cost = costs(table, metric)
+    f1 = table["f1_iou50"].to_numpy()
+    within = f1 >= f1.max() - guard
+    near = within & (cost <= cost[within].min() + NEAR_TIE)
+    depth = np.zeros(len(table))
+    first = 0
+    for number, shape in enumerate(shapes):
+        last = first + int(np.prod(shape))
+        depth[first:last] = depths(near[first:last].reshape(shape)).ravel() * 0.5**number
+        first = last
+    table["within_guard"], table["near_tie"], table["depth"] = within, near, depth
+
+
+def costs(table: pd.DataFrame, metric: str) -> Array:
+    """Return the metric as something to be minimised."""
+    sign = -1.0 if metric in HIGHER_IS_BETTER else 1.0
+    return np.asarray(table[metric].to_numpy() * sign)
+
+
+def by_rule(table: pd.DataFrame, metric: str) -> npt.NDArray[np.int64]:
+    """Return the rows, best first: near-ties by F1, then depth; the rest by the metric.
+
+    Rows that break the guard come last.
+    """
+    cost, f1 = costs(table, metric), table["f1_iou50"].to_numpy()
+    near = table["near_tie"].to_numpy()
+    depth = table["depth"].to_numpy()
+    first = np.where(near, -f1, np.inf)
+    second = np.where(near, -depth, np.inf)
+    order = np.lexsort((-f1, cost, second, first, ~near, ~table["within_guard"].to_numpy()))
+    return np.asarray(order, np.int64)
+
+
+def plateau_of(near: npt.NDArray[np.bool_], at: Sequence[int], axes: Axes) -> tuple[int, Any]:
+    """Return how many combinations the plateau around one holds, and its span on each axis.
+
+    A plateau is what near-ties reach from each other by single steps.
+    """
+    regions, _ = ndimage.label(near)
+    plateau = regions == regions[tuple(at)]
+    spans: dict[str, list[Any]] = {}
+    for axis, (name, values) in enumerate(axes.items()):
+        line = plateau[tuple(slice(None) if a == axis else i for a, i in enumerate(at))]
+        low = high = at[axis]
+        while low > 0 and line[low - 1]:
+            low -= 1
+        while high + 1 < len(line) and line[high + 1]:
+            high += 1
+        spans[name] = [plain(value) for value in values[low : high + 1]]
+    return int(plateau.sum()), spans
+
+
+def point(table: pd.DataFrame, row: int, axes: Mapping[str, Any], grid: GridLike) -> SweepPoint:
+    """Return one row under the decoder's own argument names."""
+    values = {str(key): plain(value) for key, value in table.iloc[row].to_dict().items()}
+    arguments: dict[str, Any] = {}
+    for name, default in decoder_arguments(grid.decoder).items():
+        if name in SIZES:
+            arguments[name] = int(values[name])
+        elif name in PAIRS:
+            arguments[name] = [values[f"{name}.seed"], values[f"{name}.foreground"]]
+        else:
+            arguments[name] = grid.fixed.get(name, default)
+    figures = {k: v for k, v in values.items() if k not in axes and k not in BOOKKEEPING}
+    for key in ("instances_predicted", "matched_iou50"):
+        figures[key] = int(figures[key])
+    return SweepPoint(arguments, figures)

@@ -1,0 +1,359 @@
+"""Patches of a volume that is too large for the device: read from disk when they are due.
+
+Only what a patch needs is read: from chunked HDF5 or Zarr, by a few threads, a few batches ahead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, cast
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from hydralv_tune.config.files import Data
+from hydralv_tune.data.volumes import (
+    Volume,
+    VolumePaths,
+    check_volume,
+    first_voxel_size,
+    open_lazy,
+    read_volume,
+    volume_paths,
+)
+from hydralv_tune.numerics.augmentation.patches import Patches, intensity_range
+from hydralv_tune.numerics.targets import instance_edt
+from hydralv_tune.trial.fitted_normalisation import (
+    PAD_MODES,
+    fitted_normalisation,
+    padded_normalisation,
+)
+from hydralv_tune.trial.training.sampling import (
+    OUTSIDE,
+    distance_arguments,
+    known_voxel_size,
+    normalised,
+    resident_bytes,
+    upload,
+)
+from hydralv_tune.trial.training.sampling_locations import Ints, find_sampling_locations
+
+Array = npt.NDArray[Any]
+Box = tuple[slice, slice, slice]
+
+HALO = (8, 32, 32)
+"""Voxels (z, y, x) read around a patch for the distance target: instances that reach further out
+of the patch than that get a distance as if cut there."""
+
+SCORED_BYTES = 40
+"""Bytes a voxel takes while it is predicted, swept and scored."""
+
+
+@dataclass(frozen=True)
+class Windowed:
+    """A part of an array that stays where it is until it is sliced.
+
+    Args:
+        array: Anything with `shape`, `dtype` and slices: an open file, or an array.
+        window: Of the array, (z, y, x).
+    """
+
+    array: Any
+    window: Box
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Return the shape of the part."""
+        z, y, x = (s.stop - s.start for s in self.window)
+        return z, y, x
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Return the type of its file."""
+        return np.dtype(self.array.dtype)
+
+    @property
+    def size(self) -> int:
+        """Return the number of its voxels."""
+        return int(np.prod(self.shape))
+
+    def read(self, box: Box) -> Array:
+        """Return a box of the part, in memory."""
+        where = tuple(
+            slice(own.start + s.start, own.start + s.stop)
+            for own, s in zip(self.window, box, strict=True)
+        )
+        return np.asarray(self.array[where])
+
+    def cut(self, box: Box) -> Windowed:
+        """Return a smaller part, unread. Ends that are None are those of this part."""
+        ends = [
+            (own.start + (s.start or 0), own.start + (side if s.stop is None else s.stop))
+            for own, s, side in zip(self.window, box, self.shape, strict=True)
+        ]
+        z, y, x = (slice(a, b) for a, b in ends)
+        return replace(self, window=(z, y, x))
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __iter__(self) -> Iterator[Array]:
+        """Yield the sections, one in memory at a time."""
+        _, height, width = self.shape
+        for z in range(len(self)):
+            yield self.read((slice(z, z + 1), slice(0, height), slice(0, width)))[0]
+
+
+@dataclass(frozen=True)
+class AboveZero:
+    """Where an array that stays where it is lies above 0, as a mask is read.
+
+    Args:
+        array: An open file.
+    """
+
+    array: Any
+    dtype: np.dtype[Any] = field(default_factory=lambda: np.dtype(bool))
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Return the shape of the array."""
+        return tuple(self.array.shape)
+
+    def __getitem__(self, where: Any) -> Array:
+        """Return a part, in memory."""
+        return np.asarray(self.array[where]) > 0
+
+
+def windowed(array: Any) -> Windowed:
+    """Return a whole array as a part of itself."""
+    if isinstance(array, Windowed):
+        return array
+    z, y, x = (slice(0, int(side)) for side in array.shape)
+    return Windowed(array, (z, y, x))
+
+
+def is_lazy(volume: Volume) -> bool:
+    """Return whether a volume is read when it is needed."""
+    return isinstance(cast(Any, volume.image), Windowed)
+
+
+def as_lazy(volume: Volume) -> Volume:
+    """Return a volume whose arrays are only read in parts."""
+    return replace(
+        volume,
+        image=cast(Array, windowed(volume.image)),
+        label=None if volume.label is None else cast(Array, windowed(volume.label)),
+        mask=None if volume.mask is None else cast(Array, windowed(volume.mask)),
+    )
+
+
+def open_volume(paths: VolumePaths) -> Volume:
+    """Return a volume that stays on disk, checked as `read_volume` does, section by section.
+
+    Its fingerprint is that of `read_volume`.
+
+    Raises:
+        VolumeError: A file cannot be read, or its content breaks a rule.
+    """
+    image = windowed(open_lazy(paths.image, ndim=3))
+    label, mask = (
+        None if path is None else windowed(open_lazy(path, ndim=3))
+        for path in (paths.label, paths.mask)
+    )
+    check_volume(paths, image, label, mask)
+    volume = Volume(paths.name, cast(Array, image), voxel_size_nm=first_voxel_size(paths))
+    above = None if mask is None else replace(mask, array=AboveZero(mask.array))
+    return replace(volume, label=cast(Array, label), mask=cast(Array, above))
+
+
+def read_or_open(paths: VolumePaths, limit_gb: float) -> Volume:
+    """Return a volume in memory, or one that stays on disk where it takes more than the limit.
+
+    Args:
+        paths: Of its files.
+        limit_gb: `data.memory_limit_gb`.
+
+    Raises:
+        VolumeError: A file cannot be read, or its content breaks a rule.
+    """
+    with open_lazy(paths.image, ndim=3) as image:
+        unread = Volume(paths.name, cast(Array, windowed(image)))
+        large = is_too_large(unread, limit_gb)
+    return open_volume(paths) if large else read_volume(paths)
+
+
+def held_out_volumes(data: Data) -> list[Volume]:
+    """Return the volumes that a candidate names for validation, opened as those to train on.
+
+    Args:
+        data: `data` of the candidate.
+
+    Raises:
+        VolumeError: One cannot be read.
+    """
+    if data.split.kind != "volumes" or data.val_image is None:
+        return []
+
+    def listed(paths: str | list[str] | None) -> list[str]:
+        return [] if paths is None else [paths] if isinstance(paths, str) else list(paths)
+
+    named = volume_paths(listed(data.val_image), listed(data.val_label), listed(data.val_mask))
+    return [read_or_open(paths, data.memory_limit_gb) for paths in named]
+
+
+def is_too_large(volume: Volume, limit_gb: float) -> bool:
+    """Return whether a volume takes more of the device than it may."""
+    return resident_bytes(volume) > limit_gb * 1e9
+
+
+def truth_counts(volume: Volume) -> Iterator[int]:
+    """Yield how many labelled voxels inside the mask each section has; they are read one by one."""
+    if volume.label is None:
+        return
+    masks = iter(volume.mask) if volume.mask is not None else None
+    for section in volume.label:
+        inside = section > 0
+        if masks is not None:
+            inside &= next(masks) > 0
+        yield int(np.count_nonzero(inside))
+
+
+def has_truth(volume: Volume) -> bool:
+    """Return whether there is a labelled voxel inside the mask; no more is read than it takes."""
+    return any(truth_counts(volume))
+
+
+def part_to_score(volume: Volume, data: Data) -> Volume:
+    """Return those sections of a lazy volume that can be scored in memory, with most truth.
+
+    They are normalised as sections of the whole, which is how they are trained on.
+
+    Args:
+        volume: With a labelled voxel inside its mask; returned as it is where it is not lazy.
+        data: `data` of the candidate; prediction and sweep may take its `memory_limit_gb`.
+    """
+    if not is_lazy(volume):
+        return volume
+    label = cast(Windowed, volume.label)
+    depth, height, width = label.shape
+    sections = int(data.memory_limit_gb * 1e9 / (SCORED_BYTES * height * width))
+    sections = min(max(sections, 1), depth)
+    counts = np.fromiter(truth_counts(volume), np.int64)
+    sums = np.convolve(counts, np.ones(sections, np.int64), mode="valid")
+    first = int(np.argmax(sums))
+    box: Box = (slice(first, first + sections), slice(0, height), slice(0, width))
+    name = volume.name if sections == depth else f"{volume.name}[z {first}:{first + sections}]"
+    mask = volume.mask
+    return replace(
+        volume,
+        name=name,
+        image=cast(Windowed, volume.image).read(box),
+        label=label.read(box),
+        mask=None if mask is None else cast(Windowed, mask).read(box) > 0,
+        normalisation=fitted_normalisation(volume, data).of_sections(first, first + sections),
+    )
+
+
+class LazySource:
+    """A volume on disk as a source of patches.
+
+    Args:
+        volume: Lazy, with a label.
+        data: `data` of the candidate.
+        device: Where the patches go.
+        seed: Of the places remembered.
+    """
+
+    def __init__(self, volume: Volume, data: Data, device: torch.device, seed: int) -> None:
+        self.volume = volume
+        self.device = device
+        self.voxel_size_nm = known_voxel_size(data, volume)
+        self.pad = data.pad_size
+        self.pad_mode = PAD_MODES[data.pad_mode]
+        label, mask = cast(Windowed, volume.label), cast(Windowed | None, volume.mask)
+        self.places = find_sampling_locations(
+            volume.name, label, mask, pad=data.pad_size, seed=seed
+        )
+        self.distance_arguments = distance_arguments(data, volume)
+        fitted = fitted_normalisation(volume, data)
+        self.intensity_range = intensity_range(data.image_transform.normalize, fitted)
+        fitted = padded_normalisation(fitted, self.pad[0], data.pad_mode)
+        self.per_section = {
+            name: torch.from_numpy(getattr(fitted, name))
+            for name in ("low", "high", "offset", "scale")
+        }
+
+    def cut(self, starts: Ints, size: Sequence[int]) -> Patches:
+        """Return the patches that begin at `starts` (B, 3), read from disk.
+
+        Args:
+            starts: First voxel (z, y, x) of each patch, in the padded volume.
+            size: Voxels (z, y, x) of a patch.
+        """
+        image, labels, distance, mask = zip(
+            *(self._read([int(v) for v in start], size) for start in starts), strict=True
+        )
+        sections = torch.from_numpy(starts)[:, :1] + torch.arange(size[0])
+        cpu = torch.device("cpu")
+        whole = normalised(upload(np.stack(image), cpu), self.per_section, sections)
+        return Patches(
+            image=whole[:, None].to(self.device, non_blocking=True),
+            labels=upload(np.stack(labels), self.device),
+            edt=upload(np.stack(distance), self.device),
+            mask=upload(np.stack(mask), self.device),
+            voxel_sizes_nm=(self.voxel_size_nm,) * len(starts),
+            intensity_ranges=(self.intensity_range,) * len(starts),
+        )
+
+    def _read(self, start: Sequence[int], size: Sequence[int]) -> tuple[Array, ...]:
+        """Return image, labels, distance and mask of one patch."""
+        first = [s - p for s, p in zip(start, self.pad, strict=True)]
+        label, mask = cast(Windowed, self.volume.label), cast(Windowed | None, self.volume.mask)
+        image = self._box(cast(Windowed, self.volume.image), first, size, None)
+        wide_first = [f - h for f, h in zip(first, HALO, strict=True)]
+        wide_size = [s + 2 * h for s, h in zip(size, HALO, strict=True)]
+        wide = self._box(label, wide_first, wide_size, 0).astype(np.int32)
+        distance = instance_edt(wide, **self.distance_arguments)
+        inner = tuple(slice(h, h + s) for h, s in zip(HALO, size, strict=True))
+        inside = self._inside(label.shape, first, size)
+        valid = inside if mask is None else self._box(mask, first, size, 0) > 0
+        return image, wide[inner], np.where(inside, distance[inner], np.float32(OUTSIDE)), valid
+
+    def _inside(self, shape: Sequence[int], first: Sequence[int], size: Sequence[int]) -> Array:
+        """Return which voxels of a patch lie in the volume rather than in its padding."""
+        inside = [
+            (np.arange(f, f + s) >= 0) & (np.arange(f, f + s) < side)
+            for f, s, side in zip(first, size, shape, strict=True)
+        ]
+        return inside[0][:, None, None] & inside[1][:, None] & inside[2]
+
+    def _box(
+        self, array: Windowed, first: Sequence[int], size: Sequence[int], value: int | None
+    ) -> Array:
+        """Return a box that may reach out of the volume: padded with a value, or as the image."""
+        ends = [(f, f + s, side) for f, s, side in zip(first, size, array.shape, strict=True)]
+        z, y, x = (slice(min(max(a, 0), side), max(min(b, side), 0)) for a, b, side in ends)
+        if value is None and self.pad_mode != "constant":
+            return self._reflected(array, ends)
+        inner = array.read((z, y, x))
+        width = [(s.start - a, b - s.stop) for s, (a, b, _) in zip((z, y, x), ends, strict=True)]
+        return np.pad(inner, width, constant_values=value or 0)
+
+    def _reflected(self, array: Windowed, ends: Sequence[tuple[int, int, int]]) -> Array:
+        """Return a box of the image whose rim repeats or mirrors the volume."""
+        indices = []
+        for a, b, side in ends:
+            index = np.arange(a, b)
+            if self.pad_mode == "edge":
+                index = index.clip(0, side - 1)
+            else:
+                period = max(2 * (side - 1), 1)
+                index = np.abs((index + side - 1) % period - (side - 1)) if side > 1 else index * 0
+            indices.append(index)
+        z, y, x = (slice(int(index.min()), int(index.max()) + 1) for index in indices)
+        inner = array.read((z, y, x))
+        moved = [index - index.min() for index in indices]
+        return inner[np.ix_(*moved)]
