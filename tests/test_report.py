@@ -285,13 +285,13 @@ def test_segmentation_is_decoded_again_where_its_file_is_gone(
     study = open_readonly(storage, "tiny")
     study.remember("out", str(copied))
     study.close()
-    with load_best_trial(storage, "tiny") as winner:
-        kept = scored_volumes(winner)[0].prediction
-        (winner.folder / "segmentation_0.h5").unlink()
-        assert np.array_equal(scored_volumes(winner)[0].prediction, kept)
-        winner.record.volumes[0]["fingerprint"] = "0" * 16
+    with load_best_trial(storage, "tiny") as best:
+        kept = scored_volumes(best)[0].prediction
+        (best.folder / "segmentation_0.h5").unlink()
+        assert np.array_equal(scored_volumes(best)[0].prediction, kept)
+        best.record.volumes[0]["fingerprint"] = "0" * 16
         with pytest.raises(InputError, match="fingerprint"):
-            scored_volumes(winner)
+            scored_volumes(best)
 
 
 def test_contact_sheet_shows_the_colours_of_what_went_wrong(wrong: Any, tmp_path: Path) -> None:

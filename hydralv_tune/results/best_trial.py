@@ -18,7 +18,7 @@ from hydralv_tune.study.trial_views import TrialView, count_states
 
 
 @dataclass(frozen=True)
-class Winner:
+class BestTrial:
     """The best trial.
 
     Args:
@@ -75,7 +75,7 @@ def volume_paths_of(entry: dict[str, Any]) -> VolumePaths:
 
 
 @contextmanager
-def load_best_trial(storage: str, name: str) -> Iterator[Winner]:
+def load_best_trial(storage: str, name: str) -> Iterator[BestTrial]:
     """Open a study for reading and yield its best trial.
 
     Raises:
@@ -84,12 +84,12 @@ def load_best_trial(storage: str, name: str) -> Iterator[Winner]:
     """
     study = open_readonly(storage, name)
     try:
-        yield _winner(study)
+        yield _best_trial_of(study)
     finally:
         study.close()
 
 
-def _winner(study: Study) -> Winner:
+def _best_trial_of(study: Study) -> BestTrial:
     """Return the best trial of an open study."""
     view = study.best()
     if view is None:
@@ -104,7 +104,7 @@ def _winner(study: Study) -> Winner:
     decoding = record.decoding or {}
     if "name" not in decoding:
         raise InputError(f"{place}: says no decoding, though the trial is COMPLETE. Run it again.")
-    return Winner(
+    return BestTrial(
         study=study,
         view=view,
         record=record,

@@ -22,7 +22,7 @@ from hydralv_tune.numerics.metrics.scores import (
 )
 from hydralv_tune.numerics.networks.registry import network_arguments, receptive_field
 from hydralv_tune.numerics.watershed.decoders import decode
-from hydralv_tune.results.best_trial import Winner
+from hydralv_tune.results.best_trial import BestTrial
 from hydralv_tune.trial.scoring.prediction import load_network, pick_device, predict
 from hydralv_tune.trial.splits import SplitPlan, split_volumes
 from hydralv_tune.trial.training.lazy_reader import held_out_volumes, part_to_score, read_or_open
@@ -32,7 +32,7 @@ Array = npt.NDArray[Any]
 
 @dataclass(frozen=True)
 class ScoredVolume:
-    """One volume, or the part of it that was scored, with the winner's segmentation of it.
+    """One volume, or the part of it that was scored, with the best trial's segmentation of it.
 
     Args:
         volume: Image, label and mask of the part.
@@ -102,21 +102,21 @@ class Judgement:
     joined: list[Verdict]
 
 
-def scored_volumes(winner: Winner) -> list[ScoredVolume]:
-    """Return what the winner was scored on, with its segmentations.
+def scored_volumes(best: BestTrial) -> list[ScoredVolume]:
+    """Return what the best trial was scored on, with its segmentations.
 
     They are read from the trial's folder, or predicted and decoded again where they are gone.
 
     Raises:
         InputError: A volume is gone or has changed, or so has a checkpoint.
     """
-    plan = _plan(winner)
+    plan = _plan(best)
     parts = [(index, part) for index, fold in enumerate(plan.folds) for part in fold.score]
     scored = []
     for number, (_, part) in enumerate(parts):
-        path = winner.folder / f"segmentation_{number}.h5"
+        path = best.folder / f"segmentation_{number}.h5"
         if not path.is_file():
-            return _decoded_again(winner, plan, {})
+            return _decoded_again(best, plan, {})
         segments = read_labels(path)
         if segments.shape != part.image.shape:
             raise InputError(
@@ -127,14 +127,14 @@ def scored_volumes(winner: Winner) -> list[ScoredVolume]:
     return scored
 
 
-def _plan(winner: Winner) -> SplitPlan:
+def _plan(best: BestTrial) -> SplitPlan:
     """Return the split of the trial over its volumes, which must be those it was trained on.
 
     Of a volume over `data.memory_limit_gb` the same sections are scored as in the trial.
     """
-    record, candidate = winner.record, winner.candidate
+    record, candidate = best.record, best.candidate
     limit_gb = candidate.data.memory_limit_gb
-    volumes = [read_or_open(paths, limit_gb) for paths in winner.volumes]
+    volumes = [read_or_open(paths, limit_gb) for paths in best.volumes]
     held_out = held_out_volumes(candidate.data)
     for volume, entry in zip([*volumes, *held_out], record.volumes, strict=True):
         if volume.fingerprint() != entry.get("fingerprint"):
@@ -152,15 +152,15 @@ def _plan(winner: Winner) -> SplitPlan:
     return replace(plan, folds=tuple(folds))
 
 
-def _decoded_again(winner: Winner, plan: SplitPlan, changed: dict[str, Any]) -> list[ScoredVolume]:
+def _decoded_again(best: BestTrial, plan: SplitPlan, changed: dict[str, Any]) -> list[ScoredVolume]:
     """Return the scored volumes, predicted and decoded, with some decoder arguments changed."""
     device = pick_device("auto")
     scored = []
-    arguments = {**winner.step.decoder_arguments(), **changed}
+    arguments = {**best.step.decoder_arguments(), **changed}
     for fold in plan.folds:
-        path = winner.checkpoint
+        path = best.checkpoint
         if len(plan.folds) > 1:
-            path = winner.folder / fold.name / "best.ckpt"
+            path = best.folder / fold.name / "best.ckpt"
         network, candidate = load_network(path, device=device)
         for part in fold.score:
             with as_input_error(f"Volume '{part.name}'"):
@@ -168,22 +168,22 @@ def _decoded_again(winner: Winner, plan: SplitPlan, changed: dict[str, Any]) -> 
                     network, part.image, candidate, device=device, mask=part.mask,
                     normalisation=part.normalisation,
                 )  # fmt: skip
-                segments = decode(winner.step.name, maps, part.mask, **arguments)
+                segments = decode(best.step.name, maps, part.mask, **arguments)
             scored.append(ScoredVolume(part, segments))
     return scored
 
 
-def score_under_volume_flood(winner: Winner) -> dict[str, Any]:
-    """Return the winner's figures with the flood that PyTorch Connectomics runs.
+def score_under_volume_flood(best: BestTrial) -> dict[str, Any]:
+    """Return the best trial's figures with the flood that PyTorch Connectomics runs.
 
     Raises:
         InputError: A volume or a checkpoint is gone or has changed.
     """
-    if winner.step.decoder_arguments().get("flood") == "volume" or (
-        winner.step.name != "decode_instance_binary_contour_distance"
+    if best.step.decoder_arguments().get("flood") == "volume" or (
+        best.step.name != "decode_instance_binary_contour_distance"
     ):
-        return winner.record.metrics
-    parts = _decoded_again(winner, _plan(winner), {"flood": "volume"})
+        return best.record.metrics
+    parts = _decoded_again(best, _plan(best), {"flood": "volume"})
     return figures(joined_tables([part.table for part in parts])[0])
 
 

@@ -17,7 +17,7 @@ from hydralv_tune.config.candidate import Candidate
 from hydralv_tune.config.errors import InputError, as_input_error, unknown_name
 from hydralv_tune.config.files import baseline, candidate_from_mapping
 from hydralv_tune.config.yaml_io import dump_yaml
-from hydralv_tune.results.best_trial import Winner, load_best_trial
+from hydralv_tune.results.best_trial import BestTrial, load_best_trial
 from hydralv_tune.results.export.pytc import PEER_FORMATS, peer_config, peer_weights
 from hydralv_tune.results.export.pytc_blocks import PeerData
 from hydralv_tune.study.study import open_readonly
@@ -66,49 +66,49 @@ def export_best(
         )
     if table is not None:
         _check_table(Path(table))
-    with load_best_trial(storage, study) as winner:
+    with load_best_trial(storage, study) as best:
         write = _export_own if format == "hydralv" else _export_peer
-        document = write(winner, out, format)
+        document = write(best, out, format)
     if table is not None:
         document["table"] = str(write_table(storage, study, Path(table)))
     return document
 
 
-def _export_own(winner: Winner, out: Path, format: str) -> dict[str, Any]:
+def _export_own(best: BestTrial, out: Path, format: str) -> dict[str, Any]:
     """Write a candidate like those of `trials/`, so that `train` of it repeats the score."""
     checkpoint = out.with_suffix(".ckpt")
-    content = load_checkpoint(winner.checkpoint)
+    content = load_checkpoint(best.checkpoint)
     kept = {key: content[key] for key in CHECKPOINT_KEYS if key in content}
-    candidate = exported_candidate(winner)
-    text = _comments(_head_lines(winner)) + dump_yaml(told(candidate))
+    candidate = exported_candidate(best)
+    text = _comments(_head_lines(best)) + dump_yaml(told(candidate))
     _write_weights(checkpoint, kept)
     write_atomically(out, text.encode())
     return {
         "out": str(out),
         "checkpoint": str(checkpoint),
-        "commands": own_commands(winner, out, checkpoint),
+        "commands": own_commands(best, out, checkpoint),
     }
 
 
-def exported_candidate(winner: Winner) -> Candidate:
-    """Return the candidate with the winner's thresholds, and the grid that they were swept in."""
-    grid = winner.candidate.test.decoding_grid
-    swept = grid.model_dump(mode="json") if grid is not None else _grid_of(winner)
+def exported_candidate(best: BestTrial) -> Candidate:
+    """Return the candidate with the best thresholds, and the grid that they were swept in."""
+    grid = best.candidate.test.decoding_grid
+    swept = grid.model_dump(mode="json") if grid is not None else _grid_of(best)
     partial = {
-        "experiment_name": f"{winner.study.name}_trial_{winner.view.number}",
+        "experiment_name": f"{best.study.name}_trial_{best.view.number}",
         "test": {
-            "decoding": [winner.step.model_dump(mode="json")],
+            "decoding": [best.step.model_dump(mode="json")],
             "decoding_grid": swept,
         },
     }
     return candidate_from_mapping(
-        partial, place="the exported candidate", base=winner.candidate.as_mapping()
+        partial, place="the exported candidate", base=best.candidate.as_mapping()
     )
 
 
-def _grid_of(winner: Winner) -> dict[str, Any]:
+def _grid_of(best: BestTrial) -> dict[str, Any]:
     """Return the grid of the study's space as plain values."""
-    mapping: dict[str, Any] = winner.study.space.decoding.model_dump(mode="json")
+    mapping: dict[str, Any] = best.study.space.decoding.model_dump(mode="json")
     return mapping
 
 
@@ -133,13 +133,13 @@ def told(candidate: Candidate) -> dict[str, Any]:
     return mapping
 
 
-def _head_lines(winner: Winner) -> list[str]:
+def _head_lines(best: BestTrial) -> list[str]:
     """Return what the head of an exported file says about where it came from."""
-    record, view = winner.record, winner.view
-    objective = winner.study.space.objective.metric
+    record, view = best.record, best.view
+    objective = best.study.space.objective.metric
     lines = [
-        f"The best trial of study '{winner.study.name}': trial {view.number} of "
-        f"{len(winner.study.trials())}, by {objective}.",
+        f"The best trial of study '{best.study.name}': trial {view.number} of "
+        f"{len(best.study.trials())}, by {objective}.",
         *_score_lines(record.metrics),
         f"Split: {record.split.get('sentence') or record.split.get('kind')}.",
     ]
@@ -192,13 +192,13 @@ def _comments(lines: list[str]) -> str:
     return "".join(f"# {line}".rstrip() + "\n" for line in flat)
 
 
-def own_commands(winner: Winner, out: Path, checkpoint: Path) -> list[str]:
+def own_commands(best: BestTrial, out: Path, checkpoint: Path) -> list[str]:
     """Return the commands that predict, decode and score a new volume, and train again."""
-    volume = winner.volumes[0] if winner.volumes else None
+    volume = best.volumes[0] if best.volumes else None
     image = volume.image if volume else "IMAGE.h5"
     label = (volume.label if volume else None) or "LABEL.h5"
     mask = ["--mask", volume.mask] if volume and volume.mask else []
-    step = winner.step
+    step = best.step
     settings: list[str] = []
     for key, value in step.decoder_arguments().items():
         settings += ["--set", f"{key}={_setting(value)}"]
@@ -208,15 +208,15 @@ def own_commands(winner: Winner, out: Path, checkpoint: Path) -> list[str]:
         ["decode", "--probabilities", probabilities, "--out", segmentation, *mask,
          "--decoder", step.name, *settings],
         ["score", "--prediction", segmentation, "--label", label, *mask],
-        ["train", out, *_all_volumes(winner), "--out", out.with_suffix("")],
+        ["train", out, *_all_volumes(best), "--out", out.with_suffix("")],
     ]  # fmt: skip
     return [shlex.join(["hydralv-tune", *map(str, row)]) for row in rows]
 
 
-def _all_volumes(winner: Winner) -> list[str]:
+def _all_volumes(best: BestTrial) -> list[str]:
     """Return the options that name every volume of the study."""
     words: list[str] = []
-    for volume in winner.volumes:
+    for volume in best.volumes:
         for option in ("image", "label", "mask"):
             path = getattr(volume, option)
             words += [f"--{option}", path] if path else []
@@ -230,22 +230,21 @@ def _setting(value: Any) -> str:
     return "null" if value is None else str(value)
 
 
-def _export_peer(winner: Winner, out: Path, format: str) -> dict[str, Any]:
+def _export_peer(best: BestTrial, out: Path, format: str) -> dict[str, Any]:
     """Write a configuration for PyTorch Connectomics and weights as it takes them."""
     weights = out.with_suffix(".ckpt")
-    network, _ = load_network(winner.checkpoint)
+    network, _ = load_network(best.checkpoint)
     data = PeerData(
-        volumes=winner.volumes,
-        voxel_size_nm=winner.voxel_size_nm,
+        volumes=best.volumes,
+        voxel_size_nm=best.voxel_size_nm,
         weights=weights.name,
-        experiment=f"{winner.study.name}_trial_{winner.view.number}",
-        description=f"exported by hydralv-tune, study {winner.study.name}, "
-        f"trial {winner.view.number}",
+        experiment=f"{best.study.name}_trial_{best.view.number}",
+        description=f"exported by hydralv-tune, study {best.study.name}, trial {best.view.number}",
     )
     with as_input_error(f"export --format {format}"):
-        config = peer_config(winner.candidate, winner.step, data, schema=format)
-    lines = _head_lines(winner)
-    lines += ["", *_volume_flood_lines(winner)]
+        config = peer_config(best.candidate, best.step, data, schema=format)
+    lines = _head_lines(best)
+    lines += ["", *_volume_flood_lines(best)]
     lines += ["", "What PyTorch Connectomics cannot be told, and so does otherwise:"]
     lines += [f"- {note}" for note in config.notes] or ["- nothing"]
     lines += ["", f"Weights: {weights.name}, tensors under state_dict with the prefix 'model.'."]
@@ -260,13 +259,13 @@ def _export_peer(winner: Winner, out: Path, format: str) -> dict[str, Any]:
     }
 
 
-def _volume_flood_lines(winner: Winner) -> list[str]:
-    """Return the winner's score under that tool's flood, or why it is not known."""
+def _volume_flood_lines(best: BestTrial) -> list[str]:
+    """Return the best trial's score under that tool's flood, or why it is not known."""
     from hydralv_tune.results.scored_volumes import score_under_volume_flood
 
     title = "The same thresholds under that tool's flood over the whole volume (flood: volume):"
     try:
-        metrics = score_under_volume_flood(winner)
+        metrics = score_under_volume_flood(best)
     except InputError as error:
         return [f"{title} not measured, since {error}"]
     return [title, *_score_lines(metrics)]

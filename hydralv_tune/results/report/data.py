@@ -19,7 +19,7 @@ from hydralv_tune.config.files import known_names
 from hydralv_tune.config.search_space import Parameter
 from hydralv_tune.numerics.formatting import number_of
 from hydralv_tune.numerics.metrics.instance_errors import Verdict, bootstrap
-from hydralv_tune.results.best_trial import Winner
+from hydralv_tune.results.best_trial import BestTrial
 from hydralv_tune.results.report.limits import Limit, Target, kind_of, limits, plan_targets
 from hydralv_tune.results.scored_volumes import Judgement, judge_all, scored_volumes
 from hydralv_tune.study.trial_views import TrialView, count_states
@@ -107,7 +107,7 @@ class ReportData:
     guard_f1: float
     counts: Mapping[str, int]
     trials: Sequence[TrialView]
-    winner: Winner
+    best: BestTrial
     metrics: Mapping[str, Any]
     intervals: Mapping[str, tuple[float, float]]
     searched: Sequence[tuple[str, str, str]]
@@ -128,7 +128,7 @@ class ReportData:
     @property
     def record(self) -> TrialRecord:
         """Return the record of the best trial."""
-        return self.winner.record
+        return self.best.record
 
     @property
     def wrong(self) -> int:
@@ -136,22 +136,22 @@ class ReportData:
         return sum(len(cards) for cards in self.cards.values())
 
 
-def gather(winner: Winner) -> ReportData:
+def gather(best: BestTrial) -> ReportData:
     """Return what the report says about a study.
 
     What cannot be read any more (a volume that moved) is left out, and the notes say so.
     """
-    study, record = winner.study, winner.record
+    study, record = best.study, best.record
     trials = study.trials()
     notes = list(record.notes)
     judgement: Judgement | None = None
     try:
-        judgement = judge_all(scored_volumes(winner))
+        judgement = judge_all(scored_volumes(best))
     except (InputError, ValueError) as error:
         notes.append(f"The instances are not shown one by one: {error}")
     objective = study.space.objective
-    table = _sweep_table(winner.folder, notes)
-    number, baseline = _baseline(winner, trials, notes)
+    table = _sweep_table(best.folder, notes)
+    number, baseline = _baseline(best, trials, notes)
     return ReportData(
         study=study.name,
         storage=study.storage,
@@ -160,22 +160,22 @@ def gather(winner: Winner) -> ReportData:
         guard_f1=objective.guard.f1_iou50,
         counts=count_states(trials),
         trials=trials,
-        winner=winner,
+        best=best,
         metrics=record.metrics,
         intervals={} if judgement is None else bootstrap(judgement.table),
-        searched=_searched(winner),
+        searched=_searched(best),
         importances=study.importances(),
         comparison=compare(baseline, record.metrics) if baseline else [],
         baseline_number=number,
         targets=plan_targets(record.metrics, record.losses),
         limits=[] if judgement is None else _limits(judgement, objective.metric),
-        axes=_axes(record.sweep or {}, winner),
+        axes=_axes(record.sweep or {}, best),
         points=_points(record.sweep or {}),
         table=table,
         cards={} if judgement is None else _cards(judgement),
         sizes_found=_sizes(judgement, found=True),
         sizes_lost=_sizes(judgement, found=False),
-        contact_sheet=_bytes(winner.folder / "contact_sheet.png"),
+        contact_sheet=_bytes(best.folder / "contact_sheet.png"),
         notes=notes,
     )
 
@@ -196,7 +196,7 @@ def _sweep_table(folder: Path, notes: list[str]) -> pd.DataFrame | None:
 
 
 def _baseline(
-    winner: Winner, trials: Sequence[TrialView], notes: list[str]
+    best: BestTrial, trials: Sequence[TrialView], notes: list[str]
 ) -> tuple[int | None, Mapping[str, Any] | None]:
     """Return number and figures of the trial that the best one is compared with.
 
@@ -204,13 +204,13 @@ def _baseline(
     start, else the first finished trial.
     """
     done = [t for t in trials if t.state in ("COMPLETE", "PRUNED") and not t.is_imported]
-    wanted = ["baseline", winner.study.space.base, *winner.study.space.warm_starts]
+    wanted = ["baseline", best.study.space.base, *best.study.space.warm_starts]
     by_recipe = {t.user_attrs.get("warm_start"): t for t in reversed(done)}
     chosen = next((by_recipe[name] for name in wanted if name in by_recipe), None)
     chosen = chosen or (done[0] if done else None)
-    if chosen is None or chosen.number == winner.view.number:
+    if chosen is None or chosen.number == best.view.number:
         return (None, None) if chosen is None else (chosen.number, None)
-    folder = winner.study.folder_of(chosen)
+    folder = best.study.folder_of(chosen)
     metrics = chosen.user_attrs.get("metrics")
     if folder is not None and (folder / "record.json").is_file():
         try:
@@ -235,11 +235,11 @@ def compare(baseline: Mapping[str, Any], best: Mapping[str, Any]) -> list[Compar
     return rows
 
 
-def _searched(winner: Winner) -> list[tuple[str, str, str]]:
+def _searched(best: BestTrial) -> list[tuple[str, str, str]]:
     """Return key, what was searched, and the best trial's value."""
-    space = winner.study.space
+    space = best.study.space
     return [
-        (key, _range(parameter), _best_value(winner.view.params, key))
+        (key, _range(parameter), _best_value(best.view.params, key))
         for key, parameter in space.parameters.items()
     ]
 
@@ -290,11 +290,11 @@ def _points(sweep: Mapping[str, Any]) -> list[tuple[str, str, Mapping[str, Any]]
     return [(name.replace("_", " "), why, sweep[name]) for name, why in named if name in sweep]
 
 
-def _axes(sweep: Mapping[str, Any], winner: Winner) -> list[Axis]:
+def _axes(sweep: Mapping[str, Any], best: BestTrial) -> list[Axis]:
     """Return each axis of the sweep with the winner's plateau on it."""
     plateau = sweep.get("plateau") or {}
-    grid = winner.candidate.test.decoding_grid or winner.study.space.decoding
-    arguments = winner.step.decoder_arguments()
+    grid = best.candidate.test.decoding_grid or best.study.space.decoding
+    arguments = best.step.decoder_arguments()
     rows = []
     for name, flat in plateau.items():
         key, _, part = name.partition(".")

@@ -111,7 +111,7 @@ def _comparison(data: ReportData) -> list[str]:
             for c in data.comparison]  # fmt: skip
     return [
         title,
-        f"Trial {data.winner.view.number} against trial {data.baseline_number}.",
+        f"Trial {data.best.view.number} against trial {data.baseline_number}.",
         _table(["figure", "baseline", "best", "change", ""], rows),
     ]
 
@@ -124,7 +124,7 @@ def _thresholds(data: ReportData, pictures: dict[str, bytes]) -> list[str]:
          figure(point.get("adapted_rand_error_foreground")), figure(point.get("f1_iou50")))
         for name, why, point in data.points
     ]  # fmt: skip
-    heatmap = data.winner.folder / "sweep.png"
+    heatmap = data.best.folder / "sweep.png"
     shown = []
     if heatmap.is_file():
         pictures["sweep.png"] = heatmap.read_bytes()

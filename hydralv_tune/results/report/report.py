@@ -59,8 +59,8 @@ def write_report(storage: str, study: str, out: Path) -> Path:
         InputError: The best trial's record is gone.
     """
     out = Path(out)
-    with load_best_trial(storage, study) as winner:
-        data = gather(winner)
+    with load_best_trial(storage, study) as best:
+        data = gather(best)
         page = render(data)
         text, pictures = as_markdown(data)
     for name, content in pictures.items():
@@ -121,7 +121,7 @@ def _figures(data: ReportData) -> tuple[Mapping[str, str], int]:
     """Return the figures that there is something to draw of, and the parallel ones' width."""
     drawn: dict[str, Any] = {"history": figures.history(data.trials, data.metric)}
     width = 0
-    parallel = figures.parallel_coordinates(data.trials, data.winner.study.space, data.metric)
+    parallel = figures.parallel_coordinates(data.trials, data.best.study.space, data.metric)
     if parallel is not None:
         drawn["parallel"], width = parallel
     if data.importances:
@@ -130,7 +130,7 @@ def _figures(data: ReportData) -> tuple[Mapping[str, str], int]:
         drawn["curves"] = figures.curves(data.record.history)
     if data.sizes_found or data.sizes_lost:
         drawn["sizes"] = figures.sizes(data.sizes_found, data.sizes_lost)
-    plateau = figures.plateau_of(data.table, data.metric, data.winner.step)
+    plateau = figures.plateau_of(data.table, data.metric, data.best.step)
     if plateau is not None:
         drawn["plateau"] = plateau
     names = ("history", "parallel", "importances", "curves", "sizes", "plateau")

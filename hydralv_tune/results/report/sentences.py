@@ -53,9 +53,9 @@ def headline(data: ReportData) -> str:
     error = number_of(metrics.get("adapted_rand_error"))
     matched, true = metrics.get("matched_iou50"), metrics.get("instances_true")
     if matched is None or not true:
-        return f"Trial {data.winner.view.number} reaches an adapted Rand error of {figure(error)}"
+        return f"Trial {data.best.view.number} reaches an adapted Rand error of {figure(error)}"
     return (
-        f"Trial {data.winner.view.number} finds {matched} of {true} instances at an adapted Rand "
+        f"Trial {data.best.view.number} finds {matched} of {true} instances at an adapted Rand "
         f"error of {error:.3f}"
     )
 
@@ -68,7 +68,7 @@ def lead(data: ReportData) -> str:
     sentence = str(data.record.split.get("sentence") or "")
     if sentence:
         parts.append(f"{sentence[0].upper()}{sentence[1:]}.")
-    if not data.winner.view.is_feasible:
+    if not data.best.view.is_feasible:
         parts.append(
             f"Attention: no trial met the guard of F1 ≥ {data.guard_f1:g}; this one came nearest."
         )
