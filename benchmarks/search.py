@@ -31,8 +31,9 @@ import optuna
 import pandas as pd
 
 from hydralv_tune.config.search_space import Pruner, Sampler, SearchSpace, load_space
-from hydralv_tune.study.samplers import GUARD, VIOLATIONS, make_pruner, make_sampler, suggest
+from hydralv_tune.study.samplers import VIOLATIONS, make_pruner, make_sampler, suggest
 
+GUARD = "f1_iou50"
 FOLDER = Path(__file__).parent / "search_table"
 LR = "optimization.optimizer.lr"
 WORKERS = 4

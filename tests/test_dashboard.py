@@ -9,9 +9,12 @@ import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from wsgiref.simple_server import make_server
 
+import optuna_dashboard
 import pytest
 
 from hydralv_tune.artifacts.pictures import draw_losses
@@ -22,6 +25,17 @@ from hydralv_tune.results.publish import ARTIFACTS, ArtifactFolder, publish_stud
 from hydralv_tune.study.driver import Driver
 from hydralv_tune.study.study import Study, open_readonly
 from hydralv_tune.study.trial_views import Outcome
+
+
+@contextmanager
+def served(application: Any) -> Iterator[str]:
+    """Serve a WSGI application and yield its address."""
+    with make_server("127.0.0.1", 0, application) as server:
+        thread = threading.Thread(target=server.serve_forever, daemon=True)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+        thread.join()
 
 
 @pytest.fixture(scope="module")
@@ -288,6 +302,35 @@ def test_a_study_in_postgresql_is_shown_and_its_password_is_not(
 def test_an_id_from_the_database_cannot_leave_the_folder(tmp_path: Any, name: str) -> None:
     with pytest.raises(ValueError, match="UUID"):
         ArtifactFolder(tmp_path).open_reader(name)
+
+
+@pytest.fixture
+def fooled(tmp_path: Path) -> Study:
+    """Return a study whose smallest error violates the guard, and whose best trial does not."""
+    space = space_from_mapping(
+        {"base": "smoke", "parameters": {"optimization.optimizer.lr": {"float": [1e-4, 1e-2]}}}
+    )
+    storage = f"sqlite:///{tmp_path / 'study.db'}"
+    study = Study.open(storage, "fooled", space=space, create=True)
+    study.remember("out", str(tmp_path))
+    with Driver(study, out=tmp_path) as driver:
+        for error, f1 in ((0.045, 0.17), (0.148, 0.64), (0.2, 0.7)):
+            asked = driver.ask(9)
+            assert not isinstance(asked, str)
+            metrics = {"adapted_rand_error": error, "f1_iou50": f1}
+            driver.tell(asked.number, Outcome("COMPLETE", error, 0.5 - f1, {"metrics": metrics}))
+    return study
+
+
+def test_the_stock_dashboard_names_the_best_trial_that_status_names(fooled: Study) -> None:
+    best = fooled.facts()["best"]
+    assert (best["number"], best["value"], best["feasible"]) == (1, 0.148, True)
+    assert [view.value for view in fooled.trials()] == [0.045, 0.148, 0.2]
+    with served(optuna_dashboard.wsgi(fooled.storage)) as address:
+        found = json.loads(ask(address, "GET", "/api/studies/1")[2])
+    assert [trial["number"] for trial in found["best_trials"]] == [1]
+    assert found["trials"][0]["constraints"] == [pytest.approx(0.33)]
+    assert found["trials"][1]["constraints"] == [pytest.approx(-0.14)]
 
 
 def test_writable_really_writes(finished_study: Any, tmp_path: Path) -> None:

@@ -24,7 +24,15 @@ from hydralv_tune.study.database import (
 )
 from hydralv_tune.study.journal import PREFIX, SUFFIX, Journal, journals_in
 from hydralv_tune.study.mutex import StudyMutex
-from hydralv_tune.study.samplers import GUARD, distribution_of, make_pruner, make_sampler, suggest
+from hydralv_tune.study.samplers import (
+    CONSTRAINTS,
+    OBJECTIVE,
+    distribution_of,
+    make_pruner,
+    make_sampler,
+    ranked_value,
+    suggest,
+)
 from hydralv_tune.study.study import Study, trial_by_number
 from hydralv_tune.study.trial_views import (
     FOLD_VALUES,
@@ -389,10 +397,16 @@ class Driver:
         retry = {"retry": outcome.retry} if outcome.state == "FAIL" else {}
         try:
             set_attributes(self.study.rdb, frozen._trial_id, {**outcome.attributes, **retry})
-            if outcome.violation is not None and math.isfinite(outcome.violation):
-                optuna.Trial(study, frozen._trial_id).set_constraint(GUARD, outcome.violation)
-            values = outcome.value if outcome.state == "COMPLETE" else None
-            study.tell(number, values, state=TrialState[outcome.state])
+            violation = outcome.violation
+            if violation is not None and math.isfinite(violation):
+                study._storage.set_trial_system_attr(
+                    frozen._trial_id, CONSTRAINTS, [float(violation)]
+                )
+            value = outcome.value if outcome.state == "COMPLETE" else None
+            if value is not None:
+                study._storage.set_trial_system_attr(frozen._trial_id, OBJECTIVE, value)
+                value = ranked_value(value, violation, self.space.objective.metric)
+            study.tell(number, value, state=TrialState[outcome.state])
         except UpdateFinishedTrialError:
             told = False  # this process slept under the mutex, and another took the trial over
         else:

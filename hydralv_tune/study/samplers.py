@@ -22,15 +22,39 @@ from hydralv_tune.config.search_space import (
 )
 from hydralv_tune.study.trial_views import FOLD_VALUES, VIOLATIONS, rank
 
-GUARD = "f1_iou50"
+CONSTRAINTS = "constraints"
+"""System attribute of a trial that Optuna, and its dashboard, read constraints from."""
+
+OBJECTIVE = "hydralv_tune:objective"
+"""System attribute of a trial: its objective, where Optuna was told another value to rank it."""
 
 BEHIND = 1000.0
 """What a violation is added to: more than any objective."""
+
+AT_MOST_ONE = ("adapted_rand_error", "adapted_rand_error_foreground", "f1_iou50")
+"""Metrics whose objective is never above 1."""
 
 
 def violation_of(trial: FrozenTrial) -> float | None:
     """Return by how much a trial violates the guard; None where that was never known."""
     return max(trial.constraints.values(), default=None)
+
+
+def ranked_value(value: float, violation: float | None, metric: str) -> float:
+    """Return the value that Optuna ranks a COMPLETE trial by: the objective where the guard holds.
+
+    Optuna's storage, and so its dashboard, calls the trial with the smallest value the best one
+    and looks at no constraint. A trial that violates the guard is therefore told a value behind
+    every objective, by its violation, which is the order of `trial_views.rank`.
+
+    Args:
+        value: The objective, minimised.
+        violation: By how much the guard is violated, if that is known.
+        metric: `objective.metric`.
+    """
+    if violation is None or violation <= 0:
+        return value
+    return (1.0 if metric in AT_MOST_ONE else BEHIND) + violation
 
 
 def make_sampler(sampler: Sampler, count: int) -> optuna.samplers.BaseSampler:
@@ -318,11 +342,15 @@ def imported_trial(
     if recipe and space.candidate(params, recipe) != space.candidate(params):
         return None
     violation = guard_violation(metrics.get("f1_iou50"), space.objective)
+    value = objective_value(metrics, space.objective)
     return optuna.trial.create_trial(
         state=trial.state,
-        value=objective_value(metrics, space.objective),
+        value=ranked_value(value, violation, space.objective.metric),
         params=params,
         distributions=distributions,
         user_attrs={"imported_from": label, "metrics": metrics},
-        system_attrs={} if violation is None else {f"constraints:{GUARD}": violation},
+        system_attrs={
+            OBJECTIVE: value,
+            **({} if violation is None else {CONSTRAINTS: [violation]}),
+        },
     )

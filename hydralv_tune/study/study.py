@@ -24,6 +24,7 @@ from hydralv_tune.study.database import (
 )
 from hydralv_tune.study.mutex import StudyMutex
 from hydralv_tune.study.samplers import (
+    OBJECTIVE,
     elsewhere,
     imported_trial,
     require_comparable,
@@ -476,7 +477,7 @@ def view_of(trial: FrozenTrial) -> TrialView:
     return TrialView(
         number=trial.number,
         state=trial.state.name,
-        value=trial.value if trial.values else None,
+        value=trial.system_attrs.get(OBJECTIVE, trial.value) if trial.values else None,
         params=trial.params,
         user_attrs=trial.user_attrs,
         intermediate=trial.intermediate_values,
