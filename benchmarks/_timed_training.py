@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from hydralv_tune.artifacts.records import TrialRecord
-from hydralv_tune.config.files import Candidate, load_candidate
+from hydralv_tune.config.candidate import Candidate
+from hydralv_tune.config.files import load_candidate
 from hydralv_tune.config.search_space import SearchSpace
 from hydralv_tune.config.validation import merged
 from hydralv_tune.data.volumes import Volume

@@ -17,7 +17,7 @@ import torch
 from _timed_training import sentence, show_scores, train_for
 
 from hydralv_tune.artifacts.records import TrialRecord
-from hydralv_tune.config.search_space import load_space
+from hydralv_tune.config.search_space_files import load_space
 from hydralv_tune.config.validation import merged
 from hydralv_tune.data.volumes import Volume
 from hydralv_tune.numerics.phantom.volume import make_phantom

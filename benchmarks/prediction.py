@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from monai.inferers.utils import sliding_window_inference
 
-from hydralv_tune.config.files import Candidate
+from hydralv_tune.config.candidate import Candidate
 from hydralv_tune.numerics.normalisation import normalise
 from hydralv_tune.numerics.phantom.volume import Phantom, make_phantom
 from hydralv_tune.numerics.test_time_augmentation import activate

@@ -18,7 +18,8 @@ import torch
 from _timed_training import sentence, show_scores, train_for
 
 from hydralv_tune.artifacts.records import TrialRecord
-from hydralv_tune.config.search_space import SearchSpace, load_space
+from hydralv_tune.config.search_space import SearchSpace
+from hydralv_tune.config.search_space_files import load_space
 from hydralv_tune.config.validation import merged
 from hydralv_tune.data.volumes import Volume, read_volume, volume_paths
 from hydralv_tune.numerics.metrics import scores

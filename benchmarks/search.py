@@ -30,7 +30,8 @@ import numpy as np
 import optuna
 import pandas as pd
 
-from hydralv_tune.config.search_space import Pruner, Sampler, SearchSpace, load_space
+from hydralv_tune.config.search_space import Pruner, Sampler, SearchSpace
+from hydralv_tune.config.search_space_files import load_space
 from hydralv_tune.study.samplers import VIOLATIONS, make_pruner, make_sampler, suggest
 
 GUARD = "f1_iou50"

@@ -35,7 +35,8 @@ from monai.transforms import (
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.flop_counter import FlopCounterMode
 
-from hydralv_tune.config.files import Candidate, load_candidate
+from hydralv_tune.config.candidate import Candidate
+from hydralv_tune.config.files import load_candidate
 from hydralv_tune.data.volumes import Volume
 from hydralv_tune.numerics.phantom.volume import make_phantom
 from hydralv_tune.numerics.randomness import seeded

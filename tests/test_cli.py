@@ -22,7 +22,7 @@ import yaml
 from commands_in_a_process import environment
 
 from hydralv_tune.cli.main import exit_code
-from hydralv_tune.config.search_space import load_space
+from hydralv_tune.config.search_space_files import load_space
 from hydralv_tune.numerics.phantom.volume import make_phantom
 from hydralv_tune.study.study import Study, open_readonly
 

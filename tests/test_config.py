@@ -15,16 +15,17 @@ from typing import Any
 
 import pytest
 
+from hydralv_tune.config.candidate import Candidate
 from hydralv_tune.config.errors import ConfigError
+from hydralv_tune.config.explanation import explain
 from hydralv_tune.config.files import (
-    Candidate,
     candidate_from_mapping,
     decoding_step,
-    explain,
     find_file,
     known_names,
     load_candidate,
     parse_overrides,
+    with_overrides,
 )
 from hydralv_tune.config.reference import reference
 from hydralv_tune.config.validation import key_paths, nested
@@ -405,7 +406,7 @@ def test_new_losses_void_the_arguments_of_the_old() -> None:
 def test_a_new_architecture_voids_the_keys_of_the_old() -> None:
     mednext = load_candidate("plan_mednext_s")
     assert (mednext.model.norm, mednext.model.dropout) == (None, None)
-    back = mednext.with_overrides({"model": {"architecture": "rsunet"}})
+    back = with_overrides(mednext, {"model": {"architecture": "rsunet"}})
     assert back.model.mednext_size is None
 
 
@@ -418,7 +419,7 @@ def test_a_new_architecture_voids_the_keys_of_the_old() -> None:
 )  # fmt: skip
 def test_a_new_network_voids_pretrained_weights(override: str, kept: bool) -> None:
     base = of("model: {external_weights_path: best.ckpt}")
-    changed = base.with_overrides(parse_yaml(override, "here"))
+    changed = with_overrides(base, parse_yaml(override, "here"))
     assert changed.model.external_weights_path == ("best.ckpt" if kept else None)
 
 

@@ -213,7 +213,7 @@ def test_weights_survive_the_way_to_that_tool_and_back(
 
 
 def test_study_without_a_finished_trial_is_refused(tmp_path: Path) -> None:
-    from hydralv_tune.config.search_space import load_space
+    from hydralv_tune.config.search_space_files import load_space
 
     storage = f"sqlite:///{tmp_path / 'study.db'}"
     Study.open(storage, "empty", space=load_space("smoke"), create=True).close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -59,6 +60,27 @@ def test_imports_point_down_only(path: Path) -> None:
         parts = name.split(".")
         if parts[0] == "hydralv_tune" and len(parts) > 1 and parts[1] in FLOORS:
             assert FLOORS.index(parts[1]) <= own, f"{named(path)} imports {name}"
+
+
+def uses(room: str) -> dict[str, set[str]]:
+    """Return for each module of a room which others of it its code imports, anywhere in it."""
+    paths = {f"hydralv_tune.{named(path).replace('/', '.')}": path for path in MODULES}
+    members = {n.removesuffix(".__init__"): p for n, p in paths.items() if n.split(".")[1] == room}
+    graph: dict[str, set[str]] = {}
+    for name, path in members.items():
+        found = {n if n in members else n.rpartition(".")[0] for n in imported(path)}
+        graph[name] = (found & set(members)) - {name}
+    return graph
+
+
+@pytest.mark.parametrize("room", FLOORS)
+def test_no_room_has_an_import_circle(room: str) -> None:
+    graph = uses(room)
+    assert len(graph) > 1, f"{room} is empty: the test reads the wrong folder"
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as circle:
+        pytest.fail(" imports ".join(reversed(circle.args[1])))
 
 
 @pytest.mark.parametrize("path", sorted((PACKAGE / GROUND).rglob("*.py")), ids=named)

@@ -11,7 +11,8 @@ import pytest
 import torch
 from PIL import Image
 
-from hydralv_tune.config.files import Data, DecodingGrid, candidate_from_mapping
+from hydralv_tune.config.candidate import Data, DecodingGrid
+from hydralv_tune.config.files import candidate_from_mapping
 from hydralv_tune.config.search_space import Objective
 from hydralv_tune.data.volumes import Volume
 from hydralv_tune.numerics.targets import derive_targets, instance_edt

@@ -14,7 +14,8 @@ import pytest
 
 from hydralv_tune.config.errors import ConfigError
 from hydralv_tune.config.files import load_candidate
-from hydralv_tune.config.search_space import load_space, space_from_mapping
+from hydralv_tune.config.search_space import space_from_mapping
+from hydralv_tune.config.search_space_files import load_space
 from hydralv_tune.numerics.augmentation.registry import resolve_preset
 from hydralv_tune.numerics.metrics.scores import score
 from hydralv_tune.numerics.watershed.decoders import decode

@@ -11,8 +11,9 @@ import pytest
 import torch
 from PIL import Image
 
+from hydralv_tune.config.candidate import Candidate
 from hydralv_tune.config.errors import InputError
-from hydralv_tune.config.files import Candidate, candidate_from_mapping
+from hydralv_tune.config.files import candidate_from_mapping
 from hydralv_tune.data.volumes import Volume
 from hydralv_tune.numerics.phantom.volume import make_phantom
 from hydralv_tune.trial import planning

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from hydralv_tune.artifacts.records import save_checkpoint
+from hydralv_tune.config.candidate import Candidate
 from hydralv_tune.config.errors import CheckpointError, ConfigError, InputError, TrialFailed
-from hydralv_tune.config.files import Candidate
 from hydralv_tune.numerics.normalisation import fit_normalisation, normalise
 from hydralv_tune.numerics.test_time_augmentation import (
     Transform,

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
+from hydralv_tune.config.candidate import Data
 from hydralv_tune.config.errors import ConfigError, VolumeError
-from hydralv_tune.config.files import Data
 from hydralv_tune.data.volumes import Volume, VolumePaths, write_array
 from hydralv_tune.numerics.augmentation.registry import augment
 from hydralv_tune.numerics.normalisation import fit_normalisation, normalise

@@ -16,13 +16,11 @@ from hydralv_tune.config.files import load_candidate
 from hydralv_tune.config.search_space import (
     Objective,
     SearchSpace,
-    check_file,
-    explain_file,
-    load_space,
     objective_value,
     space_from_mapping,
     thresholds_yaml,
 )
+from hydralv_tune.config.search_space_files import check_file, explain_file, load_space, with_fixed
 from hydralv_tune.config.search_space_rules import drawn
 from hydralv_tune.config.validation import merged, value_at
 from hydralv_tune.config.yaml_io import parse_yaml
@@ -181,7 +179,7 @@ def test_a_trial_is_base_then_recipe_then_values_then_fixed(small: SearchSpace) 
 
 
 def test_what_the_command_line_fixes_holds_for_every_trial(small: SearchSpace) -> None:
-    fixed = small.with_fixed({"optimization": {"max_epochs": 9}, "data": {"pad_size": [0, 0, 0]}})
+    fixed = with_fixed(small, {"optimization": {"max_epochs": 9}, "data": {"pad_size": [0, 0, 0]}})
     start = fixed.warm_start("wide")
     candidate = fixed.candidate(start.params, start.overrides)
     assert candidate.optimization.max_epochs == 9
@@ -191,11 +189,11 @@ def test_what_the_command_line_fixes_holds_for_every_trial(small: SearchSpace) -
     with pytest.raises(
         ConfigError, match=r"--set: parameters.optimization.optimizer.lr is searched"
     ):
-        small.with_fixed({"optimization": {"optimizer": {"lr": 1e-3}}})
+        with_fixed(small, {"optimization": {"optimizer": {"lr": 1e-3}}})
     with pytest.raises(ConfigError, match=r"--set: optimization.max_epoch is no key.*max_epochs'"):
-        small.with_fixed({"optimization": {"max_epoch": 1}})
+        with_fixed(small, {"optimization": {"max_epoch": 1}})
     with pytest.raises(ConfigError, match=r"--set: .*max_epochs is 1, so the warm-up"):
-        small.with_fixed({"optimization": {"max_epochs": 1}})
+        with_fixed(small, {"optimization": {"max_epochs": 1}})
 
 
 def test_a_condition_reaches_through_another(small: SearchSpace) -> None:

@@ -14,8 +14,9 @@ from pydantic import BaseModel
 from torch import nn
 
 from hydralv_tune.artifacts.records import load_checkpoint, save_checkpoint
+from hydralv_tune.config.candidate import Candidate
 from hydralv_tune.config.errors import CheckpointError, TrialFailed, TrialInterrupted
-from hydralv_tune.config.files import Candidate, candidate_from_mapping
+from hydralv_tune.config.files import candidate_from_mapping
 from hydralv_tune.data.volumes import Volume
 from hydralv_tune.numerics.networks.registry import ARCHITECTURES
 from hydralv_tune.numerics.randomness import seeded

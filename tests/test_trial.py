@@ -25,8 +25,9 @@ import yaml
 from PIL import Image
 
 from hydralv_tune.artifacts.records import load_checkpoint, previous, read_record, save_checkpoint
+from hydralv_tune.config.candidate import Candidate, DecodingGrid
 from hydralv_tune.config.errors import InputError, TrialFailed, TrialInterrupted, TrialTakenOver
-from hydralv_tune.config.files import Candidate, DecodingGrid, candidate_from_mapping
+from hydralv_tune.config.files import candidate_from_mapping
 from hydralv_tune.config.search_space import Objective
 from hydralv_tune.data.formats.files import LazyArray
 from hydralv_tune.data.volumes import Volume, VolumePaths, write_array

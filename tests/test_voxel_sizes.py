@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from hydralv_tune.config.errors import ConfigError
-from hydralv_tune.config.search_space import SearchSpace, load_space, space_from_mapping
+from hydralv_tune.config.search_space import SearchSpace, space_from_mapping
+from hydralv_tune.config.search_space_files import load_space, with_fixed
 from hydralv_tune.data.volumes import VolumePaths, volume_paths, write_array
 from hydralv_tune.launch.run import run_study
 from hydralv_tune.launch.voxel_sizes import UNIT, searchable
@@ -60,7 +61,7 @@ def test_where_all_sizes_are_known_everything_is_searched(tmp_path: Path) -> Non
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert searchable(given, volumes(tmp_path, (30.0, 8.0, 8.0))) is given
-        told = given.with_fixed(RESOLUTION)
+        told = with_fixed(given, RESOLUTION)
         assert searchable(told, volumes(tmp_path, None)) is told
 
 
@@ -87,4 +88,4 @@ def test_what_needs_a_voxel_size_is_refused_before_anything_is_written(
     ):
         run_study(space(**keys), paths, study="s", storage=storage, out=out)
     assert not out.exists()
-    assert searchable(space(**keys).with_fixed(RESOLUTION), paths)
+    assert searchable(with_fixed(space(**keys), RESOLUTION), paths)

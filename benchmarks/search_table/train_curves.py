@@ -22,7 +22,8 @@ import pandas as pd
 import torch
 
 from hydralv_tune.config.errors import TrialFailed, TrialInterrupted
-from hydralv_tune.config.search_space import SearchSpace, load_space
+from hydralv_tune.config.search_space import SearchSpace
+from hydralv_tune.config.search_space_files import load_space
 from hydralv_tune.data.volumes import Volume
 from hydralv_tune.numerics.metrics import scores
 from hydralv_tune.numerics.phantom.volume import make_phantom

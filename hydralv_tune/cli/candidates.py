@@ -42,7 +42,7 @@ def train(
     --label runs/phantom/label.h5 --out runs/overfit`
     """
     from hydralv_tune.config.files import load_candidate, parse_overrides
-    from hydralv_tune.config.search_space import load_space
+    from hydralv_tune.config.search_space_files import load_space
     from hydralv_tune.data.volumes import volume_paths
     from hydralv_tune.trial.run import Evaluation, TrialSpec, run_trial, stop_on_signal
 
@@ -97,7 +97,7 @@ def predict(
     """
     import time
 
-    from hydralv_tune.config.files import parse_overrides
+    from hydralv_tune.config.files import parse_overrides, with_overrides
     from hydralv_tune.data.formats.files import SUFFIXES
     from hydralv_tune.data.volumes import VolumePaths, read_volume, write_array
     from hydralv_tune.trial.scoring.prediction import load_network, pick_device
@@ -113,7 +113,7 @@ def predict(
     target = pick_device(device)
     network, candidate = load_network(checkpoint, device=target)
     if overrides:
-        candidate = candidate.with_overrides(overrides)
+        candidate = with_overrides(candidate, overrides)
     volume = read_volume(VolumePaths(name=image, image=image)).image
     started = time.perf_counter()
     with progress_bar("Predict") as move, as_input_error(image):

@@ -225,7 +225,7 @@ def check(
 
     Example: `hydralv-tune check baseline hydra_lv`
     """
-    from hydralv_tune.config.search_space import check_file, explain_file
+    from hydralv_tune.config.search_space_files import check_file, explain_file
 
     results = [check_file(path) for path in files]
     rows = [{"path": str(r.path), "kind": r.kind, "ok": r.ok, "error": r.error} for r in results]
@@ -319,7 +319,7 @@ def sweep(
 
     Example: `hydralv-tune sweep --probabilities runs/p.h5 --label runs/phantom/label.h5`
     """
-    from hydralv_tune.config.search_space import load_space
+    from hydralv_tune.config.search_space_files import load_space
     from hydralv_tune.data.volumes import read_labels, read_probabilities
     from hydralv_tune.trial.scoring.sweep.sweep import sweep as sweep_grid
 

@@ -118,13 +118,13 @@ def _run(
     """Run a study under the live view and return its facts; the best config is exported too."""
     from hydralv_tune.cli.live_view import LiveView
     from hydralv_tune.config.files import parse_overrides
-    from hydralv_tune.config.search_space import load_space
+    from hydralv_tune.config.search_space_files import load_space, with_fixed
     from hydralv_tune.launch.run import run_study
     from hydralv_tune.results.publish import publish_study_end, publish_trial_end
 
     space = load_space(space_name)
     if settings:
-        space = space.with_fixed(parse_overrides(settings))
+        space = with_fixed(space, parse_overrides(settings))
     name = space.name if study is None else study
     _check_study_name(name, names_folder=out is None)
     folder = out or Path("runs") / name

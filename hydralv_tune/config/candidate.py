@@ -6,7 +6,6 @@ from `trials/baseline.yaml`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, field_validator
@@ -492,18 +491,3 @@ class Candidate(StrictModel):
     def as_mapping(self) -> dict[str, Any]:
         """Return the candidate as plain JSON types, defaults included."""
         return self.model_dump(mode="json")
-
-    def with_overrides(self, overrides: Mapping[str, Any], place: str = "--set") -> Candidate:
-        """Return the candidate with a partial mapping laid over it.
-
-        Args:
-            overrides: A partial candidate.
-            place: Where it came from, for the message.
-
-        Raises:
-            ConfigError: The result breaks a rule.
-        """
-        # Loading knows this module; here it is needed the other way round.
-        from hydralv_tune.config.files import candidate_from_mapping
-
-        return candidate_from_mapping(overrides, place=place, base=self.as_mapping())

@@ -9,14 +9,12 @@ import json
 import math
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from hydralv_tune.config.candidate import Augmentation, Candidate
 from hydralv_tune.config.decoding_rules import check_decoding_step, check_grid
 from hydralv_tune.config.errors import ConfigError
 from hydralv_tune.config.validation import known_step, refuse
-
-if TYPE_CHECKING:
-    from hydralv_tune.config.candidate import Augmentation, Candidate
 
 CHANNELS = 3
 TOTALS = {"total", "plan_total"}

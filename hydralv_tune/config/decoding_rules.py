@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from hydralv_tune.config.candidate import DecodingGrid, DecodingStep
 from hydralv_tune.config.validation import known_step, refuse
-
-if TYPE_CHECKING:
-    from hydralv_tune.config.candidate import DecodingGrid, DecodingStep
 
 RANGES = {
     "binary_threshold": (0.0, 1.0),
@@ -82,7 +80,6 @@ def check_grid(grid: DecodingGrid, place: str, path: str) -> None:
     Raises:
         ConfigError: An axis is unknown or empty, or a value breaks its rule.
     """
-    from hydralv_tune.config.candidate import DecodingStep
     from hydralv_tune.numerics.watershed.decoders import decoder_arguments
 
     check_decoding_step(

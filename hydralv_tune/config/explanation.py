@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pydantic import BaseModel
 
+from hydralv_tune.config.candidate import Candidate
+from hydralv_tune.config.search_space import SearchSpace
 from hydralv_tune.config.validation import shown
-
-if TYPE_CHECKING:
-    from hydralv_tune.config.candidate import Candidate
 
 NO_EFFECT = "No effect"
 SMALL_BATCH = 4
@@ -24,6 +23,23 @@ def explain(candidate: Candidate) -> list[str]:
         *network_facts(candidate),
         *(f"No effect: {line}" for line in without_effect(candidate)),
         *(f"Note: {line}" for line in flags(candidate)),
+    ]
+
+
+def explain_space(space: SearchSpace) -> list[str]:
+    """Return sentences: what is searched and swept, when it ends, and what the base amounts to."""
+    combinations = math.prod(len(values) for values in space.decoding.axes.values())
+    budget = [f"{space.budget.trials} trials"]
+    budget += [f"{space.budget.timeout_s:g} s"] if space.budget.timeout_s else []
+    budget += [f"{space.budget.gpu_hours:g} GPU hours"] if space.budget.gpu_hours else []
+    return [
+        f"Minimises {space.objective.metric} over {len(space.parameters)} parameters, "
+        f"{sum(bool(p.when) for p in space.parameters.values())} of them conditional; ends after "
+        f"{' or '.join(budget)}"
+        + (f", or below {space.objective.stop_at:g}." if space.objective.stop_at else "."),
+        f"{combinations:,} combinations of {space.decoding.decoder} are swept per evaluation.",
+        f"Enqueued first: {', '.join(space.warm_starts) or 'nothing'}.",
+        *(f"Base '{space.base}': {line}" for line in explain(space.candidate({}))),
     ]
 
 

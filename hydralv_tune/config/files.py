@@ -13,49 +13,12 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from hydralv_tune.config.candidate import (
-    Augmentation,
-    Candidate,
-    Data,
-    DecodingGrid,
-    DecodingStep,
-    EarlyStopping,
-    Ema,
-    Evaluation,
-    ImageTransform,
-    Inference,
-    LabelTransform,
-    LossBalancing,
-    Model,
-    Monitor,
-    Optimization,
-    Optimizer,
-    Sampling,
-    Scheduler,
-    SlidingWindow,
-    Split,
-    System,
-    Target,
-    TestSection,
-    TestTimeAugmentation,
-)
+from hydralv_tune.config.candidate import Candidate, DecodingStep
 from hydralv_tune.config.candidate_rules import check_candidate
 from hydralv_tune.config.decoding_rules import check_decoding_step
 from hydralv_tune.config.errors import ConfigError
-from hydralv_tune.config.explanation import explain
-from hydralv_tune.config.strict_model import Count, NotNegative, Positive, Share, Whole
 from hydralv_tune.config.validation import MISSING, check_keys, merged, nested, validated, value_at
 from hydralv_tune.config.yaml_io import parse_yaml, read_yaml_mapping
-
-__all__ = [
-    "Augmentation", "Candidate", "Count", "Data", "DecodingGrid", "DecodingStep",
-    "EarlyStopping", "Ema", "Evaluation", "ImageTransform", "Inference", "LabelTransform",
-    "LossBalancing", "Model", "Monitor", "NotNegative", "Optimization", "Optimizer", "Positive",
-    "Sampling", "Scheduler", "Share", "SlidingWindow", "Split", "System", "Target",
-    "TestSection", "TestTimeAugmentation", "Whole", "baseline", "candidate_from_mapping",
-    "decoding_step", "explain", "find_file", "known_names", "layered", "load_candidate",
-    "parse_overrides", "shown_path",
-]  # fmt: skip
 
 PACKAGE = Path(__file__).parents[1]
 ARCHITECTURE_KEYS = (
@@ -199,9 +162,23 @@ def load_candidate(
     """
     path = find_file(str(name_or_path), "trials")
     candidate = candidate_from_mapping(read_yaml_mapping(path), place=shown_path(path))
-    if not overrides:
-        return candidate
-    return candidate_from_mapping(overrides, place="--set", base=candidate.as_mapping())
+    return with_overrides(candidate, overrides) if overrides else candidate
+
+
+def with_overrides(
+    candidate: Candidate, overrides: Mapping[str, Any], place: str = "--set"
+) -> Candidate:
+    """Return a candidate with a partial one laid over it.
+
+    Args:
+        candidate: Is left as it is.
+        overrides: A partial candidate, as `parse_overrides` returns it.
+        place: Where it came from, for the message.
+
+    Raises:
+        ConfigError: The result breaks a rule.
+    """
+    return candidate_from_mapping(overrides, place=place, base=candidate.as_mapping())
 
 
 def parse_overrides(settings: Iterable[str]) -> dict[str, Any]:

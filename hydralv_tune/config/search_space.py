@@ -4,30 +4,24 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from functools import lru_cache
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
 from hydralv_tune.config.candidate import Candidate, DecodingGrid
-from hydralv_tune.config.errors import ConfigError, InputError, unknown_name
+from hydralv_tune.config.errors import ConfigError, unknown_name
 from hydralv_tune.config.files import (
     candidate_from_mapping,
-    explain,
     find_file,
     layered,
     load_candidate,
-    shown_path,
 )
 from hydralv_tune.config.strict_model import Count, NotNegative, Positive, Share, StrictModel, Whole
 from hydralv_tune.config.validation import (
     MISSING,
-    check_keys,
     leaves,
     merged,
     nested,
@@ -229,23 +223,6 @@ class SearchSpace(StrictModel):
         place = f"{self.name}: base '{self.base}'"
         return _base_mapping(json.dumps(self.recipes[self.base]), place)
 
-    def with_fixed(self, overrides: Mapping[str, Any], place: str = "--set") -> SearchSpace:
-        """Return the space with a partial candidate that holds for every trial.
-
-        Args:
-            overrides: Wins over what `fixed` says already.
-            place: Where it came from, for the message.
-
-        Raises:
-            ConfigError: A key is unknown or searched, or a value gives no valid candidate.
-        """
-        from hydralv_tune.config.search_space_rules import check_space
-
-        check_keys(overrides, Candidate, place)
-        fixed = self.model_copy(update={"fixed": layered(self.fixed, overrides)})
-        check_space(fixed, place)
-        return fixed
-
     def is_active(self, key: str, params: Mapping[str, Any]) -> bool:
         """Return whether a parameter is searched, given the values of the earlier ones.
 
@@ -395,94 +372,6 @@ def space_from_mapping(mapping: Mapping[str, Any], place: str | None = None) -> 
         ConfigError: A key is unknown, or a value breaks a rule.
     """
     return validated(SearchSpace, mapping, place or str(mapping.get("name") or "search space"))
-
-
-def load_space(name_or_path: str | Path) -> SearchSpace:
-    """Return the space of a file, or of a bare name in `search_spaces/`, every rule checked.
-
-    Raises:
-        ConfigError: There is no such file, or it breaks a rule.
-    """
-    from hydralv_tune.config.search_space_rules import check_space
-
-    path = find_file(str(name_or_path), "search_spaces")
-    place = shown_path(path)
-    read = {"name": path.stem, **read_yaml_mapping(path)}
-    space = space_from_mapping(read, place)
-    recipes = dict(space.recipes)
-    for name in (space.base, *space.warm_starts):
-        if name not in recipes:
-            # A recipe beside the space comes before a shipped one of that name.
-            beside = path.parent / name
-            file = beside if beside.is_file() else find_file(name, "trials")
-            recipes[name] = read_yaml_mapping(file)
-    space = space.model_copy(update={"recipes": recipes})
-    check_space(space, place)
-    return space
-
-
-@dataclass(frozen=True)
-class CheckResult:
-    """What `check` found in one file."""
-
-    path: str
-    kind: str
-    ok: bool
-    error: str | None = None
-
-
-SPACE_KEYS = frozenset(SearchSpace.model_fields) - {"name", "description"}
-
-
-def _kind_of(path: str) -> str:
-    """Return `search space` or `candidate`, by the folder of a bare name or by the keys."""
-    try:
-        find_file(path, "search_spaces")
-    except ConfigError:
-        return "candidate"
-    if not Path(path).is_file():
-        return "search space"
-    keys = {str(key) for key in read_yaml_mapping(Path(path))}
-    known = keys & {*SPACE_KEYS, *Candidate.model_fields}
-    # Misspelt keys speak only where no other does.
-    near = keys if not known else set()
-    of_space = known & SPACE_KEYS or any(get_close_matches(key, SPACE_KEYS, n=1) for key in near)
-    return "search space" if of_space else "candidate"
-
-
-def check_file(path: str | Path) -> CheckResult:
-    """Return whether a candidate or a search space is valid, and its first fault if not."""
-    kind = "candidate or search space"
-    try:
-        kind = _kind_of(str(path))
-        load_space(path) if kind == "search space" else load_candidate(path)
-    except InputError as error:
-        return CheckResult(str(path), kind, False, str(error))
-    return CheckResult(str(path), kind, True)
-
-
-def explain_file(path: str | Path) -> list[str]:
-    """Return sentences on what a candidate or a search space amounts to."""
-    if _kind_of(str(path)) == "candidate":
-        return explain(load_candidate(path))
-    return explain_space(load_space(path))
-
-
-def explain_space(space: SearchSpace) -> list[str]:
-    """Return sentences: what is searched and swept, when it ends, and what the base amounts to."""
-    combinations = math.prod(len(values) for values in space.decoding.axes.values())
-    budget = [f"{space.budget.trials} trials"]
-    budget += [f"{space.budget.timeout_s:g} s"] if space.budget.timeout_s else []
-    budget += [f"{space.budget.gpu_hours:g} GPU hours"] if space.budget.gpu_hours else []
-    return [
-        f"Minimises {space.objective.metric} over {len(space.parameters)} parameters, "
-        f"{sum(bool(p.when) for p in space.parameters.values())} of them conditional; ends after "
-        f"{' or '.join(budget)}"
-        + (f", or below {space.objective.stop_at:g}." if space.objective.stop_at else "."),
-        f"{combinations:,} combinations of {space.decoding.decoder} are swept per evaluation.",
-        f"Enqueued first: {', '.join(space.warm_starts) or 'nothing'}.",
-        *(f"Base '{space.base}': {line}" for line in explain(space.candidate({}))),
-    ]
 
 
 def thresholds_yaml(decoder: str, arguments: Mapping[str, Any]) -> str:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from hydralv_tune.config.candidate import Candidate, Split
 from hydralv_tune.config.decoding_rules import check_grid
 from hydralv_tune.config.errors import ConfigError
 from hydralv_tune.config.files import NETWORK_KEYS
+from hydralv_tune.config.search_space import Parameter, SearchSpace
 from hydralv_tune.config.validation import (
     MISSING,
     check_keys,
@@ -21,9 +22,6 @@ from hydralv_tune.config.validation import (
     shown,
     value_at,
 )
-
-if TYPE_CHECKING:
-    from hydralv_tune.config.search_space import Parameter, SearchSpace
 
 LEAST_FOLDS = 4
 """Of Wilcoxon's test: with fewer, even a trial that is worse in all of them could be chance."""

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from hydralv_tune.config.candidate import Data
 from hydralv_tune.config.errors import as_input_error
-from hydralv_tune.config.files import Data
 from hydralv_tune.data.volumes import Sections, Volume
 from hydralv_tune.numerics.normalisation import (
     FILL_SHARE,

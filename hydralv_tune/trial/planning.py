@@ -16,9 +16,9 @@ from matplotlib.figure import Figure
 from scipy import ndimage
 
 from hydralv_tune.artifacts.writing import write_atomically
+from hydralv_tune.config.candidate import Candidate, EarlyStopping
 from hydralv_tune.config.errors import ConfigError, InputError, TrialFailed, as_input_error
 from hydralv_tune.config.explanation import without_effect
-from hydralv_tune.config.files import Candidate, EarlyStopping
 from hydralv_tune.data.volumes import Volume
 from hydralv_tune.numerics.augmentation.registry import Patches, augment, resolve_preset
 from hydralv_tune.numerics.networks.registry import divisor, network_arguments, parameter_count

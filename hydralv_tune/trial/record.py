@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
+from hydralv_tune.config.candidate import Candidate
 from hydralv_tune.config.errors import InputError
-from hydralv_tune.config.files import Candidate
 from hydralv_tune.data.volumes import Volume, VolumePaths
 from hydralv_tune.numerics.networks.registry import parameter_count
 from hydralv_tune.trial.training.loop import Trainer

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from hydralv_tune.config.files import Data
+from hydralv_tune.config.candidate import Data
 from hydralv_tune.data.volumes import Volume
 from hydralv_tune.numerics.targets import instance_boundary, instance_edt
 from hydralv_tune.trial.training.sampling import (

@@ -7,7 +7,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from hydralv_tune.artifacts import records
-from hydralv_tune.config.files import Candidate, DecodingGrid, candidate_from_mapping
+from hydralv_tune.config.candidate import Candidate, DecodingGrid
+from hydralv_tune.config.files import candidate_from_mapping
 from hydralv_tune.config.search_space import Objective
 from hydralv_tune.data.volumes import VolumePaths
 

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from hydralv_tune.config.candidate import Data, Split
 from hydralv_tune.config.errors import ConfigError, VolumeError, unknown_name
-from hydralv_tune.config.files import Data, Split
 from hydralv_tune.data.volumes import Volume
 from hydralv_tune.trial.fitted_normalisation import fitted_normalisation
 from hydralv_tune.trial.training.lazy_reader import Windowed, has_truth

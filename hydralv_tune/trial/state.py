@@ -17,8 +17,8 @@ from torch import nn
 from hydralv_tune.artifacts import records
 from hydralv_tune.artifacts.records import TrialRecord
 from hydralv_tune.artifacts.tensorboard import Monitor
+from hydralv_tune.config.candidate import Candidate
 from hydralv_tune.config.errors import InputError, TrialFailed, TrialInterrupted, as_input_error
-from hydralv_tune.config.files import Candidate
 from hydralv_tune.data.volumes import Volume
 from hydralv_tune.numerics.networks.registry import network_arguments, receptive_field
 from hydralv_tune.numerics.randomness import seeded

@@ -18,8 +18,8 @@ import pytest
 import torch
 from pydantic import BaseModel
 
+from hydralv_tune.config.candidate import Candidate, DecodingGrid
 from hydralv_tune.config.explanation import NO_EFFECT
-from hydralv_tune.config.files import Candidate, DecodingGrid
 from hydralv_tune.config.search_space import Objective
 from hydralv_tune.config.validation import merged, nested, sub_model
 from hydralv_tune.data.volumes import Volume, VolumePaths, write_array

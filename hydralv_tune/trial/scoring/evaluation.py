@@ -12,8 +12,8 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
+from hydralv_tune.config.candidate import Candidate
 from hydralv_tune.config.errors import TrialFailed, as_input_error
-from hydralv_tune.config.files import Candidate
 from hydralv_tune.config.search_space import Objective, objective_value
 from hydralv_tune.data.volumes import Volume
 from hydralv_tune.numerics.metrics import scores

@@ -15,8 +15,9 @@ from monai.inferers.utils import sliding_window_inference
 from torch import Tensor, nn
 
 from hydralv_tune.artifacts.records import FORMAT, load_checkpoint
+from hydralv_tune.config.candidate import Candidate
 from hydralv_tune.config.errors import CheckpointError, ConfigError, InputError, TrialFailed
-from hydralv_tune.config.files import Candidate, candidate_from_mapping
+from hydralv_tune.config.files import candidate_from_mapping
 from hydralv_tune.numerics.networks.registry import (
     build_network,
     divisor,

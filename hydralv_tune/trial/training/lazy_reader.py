@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from hydralv_tune.config.files import Data
+from hydralv_tune.config.candidate import Data
 from hydralv_tune.data.volumes import (
     Volume,
     VolumePaths,

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from hydralv_tune.artifacts import records
+from hydralv_tune.config.candidate import Candidate, Model
 from hydralv_tune.config.candidate_rules import WATCHED
 from hydralv_tune.config.errors import (
     CheckpointError,
@@ -18,7 +19,6 @@ from hydralv_tune.config.errors import (
     TrialInterrupted,
     as_input_error,
 )
-from hydralv_tune.config.files import Candidate, Model
 from hydralv_tune.numerics.augmentation.registry import augment, resolve_preset
 from hydralv_tune.numerics.losses.multi_task import LossResult, LossTerm, MultiTaskLoss
 from hydralv_tune.numerics.networks.registry import match_weights, trunk_weights

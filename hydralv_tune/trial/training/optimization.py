@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from hydralv_tune.config.files import Candidate, EarlyStopping, Optimization
+from hydralv_tune.config.candidate import Candidate, EarlyStopping, Optimization
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from hydralv_tune.config.candidate import Data
 from hydralv_tune.config.errors import ConfigError, as_input_error
-from hydralv_tune.config.files import Data
 from hydralv_tune.data.volumes import Volume
 from hydralv_tune.numerics.augmentation.patches import Patches, intensity_range
 from hydralv_tune.numerics.targets import instance_edt

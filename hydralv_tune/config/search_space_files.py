@@ -1,0 +1,106 @@
+"""Search spaces from files: found, read together with their recipes, checked."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from hydralv_tune.config.candidate import Candidate
+from hydralv_tune.config.errors import ConfigError, InputError
+from hydralv_tune.config.explanation import explain, explain_space
+from hydralv_tune.config.files import find_file, layered, load_candidate, shown_path
+from hydralv_tune.config.search_space import SearchSpace, space_from_mapping
+from hydralv_tune.config.search_space_rules import check_space
+from hydralv_tune.config.validation import check_keys
+from hydralv_tune.config.yaml_io import read_yaml_mapping
+
+
+def load_space(name_or_path: str | Path) -> SearchSpace:
+    """Return the space of a file, or of a bare name in `search_spaces/`, every rule checked.
+
+    Raises:
+        ConfigError: There is no such file, or it breaks a rule.
+    """
+    path = find_file(str(name_or_path), "search_spaces")
+    place = shown_path(path)
+    read = {"name": path.stem, **read_yaml_mapping(path)}
+    space = space_from_mapping(read, place)
+    recipes = dict(space.recipes)
+    for name in (space.base, *space.warm_starts):
+        if name not in recipes:
+            # A recipe beside the space comes before a shipped one of that name.
+            beside = path.parent / name
+            file = beside if beside.is_file() else find_file(name, "trials")
+            recipes[name] = read_yaml_mapping(file)
+    space = space.model_copy(update={"recipes": recipes})
+    check_space(space, place)
+    return space
+
+
+def with_fixed(
+    space: SearchSpace, overrides: Mapping[str, Any], place: str = "--set"
+) -> SearchSpace:
+    """Return a space with a partial candidate that holds for every trial.
+
+    Args:
+        space: Is left as it is.
+        overrides: Wins over what `fixed` says already.
+        place: Where it came from, for the message.
+
+    Raises:
+        ConfigError: A key is unknown or searched, or a value gives no valid candidate.
+    """
+    check_keys(overrides, Candidate, place)
+    fixed = space.model_copy(update={"fixed": layered(space.fixed, overrides)})
+    check_space(fixed, place)
+    return fixed
+
+
+@dataclass(frozen=True)
+class CheckResult:
+    """What `check` found in one file."""
+
+    path: str
+    kind: str
+    ok: bool
+    error: str | None = None
+
+
+SPACE_KEYS = frozenset(SearchSpace.model_fields) - {"name", "description"}
+
+
+def _kind_of(path: str) -> str:
+    """Return `search space` or `candidate`, by the folder of a bare name or by the keys."""
+    try:
+        find_file(path, "search_spaces")
+    except ConfigError:
+        return "candidate"
+    if not Path(path).is_file():
+        return "search space"
+    keys = {str(key) for key in read_yaml_mapping(Path(path))}
+    known = keys & {*SPACE_KEYS, *Candidate.model_fields}
+    # Misspelt keys speak only where no other does.
+    near = keys if not known else set()
+    of_space = known & SPACE_KEYS or any(get_close_matches(key, SPACE_KEYS, n=1) for key in near)
+    return "search space" if of_space else "candidate"
+
+
+def check_file(path: str | Path) -> CheckResult:
+    """Return whether a candidate or a search space is valid, and its first fault if not."""
+    kind = "candidate or search space"
+    try:
+        kind = _kind_of(str(path))
+        load_space(path) if kind == "search space" else load_candidate(path)
+    except InputError as error:
+        return CheckResult(str(path), kind, False, str(error))
+    return CheckResult(str(path), kind, True)
+
+
+def explain_file(path: str | Path) -> list[str]:
+    """Return sentences on what a candidate or a search space amounts to."""
+    if _kind_of(str(path)) == "candidate":
+        return explain(load_candidate(path))
+    return explain_space(load_space(path))
