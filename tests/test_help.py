@@ -18,7 +18,7 @@ from hydralv_tune.cli.main import COMMANDS, exit_code
 
 ALL = {name: command for panel in COMMANDS.values() for name, command in panel.items()}
 ORDER = (
-    "doctor", "phantom", "inspect", "check", "train", "predict", "sweep", "decode", "score",
+    "doctor", "phantom", "inspect", "check", "list", "train", "predict", "sweep", "decode", "score",
     "run", "status", "export", "report", "dashboard", "demo",
 )  # fmt: skip
 """Each after those whose files its example reads."""

@@ -8,14 +8,17 @@ from typing import Annotated
 import typer
 
 from hydralv_tune.cli.console import format_value, print_facts, print_json, progress_bar, say
-from hydralv_tune.cli.data import (
+from hydralv_tune.cli.options import (
+    CandidateName,
     Images,
     Json,
     Labels,
     Masks,
+    OneImage,
     Settings,
     check_file_out,
     check_folder,
+    path_option,
 )
 from hydralv_tune.config.errors import InputError, as_input_error
 
@@ -24,9 +27,9 @@ PREDICTION_BLOCKS = {"inference", "system"}
 
 
 def train(
-    candidate: Annotated[str, typer.Argument(help="A file, or a name in trials/.")],
+    candidate: CandidateName,
     image: Images,
-    out: Annotated[Path, typer.Option(help="Folder for checkpoint, record and tables.")],
+    out: Annotated[Path, path_option(help="Folder for checkpoint, record and tables.")],
     label: Labels = None,
     mask: Masks = None,
     space: Annotated[
@@ -83,9 +86,9 @@ def train(
 
 
 def predict(
-    checkpoint: Annotated[Path, typer.Option(help="best.ckpt of a trial, or an exported one.")],
-    image: Annotated[str, typer.Option(help="Image volume: HDF5, TIFF or Zarr.")],
-    out: Annotated[Path, typer.Option(help="Where the (3, Z, Y, X) probabilities go.")],
+    checkpoint: Annotated[Path, path_option(help="best.ckpt of a trial, or an exported one.")],
+    image: OneImage,
+    out: Annotated[Path, path_option(help="Where the (3, Z, Y, X) probabilities go.")],
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     settings: Settings = None,
     json: Json = False,

@@ -3,22 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 from rich.table import Table
 
 # Names of studies, folders and recipes are a user's: what looks like markup or an emoji in them is
@@ -29,31 +21,26 @@ stdout = Console(highlight=False, markup=False, emoji=False)
 ProgressCallback = Callable[[int, int], None]
 
 
-def _plain(value: Any) -> Any:
-    """Return a value of a JSON type for a NumPy scalar, an array or a path."""
-    if isinstance(value, np.generic):
-        return value.item()
-    if isinstance(value, np.ndarray):
-        return value.tolist()
-    return str(value)
+def _unwrapped(value: Any) -> Any:
+    """Return Python's own numbers and lists for what NumPy holds, without importing it."""
+    return value.tolist() if hasattr(value, "tolist") else value
 
 
 def _finite(value: Any) -> Any:
     """Return the same structure with null for NaN and infinity, which JSON has no word for."""
+    value = _unwrapped(value)
     if isinstance(value, Mapping):
         return {str(key): _finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [_finite(item) for item in value]
-    if isinstance(value, np.generic):
-        value = value.item()
-    if isinstance(value, float) and not np.isfinite(value):
+    if isinstance(value, float) and not math.isfinite(value):
         return None
     return value
 
 
 def print_json(document: Mapping[str, Any]) -> None:
     """Print exactly one JSON document on stdout."""
-    sys.stdout.write(json.dumps(_finite(document), indent=2, default=_plain) + "\n")
+    sys.stdout.write(json.dumps(_finite(document), indent=2, default=str) + "\n")
     sys.stdout.flush()
 
 
@@ -64,8 +51,7 @@ def say(text: str) -> None:
 
 def format_value(value: Any) -> str:
     """Return a value as people read it: four digits after the point, lists in brackets."""
-    if isinstance(value, np.generic):
-        value = value.item()
+    value = _unwrapped(value)
     if isinstance(value, float):
         if abs(value) >= 1000:
             return f"{value:,.1f}"
@@ -102,6 +88,15 @@ def print_rows(title: str, rows: Sequence[Mapping[str, Any]]) -> None:
 @contextmanager
 def progress_bar(description: str) -> Iterator[ProgressCallback]:
     """Show a bar on stderr and yield the callback `(done, total)` that moves it."""
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
     columns = (
         TextColumn("{task.description}", markup=False),
         BarColumn(),

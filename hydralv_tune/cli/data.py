@@ -1,4 +1,4 @@
-"""The commands that read volumes: phantom, inspect, check, score, decode, sweep.
+"""The commands that read volumes: phantom, inspect, score, decode, sweep.
 
 Imports stand inside the commands, because `--help` must not wait for torch and numba.
 """
@@ -6,89 +6,36 @@ Imports stand inside the commands, because `--help` must not wait for torch and 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from hydralv_tune.artifacts.writing import why_not_writable, write_atomically
+from hydralv_tune.artifacts.writing import write_atomically
 from hydralv_tune.cli.console import print_facts, print_json, print_rows, progress_bar, say
+from hydralv_tune.cli.options import (
+    Images,
+    Json,
+    Labels,
+    Masks,
+    OneLabel,
+    OneMask,
+    Settings,
+    check_file_out,
+    check_folder,
+    path_option,
+    text_option,
+)
 from hydralv_tune.config.errors import InputError, as_input_error
+from hydralv_tune.config.paths import expanded_path
 
 if TYPE_CHECKING:
     import numpy as np
 
     from hydralv_tune.data.volumes import Volume
 
-Images = Annotated[
-    list[str], typer.Option("--image", help="Image volume: HDF5, TIFF or Zarr. May be repeated.")
-]
-Labels = Annotated[
-    list[str] | None, typer.Option("--label", help="Instance labels, one for each image.")
-]
-Masks = Annotated[list[str] | None, typer.Option("--mask", help="Valid mask, one for each image.")]
-OneLabel = Annotated[str, typer.Option("--label", help="Instance labels: HDF5, TIFF or Zarr.")]
-OneMask = Annotated[str | None, typer.Option("--mask", help="Valid mask; the rest is ignored.")]
-Json = Annotated[bool, typer.Option("--json", help="Print exactly one JSON document.")]
-Settings = Annotated[
-    list[str] | None, typer.Option("--set", help="key=value, the value read as YAML.")
-]
-
 LARGEST_PHANTOM = 10**9
 """Voxels; a hundred times the plan's volume, and more than most memories hold."""
-
-
-def check_folder(option: str, path: Path) -> None:
-    """Refuse a place where no folder can be made, before any work is done for it.
-
-    Args:
-        option: What the user calls it, for the message.
-        path: The folder; it need not exist yet.
-
-    Raises:
-        InputError: A file stands in its way, or its folder cannot be written.
-    """
-    reason = why_not_writable(path)
-    if reason is not None:
-        raise InputError(
-            f"{option}: {path}: {reason}. Name another folder, or change its permissions."
-        )
-
-
-def check_file_out(
-    option: str, path: Path, suffixes: Collection[str], inputs: Collection[str | Path] = ()
-) -> None:
-    """Refuse a file that cannot be written or must not be, before any work is done for it.
-
-    Args:
-        option: What the user calls it, for the message.
-        path: The file; `file:dataset` is a dataset of it.
-        suffixes: What its name may end with.
-        inputs: Files that the command reads, which it must not replace.
-
-    Raises:
-        InputError: The suffix is another, a folder of that name exists, the folder cannot be
-            written, or the file is one of the inputs.
-    """
-    from hydralv_tune.data.formats.files import locate
-
-    location = locate(path)
-    file = location.path
-    if file.suffix.lower() not in suffixes:
-        raise InputError(
-            f"{option}: {path} ends with '{file.suffix}', but one of {', '.join(suffixes)} is due. "
-            "Name the file so."
-        )
-    if file.is_dir() and file.suffix.lower() != ".zarr":
-        raise InputError(f"{option}: {path} is a folder, but a file is due. Name a file in it.")
-    check_folder(option, file.parent)
-    for given in inputs:
-        other = locate(given)
-        if other.path.absolute() == file.absolute() and other.dataset == location.dataset:
-            raise InputError(
-                f"{option}: {path} is what the command reads, and would be lost. Name another file."
-            )
 
 
 def read_mask(path: str | None, shape: tuple[int, ...]) -> np.ndarray | None:
@@ -112,7 +59,12 @@ def read_mask(path: str | None, shape: tuple[int, ...]) -> np.ndarray | None:
 
 
 def phantom(
-    out: Annotated[Path, typer.Argument(help="Folder for im.h5, label.h5 and mask.h5.")],
+    out: Annotated[
+        Path,
+        typer.Argument(
+            help="Folder for im.h5, label.h5 and mask.h5.", parser=expanded_path, metavar="OUT"
+        ),
+    ],
     shape: Annotated[tuple[int, int, int], typer.Option(help="Voxels along z, y and x.")] = (
         51,
         516,
@@ -166,7 +118,7 @@ def inspect(
         typer.Option(help="Also say what this candidate would do with the data."),
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(help="Folder for a PNG sheet of augmented patches.")
+        Path | None, path_option(help="Folder for a PNG sheet of augmented patches.")
     ] = None,
     json: Json = False,
 ) -> None:
@@ -214,36 +166,8 @@ def _plan(volume: Volume, name: str, out: Path | None) -> dict[str, Any]:
     return facts
 
 
-def check(
-    files: Annotated[list[str], typer.Argument(help="Candidates and search spaces.")],
-    explain: Annotated[
-        bool, typer.Option("--explain", help="Also say what each candidate amounts to.")
-    ] = False,
-    json: Json = False,
-) -> None:
-    """Read candidates and search spaces, and say the first fault of each.
-
-    Example: `hydralv-tune check baseline hydra_lv`
-    """
-    from hydralv_tune.config.search_space_files import check_file, explain_file
-
-    results = [check_file(path) for path in files]
-    rows = [{"path": str(r.path), "kind": r.kind, "ok": r.ok, "error": r.error} for r in results]
-    if json:
-        print_json({"files": rows})
-    for row in rows:
-        if row["ok"] and not json:
-            say(f"{row['path']}: a valid {row['kind']}.")
-            if explain:
-                for line in explain_file(str(row["path"])):
-                    say(f"  {line}")
-    faults = [str(row["error"]) for row in rows if not row["ok"]]
-    if faults:
-        raise InputError("\n".join(faults))
-
-
 def score(
-    prediction: Annotated[str, typer.Option(help="Segmentation to score.")],
+    prediction: Annotated[str, text_option(help="Segmentation to score.")],
     label: OneLabel,
     mask: OneMask = None,
     json: Json = False,
@@ -268,8 +192,8 @@ def score(
 
 
 def decode(
-    probabilities: Annotated[str, typer.Option(help="(3, Z, Y, X) probabilities.")],
-    out: Annotated[Path, typer.Option(help="Where the segmentation goes.")],
+    probabilities: Annotated[str, text_option(help="(3, Z, Y, X) probabilities.")],
+    out: Annotated[Path, path_option(help="Where the segmentation goes.")],
     mask: OneMask = None,
     decoder: Annotated[
         str, typer.Option(help="A name of the table of decoders.")
@@ -303,7 +227,7 @@ def decode(
 
 
 def sweep(
-    probabilities: Annotated[str, typer.Option(help="(3, Z, Y, X) probabilities.")],
+    probabilities: Annotated[str, text_option(help="(3, Z, Y, X) probabilities.")],
     label: OneLabel,
     mask: OneMask = None,
     space: Annotated[
@@ -311,7 +235,7 @@ def sweep(
     ] = "hydra_lv",
     out: Annotated[
         Path | None,
-        typer.Option(help="Candidate with the best thresholds; table and PNG beside it."),
+        path_option(help="Candidate with the best thresholds; table and PNG beside it."),
     ] = None,
     json: Json = False,
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import os
 import signal
@@ -10,13 +11,12 @@ import traceback
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from io import TextIOWrapper
 from typing import Any
 
 import typer
 
-from hydralv_tune.cli import candidates as cli_trial
-from hydralv_tune.cli import data as cli_data
-from hydralv_tune.cli import studies as cli_study
+from hydralv_tune.cli import candidates, configurations, data, studies
 from hydralv_tune.cli.console import say
 from hydralv_tune.config.errors import HydraLVError, InputError
 from hydralv_tune.config.secrets import mask_passwords
@@ -30,37 +30,45 @@ EXIT_WORK_FAILED = 1
 EXIT_WRONG_INPUT = 2
 EXIT_INTERRUPTED = 130
 TRACEBACK_VARIABLE = "HYDRALV_TUNE_TRACEBACK"
+ASCII_ERRORS = "hydralv_tune.in_ascii"
+IN_ASCII = {
+    "–": "-", "−": "-", "…": "...", "×": "x", "·": "*", "→": "->", "≤": "<=", "≥": ">=",
+    "±": "+-", "μ": "u", "µ": "u", "“": '"', "”": '"', "‘": "'", "’": "'",
+}  # fmt: skip
 HIDDEN_WORDS_VARIABLE = "HYDRALV_TUNE_HIDDEN_WORDS"
 
 app = typer.Typer(
     name="hydralv-tune",
     help="Search training configurations and decoding thresholds for 3D vesicle segmentation.",
-    no_args_is_help=True,
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
 
 COMMANDS: dict[str, dict[str, Callable[..., None]]] = {
     "Data": {
-        "phantom": cli_data.phantom,
-        "inspect": cli_data.inspect,
-        "check": cli_data.check,
-        "score": cli_data.score,
-        "decode": cli_data.decode,
-        "sweep": cli_data.sweep,
+        "phantom": data.phantom,
+        "inspect": data.inspect,
+        "score": data.score,
+        "decode": data.decode,
+        "sweep": data.sweep,
+    },
+    "Configurations": {
+        "check": configurations.check,
+        "list": configurations.list_,
     },
     "One candidate": {
-        "train": cli_trial.train,
-        "predict": cli_trial.predict,
+        "train": candidates.train,
+        "predict": candidates.predict,
     },
     "Studies": {
-        "run": cli_study.run,
-        "status": cli_study.status,
-        "export": cli_study.export,
-        "report": cli_study.report,
-        "dashboard": cli_study.dashboard,
-        "demo": cli_study.demo,
-        "doctor": cli_study.doctor,
+        "run": studies.run,
+        "status": studies.status,
+        "export": studies.export,
+        "report": studies.report,
+        "dashboard": studies.dashboard,
+        "demo": studies.demo,
+        "doctor": studies.doctor,
     },
 }
 for panel, commands in COMMANDS.items():
@@ -77,13 +85,16 @@ def _version(value: bool) -> None:
         raise typer.Exit
 
 
-@app.callback()
+@app.callback(invoke_without_command=True)
 def _options(
+    context: typer.Context,
     version: bool = typer.Option(
         False, "--version", callback=_version, is_eager=True, help="Print the version."
     ),
 ) -> None:
     """Search training configurations and decoding thresholds for 3D vesicle segmentation."""
+    if context.invoked_subcommand is None:
+        print(context.get_help())
 
 
 def exit_code(arguments: Sequence[str] | None = None) -> int:
@@ -170,8 +181,19 @@ def _words() -> list[str]:
     return words
 
 
+def _in_ascii(error: UnicodeError) -> tuple[str, int]:
+    """Return what stands for characters that the terminal's encoding does not have."""
+    assert isinstance(error, UnicodeEncodeError)
+    lost = error.object[error.start : error.end]
+    return "".join(IN_ASCII.get(character, "?") for character in lost), error.end
+
+
 def main() -> None:
     """Run the command line of this process and exit."""
+    codecs.register_error(ASCII_ERRORS, _in_ascii)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors=ASCII_ERRORS)
     words = _words()
     signal.signal(signal.SIGTERM, _interrupt)
     warnings.showwarning = _tell_warning

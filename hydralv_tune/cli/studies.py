@@ -9,20 +9,25 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from hydralv_tune.cli.console import format_value, print_facts, print_json, say
-from hydralv_tune.cli.data import Images, Json, Labels, Masks, Settings, check_folder
+from hydralv_tune.cli.options import (
+    Images,
+    Json,
+    Labels,
+    Masks,
+    OptionalStorage,
+    Settings,
+    SpaceName,
+    Storage,
+    check_folder,
+    path_option,
+    text_option,
+)
 from hydralv_tune.config.errors import InputError
 
 if TYPE_CHECKING:
     from hydralv_tune.data.volumes import VolumePaths
 
-Storage = Annotated[
-    str, typer.Option("--storage", help="sqlite:///FILE, or postgresql+psycopg://…")
-]
 StudyName = Annotated[str, typer.Option("--study", help="Name of the study.")]
-OptionalStorage = Annotated[
-    str | None,
-    typer.Option("--storage", help="Database of the study. Default: sqlite:///OUT/study.db"),
-]
 OptionalStudy = Annotated[
     str | None, typer.Option("--study", help="Name of the study. Default: the space's name.")
 ]
@@ -46,7 +51,7 @@ LONGEST_STUDY_NAME = 200
 
 
 def run(
-    space: Annotated[str, typer.Argument(help="A file, or a name in search_spaces/.")],
+    space: SpaceName,
     image: Images,
     label: Labels = None,
     mask: Masks = None,
@@ -57,7 +62,7 @@ def run(
         float | None, typer.Option(min=1.0, help="Stop asking for trials after so many seconds.")
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(help="Folder of the study. Default: runs/STUDY")
+        Path | None, path_option(help="Folder of the study. Default: runs/STUDY")
     ] = None,
     gpus_per_trial: GpusPerTrial = None,
     cpus_per_trial: CpusPerTrial = None,
@@ -66,7 +71,7 @@ def run(
     ] = None,
     checkpoints: Annotated[
         str | None,
-        typer.Option(help="Folder or URL (file, s3, gs …) that machines without --out share."),
+        text_option(help="Folder or URL (file, s3, gs …) that machines without --out share."),
     ] = None,
     extend: Annotated[
         bool, typer.Option("--extend", help="Accept that the space has changed since.")
@@ -205,12 +210,12 @@ def status(
 def export(
     storage: Storage,
     study: StudyName,
-    out: Annotated[Path, typer.Option(help="Where the best config goes.")],
+    out: Annotated[Path, path_option(help="Where the best config goes.")],
     format: Annotated[
         str, typer.Option(help="hydralv, pytc (today's PyTorch Connectomics) or pytc-2026-01.")
     ] = "hydralv",
     table: Annotated[
-        Path | None, typer.Option(help="Also write all trials to this CSV or Parquet file.")
+        Path | None, path_option(help="Also write all trials to this CSV or Parquet file.")
     ] = None,
     json: Json = False,
 ) -> None:
@@ -236,7 +241,7 @@ def export(
 def report(
     storage: Storage,
     study: StudyName,
-    out: Annotated[Path, typer.Option(help="Folder for index.html and report.md.")],
+    out: Annotated[Path, path_option(help="Folder for index.html and report.md.")],
     json: Json = False,
 ) -> None:
     """Write a self-contained page about a study.
@@ -271,7 +276,7 @@ def dashboard(
 
 
 def demo(
-    out: Annotated[Path, typer.Option(help="Folder of the demo.")] = Path("runs/demo"),
+    out: Annotated[Path, path_option(help="Folder of the demo.")] = Path("runs/demo"),
     trials: Annotated[int, typer.Option(min=1, help="Finished trials.")] = DEMO_TRIALS,
     settings: Settings = None,
     json: Json = False,

@@ -17,6 +17,7 @@ from hydralv_tune.config.candidate import Candidate, DecodingStep
 from hydralv_tune.config.candidate_rules import check_candidate
 from hydralv_tune.config.decoding_rules import check_decoding_step
 from hydralv_tune.config.errors import ConfigError
+from hydralv_tune.config.paths import expanded_path
 from hydralv_tune.config.validation import MISSING, check_keys, merged, nested, validated, value_at
 from hydralv_tune.config.yaml_io import parse_yaml, read_yaml_mapping
 
@@ -48,7 +49,7 @@ def find_file(name: str, kind: str) -> Path:
     Raises:
         ConfigError: There is no such file; the nearest known name is told.
     """
-    path = Path(name).expanduser()
+    path = expanded_path(name)
     if path.is_file():
         return path
     bare = path.parent == Path() and path.suffix not in (".yaml", ".yml")

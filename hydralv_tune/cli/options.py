@@ -1,0 +1,154 @@
+"""Options that several commands share, and the checks of what they name.
+
+Light to import: names and paths are refused before any library is loaded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from hydralv_tune.artifacts.writing import why_not_writable
+from hydralv_tune.config.errors import InputError
+from hydralv_tune.config.paths import expanded, expanded_path, expanded_url
+
+
+def path_option(*names: str, help: str) -> Any:
+    """Return an option whose value is one path; `~` and `$VARIABLES` in it are expanded."""
+    return typer.Option(*names, help=help, parser=expanded_path, metavar="PATH")
+
+
+def text_option(*names: str, help: str, parser: Callable[[str], str] = expanded) -> Any:
+    """Return an option for `file`, `file:dataset` or URL, expanded likewise."""
+    return typer.Option(*names, help=help, parser=parser, metavar="PATH")
+
+
+def completed(kind: str) -> Callable[[str], list[str]]:
+    """Return the completion of an argument: bare names of a folder of YAML files, then files.
+
+    Args:
+        kind: `trials` or `search_spaces`.
+    """
+
+    def complete(incomplete: str) -> list[str]:
+        from hydralv_tune.config.files import known_names
+
+        given = Path(incomplete)
+        folder = given if incomplete.endswith("/") else given.parent
+        files = [
+            str(path) + ("/" if path.is_dir() else "")
+            for path in sorted(folder.glob("*"))
+            if path.is_dir() or path.suffix in (".yaml", ".yml")
+        ]
+        return [name for name in [*known_names(kind), *files] if name.startswith(incomplete)]
+
+    return complete
+
+
+def completed_keys(incomplete: str) -> list[str]:
+    """Return the completion of `--set`: keys of a candidate, up to the next point."""
+    from hydralv_tune.config.candidate import Candidate
+    from hydralv_tune.config.validation import key_paths
+
+    depth = incomplete.count(".") + 1
+    found = [path for path in key_paths(Candidate) if path.startswith(incomplete)]
+    blocks = {path for path in found if any(other.startswith(f"{path}.") for other in found)}
+    return [
+        f"{path}." if path in blocks else f"{path}="
+        for path in found
+        if path.count(".") + 1 == depth
+    ]
+
+
+Images = Annotated[
+    list[str], text_option("--image", help="Image volume: HDF5, TIFF or Zarr. May be repeated.")
+]
+Labels = Annotated[
+    list[str] | None, text_option("--label", help="Instance labels, one for each image.")
+]
+Masks = Annotated[list[str] | None, text_option("--mask", help="Valid mask, one for each image.")]
+OneImage = Annotated[str, text_option("--image", help="Image volume: HDF5, TIFF or Zarr.")]
+OneLabel = Annotated[str, text_option("--label", help="Instance labels: HDF5, TIFF or Zarr.")]
+OneMask = Annotated[str | None, text_option("--mask", help="Valid mask; the rest is ignored.")]
+Json = Annotated[bool, typer.Option("--json", help="Print exactly one JSON document.")]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="key=value, the value read as YAML.", autocompletion=completed_keys),
+]
+CandidateName = Annotated[
+    str,
+    typer.Argument(help="A file, or a name in trials/.", autocompletion=completed("trials")),
+]
+SpaceName = Annotated[
+    str,
+    typer.Argument(
+        help="A file, or a name in search_spaces/.", autocompletion=completed("search_spaces")
+    ),
+]
+Storage = Annotated[
+    str,
+    text_option("--storage", help="sqlite:///FILE, or postgresql+psycopg://…", parser=expanded_url),
+]
+OptionalStorage = Annotated[
+    str | None,
+    text_option(
+        "--storage",
+        help="Database of the study. Default: sqlite:///OUT/study.db",
+        parser=expanded_url,
+    ),
+]
+
+
+def check_folder(option: str, path: Path) -> None:
+    """Refuse a place where no folder can be made, before any work is done for it.
+
+    Args:
+        option: What the user calls it, for the message.
+        path: The folder; it need not exist yet.
+
+    Raises:
+        InputError: A file stands in its way, or its folder cannot be written.
+    """
+    reason = why_not_writable(path)
+    if reason is not None:
+        raise InputError(
+            f"{option}: {path}: {reason}. Name another folder, or change its permissions."
+        )
+
+
+def check_file_out(
+    option: str, path: Path, suffixes: Collection[str], inputs: Collection[str | Path] = ()
+) -> None:
+    """Refuse a file that cannot be written or must not be, before any work is done for it.
+
+    Args:
+        option: What the user calls it, for the message.
+        path: The file; `file:dataset` is a dataset of it.
+        suffixes: What its name may end with.
+        inputs: Files that the command reads, which it must not replace.
+
+    Raises:
+        InputError: The suffix is another, a folder of that name exists, the folder cannot be
+            written, or the file is one of the inputs.
+    """
+    from hydralv_tune.data.formats.files import locate
+
+    location = locate(path)
+    file = location.path
+    if file.suffix.lower() not in suffixes:
+        raise InputError(
+            f"{option}: {path} ends with '{file.suffix}', but must end with one of "
+            f"{', '.join(suffixes)}. Name the file so."
+        )
+    if file.is_dir() and file.suffix.lower() != ".zarr":
+        raise InputError(f"{option}: {path} is a folder, but must be a file. Name a file in it.")
+    check_folder(option, file.parent)
+    for given in inputs:
+        other = locate(given)
+        if other.path.absolute() == file.absolute() and other.dataset == location.dataset:
+            raise InputError(
+                f"{option}: {path} is what the command reads, and would be lost. Name another file."
+            )
