@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ import tifffile
 import zarr
 
 from hydralv_tune.config.errors import VolumeError
-from hydralv_tune.data.formats import files as formats
+from hydralv_tune.data.formats import SUFFIXES
 from hydralv_tune.data.volumes import (
     Volume,
     VolumePaths,
@@ -451,14 +453,16 @@ def test_a_write_that_fails_leaves_the_old_file(
 ) -> None:
     path = tmp_path / name
     write_array(path, counted())
-    kind = formats.SUFFIXES[path.suffix]
-    writer = formats.WRITERS[kind]
+    code = SUFFIXES[path.suffix].code
+    create = code.create
 
-    def fail_late(temporary: Path, *rest: Any) -> None:
-        writer(temporary, *rest)
+    @contextmanager
+    def fail_late(*arguments: Any) -> Iterator[Any]:
+        with create(*arguments) as target:
+            yield target
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setitem(formats.WRITERS, kind, fail_late)
+    monkeypatch.setattr(code, "create", fail_late)
     with pytest.raises(VolumeError, match="No space left"):
         write_array(path, counted() + 1)
     np.testing.assert_array_equal(read_array(path), counted())

@@ -101,12 +101,12 @@ def predict(
     import time
 
     from hydralv_tune.config.files import parse_overrides, with_overrides
-    from hydralv_tune.data.formats.files import SUFFIXES
+    from hydralv_tune.data.formats import WRITABLE
     from hydralv_tune.data.volumes import VolumePaths, read_volume, write_array
     from hydralv_tune.trial.scoring.prediction import load_network, pick_device
     from hydralv_tune.trial.scoring.prediction import predict as predict_volume
 
-    check_file_out("--out", out, SUFFIXES, [image, checkpoint])
+    check_file_out("--out", out, WRITABLE, [image, checkpoint])
     overrides = parse_overrides(settings or [])
     if other := sorted(set(overrides) - PREDICTION_BLOCKS):
         raise InputError(

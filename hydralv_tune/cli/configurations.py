@@ -102,7 +102,7 @@ def _items(kind: Kind) -> list[dict[str, str]]:
             for path in sorted(RUNS.glob("*/study.db"))
         ]
     if kind is Kind.formats:
-        from hydralv_tune.data.formats.files import SUFFIXES
+        from hydralv_tune.data.formats import WRITABLE
 
         names: dict[str, list[str]] = {}
         for suffix, name in SUFFIXES.items():

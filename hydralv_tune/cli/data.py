@@ -207,11 +207,11 @@ def decode(
     --set binary_threshold=[0.5,0.7]`
     """
     from hydralv_tune.config.files import decoding_step, parse_overrides
-    from hydralv_tune.data.formats.files import SUFFIXES
+    from hydralv_tune.data.formats import WRITABLE
     from hydralv_tune.data.volumes import read_probabilities, write_array
     from hydralv_tune.numerics.watershed.decoders import decode as decode_labels
 
-    check_file_out("--out", out, SUFFIXES, [probabilities, *([mask] if mask else [])])
+    check_file_out("--out", out, WRITABLE, [probabilities, *([mask] if mask else [])])
     step = decoding_step(decoder, parse_overrides(settings or []))
     maps = read_probabilities(probabilities)
     with as_input_error(probabilities):

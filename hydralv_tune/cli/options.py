@@ -14,6 +14,7 @@ import typer
 from hydralv_tune.artifacts.writing import why_not_writable
 from hydralv_tune.config.errors import InputError
 from hydralv_tune.config.paths import expanded, expanded_path, expanded_url
+from hydralv_tune.data.formats import NAMES
 
 
 def path_option(*names: str, help: str) -> Any:
@@ -64,14 +65,14 @@ def completed_keys(incomplete: str) -> list[str]:
 
 
 Images = Annotated[
-    list[str], text_option("--image", help="Image volume: HDF5, TIFF or Zarr. May be repeated.")
+    list[str], text_option("--image", help=f"Image volume: {NAMES}. May be repeated.")
 ]
 Labels = Annotated[
     list[str] | None, text_option("--label", help="Instance labels, one for each image.")
 ]
 Masks = Annotated[list[str] | None, text_option("--mask", help="Valid mask, one for each image.")]
-OneImage = Annotated[str, text_option("--image", help="Image volume: HDF5, TIFF or Zarr.")]
-OneLabel = Annotated[str, text_option("--label", help="Instance labels: HDF5, TIFF or Zarr.")]
+OneImage = Annotated[str, text_option("--image", help=f"Image volume: {NAMES}.")]
+OneLabel = Annotated[str, text_option("--label", help=f"Instance labels: {NAMES}.")]
 OneMask = Annotated[str | None, text_option("--mask", help="Valid mask; the rest is ignored.")]
 Json = Annotated[bool, typer.Option("--json", help="Print exactly one JSON document.")]
 Settings = Annotated[

@@ -1,90 +1,149 @@
-"""The voxel size that a file states, in nanometres, whatever tool wrote it."""
+"""The size of a voxel and where a volume begins, in nanometres, whatever tool wrote them."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+VoxelSize = tuple[float, float, float]
+"""(z, y, x) in nm."""
+
 NM_OF_UNIT = {
-    "nm": 1.0,
-    "nanometer": 1.0,
-    "nanometers": 1.0,
-    "nanometre": 1.0,
-    "um": 1e3,
-    "µm": 1e3,
-    "μm": 1e3,
-    "\\u00b5m": 1e3,
-    "micron": 1e3,
-    "microns": 1e3,
-    "micrometer": 1e3,
-    "micrometre": 1e3,
-    "mm": 1e6,
-    "millimeter": 1e6,
+    "pm": 1e-3,
+    "picometer": 1e-3,
     "å": 0.1,
     "angstrom": 0.1,
+    "ångström": 0.1,
+    "nm": 1.0,
+    "nanometer": 1.0,
+    "um": 1e3,
+    "µm": 1e3,
+    "micron": 1e3,
+    "micrometer": 1e3,
+    "mm": 1e6,
+    "millimeter": 1e6,
+    "cm": 1e7,
+    "centimeter": 1e7,
+    "m": 1e9,
+    "meter": 1e9,
 }
-VoxelSize = tuple[float, float, float]
+"""Nanometres in a unit. What is not listed, pixels among them, is no known length."""
 
 
-def voxel_size_from(attributes: Mapping[str, Any], array_name: str = "") -> VoxelSize | None:
-    """Return the voxel size in nanometres from the attributes that EM tools write.
+@dataclass(frozen=True)
+class Placement:
+    """What a file says of the place and the size of its voxels.
 
-    `voxel_size_nm` is ours, `resolution` with `units` that of CREMI and of Saalfeld's tools,
-    `element_size_um` that of ilastik and Fiji's HDF5 plug-ins, `multiscales` that of OME-NGFF.
+    Args:
+        voxel_size_nm: (z, y, x); None where the file does not say.
+        origin_nm: (z, y, x) of the first voxel; None where the file does not say.
+        notes: What the file says in a way that is not understood, one sentence each.
     """
-    unit = attributes.get("units", attributes.get("unit", "nm"))
-    for key, nm in (
-        ("voxel_size_nm", 1.0),
-        ("resolution_nm", 1.0),
-        ("element_size_um", 1e3),
-        ("voxel_size", nm_of(unit)),
-        ("resolution", nm_of(unit)),
-    ):
-        if key in attributes:
-            size = three_positive(attributes[key], nm)
-            if size is not None:
-                return size
-    return _ngff_voxel_size(attributes, array_name)
+
+    voxel_size_nm: VoxelSize | None = None
+    origin_nm: VoxelSize | None = None
+    notes: tuple[str, ...] = ()
 
 
-def nm_of(unit: Any) -> float:
-    """Return nanometres in a unit; one name, or a list with one for each axis."""
+UNKNOWN = Placement()
+"""Of a file that says nothing."""
+
+
+def nm_of(unit: Any) -> float | None:
+    """Return nanometres in a unit, or None where it is no known length.
+
+    Args:
+        unit: As files have it: text or bytes, in any case, in the plural, American or British.
+    """
     if isinstance(unit, bytes):
         unit = unit.decode(errors="replace")
-    if isinstance(unit, list | tuple | np.ndarray):
-        unit = unit[0] if len(unit) else "nm"
-    return NM_OF_UNIT.get(str(unit).strip().lower(), 1.0)
+    # ImageJ writes the micro sign as the six characters \u00B5.
+    name = str(unit).strip().lower().replace("\\u00b5", "µ").replace("μ", "µ")
+    for spelling in (name, name.removesuffix("s")):
+        if spelling.endswith("metre"):
+            spelling = spelling[:-2] + "er"
+        if spelling in NM_OF_UNIT:
+            return NM_OF_UNIT[spelling]
+    return None
 
 
-def three_positive(values: Any, factor: float) -> VoxelSize | None:
-    """Return three positive finite numbers, or None where there are others."""
+def units_of(units: Any, count: int) -> list[float | None]:
+    """Return nanometres in the unit of each axis; one unit stands for all."""
+    if isinstance(units, np.ndarray):
+        units = units.tolist()
+    if not isinstance(units, list | tuple):
+        units = [units] * count
+    return [nm_of(unit) for unit in units]
+
+
+def in_nm(values: Any, units: Sequence[float | None], *, positive: bool = True) -> VoxelSize | None:
+    """Return three lengths in nanometres, or None where they are no such.
+
+    Args:
+        values: Of the last three axes; what stands before them is dropped.
+        units: Nanometres in the unit of each of them, None where it is unknown.
+        positive: Whether they must be above 0, as sizes are and offsets are not.
+    """
     try:
-        size = np.asarray(values, dtype=float).ravel() * factor
+        lengths = np.asarray(values, dtype=float).ravel()
     except (TypeError, ValueError):
         return None
-    if size.size == 4:
-        size = size[1:]
-    if size.size != 3 or not np.isfinite(size).all() or (size <= 0).any():
+    if not 3 <= lengths.size <= 5 or len(units) < 3 or None in units[-3:]:
+        return None
+    lengths = lengths[-3:] * np.asarray(units[-3:], dtype=float)
+    if not np.isfinite(lengths).all() or (positive and (lengths <= 0).any()):
         return None
     # Twelve digits, so that 0.008 um reads as 8.0 nm.
-    z, y, x = (float(f"{value:.12g}") for value in size)
+    z, y, x = (float(f"{length:.12g}") for length in lengths)
     return z, y, x
 
 
-def _ngff_voxel_size(attributes: Mapping[str, Any], array_name: str) -> VoxelSize | None:
-    """Return the voxel size of OME-NGFF `multiscales` for one of its arrays."""
-    ome = attributes.get("ome", attributes)
-    try:
-        scales = ome["multiscales"][0]
-        axes = scales["axes"]
-        space = [i for i, axis in enumerate(axes) if axis.get("type") == "space"]
-        for level in scales["datasets"]:
-            if level["path"] == array_name:
-                scale = level["coordinateTransformations"][0]["scale"]
-                unit = axes[space[0]].get("unit", "nanometer")
-                return three_positive([scale[i] for i in space], nm_of(unit))
-    except (KeyError, IndexError, TypeError, AttributeError):
-        return None
-    return None
+def placement_from(attributes: Mapping[str, Any], axes: Sequence[str] | None = None) -> Placement:
+    """Return the placement that EM tools write as attributes of an array.
+
+    `voxel_size_nm` and `origin_nm` are ours, `resolution` and `offset` with `units` those of CREMI
+    and of Saalfeld's tools, in nanometres where no unit is given, `element_size_um` that of ilastik
+    and of Fiji's HDF5 plug-ins.
+
+    Args:
+        attributes: Of the array, or of what holds it.
+        axes: Of the array, where the file names them: the attributes are in their order.
+    """
+    given = attributes.get("units", attributes.get("unit", "nm"))
+    units_given = units_of(given, 3)
+    size = origin = None
+    notes: list[str] = []
+    for key, units in (
+        ("voxel_size_nm", [1.0] * 3),
+        ("resolution_nm", [1.0] * 3),
+        ("element_size_um", [1e3] * 3),
+        ("voxel_size", units_given),
+        ("resolution", units_given),
+    ):
+        if key in attributes and size is None:
+            size = in_nm(attributes[key], units)
+            if None in units:
+                notes.append(unknown_unit(given))
+    for key, units in (("origin_nm", [1.0] * 3), ("offset", units_given)):
+        if key in attributes and origin is None:
+            origin = in_nm(attributes[key], units, positive=False)
+    return Placement(in_zyx(size, axes), in_zyx(origin, axes), tuple(notes))
+
+
+def unknown_unit(unit: Any) -> str:
+    """Return the note on a unit that is no known length."""
+    return f"The unit {unit!r} is no known length, so the voxel size is taken as unknown."
+
+
+def in_zyx(lengths: VoxelSize | None, axes: Sequence[str] | None) -> VoxelSize | None:
+    """Return three lengths that are in the order of an array's axes along z, y, x."""
+    if lengths is None or axes is None:
+        return lengths
+    spatial = [axis for axis in axes if axis in "zyx"]
+    if sorted(spatial) != ["x", "y", "z"]:
+        return lengths
+    z, y, x = (lengths[spatial.index(axis)] for axis in "zyx")
+    return z, y, x

@@ -1,1 +1,83 @@
-"""File formats of volumes, one file each."""
+"""The table of file formats: one entry and one file each.
+
+Light to import: help texts and checks of names are made from it, and no library is loaded.
+A format's file has `open_stored(location)` and, where it can be written, `create(location, ...)`;
+`interface.py` says what they take and give.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Format:
+    """One file format.
+
+    Args:
+        name: What messages call it.
+        module: Its file in this folder.
+        suffixes: What its names end with, in lower case.
+        magic: (offset, bytes) that its files have; one of them is enough.
+        marks: Files that make a folder one of this format; one of them is enough.
+        has_datasets: Whether `file:dataset` names an array in it.
+        writable: Whether it can be written.
+        package: What must be installed beside this package to read it; None where nothing.
+    """
+
+    name: str
+    module: str
+    suffixes: tuple[str, ...]
+    magic: tuple[tuple[int, bytes], ...] = ()
+    marks: tuple[str, ...] = ()
+    has_datasets: bool = False
+    writable: bool = False
+    package: str | None = None
+
+    @property
+    def code(self) -> Any:
+        """Return the module that reads and writes it, imported on first use."""
+        return import_module(f"{__name__}.{self.module}")
+
+
+HDF5_MAGIC = b"\x89HDF\r\n\x1a\n"
+FORMATS = (
+    Format(
+        "HDF5",
+        "hdf5",
+        (".h5", ".hdf5", ".hdf", ".he5"),
+        # After a block of the user's own, which doubles in size.
+        magic=tuple((at, HDF5_MAGIC) for at in (0, 512, 1024, 2048, 4096)),
+        has_datasets=True,
+        writable=True,
+    ),
+    Format(
+        "TIFF",
+        "tiff",
+        (".tif", ".tiff"),
+        magic=tuple((0, head) for head in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")),
+        writable=True,
+    ),
+    Format(
+        "Zarr",
+        "zarr",
+        (".zarr",),
+        marks=("zarr.json", ".zarray", ".zgroup"),
+        has_datasets=True,
+        writable=True,
+    ),
+)
+SUFFIXES = {suffix: kind for kind in FORMATS for suffix in kind.suffixes}
+WRITABLE = tuple(suffix for suffix, kind in SUFFIXES.items() if kind.writable)
+NAMES = f"{', '.join(kind.name for kind in FORMATS[:-1])} or {FORMATS[-1].name}"
+"""For help texts."""
+
+
+def suffix_of(path: Path) -> str:
+    """Return the known suffix of a path, or else the last one; in lower case."""
+    name = path.name.lower()
+    known = [suffix for suffix in SUFFIXES if name.endswith(suffix)]
+    return max(known, key=len) if known else path.suffix.lower()

@@ -1,49 +1,163 @@
-"""TIFF stacks: truncated ones are an error, and the voxel size goes where Fiji looks for it."""
+"""TIFF stacks: axes as the file names them, missing pages refused, sizes where Fiji has them."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 import tifffile
 
-from hydralv_tune.data.voxel_size import VoxelSize, nm_of, three_positive
+from hydralv_tune.config.errors import VolumeError
+from hydralv_tune.data.formats.interface import UNNAMED, Location, Stored, Target
+from hydralv_tune.data.voxel_size import Placement, in_nm, nm_of, unknown_unit
+
+CACHED_BYTES = 1 << 28
+"""Of decoded pages kept, so that neighbouring boxes do not decode a page anew."""
+IMAGEJ_TYPES = (np.uint8, np.uint16, np.float32)
+UPRIGHT = 1
+UNNAMED_LETTERS = "IQ"
 
 
-def read_tiff(path: Path) -> tuple[np.ndarray, VoxelSize | None]:
-    """Return a stack and its voxel size: mapped where its pages are contiguous, read where not.
+def open_stored(location: Location) -> Stored:
+    """Open a stack: mapped where its pages are contiguous, else read page by page.
 
     Raises:
-        EOFError: Pages or voxels are missing. tifffile raises what else it cannot read.
+        VolumeError: It holds more than one stack, or its pages are turned or missing.
+        EOFError: Voxels are missing. tifffile raises what else it cannot read.
     """
-    with _logged_errors_raised(), tifffile.TiffFile(path) as file:
-        series = file.series[0]
-        size = _voxel_size(file)
-        contiguous = series.dataoffset is not None and series.dtype.isnative
-        if contiguous and series.dataoffset + series.nbytes > file.filehandle.size:
-            raise EOFError("voxels are missing at its end")
-        array = None if contiguous else series.asarray()
-    return (tifffile.memmap(path, mode="r") if array is None else array), size
+    with logged_errors_raised():
+        file = tifffile.TiffFile(location.path)
+        try:
+            series = _only_series(location, file)
+            contiguous = series.dataoffset is not None and series.dtype.isnative
+            if contiguous and series.dataoffset + series.nbytes > file.filehandle.size:
+                raise EOFError("voxels are missing at its end")
+            axes = tuple(UNNAMED if a in UNNAMED_LETTERS else a.lower() for a in series.axes)
+            array: Any
+            if contiguous:
+                array = tifffile.memmap(location.path, mode="r")
+            elif _is_paged(series):
+                array = _Pages(series)
+            else:
+                array = series.asarray()
+            return Stored(array, axes, _placement(file), close=file.close)
+        except BaseException:
+            file.close()
+            raise
 
 
-def write_tiff(path: Path, array: np.ndarray, voxel_size_nm: VoxelSize | None) -> None:
-    """Write a TIFF stack: as ImageJ reads it where it can, so that Fiji knows the voxel size."""
-    imagej = array.ndim == 3 and array.dtype in (np.uint8, np.uint16, np.float32)
-    if imagej:
-        metadata: dict[str, Any] = {"axes": "ZYX"}
-        resolution = None
-        if voxel_size_nm is not None:
-            z, y, x = voxel_size_nm
-            metadata |= {"spacing": z, "unit": "nm"}
-            resolution = (1 / x, 1 / y)
-        tifffile.imwrite(path, array, imagej=True, resolution=resolution, metadata=metadata)
-        return
-    metadata = {"voxel_size_nm": list(voxel_size_nm)} if voxel_size_nm is not None else {}
-    tifffile.imwrite(path, array, metadata=metadata, photometric="minisblack")
+@contextmanager
+def create(
+    location: Location,
+    shape: tuple[int, ...],
+    dtype: np.dtype[Any],
+    chunks: tuple[int, ...] | None,
+    placement: Placement,
+) -> Iterator[Target]:
+    """Give a stack to write to: in ImageJ's form where it has one, so that Fiji knows the size."""
+    size, origin = placement.voxel_size_nm, placement.origin_nm
+    # TIFF counts pixels for a unit of length, as a fraction.
+    resolution = None if size is None else (1 / size[2], 1 / size[1])
+    metadata: dict[str, Any] = {}
+    if len(shape) == 3 and dtype in IMAGEJ_TYPES:
+        metadata |= {"axes": "ZYX"}
+        if size is not None:
+            metadata |= {"spacing": size[0], "unit": "nm"}
+            if origin is not None:
+                # ImageJ's origin is a place in pixels: that of the coordinate 0.
+                names = ("zorigin", "yorigin", "xorigin")
+                metadata |= {n: -o / s for n, o, s in zip(names, origin, size, strict=True)}
+        options: dict[str, Any] = {"imagej": True, "resolution": resolution}
+    else:
+        metadata |= {"axes": "CZYX"} if len(shape) == 4 else {}
+        if size is not None:
+            metadata["voxel_size_nm"] = list(size)
+        if origin is not None:
+            metadata["origin_nm"] = list(origin)
+        options = {"photometric": "minisblack", "resolution": resolution}
+    target = tifffile.memmap(location.path, shape=shape, dtype=dtype, metadata=metadata, **options)
+    yield target
+    target.flush()
+
+
+def _only_series(location: Location, file: tifffile.TiffFile) -> Any:
+    """Return the only stack of a file, having refused what would be lost or displaced."""
+    if len(file.series) != 1:
+        found = "; ".join(f"{s.axes} {s.shape} {s.dtype}" for s in file.series[:4])
+        raise VolumeError(
+            f"{location}: it holds {len(file.series)} images of different shape or type "
+            f"({found}{'; ...' if len(file.series) > 4 else ''}), but one stack is required. Save "
+            "the stack alone."
+        )
+    series = file.series[0]
+    if any(page is None for page in series.pages):
+        missing = sum(page is None for page in series.pages)
+        raise VolumeError(
+            f"{location}: {missing} of its {len(series.pages)} sections are in files that are "
+            "missing. Copy those files beside it, or save the stack as one file."
+        )
+    pages = len(file.pages)
+    own = sum(level_pages(level) for level in series.levels)
+    if not series.is_multifile and pages > max(own, 1):
+        raise VolumeError(
+            f"{location}: it has {pages} pages, but its metadata tell of {own} only. Save the "
+            "stack anew, for example with Fiji."
+        )
+    tag = series.keyframe.tags.get("Orientation")
+    if tag is not None and tag.value != UPRIGHT:
+        raise VolumeError(
+            f"{location}: its sections are turned or mirrored (orientation {int(tag.value)}), and "
+            f"only upright ones ({UPRIGHT}) are read. Save them upright."
+        )
+    return series
+
+
+def level_pages(level: Any) -> int:
+    """Return how many pages of the file belong to a level of a series."""
+    return len(level.pages)
+
+
+def _is_paged(series: Any) -> bool:
+    """Return whether each page is one plane of the stack, in order."""
+    page = series.keyframe
+    return (
+        series.ndim > page.ndim - 1
+        and tuple(series.shape[-2:]) == tuple(page.shape)
+        and len(series.pages) == int(np.prod(series.shape[:-2]))
+        and series.transform is None
+    )
+
+
+class _Pages:
+    """A stack whose pages are decoded when they are asked for.
+
+    Args:
+        series: Each page of it is one plane.
+    """
+
+    def __init__(self, series: Any) -> None:
+        self.shape, self.dtype = tuple(series.shape), series.dtype
+        self._pages = series.pages
+        series.parent.filehandle.set_lock(True)
+        plane = int(np.prod(self.shape[-2:])) * self.dtype.itemsize
+        self._plane = lru_cache(maxsize=max(CACHED_BYTES // max(plane, 1), 1))(self._decode)
+
+    def _decode(self, number: int) -> np.ndarray:
+        """Return one plane."""
+        with logged_errors_raised():
+            plane: np.ndarray = self._pages[number].asarray().reshape(self.shape[-2:])
+        return plane
+
+    def __getitem__(self, box: Sequence[slice]) -> np.ndarray:
+        """Return a box, given by one slice an axis."""
+        numbers = np.arange(len(self._pages)).reshape(self.shape[:-2])[tuple(box[:-2])]
+        planes = [self._plane(int(number))[tuple(box[-2:])] for number in numbers.ravel()]
+        inner = planes[0].shape if planes else (0, 0)
+        return np.asarray(planes, self.dtype).reshape(*numbers.shape, *inner)
 
 
 class _Complaints(logging.Handler):
@@ -59,7 +173,7 @@ class _Complaints(logging.Handler):
 
 
 @contextmanager
-def _logged_errors_raised() -> Iterator[None]:
+def logged_errors_raised() -> Iterator[None]:
     """Raise what tifffile only logs: it reads a truncated stack as a shorter one, or as zeros."""
     logger, complaints = logging.getLogger("tifffile"), _Complaints()
     before, logger.propagate = logger.propagate, False
@@ -73,30 +187,54 @@ def _logged_errors_raised() -> Iterator[None]:
         raise EOFError(complaints.found[0])
 
 
-def _voxel_size(file: tifffile.TiffFile) -> VoxelSize | None:
-    """Return the voxel size of our own, ImageJ or OME metadata."""
+def _placement(file: tifffile.TiffFile) -> Placement:
+    """Return the placement of our own, OME or ImageJ metadata."""
     shaped = file.shaped_metadata
-    if shaped and "voxel_size_nm" in shaped[0]:
-        return three_positive(shaped[0]["voxel_size_nm"], 1.0)
+    if shaped and ("voxel_size_nm" in shaped[0] or "origin_nm" in shaped[0]):
+        nm = [1.0] * 3
+        return Placement(
+            in_nm(shaped[0].get("voxel_size_nm"), nm),
+            in_nm(shaped[0].get("origin_nm"), nm, positive=False),
+        )
     if file.is_ome and file.ome_metadata:
-        pixels = tifffile.xml2dict(file.ome_metadata).get("OME", {}).get("Image", {})
-        pixels = pixels[0] if isinstance(pixels, list) else pixels
-        pixels = pixels.get("Pixels", {})
-        sizes = [
-            float(pixels[f"PhysicalSize{axis}"])
-            * nm_of(pixels.get(f"PhysicalSize{axis}Unit", "um"))
-            for axis in "ZYX"
-            if f"PhysicalSize{axis}" in pixels
-        ]
-        return three_positive(sizes, 1.0)
-    imagej = file.imagej_metadata
-    if imagej and "spacing" in imagej:
-        tags = file.pages.first.tags
-        if "XResolution" not in tags or "YResolution" not in tags:
-            return None
-        x, y = (tags[name].value for name in ("XResolution", "YResolution"))
-        if not x[0] or not y[0]:
-            return None
-        unit = nm_of(imagej.get("unit", "nm"))
-        return three_positive([imagej["spacing"], y[1] / y[0], x[1] / x[0]], unit)
-    return None
+        return _ome_placement(file.ome_metadata)
+    if file.imagej_metadata:
+        return _imagej_placement(file, file.imagej_metadata)
+    return Placement()
+
+
+def _ome_placement(xml: str) -> Placement:
+    """Return the placement of OME-XML, whose sizes are in micrometres where no unit is given."""
+    image = tifffile.xml2dict(xml).get("OME", {}).get("Image", {})
+    image = image[0] if isinstance(image, list) else image
+    pixels = image.get("Pixels", {})
+    sizes = [pixels.get(f"PhysicalSize{axis}") for axis in "ZYX"]
+    if None in sizes:
+        return Placement()
+    units = [pixels.get(f"PhysicalSize{axis}Unit", "um") for axis in "ZYX"]
+    known = [nm_of(unit) for unit in units]
+    notes = tuple(unknown_unit(u) for u, nm in zip(units, known, strict=True) if nm is None)[:1]
+    return Placement(in_nm(sizes, known), None, notes)
+
+
+def _imagej_placement(file: tifffile.TiffFile, imagej: Mapping[str, Any]) -> Placement:
+    """Return the placement of ImageJ's metadata and the resolution beside them."""
+    tags = file.pages.first.tags
+    if "spacing" not in imagej or "XResolution" not in tags or "YResolution" not in tags:
+        return Placement()
+    x, y = (tags[name].value for name in ("XResolution", "YResolution"))
+    if not x[0] or not y[0]:
+        return Placement()
+    unit = imagej.get("unit", "pixel")
+    units = [imagej.get("zunit", unit), imagej.get("yunit", unit), unit]
+    known = [nm_of(one) for one in units]
+    size = in_nm([imagej["spacing"], y[1] / y[0], x[1] / x[0]], known)
+    notes = tuple(unknown_unit(u) for u, nm in zip(units, known, strict=True) if nm is None)[:1]
+    names = ("zorigin", "yorigin", "xorigin")
+    origin = None
+    if size is not None and any(name in imagej for name in names):
+        places = [float(imagej.get(name, 0)) for name in names]
+        origin = in_nm(
+            [-p * s for p, s in zip(places, size, strict=True)], [1.0] * 3, positive=False
+        )
+    return Placement(size, origin, notes)

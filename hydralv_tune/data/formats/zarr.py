@@ -1,0 +1,160 @@
+"""Zarr 2 and 3: arrays by name, and the levels of OME-Zarr groups with their axes and scales."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import zarr
+
+from hydralv_tune.config.errors import VolumeError
+from hydralv_tune.data.formats.hdf5 import attributes_of
+from hydralv_tune.data.formats.interface import (
+    Location,
+    Names,
+    Stored,
+    Target,
+    axis_letters,
+    choose_dataset,
+)
+from hydralv_tune.data.formats.ome_zarr import Level, level_of, levels_of
+from hydralv_tune.data.voxel_size import Placement, placement_from
+
+MARKS = ("zarr.json", ".zarray", ".zgroup")
+
+
+def open_stored(location: Location) -> Stored:
+    """Open an array: one that stands alone, one of a group, or level 0 of an OME-Zarr group.
+
+    Raises:
+        VolumeError: There is none of that name, several are there, or what its metadata say of
+            axes and scales is not understood. zarr raises what else it cannot read.
+    """
+    root, inner = _root_of(location.path)
+    node = zarr.open(root, mode="r")
+    name = "/".join(part for part in (inner, location.dataset) if part)
+    if isinstance(node, zarr.Array):
+        if name:
+            raise VolumeError(
+                f"{location}: {root} is a single array without datasets. Name it alone."
+            )
+        return _stored(location, node, [node.attrs], None)
+    group, name = _enter(location, node, name)
+    level = None
+    if not name:
+        level = next(iter(levels_of(location, group.attrs)), None)
+        name = level.path if level is not None else _choose(location, group)
+    array = group[name]
+    if not isinstance(array, zarr.Array):
+        raise VolumeError(f"{location}: '{name}' is no array. Name one.")
+    if level is None:
+        level = _level_above(location, group, name)
+    return _stored(location, array, [array.attrs, group.attrs, node.attrs], level)
+
+
+@contextmanager
+def create(
+    location: Location,
+    shape: tuple[int, ...],
+    dtype: np.dtype[Any],
+    chunks: tuple[int, ...] | None,
+    placement: Placement,
+) -> Iterator[Target]:
+    """Give an array to write to, alone or in a group whose other arrays stay."""
+    options = {
+        "shape": shape,
+        "dtype": dtype,
+        "chunks": chunks or "auto",
+        "dimension_names": {3: list("zyx"), 4: list("czyx")}.get(len(shape)),
+        "attributes": attributes_of(placement),
+    }
+    if location.dataset is None:
+        yield zarr.create_array(location.path, **options)
+    else:
+        group = zarr.open_group(location.path, mode="a")
+        if group.metadata.zarr_format == 2:
+            del options["dimension_names"]
+        yield group.create_array(location.dataset, overwrite=True, **options)
+
+
+def _root_of(path: Path) -> tuple[Path, str]:
+    """Return the outermost Zarr group around a path, and the name of the path within it."""
+    root = path
+    for parent in path.absolute().parents:
+        if not any((parent / mark).exists() for mark in MARKS):
+            break
+        root = parent
+    inner = "" if root is path else path.absolute().relative_to(root).as_posix()
+    return root, inner
+
+
+def _enter(location: Location, root: Any, name: str) -> tuple[Any, str]:
+    """Return the group that a name leads to and an empty name, or the root and an array's name."""
+    if not name or name not in root:
+        if name:
+            choose_dataset(location, [*_arrays(root)])
+        return root, name
+    node = root[name]
+    return (node, "") if isinstance(node, zarr.Group) else (root, name)
+
+
+def _arrays(group: Any) -> list[str]:
+    """Return the names of all arrays in a group, those of its groups too."""
+    members = group.members(max_depth=None)
+    return sorted(name for name, item in members if isinstance(item, zarr.Array))
+
+
+def _choose(location: Location, group: Any) -> str:
+    """Return the array that a group without levels of its own stands for."""
+    if "plate" in group.attrs.get("ome", group.attrs):
+        raise VolumeError(
+            f"{location}: a plate of many images. Name one, for example {location.path}:A/1/0."
+        )
+    images = [
+        f"{name}/{level.path}"
+        for name, item in group.groups()
+        if "labels" not in name
+        for level in levels_of(location, item.attrs)[:1]
+    ]
+    # A group of one image, as bioformats2raw writes it, stands for that one.
+    return choose_dataset(replace(location, dataset=None), images or _arrays(group))
+
+
+def _level_above(location: Location, root: Any, name: str) -> Level | None:
+    """Return what the groups around an array say of it as a level of theirs."""
+    parts = name.split("/")
+    for depth in range(len(parts) - 1, -1, -1):
+        group = root["/".join(parts[:depth])] if depth else root
+        level = level_of(location, group.attrs, "/".join(parts[depth:]))
+        if level is not None:
+            return level
+    return None
+
+
+def _stored(
+    location: Location, array: Any, attributes: list[Mapping[str, Any]], level: Level | None
+) -> Stored:
+    """Return an opened array with the axes and the placement that its metadata give."""
+    if level is not None:
+        return Stored(array, level.axes, level.placement, tuple(array.chunks))
+    axes = _own_axes(array)
+    placement = Placement()
+    for mapping in attributes:
+        found = placement_from(dict(mapping), axes)
+        placement = Placement(
+            placement.voxel_size_nm or found.voxel_size_nm,
+            placement.origin_nm or found.origin_nm,
+            tuple(dict.fromkeys(placement.notes + found.notes)),
+        )
+    return Stored(array, axes, placement, tuple(array.chunks))
+
+
+def _own_axes(array: Any) -> Names | None:
+    """Return the axes that an array names itself: in format 3, or as xarray does."""
+    names = getattr(array.metadata, "dimension_names", None)
+    names = names or array.attrs.get("_ARRAY_DIMENSIONS")
+    return axis_letters(names) if isinstance(names, list | tuple) else None
