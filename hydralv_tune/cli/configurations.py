@@ -102,12 +102,15 @@ def _items(kind: Kind) -> list[dict[str, str]]:
             for path in sorted(RUNS.glob("*/study.db"))
         ]
     if kind is Kind.formats:
-        from hydralv_tune.data.formats import WRITABLE
+        from hydralv_tune.data.formats import FORMATS
 
-        names: dict[str, list[str]] = {}
-        for suffix, name in SUFFIXES.items():
-            names.setdefault(str(getattr(name, "name", name)), []).append(suffix)
-        return [{"name": name, "about": ", ".join(found)} for name, found in names.items()]
+        return [
+            {
+                "name": entry.name,
+                "about": ", ".join(entry.suffixes) + ("" if entry.writable else " (read only)"),
+            }
+            for entry in FORMATS
+        ]
     return [{"name": name, "about": about} for name, about in _table(kind).items()]
 
 
