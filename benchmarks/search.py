@@ -32,7 +32,10 @@ import pandas as pd
 
 from hydralv_tune.config.search_space import Pruner, Sampler, SearchSpace
 from hydralv_tune.config.search_space_files import load_space
-from hydralv_tune.study.samplers import VIOLATIONS, make_pruner, make_sampler, suggest
+from hydralv_tune.study.distributions import suggest
+from hydralv_tune.study.pruners import make_pruner
+from hydralv_tune.study.samplers import make_sampler
+from hydralv_tune.study.trial_views import VIOLATIONS
 
 GUARD = "f1_iou50"
 FOLDER = Path(__file__).parent / "search_table"

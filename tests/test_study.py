@@ -16,17 +16,22 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import optuna
 import pytest
 from optuna.trial import TrialState
 
-from hydralv_tune.config.errors import StudyError
+from hydralv_tune.config.errors import ConfigError, InputError, StudyError
 from hydralv_tune.config.search_space import SearchSpace, space_from_mapping
+from hydralv_tune.config.search_space_rules import check_space
 from hydralv_tune.config.secrets import mask_passwords
 from hydralv_tune.launch.start import Start
-from hydralv_tune.study.database import DatabaseAway, set_attributes
+from hydralv_tune.study.database import DatabaseAway
 from hydralv_tune.study.driver import Driver
 from hydralv_tune.study.journal import PREFIX, SUFFIX, Journal
 from hydralv_tune.study.mutex import MutexLost, StudyMutex
+from hydralv_tune.study.optuna_private import PRIVATE_NAMES, set_attributes
+from hydralv_tune.study.pruners import PRUNERS, register_pruner
+from hydralv_tune.study.samplers import SAMPLERS, register_sampler
 from hydralv_tune.study.storage_url import masked, parse_storage
 from hydralv_tune.study.study import Study, facts_of, find_study, open_readonly, study_names
 from hydralv_tune.study.study_folder import MARKER, Owner, claim_out, owner_of
@@ -532,6 +537,49 @@ def test_a_small_error_that_violates_the_guard_keeps_no_trial_alive(
     assert set(shown.intermediate.values()) == {0.01}  # the error stays what it is
     good = asked(driver)
     assert {driver.report(good.number, step, 0.15, -0.3) for step in range(1, 9)} == {"go"}
+
+
+def test_a_sampler_and_a_pruner_registered_at_run_time_are_used(
+    tmp_path: Path, make_driver: Callable[..., Driver], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hydralv_tune.study.samplers.SAMPLERS", dict(SAMPLERS))
+    monkeypatch.setattr("hydralv_tune.study.pruners.PRUNERS", dict(PRUNERS))
+    made: list[tuple[int, int]] = []
+
+    class StopsAll(optuna.pruners.BasePruner):
+        def prune(self, study: optuna.Study, trial: Any) -> bool:
+            return True
+
+    def make(seed: int, startup_trials: int) -> optuna.samplers.BaseSampler:
+        made.append((seed, startup_trials))
+        return optuna.samplers.RandomSampler(seed=seed)
+
+    named = {"sampler": {"name": "lab", "startup_trials": 3}, "pruner": {"name": "strict"}}
+    with pytest.raises(ConfigError, match=r"sampler.name is 'lab', but it is unknown. Known: cmae"):
+        check_space(make_space(**named), "here")
+    register_sampler("lab", make, summary="Of a lab.")
+    with pytest.raises(ConfigError, match=r"pruner.name is 'strict', but it is unknown"):
+        check_space(make_space(**named), "here")
+    register_pruner("strict", lambda _: StopsAll(), summary="Stops all.")
+    with pytest.raises(InputError, match="'lab' is registered already"):
+        register_sampler("lab", make, summary="Again.")
+    check_space(make_space(**named), "here")
+    driver = make_driver(f"sqlite:///{tmp_path / 's.db'}", make_space(**named))
+    first, second = driver.ask(9), driver.ask(9)
+    assert not isinstance(first, str)
+    assert not isinstance(second, str)
+    assert driver.report(first.number, 1, 0.5) == "prune"
+    assert [startup for _, startup in made] == [3] * len(made)
+    assert len({seed for seed, _ in made}) >= 2, "each trial has a seed of its own"
+
+
+@pytest.mark.parametrize(
+    ("owner", "name"), [(owner, name) for owner, names in PRIVATE_NAMES for name in names]
+)
+def test_optuna_still_has_the_private_name(owner: Any, name: str) -> None:
+    assert hasattr(owner, name), (
+        f"this release of Optuna has moved {owner.__name__}.{name}: mend study/optuna_private.py"
+    )
 
 
 @pytest.mark.parametrize("name", ["tpe", "gp", "random", "cmaes", "qmc"])

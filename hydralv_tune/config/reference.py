@@ -13,6 +13,7 @@ from pydantic.fields import FieldInfo
 
 from hydralv_tune.config.candidate import Candidate
 from hydralv_tune.config.files import baseline
+from hydralv_tune.config.search_methods import pruners, samplers
 from hydralv_tune.config.search_space import SearchSpace
 from hydralv_tune.config.validation import MISSING, sub_model, value_at
 
@@ -153,7 +154,7 @@ def _yaml(value: Any) -> str:
 
 
 def _tables() -> Iterator[str]:
-    """Yield what the tables of names hold: architectures, losses, augmentations, decoders."""
+    """Yield what the tables of names hold, from architectures to pruners."""
     from hydralv_tune.numerics.augmentation.registry import AUGMENTATIONS
     from hydralv_tune.numerics.losses.multi_task import LOSSES, loss_arguments
     from hydralv_tune.numerics.networks.registry import ARCHITECTURES
@@ -173,6 +174,9 @@ def _tables() -> Iterator[str]:
         _named(AUGMENTATIONS, lambda name: AUGMENTATIONS[name].defaults),
     )
     yield _table("Decoders", "name | arguments and defaults", _named(DECODERS, decoder_arguments))
+    for title, table in (("Samplers", samplers()), ("Pruners", pruners())):
+        rows = [f"| `{name}` | {entry.summary} |" for name, entry in table.items()]
+        yield _table(title, "name | meaning", rows)
 
 
 def _named(table: Mapping[str, Any], arguments: Any) -> list[str]:

@@ -154,9 +154,7 @@ class Budget(StrictModel):
 class Sampler(StrictModel):
     """`sampler`."""
 
-    name: Literal["tpe", "gp", "random", "cmaes", "qmc"] = Field(
-        "tpe", description="tpe models conditional branches."
-    )
+    name: str = Field("tpe", description="A name of the table Samplers.")
     seed: Whole = Field(0, description="Of the sampling.")
     startup_trials: Whole = Field(5, description="Random ones before the model is asked.")
 
@@ -164,12 +162,7 @@ class Sampler(StrictModel):
 class Pruner(StrictModel):
     """`pruner`: steps are evaluations."""
 
-    name: Literal["median", "percentile", "hyperband", "successive_halving", "wilcoxon", "none"] = (
-        Field(
-            "median",
-            description="Steps are evaluations; wilcoxon compares folds, at least 4 of them.",
-        )
-    )
+    name: str = Field("median", description="A name of the table Pruners.")
     warmup_evaluations: Whole = Field(3, description="Nothing is pruned before.")
     startup_trials: Whole = Field(5, description="Finished trials before anything is pruned.")
     patience: Whole = Field(0, description="Evaluations without improvement before pruning.")

@@ -10,6 +10,7 @@ from hydralv_tune.config.candidate import Candidate, Split
 from hydralv_tune.config.decoding_rules import check_grid
 from hydralv_tune.config.errors import ConfigError
 from hydralv_tune.config.files import NETWORK_KEYS
+from hydralv_tune.config.search_methods import pruners, samplers
 from hydralv_tune.config.search_space import Parameter, SearchSpace
 from hydralv_tune.config.validation import (
     MISSING,
@@ -22,9 +23,6 @@ from hydralv_tune.config.validation import (
     shown,
     value_at,
 )
-
-LEAST_FOLDS = 4
-"""Of Wilcoxon's test: with fewer, even a trial that is worse in all of them could be chance."""
 
 DRAWS = 24
 """Random points whose candidate is built too: a rule may join two searched keys."""
@@ -51,10 +49,7 @@ def check_space(space: SearchSpace, place: str) -> None:
         raise ConfigError(
             f"{place}: base '{space.base}' with `fixed`: {_without_place(error)}"
         ) from error
-    folds = split.folds if split.kind == "cross_validation" else 1
-    if space.pruner.name == "wilcoxon" and folds < LEAST_FOLDS:
-        rule = f"it compares at least {LEAST_FOLDS} folds"
-        refuse(place, "pruner.name", "wilcoxon", rule, "Set fixed.data.split, or take median.")
+    _check_search_methods(space, split, place)
     for key, parameter in space.parameters.items():
         for value in extremes(parameter):
             params = _with_conditions(space, {key: value})
@@ -70,6 +65,23 @@ def check_space(space: SearchSpace, place: str) -> None:
         _check_point(space, start.params, split, what, start.overrides)
     if len(set(space.warm_starts)) != len(space.warm_starts):
         refuse(place, "warm_starts", space.warm_starts, "a name stands twice")
+
+
+def _check_search_methods(space: SearchSpace, split: Split, place: str) -> None:
+    """Check that sampler and pruner are known, and that the pruner has the folds it compares."""
+    for key, name, table in (
+        ("sampler.name", space.sampler.name, samplers()),
+        ("pruner.name", space.pruner.name, pruners()),
+    ):
+        if name not in table:
+            refuse(place, key, name, "it is unknown", known_step(name, table))
+    folds = split.folds if split.kind == "cross_validation" else 1
+    least = pruners()[space.pruner.name].least_folds
+    if folds < least:
+        rule = f"it compares at least {least} folds"
+        refuse(
+            place, "pruner.name", space.pruner.name, rule, "Set fixed.data.split, or take median."
+        )
 
 
 def _check_weights(space: SearchSpace, place: str) -> None:

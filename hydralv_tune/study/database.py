@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -11,8 +10,6 @@ import optuna
 import sqlalchemy
 from optuna.exceptions import StorageInternalError
 from optuna.storages import RDBStorage
-from optuna.storages._rdb import models
-from optuna.storages._rdb.storage import _create_scoped_session
 from sqlalchemy import exc as sqlalchemy_errors
 
 from hydralv_tune.config.errors import HydraLVError, StudyError, unknown_name
@@ -66,54 +63,6 @@ def open_storage(url: sqlalchemy.engine.URL, *, create: bool) -> RDBStorage:
 
         storage.engine.dispose()  # connections made before
     return storage
-
-
-def set_attributes(storage: RDBStorage, trial_id: int, attributes: Mapping[str, Any]) -> None:
-    """Store user attributes of a trial in one transaction; Optuna itself takes one for each.
-
-    Args:
-        storage: That holds the trial.
-        trial_id: Of a trial that is not finished.
-        attributes: Plain JSON types by name.
-
-    Raises:
-        UpdateFinishedTrialError: The trial is finished.
-    """
-    with _create_scoped_session(storage.scoped_session, True) as session:
-        for key, value in attributes.items():
-            storage._set_trial_attr_without_commit(
-                session, models.TrialUserAttributeModel, trial_id, key, value
-            )
-
-
-def store_evaluation(
-    storage: RDBStorage, trial_id: int, step: int, value: float, beside: Mapping[str, Any]
-) -> None:
-    """Store an intermediate value and what is known beside it, in one transaction.
-
-    Args:
-        storage: That holds the trial.
-        trial_id: Of a trial that is not finished.
-        step: Evaluation, from 1.
-        value: Objective so far.
-        beside: What each user attribute of that name holds of this step, as `VIOLATIONS` does;
-            None is left out.
-
-    Raises:
-        UpdateFinishedTrialError: The trial is finished.
-    """
-    with _create_scoped_session(storage.scoped_session, True) as session:
-        storage._set_trial_intermediate_value_without_commit(session, trial_id, step, value)
-        model = models.TrialUserAttributeModel
-        trial = models.TrialModel.find_or_raise_by_id(trial_id, session)
-        for key, of_step in beside.items():
-            if of_step is None:
-                continue
-            stored = model.find_by_trial_and_key(trial, key, session)
-            known = {} if stored is None else json.loads(str(stored.value_json))
-            storage._set_trial_attr_without_commit(
-                session, model, trial_id, key, {**known, str(step): of_step}
-            )
 
 
 def url_template(url: sqlalchemy.engine.URL) -> str:

@@ -16,26 +16,24 @@ import sqlalchemy
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, TrialState
 
-from hydralv_tune.study.database import (
-    DatabaseAway,
-    database_errors,
-    set_attributes,
-    store_evaluation,
-)
+from hydralv_tune.study.database import DatabaseAway, database_errors
+from hydralv_tune.study.distributions import distribution_of, suggest
 from hydralv_tune.study.journal import PREFIX, SUFFIX, Journal, journals_in
 from hydralv_tune.study.mutex import StudyMutex
-from hydralv_tune.study.samplers import (
-    CONSTRAINTS,
-    OBJECTIVE,
-    distribution_of,
-    make_pruner,
-    make_sampler,
-    ranked_value,
-    suggest,
+from hydralv_tune.study.optuna_private import (
+    claim_waiting,
+    set_attributes,
+    store_evaluation,
+    trial_id,
+    waiting_trials,
 )
+from hydralv_tune.study.pruners import make_pruner
+from hydralv_tune.study.samplers import make_sampler, sampler_entry
 from hydralv_tune.study.study import Study, trial_by_number
 from hydralv_tune.study.trial_views import (
+    CONSTRAINTS,
     FOLD_VALUES,
+    OBJECTIVE,
     VIOLATIONS,
     Asked,
     Outcome,
@@ -45,6 +43,7 @@ from hydralv_tune.study.trial_views import (
     is_surely_dead,
     missing_successors,
     own_process,
+    ranked_value,
     successor_attributes,
 )
 
@@ -87,7 +86,7 @@ class Driver:
         self._answered_at, self._answering_since = -math.inf, math.inf
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
-        study.optuna.pruner = make_pruner(self.space.pruner)
+        self._pruner = make_pruner(self.space.pruner)
         self._sampler = make_sampler(self.space.sampler, 0)
 
     def __enter__(self) -> Driver:
@@ -178,11 +177,10 @@ class Driver:
         try:
             with self._database():
                 self._flush()
-                store_evaluation(self.study.rdb, trial._trial_id, step, value, beside)
+                store_evaluation(self.study.rdb, trial_id(trial), step, value, beside)
                 # Fresh: `trial.should_prune` would look at what it has reported by itself.
-                frozen = self.study.rdb.get_trial(trial._trial_id)
-                study = self.study.optuna
-                return "prune" if study.pruner.prune(study, frozen) else "go"
+                frozen = self.study.rdb.get_trial(trial_id(trial))
+                return "prune" if self._pruner.prune(self.study.optuna, frozen) else "go"
         except UpdateFinishedTrialError:
             self._live.pop(number, None)
             return "refused"
@@ -266,7 +264,7 @@ class Driver:
         ages = self._heartbeat_ages()
         for trial in self.study.frozen():
             if trial.state == TrialState.RUNNING and trial.number not in self._live:
-                reason = self._orphaned(trial, ages.get(trial._trial_id))
+                reason = self._orphaned(trial, ages.get(trial_id(trial)))
                 if reason is not None:
                     self._fail_orphan(trial, reason)
         views = self.study.trials()
@@ -294,7 +292,7 @@ class Driver:
         wanted = "owner" in trial.user_attrs or bool(trial.system_attrs.get("fixed_params"))
         attributes = {"reason": reason, "retry": "free" if wanted else "no"}
         with contextlib.suppress(UpdateFinishedTrialError):
-            set_attributes(self.study.rdb, trial._trial_id, attributes)
+            set_attributes(self.study.rdb, trial_id(trial), attributes)
         with contextlib.suppress(UpdateFinishedTrialError, ValueError):
             self.study.optuna.tell(trial.number, state=TrialState.FAIL)
 
@@ -304,7 +302,7 @@ class Driver:
         trials = self.study.trials()
         study.sampler = self._sampler_for(len(trials))
         trial = self._waiting_retry() or study.ask()
-        self.study.rdb.record_heartbeat(trial._trial_id)
+        self.study.rdb.record_heartbeat(trial_id(trial))
         params = suggest(self.space, trial)
         attributes = dict(trial.user_attrs)
         warm_start = attributes.get("warm_start")
@@ -313,14 +311,14 @@ class Driver:
         if earlier is not None and retry_of is None:
             reason = f"duplicate of trial {earlier}, not trained again"
             repeated = {"duplicate_of": earlier, "reason": reason}
-            set_attributes(self.study.rdb, trial._trial_id, repeated)
+            set_attributes(self.study.rdb, trial_id(trial), repeated)
             study.tell(trial, state=TrialState.FAIL)
             return None
         self._inherit(trial, retry_of, trials)
         # Last of all: a RUNNING trial without an owner was never fully asked for.
         owner = {**self.process, "identity": self.identity}
         claim = {"driver": self.name, "owner": owner}
-        set_attributes(self.study.rdb, trial._trial_id, claim)
+        set_attributes(self.study.rdb, trial_id(trial), claim)
         self._live[trial.number] = trial
         return Asked(
             number=trial.number,
@@ -337,14 +335,12 @@ class Driver:
         Optuna takes what waits in the order of its numbers. A trial that was nearly done would
         then stay behind recipes that have not begun, and in a small budget for ever.
         """
-        study, waiting = self.study.optuna, (TrialState.WAITING,)
-        storage = study._storage
-        for trial in storage.get_all_trials(study._study_id, deepcopy=False, states=waiting):
-            with contextlib.suppress(UpdateFinishedTrialError):
-                if "retry_of" in trial.user_attrs and storage.set_trial_state_values(
-                    trial._trial_id, TrialState.RUNNING
-                ):
-                    return optuna.Trial(study, trial._trial_id)
+        for trial in waiting_trials(self.study.optuna):
+            if "retry_of" in trial.user_attrs:
+                with contextlib.suppress(UpdateFinishedTrialError):
+                    claimed = claim_waiting(self.study.optuna, trial)
+                    if claimed is not None:
+                        return claimed
         return None
 
     def _untried(self) -> dict[str, Any] | None:
@@ -370,17 +366,12 @@ class Driver:
                 for step, value in view.intermediate.items():
                     if math.isfinite(value):
                         beside = {key: by_step.get(str(step)) for key, by_step in known.items()}
-                        store_evaluation(self.study.rdb, trial._trial_id, step, value, beside)
+                        store_evaluation(self.study.rdb, trial_id(trial), step, value, beside)
 
     def _sampler_for(self, count: int) -> optuna.samplers.BaseSampler:
-        """Return the sampler of the next trial.
-
-        Each trial has a seed of its own, so that neither a second driver nor a relaunch draws the
-        same random numbers again. CMA-ES and QMC are sequences and keep theirs.
-        """
-        if self.space.sampler.name in ("cmaes", "qmc"):
-            return self._sampler
-        return make_sampler(self.space.sampler, count)
+        """Return the sampler of the next trial, which goes on where it is a sequence."""
+        is_sequence = sampler_entry(self.space.sampler.name).is_sequence
+        return self._sampler if is_sequence else make_sampler(self.space.sampler, count)
 
     def _tell_now(self, number: int, outcome: Outcome, identity: str) -> bool:
         """End a trial if the database still has it RUNNING and owned by this driver."""
@@ -396,16 +387,16 @@ class Driver:
             return False
         retry = {"retry": outcome.retry} if outcome.state == "FAIL" else {}
         try:
-            set_attributes(self.study.rdb, frozen._trial_id, {**outcome.attributes, **retry})
-            violation = outcome.violation
-            if violation is not None and math.isfinite(violation):
-                study._storage.set_trial_system_attr(
-                    frozen._trial_id, CONSTRAINTS, [float(violation)]
-                )
+            set_attributes(self.study.rdb, trial_id(frozen), {**outcome.attributes, **retry})
+            system: dict[str, Any] = {}
+            if outcome.violation is not None and math.isfinite(outcome.violation):
+                system[CONSTRAINTS] = [float(outcome.violation)]
             value = outcome.value if outcome.state == "COMPLETE" else None
             if value is not None:
-                study._storage.set_trial_system_attr(frozen._trial_id, OBJECTIVE, value)
-                value = ranked_value(value, violation, self.space.objective.metric)
+                system[OBJECTIVE] = value
+                value = ranked_value(value, outcome.violation, self.space.objective.metric)
+            for key, known in system.items():
+                self.study.rdb.set_trial_system_attr(trial_id(frozen), key, known)
             study.tell(number, value, state=TrialState[outcome.state])
         except UpdateFinishedTrialError:
             told = False  # this process slept under the mutex, and another took the trial over
@@ -431,7 +422,7 @@ class Driver:
                 with contextlib.suppress(UpdateFinishedTrialError):
                     store_evaluation(
                         self.study.rdb,
-                        frozen._trial_id,
+                        trial_id(frozen),
                         int(entry["step"]),
                         float(entry["value"]),
                         dict(entry["beside"]),
@@ -444,7 +435,7 @@ class Driver:
             sqlalchemy.column("trial_id", sqlalchemy.Integer),
             sqlalchemy.column("heartbeat", sqlalchemy.DateTime),
         )
-        running = [t._trial_id for t in self.study.frozen() if t.state == TrialState.RUNNING]
+        running = [trial_id(t) for t in self.study.frozen() if t.state == TrialState.RUNNING]
         if not running:
             return {}
         query = sqlalchemy.select(beats.c.trial_id, beats.c.heartbeat, sqlalchemy.func.now()).where(
@@ -465,5 +456,5 @@ class Driver:
                 # A database that is away is met by the driver's own thread too, which says so.
                 # Whatever else goes wrong with one sign of life must not end the later ones.
                 with contextlib.suppress(Exception), self._database():
-                    self.study.rdb.record_heartbeat(trial._trial_id)
+                    self.study.rdb.record_heartbeat(trial_id(trial))
         self.study.rdb.remove_session()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import optuna
@@ -22,22 +21,23 @@ from hydralv_tune.study.database import (
     open_storage,
     require_tables,
 )
-from hydralv_tune.study.mutex import StudyMutex
-from hydralv_tune.study.samplers import (
-    OBJECTIVE,
+from hydralv_tune.study.distributions import (
     elsewhere,
     imported_trial,
     require_comparable,
     require_compatible,
-    violation_of,
 )
+from hydralv_tune.study.mutex import StudyMutex
+from hydralv_tune.study.optuna_private import owner_of_note
 from hydralv_tune.study.storage_url import engine_options, masked, parse_storage, probe, sqlite_file
 from hydralv_tune.study.trial_views import (
     FINISHED,
+    OBJECTIVE,
     TrialView,
     best_trial,
     count_states,
     describe_best,
+    violation_of,
 )
 
 SPACE, OUT, VOLUMES, IDENTITY = "space", "out", "volumes", "identity"
@@ -277,8 +277,7 @@ class Study:
             frozen = trial_by_number(self.optuna, number)
             if frozen is None:
                 raise StudyError(f"Study '{self.name}' has no trial {number}.")
-            # Only the identity is used; a real `Trial` would ask the sampler first.
-            owner = SimpleNamespace(storage=self.rdb, study=self.optuna, _trial_id=frozen._trial_id)
+            owner = owner_of_note(self.optuna, self.rdb, frozen)
         with database_errors():
             save_note(owner, text)
 

@@ -14,11 +14,27 @@ from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
 
+if TYPE_CHECKING:
+    from optuna.trial import FrozenTrial
+
 FINISHED = ("COMPLETE", "PRUNED")
+
+CONSTRAINTS = "constraints"
+"""System attribute of a trial that Optuna, and its dashboard, read constraints from."""
+
+OBJECTIVE = "hydralv_tune:objective"
+"""System attribute of a trial: its objective, where Optuna was given another value to rank it."""
+
+BEHIND = 1000.0
+"""What a violation of the guard is added to: more than any objective."""
+
+AT_MOST_ONE = ("adapted_rand_error", "adapted_rand_error_foreground", "f1_iou50")
+"""Metrics whose objective is never above 1."""
+
 # A trial whose driver died again and again is given up, or it could bring drivers down for ever.
 MAX_RESTARTS = 20
 
@@ -115,6 +131,28 @@ def best_trial(trials: Iterable[TrialView]) -> TrialView | None:
 def rank(violation: float | None, value: float | None, number: int) -> tuple[float, float, int]:
     """Return what COMPLETE trials are ordered by: violation of the guard, value, number."""
     return (max(0.0, violation or 0.0), math.inf if value is None else value, number)
+
+
+def violation_of(trial: FrozenTrial) -> float | None:
+    """Return by how much a trial violates the guard; None where that was never known."""
+    return max(trial.constraints.values(), default=None)
+
+
+def ranked_value(value: float, violation: float | None, metric: str) -> float:
+    """Return the value that Optuna ranks a COMPLETE trial by: the objective where the guard holds.
+
+    Optuna's storage, and so its dashboard, calls the trial with the smallest value the best one
+    and looks at no constraint. A trial that violates the guard is therefore given a value behind
+    every objective, by its violation, which is the order of `rank`.
+
+    Args:
+        value: The objective, minimised.
+        violation: By how much the guard is violated, if that is known.
+        metric: `objective.metric`.
+    """
+    if violation is None or violation <= 0:
+        return value
+    return (1.0 if metric in AT_MOST_ONE else BEHIND) + violation
 
 
 def describe_best(trial: TrialView | None) -> dict[str, Any] | None:

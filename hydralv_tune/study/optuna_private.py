@@ -1,0 +1,133 @@
+"""Everything that the package uses of Optuna beyond its public interface.
+
+`tests/test_study.py` checks each name, and says which one a new release of Optuna has moved.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+from collections.abc import Mapping
+from types import SimpleNamespace
+from typing import Any
+
+import optuna
+from optuna.distributions import BaseDistribution
+from optuna.storages import RDBStorage
+from optuna.storages._rdb import models
+from optuna.storages._rdb.storage import _create_scoped_session
+from optuna.trial import FrozenTrial, TrialState
+
+PRIVATE_NAMES: tuple[tuple[Any, tuple[str, ...]], ...] = (
+    (
+        RDBStorage,
+        ("_set_trial_attr_without_commit", "_set_trial_intermediate_value_without_commit"),
+    ),
+    (models.TrialModel, ("find_or_raise_by_id",)),
+    (models.TrialUserAttributeModel, ("find_by_trial_and_key",)),
+    (models.TrialHeartbeatModel, ("trial_id", "heartbeat")),
+    (BaseDistribution, ("_contains",)),
+    (optuna.samplers.CmaEsSampler, ("_split_optimizer_str", "_restore_optimizer")),
+)
+"""Private names, or public names of private classes, by owner."""
+
+
+def trial_id(trial: FrozenTrial | optuna.Trial) -> int:
+    """Return the key of a trial in the database, which is not its number."""
+    return trial._trial_id
+
+
+def contains(distribution: BaseDistribution, value: Any) -> bool:
+    """Return whether a distribution can yield a value."""
+    try:
+        return distribution._contains(distribution.to_internal_repr(value))
+    except ValueError:
+        return False
+
+
+def set_attributes(storage: RDBStorage, trial_id: int, attributes: Mapping[str, Any]) -> None:
+    """Store user attributes of a trial in one transaction; Optuna itself takes one for each.
+
+    Args:
+        storage: That holds the trial.
+        trial_id: Of a trial that is not finished.
+        attributes: Plain JSON types by name.
+
+    Raises:
+        UpdateFinishedTrialError: The trial is finished.
+    """
+    with _create_scoped_session(storage.scoped_session, True) as session:
+        for key, value in attributes.items():
+            storage._set_trial_attr_without_commit(
+                session, models.TrialUserAttributeModel, trial_id, key, value
+            )
+
+
+def store_evaluation(
+    storage: RDBStorage, trial_id: int, step: int, value: float, beside: Mapping[str, Any]
+) -> None:
+    """Store an intermediate value and what is known beside it, in one transaction.
+
+    Args:
+        storage: That holds the trial.
+        trial_id: Of a trial that is not finished.
+        step: Evaluation, from 1.
+        value: Objective so far.
+        beside: What each user attribute of that name holds of this step, as `VIOLATIONS` does;
+            None is left out.
+
+    Raises:
+        UpdateFinishedTrialError: The trial is finished.
+    """
+    with _create_scoped_session(storage.scoped_session, True) as session:
+        storage._set_trial_intermediate_value_without_commit(session, trial_id, step, value)
+        model = models.TrialUserAttributeModel
+        trial = models.TrialModel.find_or_raise_by_id(trial_id, session)
+        for key, of_step in beside.items():
+            if of_step is None:
+                continue
+            stored = model.find_by_trial_and_key(trial, key, session)
+            known = {} if stored is None else json.loads(str(stored.value_json))
+            storage._set_trial_attr_without_commit(
+                session, model, trial_id, key, {**known, str(step): of_step}
+            )
+
+
+def waiting_trials(study: optuna.Study) -> list[FrozenTrial]:
+    """Return the enqueued trials of a study, fresh from the database."""
+    return study._storage.get_all_trials(
+        study._study_id, deepcopy=False, states=(TrialState.WAITING,)
+    )
+
+
+def claim_waiting(study: optuna.Study, trial: FrozenTrial) -> optuna.Trial | None:
+    """Make one enqueued trial a running one of this process; None where another was faster."""
+    if not study._storage.set_trial_state_values(trial._trial_id, TrialState.RUNNING):
+        return None
+    return optuna.Trial(study, trial._trial_id)
+
+
+def owner_of_note(study: optuna.Study, storage: RDBStorage, trial: FrozenTrial) -> Any:
+    """Return what `optuna_dashboard.save_note` takes for a trial that may be finished.
+
+    It uses the identity alone; a real `Trial` would ask the sampler for parameters first.
+    """
+    return SimpleNamespace(storage=storage, study=study, _trial_id=trial._trial_id)
+
+
+class CmaEsWithoutPickle(optuna.samplers.CmaEsSampler):
+    """CMA-ES whose state stays in this process: no pickle goes to the database or comes from it.
+
+    A restarted driver starts the strategy anew and feeds it the generations of the history.
+    """
+
+    _state: str | None = None
+
+    def _split_optimizer_str(self, optimizer_str: str) -> dict[str, str]:
+        """Keep the state here and give the storage nothing."""
+        self._state = optimizer_str
+        return {}
+
+    def _restore_optimizer(self, completed_trials: list[FrozenTrial]) -> Any:
+        """Return the state that this process kept."""
+        return None if self._state is None else pickle.loads(bytes.fromhex(self._state))
