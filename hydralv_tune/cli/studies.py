@@ -125,7 +125,7 @@ def _run(
     from hydralv_tune.config.files import parse_overrides
     from hydralv_tune.config.search_space_files import load_space, with_fixed
     from hydralv_tune.launch.run import run_study
-    from hydralv_tune.results.publish import publish_study_end, publish_trial_end
+    from hydralv_tune.results.publish import publish_study_end, publish_trial_change
 
     space = load_space(space_name)
     if settings:
@@ -143,7 +143,8 @@ def _run(
             storage=url,
             out=folder,
             on_event=view.on_event,
-            on_trial_end=publish_trial_end,
+            on_trial_end=publish_trial_change,
+            on_trial_running=publish_trial_change,
             **options,
         )
     publish_study_end(url, name)

@@ -38,6 +38,9 @@ EventKind = Literal[
 ]
 
 
+TrialHook = Callable[[Driver, int, str, Mapping[str, Any]], None]
+
+
 @dataclass(frozen=True)
 class Event:
     """Something that happened in a running study, for a live view.
@@ -73,6 +76,7 @@ class Coordinator:
         save_s: Seconds that workers get to save after a stop.
         on_event: Takes each event.
         on_trial_end: Called with driver, number, state and attributes before a trial is told.
+        on_trial_running: Called alike when a trial starts and after each of its evaluations.
         ray_is_alive: Whether Ray can still run anything.
     """
 
@@ -87,7 +91,8 @@ class Coordinator:
         timeout_s: float | None,
         save_s: float,
         on_event: Callable[[Event], None] | None,
-        on_trial_end: Callable[[Driver, int, str, Mapping[str, Any]], None] | None,
+        on_trial_end: TrialHook | None,
+        on_trial_running: TrialHook | None = None,
         ray_is_alive: Callable[[], bool] = lambda: True,
     ) -> None:
         self.driver, self.trials = driver, trials
@@ -100,7 +105,8 @@ class Coordinator:
         self._specification, self._slots = specification, slots
         self._gpus, self._save_s = gpus_per_trial, save_s
         self._deadline = time.monotonic() + timeout_s if timeout_s else math.inf
-        self._on_event, self._on_trial_end = on_event, on_trial_end
+        self._on_event = on_event
+        self._on_trial_end, self._on_trial_running = on_trial_end, on_trial_running
         self._ray_is_alive = ray_is_alive
         self._next_ask = self._next_poll = 0.0
         self._away_said = False
@@ -273,6 +279,8 @@ class Coordinator:
             attempt=asked.attempt,
             **_plan(spec.get("candidate") or {}),
         )
+        live.plan = {"warm_start": asked.warm_start, **_plan(spec.get("candidate") or {})}
+        self._publish(self._on_trial_running, live, "RUNNING", live.plan)
         return spec
 
     def _evaluate(
@@ -303,6 +311,9 @@ class Coordinator:
                 **kept_of(message),
             )
             return "stop"
+        self._publish(
+            self._on_trial_running, live, "RUNNING", {**live.plan, **live.where, **message}
+        )
         return "go"
 
     def _finish(self, key: str, live: LiveTrial, record: dict[str, Any]) -> None:
@@ -375,11 +386,7 @@ class Coordinator:
             "root": live.asked.root,
             **{k: v for k, v in attributes.items() if v is not None},
         }
-        if self._on_trial_end is not None:
-            try:
-                self._on_trial_end(self.driver, number, state, known)
-            except Exception as error:  # a picture or a note must not cost the result
-                warnings.warn(f"trial {number}: not published: {error!r}", stacklevel=2)
+        self._publish(self._on_trial_end, live, state, known)
         told = self.driver.tell(
             number, Outcome(state, value, violation, {**known, "driver": self.driver.name}, retry)
         )
@@ -400,6 +407,18 @@ class Coordinator:
                                            "f1_iou50")},
         )  # fmt: skip
         return True
+
+    def _publish(
+        self, hook: TrialHook | None, live: LiveTrial, state: str, known: Mapping[str, Any]
+    ) -> None:
+        """Call a hook with what is known of a trial; a picture or a note must not cost a result."""
+        if hook is None:
+            return
+        number = live.asked.number
+        try:
+            hook(self.driver, number, state, {"root": live.asked.root, **known})
+        except Exception as error:
+            warnings.warn(f"trial {number}: not published: {error!r}", stacklevel=2)
 
     def _budget_is_spent(self) -> bool:
         """Stop the run where the goal is reached or the GPU-hours are used up."""

@@ -34,6 +34,7 @@ class LiveTrial:
         started: Clock when its worker said that it works.
         last: Its last evaluation.
         where: What its worker said of where it runs.
+        plan: Its recipe and what it sets out to do: architecture, epochs, evaluations.
         verdict: Why its process is to be ended, once that is decided.
     """
 
@@ -42,6 +43,7 @@ class LiveTrial:
     started: float | None = None
     last: dict[str, Any] = field(default_factory=dict)
     where: dict[str, Any] = field(default_factory=dict)
+    plan: dict[str, Any] = field(default_factory=dict)
     verdict: Verdict | None = None
 
     @property

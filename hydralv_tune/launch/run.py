@@ -23,7 +23,7 @@ from hydralv_tune.config.errors import HydraLVError
 from hydralv_tune.config.search_space import SearchSpace
 from hydralv_tune.data.volumes import Volume, VolumePaths
 from hydralv_tune.launch.cluster import Resources, check_before_ray, ray_cluster
-from hydralv_tune.launch.coordinator import Coordinator, Event
+from hydralv_tune.launch.coordinator import Coordinator, Event, TrialHook
 from hydralv_tune.launch.ray_adapters import (
     StudyScheduler,
     StudySearcher,
@@ -44,8 +44,6 @@ from hydralv_tune.trial.training.sampling import check_patch_fits
 ENDLESS = 10**9
 SAVE_S = 30.0
 SCRATCH, SCRATCH_KEPT_S = "hydralv-tune-", 24 * 3600.0
-
-TrialEndHook = Callable[[Driver, int, str, Mapping[str, Any]], None]
 
 
 class StudyInterrupted(HydraLVError):
@@ -77,7 +75,8 @@ def run_study(
     ray_address: str | None = None,
     trial_function: TrialFunction | None = None,
     on_event: Callable[[Event], None] | None = None,
-    on_trial_end: TrialEndHook | None = None,
+    on_trial_end: TrialHook | None = None,
+    on_trial_running: TrialHook | None = None,
     extend: bool = False,
     warm_start_from: str | None = None,
     checkpoints: str | None = None,
@@ -103,6 +102,7 @@ def run_study(
         trial_function: What a worker runs; `trial.run_trial` by default.
         on_event: Takes each event in the caller's thread.
         on_trial_end: Called with driver, number, state and attributes before each trial is told.
+        on_trial_running: Called alike when a trial starts and after each of its evaluations.
         extend: Accept a space that differs from the stored one.
         warm_start_from: Another study of the same storage whose fitting trials are learnt from.
         checkpoints: Path or URL (`s3://…`, `gs://…`) that the trials' folders are mirrored to, for
@@ -148,6 +148,7 @@ def run_study(
                     save_s=save_s,
                     on_event=on_event,
                     on_trial_end=on_trial_end,
+                    on_trial_running=on_trial_running,
                     ray_is_alive=cluster.is_alive,
                 )
                 cluster.last_words = bridge.abandon
