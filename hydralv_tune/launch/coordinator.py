@@ -28,6 +28,8 @@ MAX_CONSECUTIVE_FAILURES = 12
 
 EventKind = Literal[
     "trial_started",
+    "stage",
+    "progress",
     "evaluation",
     "trial_finished",
     "trial_pruned",
@@ -165,6 +167,11 @@ class Coordinator:
         kind = message["kind"]
         if kind == "started":
             live.where = {k: v for k, v in message.items() if k != "kind"}
+            self.driver.describe(live.asked.number, {"host": live.where.get("host")})
+            return "go"
+        if kind == "progress":
+            live.progress = {k: v for k, v in message.items() if k != "kind"}
+            self.emit("progress", live.asked.number, seconds=live.seconds, **live.progress)
             return "go"
         if kind == "evaluation":
             return self._evaluate(key, live, message)
@@ -279,6 +286,7 @@ class Coordinator:
             attempt=asked.attempt,
             **_plan(spec.get("candidate") or {}),
         )
+        self.driver.describe(asked.number, _plan(spec.get("candidate") or {}))
         live.plan = {"warm_start": asked.warm_start, **_plan(spec.get("candidate") or {})}
         self._publish(self._on_trial_running, live, "RUNNING", live.plan)
         return spec
@@ -293,6 +301,14 @@ class Coordinator:
         metrics = message.get("metrics") or {}
         violation = guard_violation(
             message.get("best_f1_iou50", metrics.get("f1_iou50")), self.space.objective
+        )
+        self.driver.describe(
+            number,
+            {
+                "epoch": message.get("epoch"),
+                "f1_iou50": message.get("best_f1_iou50", metrics.get("f1_iou50")),
+                "spent_s": message.get("seconds"),
+            },
         )
         decision = self.driver.report(number, step, value, violation, message.get("best_folds"))
         fields = {k: v for k, v in message.items() if k not in ("kind", "metrics", "losses")}
@@ -358,11 +374,9 @@ class Coordinator:
     def _refused(self, key: str, live: LiveTrial) -> None:
         """Forget a trial that another driver has taken over."""
         self.live.pop(key, None)
-        self.emit(
-            "trial_failed",
-            live.asked.number,
-            reason="refused: another driver has taken the trial over",
-        )
+        reason = self.driver.reason_of(live.asked.number)
+        taken = "refused: another driver has taken the trial over"
+        self.emit("trial_failed", live.asked.number, reason=reason or taken)
 
     def _tell(
         self,
@@ -403,6 +417,7 @@ class Coordinator:
             value=value,
             reason=known.get("reason"),
             kept=True if told == "kept" else None,
+            **live.reached(),
             **{k: metrics.get(k) for k in ("adapted_rand_error", "adapted_rand_error_foreground",
                                            "f1_iou50")},
         )  # fmt: skip

@@ -41,6 +41,7 @@ from hydralv_tune.study.trial_views import (
     best_trial,
     count_states,
     describe_best,
+    guard_warnings,
     violation_of,
 )
 
@@ -183,6 +184,7 @@ class Study:
             "trials": count_states(trials),
             "best": describe_best(best),
             "best_config": str(config) if config is not None and config.is_file() else None,
+            "warnings": guard_warnings(best, self.space.objective.guard.f1_iou50),
         }
 
     def table(self) -> pd.DataFrame:

@@ -173,6 +173,19 @@ def describe_best(trial: TrialView | None) -> dict[str, Any] | None:
     }
 
 
+def guard_warnings(best: TrialView | None, guard_f1: float) -> list[str]:
+    """Return a warning where the best trial violates the guard, since then every trial does."""
+    if best is None or best.is_feasible:
+        return []
+    f1 = (best.user_attrs.get("metrics") or {}).get("f1_iou50")
+    reached = "" if f1 is None else f" (F1 {f1:.3f})"
+    return [
+        f"no trial meets the guard of F1 ≥ {guard_f1:g}; trial {best.number} "
+        f"comes nearest{reached}. "
+        "Look at its contact sheet first: adapted Rand error does not see false positives."
+    ]
+
+
 def state_word(state: str, reason: str | None = None) -> str:
     """Return the state of a trial in a word for people: an interruption is no failure."""
     if state == "FAIL":
