@@ -27,7 +27,7 @@ from hydralv_tune.cli.options import (
     text_option,
 )
 from hydralv_tune.config.errors import InputError
-from hydralv_tune.config.paths import expanded_url
+from hydralv_tune.config.paths import expanded, expanded_url
 from hydralv_tune.config.secrets import mask_passwords
 
 if TYPE_CHECKING:
@@ -38,12 +38,18 @@ if TYPE_CHECKING:
 STORAGE_VARIABLE = "OPTUNA_STORAGE"
 """Environment variable that names the database where neither a folder nor --storage does."""
 
+
+def _expanded_place(text: str) -> str:
+    """Return a folder or a storage URL with `~` and `$VARIABLES` expanded."""
+    return expanded_url(text) if "://" in text else expanded(text)
+
+
 Place = Annotated[
     str | None,
     typer.Argument(
         metavar="[FOLDER]",
         help="Folder of the study, or its storage URL. Default: newest in runs/.",
-        parser=expanded_url,
+        parser=_expanded_place,
     ),
 ]
 Storage = Annotated[
@@ -441,7 +447,7 @@ def dashboard(
     places: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[FOLDER]...", help="Folders of studies, or URLs.", parser=expanded_url
+            metavar="[FOLDER]...", help="Folders of studies, or URLs.", parser=_expanded_place
         ),
     ] = None,
     storage: Storage = None,
