@@ -239,7 +239,7 @@ class Study:
         evaluator = optuna.importance.PedAnovaImportanceEvaluator()
         return dict(
             optuna.importance.get_param_importances(
-                self.optuna, evaluator=evaluator, target=lambda trial: trial.value
+                self.optuna, evaluator=evaluator, target=lambda trial: float(trial.values[0])
             )
         )
 
