@@ -112,7 +112,7 @@ def _of_trained_half(volume: Volume, axis: int, record: TrialRecord) -> dict[str
     )  # fmt: skip
     segments = decode(record.decoding["name"], maps, part.mask, **record.decoding["kwargs"])
     assert part.label is not None
-    scored = scores.score(prediction=segments, truth=part.label, mask=part.mask)
+    scored = scores.score_labels(prediction=segments, truth=part.label, mask=part.mask)
     return {**scored.as_dict(), **{f"{key}_count": n for key, n in scored.counts.items()}}
 
 

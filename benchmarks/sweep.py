@@ -79,7 +79,7 @@ def reference(folder: Path) -> dict[str, float]:
     from skimage.metrics import adapted_rand_error
     from skimage.segmentation import watershed
 
-    from hydralv_tune.numerics.metrics.scores import score
+    from hydralv_tune.numerics.metrics.scores import score_labels as score
 
     maps = np.load(folder / "maps.npy")
     labels, mask = np.load(folder / "labels.npy"), np.load(folder / "mask.npy")
@@ -110,7 +110,7 @@ def reference(folder: Path) -> dict[str, float]:
 
 def work(folder: Path, task: dict[str, Any]) -> dict[str, Any]:
     """Run one sweep in this process, and say how long it took and how much memory it had."""
-    from hydralv_tune.numerics.metrics.scores import score
+    from hydralv_tune.numerics.metrics.scores import score_labels as score
     from hydralv_tune.numerics.watershed.decoders import decode
     from hydralv_tune.trial.scoring.sweep.sweep import Grid, sweep, warm_up
 

@@ -17,10 +17,10 @@ from hydralv_tune.numerics.metrics.scores import (
     adapted_rand_foreground,
     contingency_table,
     match_instances,
-    score,
     skimage_adapted_rand_error,
     variation_of_information,
 )
+from hydralv_tune.numerics.metrics.scores import score_labels as score
 
 
 def row(*ids: int) -> np.ndarray:
@@ -162,7 +162,9 @@ def test_known_figures_of_a_real_volume(shared_data: Path) -> None:
     assert within.instances_predicted == 271
     whole = rand_of(arrays["pred"], arrays["label"])
     assert round(whole.error, 3) == 0.091
-    sk = skimage_adapted_rand_error(prediction=arrays["pred"], truth=arrays["label"])
+    sk = skimage_adapted_rand_error(
+        contingency_table(prediction=arrays["pred"], truth=arrays["label"])
+    )
     assert round(sk, 3) == 0.476
 
 

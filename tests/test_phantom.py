@@ -147,7 +147,7 @@ def test_outlining_every_body_perfectly_is_still_wrong(which: object) -> None:
     everything = made.label.astype(np.int32) + (made.distractors.astype(np.int32) + 1000) * (
         made.distractors > 0
     )
-    scored = scores.score(prediction=everything, truth=made.label, mask=made.mask > 0)
+    scored = scores.score_labels(prediction=everything, truth=made.label, mask=made.mask > 0)
     assert scored.recall_iou50 == 1
     assert scored.f1_iou50 < 0.85
 
@@ -190,7 +190,7 @@ def test_a_detector_of_dark_rings_scores_badly(detector: object, seed: int) -> N
     made = small(seed)
     image, mask = by_section(made), made.mask > 0
     best = max(
-        scores.score(
+        scores.score_labels(
             prediction=detector(image, mask, level),  # type: ignore[operator]
             truth=made.label,
             mask=mask,

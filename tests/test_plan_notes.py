@@ -17,7 +17,7 @@ from hydralv_tune.config.files import load_candidate
 from hydralv_tune.config.search_space import space_from_mapping
 from hydralv_tune.config.search_space_files import load_space
 from hydralv_tune.numerics.augmentation.registry import resolve_preset
-from hydralv_tune.numerics.metrics.scores import score
+from hydralv_tune.numerics.metrics.scores import score_labels as score
 from hydralv_tune.numerics.watershed.decoders import decode
 
 REPOSITORY = Path(__file__).parents[1]

@@ -20,21 +20,22 @@ from hydralv_tune.artifacts.pictures import (
 from hydralv_tune.artifacts.thumbnails import thumbnail
 from hydralv_tune.config.errors import InputError, StudyError
 from hydralv_tune.data.volumes import Volume
+from hydralv_tune.numerics.metrics.contingency import offsets
 from hydralv_tune.numerics.metrics.instance_errors import (
     bootstrap,
-    errors_if_mended,
-    joined_tables,
-    judge,
-    segment_verdicts,
-    truth_verdicts,
+    errors_if_corrected,
+    instance_errors,
+    segment_kinds,
+    truth_kinds,
 )
 from hydralv_tune.numerics.metrics.scores import (
     adapted_rand,
     adapted_rand_foreground,
     contingency_table,
+    joined,
     match_instances,
-    score,
 )
+from hydralv_tune.numerics.metrics.scores import score_labels as score
 from hydralv_tune.results.report.data import compare
 from hydralv_tune.results.report.limits import limits, plan_targets
 from hydralv_tune.results.report.report import write_report
@@ -72,10 +73,10 @@ def wrong() -> tuple[np.ndarray, np.ndarray]:
 def test_each_verdict_is_told_from_the_others(wrong: Any) -> None:
     truth, prediction = wrong
     table = contingency_table(prediction=prediction, truth=truth)
-    assert truth_verdicts(table) == {
+    assert truth_kinds(table) == {
         1: "true", 2: "missed", 3: "split", 4: "merged", 5: "merged",
     }  # fmt: skip
-    assert segment_verdicts(table) == {
+    assert segment_kinds(table) == {
         1: "true", 2: "split", 3: "split", 4: "merged", 5: "invented",
     }  # fmt: skip
 
@@ -89,7 +90,7 @@ def test_worth_of_mending_is_what_mending_really_brings(seed: int) -> None:
     prediction[12:15, 20:24, 20:24] = 9
     table = contingency_table(prediction=prediction, truth=truth)
     before, before_fg = adapted_rand(table).error, adapted_rand_foreground(table).error
-    verdicts = judge(table)
+    verdicts = instance_errors(table)
     assert {v.truth_id for v in verdicts if v.truth_id} == set(range(1, 6))
     for verdict in verdicts:
         mended = prediction.copy()
@@ -102,13 +103,15 @@ def test_worth_of_mending_is_what_mending_really_brings(seed: int) -> None:
         assert told == pytest.approx(
             (adapted_rand(after).error, adapted_rand_foreground(after).error), abs=1e-12
         )
-        assert errors_if_mended(table, [verdict]) == pytest.approx(told, abs=1e-12)
+        assert errors_if_corrected(table, [verdict]) == pytest.approx(told, abs=1e-12)
 
 
 def test_mending_everything_leaves_no_error(wrong: Any) -> None:
     truth, prediction = wrong
     table = contingency_table(prediction=prediction, truth=truth)
-    assert errors_if_mended(table, judge(table)) == pytest.approx((0.0, 0.0), abs=1e-12)
+    assert errors_if_corrected(table, instance_errors(table)) == pytest.approx(
+        (0.0, 0.0), abs=1e-12
+    )
 
 
 def test_interval_holds_the_score_and_a_perfect_one_is_a_point(wrong: Any) -> None:
@@ -139,13 +142,13 @@ def test_interval_is_wider_for_fewer_instances() -> None:
 def test_two_volumes_with_the_same_ids_add_up_and_keep_them(wrong: Any) -> None:
     truth, prediction = wrong
     table = contingency_table(prediction=prediction, truth=truth)
-    joined, truths, segments = joined_tables([table, table])
-    assert adapted_rand(joined).error == pytest.approx(adapted_rand(table).error, abs=1e-3)
-    assert match_instances(joined).f1 == match_instances(table).f1
-    assert (truths, segments) == ([0, 5], [0, 5])
+    both = joined([table, table])
+    assert adapted_rand(both).error == pytest.approx(adapted_rand(table).error, abs=1e-3)
+    assert match_instances(both).f1 == match_instances(table).f1
+    assert offsets([table, table]) == ([0, 5], [0, 5])
     volume = Volume("v", truth, truth, None, None)
     judged = judge_all([ScoredVolume(volume, prediction)] * 2)
-    kinds = [(i.part, i.verdict.truth_id) for i in judged.instances if i.verdict.truth_id]
+    kinds = [(i.part, i.error.truth_id) for i in judged.instances if i.error.truth_id]
     assert sorted(kinds) == [(p, i) for p in (0, 1) for i in range(1, 6)]
 
 
@@ -153,7 +156,7 @@ def test_what_limits_the_score_is_ranked_by_what_mending_brings(wrong: Any) -> N
     truth, prediction = wrong
     table = contingency_table(prediction=prediction, truth=truth)
     found = limits(
-        table, judge(table), metric="adapted_rand_error",
+        table, instance_errors(table), metric="adapted_rand_error",
         recipes=["foreground_weighted", "plan_quick_win"],
     )  # fmt: skip
     assert {limit.kind: limit.count for limit in found} == {
@@ -313,7 +316,7 @@ def test_contact_sheet_shows_the_colours_of_what_went_wrong(wrong: Any, tmp_path
 def test_sections_that_show_faults_come_first(wrong: Any) -> None:
     truth, prediction = wrong
     table = contingency_table(prediction=prediction, truth=truth)
-    verdicts = truth_verdicts(table), segment_verdicts(table)
+    verdicts = truth_kinds(table), segment_kinds(table)
     one = choose_sections(truth, prediction, *verdicts, count=2)
     assert any(1 <= z < 5 for z in one)
     assert any(8 <= z < 12 for z in one)
@@ -379,9 +382,9 @@ def test_a_prediction_of_nothing_is_all_missed(tmp_path: Path) -> None:
     truth = cubes((1, 1, 1), (8, 10, 10))
     nothing = np.zeros_like(truth)
     table = contingency_table(prediction=nothing, truth=truth)
-    verdicts = judge(table)
-    assert [v.verdict for v in verdicts] == ["missed", "missed"]
-    assert errors_if_mended(table, verdicts) == pytest.approx((0.0, 0.0), abs=1e-12)
+    verdicts = instance_errors(table)
+    assert [v.kind for v in verdicts] == ["missed", "missed"]
+    assert errors_if_corrected(table, verdicts) == pytest.approx((0.0, 0.0), abs=1e-12)
     assert bootstrap(table, resamples=20)["adapted_rand_error"] == (1.0, 1.0)
     found = limits(table, verdicts, metric="adapted_rand_error", recipes=["foreground_weighted"])
     assert [(limit.kind, limit.recipe) for limit in found] == [("missed", "foreground_weighted")]
@@ -401,7 +404,9 @@ def test_a_loose_outline_is_told_by_its_direction() -> None:
     recipes = ["foreground_weighted", "plan_focal"]
     for prediction, recipe in ((core, "foreground_weighted"), (halo, "plan_focal")):
         table = contingency_table(prediction=prediction, truth=truth)
-        found = limits(table, judge(table), metric="adapted_rand_error_foreground", recipes=recipes)
+        found = limits(
+            table, instance_errors(table), metric="adapted_rand_error_foreground", recipes=recipes
+        )
         assert [(limit.kind, limit.count, limit.recipe) for limit in found] == [
             ("loose", 2, recipe)
         ]

@@ -10,7 +10,8 @@ from test_trial import candidate, spec, volume
 
 from hydralv_tune.config.files import decoding_step
 from hydralv_tune.data.volumes import VolumePaths, write_array
-from hydralv_tune.results.scored_volumes import joined_tables, scored_volumes
+from hydralv_tune.numerics.metrics.contingency import joined
+from hydralv_tune.results.scored_volumes import scored_volumes
 from hydralv_tune.trial.run import run_trial
 
 
@@ -43,6 +44,6 @@ def test_the_part_of_a_large_volume_that_was_scored_is_found_and_decoded_again(
     again = scored_volumes(winner)
     for parts in (kept, again):
         assert [part.volume.name for part in parts] == ["balls[z 3:4]"]
-        table = joined_tables([part.table for part in parts])[0]
+        table = joined([part.table for part in parts])
         assert len(table.truth_ids) == record.metrics["instances_true"]
     np.testing.assert_array_equal(kept[0].prediction, again[0].prediction)

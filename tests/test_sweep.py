@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from scipy import ndimage
 
 from hydralv_tune.artifacts.sweep_figures import draw_heatmap
-from hydralv_tune.numerics.metrics.scores import score
+from hydralv_tune.numerics.metrics.scores import score_labels as score
 from hydralv_tune.numerics.phantom.degradation import degraded_probabilities
 from hydralv_tune.numerics.phantom.volume import make_phantom
 from hydralv_tune.numerics.watershed.decoders import decode
@@ -374,7 +374,7 @@ def test_wrong_input_is_refused(change: Callable[..., Any], reason: str) -> None
 
 def test_wrong_settings_are_refused() -> None:
     maps, truth, _ = noisy()
-    with pytest.raises(ValueError, match="at least one must work"):
+    with pytest.raises(ValueError, match="must be at least 1"):
         sweep(maps, truth, None, Grid(CONTOUR, {}), threads=0)
     with pytest.raises(ValueError, match="number of seconds from 0"):
         sweep(maps, truth, None, Grid(CONTOUR, {}), time_limit_s=float("nan"))
@@ -410,7 +410,7 @@ def test_heatmap_is_a_picture_that_holds_the_winners_error(tmp_path: Path) -> No
 
 MEMORY = """
 import numpy as np
-from hydralv_tune.one_trial.sweep import Grid, sweep
+from hydralv_tune.trial.scoring.sweep.sweep import Grid, sweep
 maps = np.zeros((3, 51, 516, 516), np.float16)
 maps[2] = -1
 truth = np.zeros((51, 516, 516), np.uint16)

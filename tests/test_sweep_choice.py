@@ -9,9 +9,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from hydralv_tune.numerics.watershed.decoders import DECODERS
-from hydralv_tune.trial.scoring.sweep.choice import by_rule, depths, judge, plateau_of
-from hydralv_tune.trial.scoring.sweep.grid import checked_axes, count, finer, halvings, slow_axes
+from hydralv_tune.numerics.watershed.decoders import DECODERS, Decoder, read_arguments
+from hydralv_tune.trial.scoring.sweep.choice import by_rule, depths, plateau_of, rate
+from hydralv_tune.trial.scoring.sweep.grid import checked_axes, count, finer, halvings
 from hydralv_tune.trial.scoring.sweep.sweep import Grid
 
 CONTOUR = "decode_instance_binary_contour_distance"
@@ -43,7 +43,7 @@ def test_plateau_is_what_near_ties_reach_step_by_step() -> None:
 def ranked(rows: list[tuple[float, float]], guard: float = 0.05) -> list[int]:
     """Return the order of (error, F1) rows on one axis."""
     table = pd.DataFrame(rows, columns=["adapted_rand_error", "f1_iou50"])
-    judge(table, [[len(rows)]], "adapted_rand_error", guard)
+    rate(table, [[len(rows)]], "adapted_rand_error", guard)
     return by_rule(table, "adapted_rand_error").tolist()
 
 
@@ -83,7 +83,7 @@ def test_halvings_are_nested_and_end_in_one_flood() -> None:
     axes = checked_axes(Grid(CONTOUR, AXES))
     grids = halvings(axes)
     assert grids[-1] == axes
-    assert all(len(grids[0][name]) == 1 for name in slow_axes(axes))
+    assert all(len(grids[0][name]) == 1 for name in axes.slow)
     for small, large in itertools.pairwise(grids):
         assert count(small) < count(large)
         assert all(set(small[name]) <= set(large[name]) for name in axes)
@@ -101,9 +101,24 @@ def test_finer_axes_go_half_way_to_the_neighbours() -> None:
     assert around["min_seed_size"] == (1, 4)
 
 
-def test_decoder_that_the_sweep_cannot_take_apart_is_refused(
+def test_decoder_without_a_sweep_form_is_swept_over_its_numbers_alone(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setitem(DECODERS, "decode_mine", lambda maps, mask=None: np.zeros(maps.shape[1:]))
-    with pytest.raises(ValueError, match="can be run but not swept"):
-        checked_axes(Grid("decode_mine", {}))
+    def decode_mine(
+        maps: np.ndarray, mask: object = None, *, level: float = 0.5, rounds: int = 2,
+        pair: tuple[float, float] = (0.5, 0.1), mode: str = "fast",
+    ) -> np.ndarray:  # fmt: skip
+        return np.zeros(maps.shape[1:], np.int32)
+
+    monkeypatch.setitem(DECODERS, "decode_mine", Decoder(decode_mine, read_arguments(decode_mine)))
+    axes = checked_axes(Grid("decode_mine", {"level": [0.7, 0.2], "pair.seed": [0.9]}))
+    assert list(axes) == ["level", "rounds", "pair.seed", "pair.foreground"] == axes.slow
+    assert axes == {
+        "level": (0.2, 0.7), "rounds": (2,), "pair.seed": (0.9,), "pair.foreground": (0.1,),
+    }  # fmt: skip
+    with pytest.raises(ValueError, match="Unknown axis"):
+        checked_axes(Grid("decode_mine", {"mode": ["slow"]}))
+    with pytest.raises(ValueError, match="whole number"):
+        checked_axes(Grid("decode_mine", {"rounds": [1.5]}))
+    with pytest.raises(ValueError, match="must decode each"):
+        checked_axes(Grid("decode_mine", {"level": np.linspace(0, 1, 10_001).tolist()}))

@@ -189,7 +189,7 @@ def test_the_best_checkpoint_gives_the_recorded_score(finished: Any) -> None:
     kept = load_checkpoint(record.checkpoint)
     assert kept["decoding"] == record.decoding
     segments = decode(kept["decoding"]["name"], maps, given.mask, **kept["decoding"]["kwargs"])
-    score = scores.score(prediction=segments, truth=given.label, mask=given.mask)
+    score = scores.score_labels(prediction=segments, truth=given.label, mask=given.mask)
     assert score.adapted_rand_error == record.metrics["adapted_rand_error"]
     assert score.voi_split == record.metrics["voi_split"]
     assert list(score.invented) == list(record.metrics["invented"])

@@ -116,7 +116,7 @@ def _thresholds(space: SearchSpace, volume: Volume, checkpoint: str) -> pd.DataF
     start = time.perf_counter()
     for _ in range(TIMED):
         segments = decode(space.decoding.decoder, maps, volume.mask, **kwargs)
-        scores.score(prediction=segments, truth=volume.label, mask=volume.mask)
+        scores.score_labels(prediction=segments, truth=volume.label, mask=volume.mask)
     cost = (time.perf_counter() - start) / TIMED
     return table.assign(phantom=volume.name, seconds=round(cost, 5))
 

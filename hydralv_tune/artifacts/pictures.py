@@ -22,8 +22,9 @@ from scipy import ndimage
 from skimage.measure import find_contours
 
 from hydralv_tune.artifacts.writing import write_atomically
-from hydralv_tune.numerics.metrics.instance_errors import VERDICTS, segment_verdicts, truth_verdicts
+from hydralv_tune.numerics.metrics.instance_errors import KINDS, segment_kinds, truth_kinds
 from hydralv_tune.numerics.metrics.scores import (
+    HEADLINE,
     InstanceMatching,
     contingency_table,
     match_instances,
@@ -86,7 +87,7 @@ def draw_contact_sheet(
     table = contingency_table(prediction=prediction, truth=truth, mask=mask)
     inside = np.ones(truth.shape, bool) if mask is None else np.asarray(mask) > 0
     truth, prediction = np.where(inside, truth, 0), np.where(inside, prediction, 0)
-    of_truth, of_segment = truth_verdicts(table), segment_verdicts(table)
+    of_truth, of_segment = truth_kinds(table), segment_kinds(table)
     shown = choose_sections(truth, prediction, of_truth, of_segment, count=sections)
     columns = min(3, len(shown))
     rows = -(-len(shown) // columns)
@@ -193,7 +194,7 @@ def _outline(
 def _legend(figure: Figure, matching: InstanceMatching, truths: int, title: str | None) -> None:
     """Put the title above and the counts of each verdict below the sheet."""
     handles = []
-    for verdict in VERDICTS:
+    for verdict in KINDS:
         if verdict == "true":
             label = f"true, {matching.matched} of {truths} at IoU 0.5"
         else:
@@ -226,8 +227,7 @@ def draw_losses(history: Sequence[Mapping[str, Any]], path: Path) -> Path:
     losses = [row.get("losses") or {} for row in history]
     tasks = [name for name in TASKS if any(name in row for row in losses)]
     _curves(left, epochs, losses, tasks or None)
-    scores = ("adapted_rand_error", "adapted_rand_error_foreground", "f1_iou50")
-    _curves(right, epochs, [row.get("metrics") or {} for row in history], scores)
+    _curves(right, epochs, [row.get("metrics") or {} for row in history], HEADLINE)
     left.set_title("Losses", loc="left", fontsize=11)
     right.set_title("Scores", loc="left", fontsize=11)
     shown = [value for line in left.get_lines() for value in np.asarray(line.get_ydata())]

@@ -26,6 +26,7 @@ import torch
 
 from hydralv_tune.artifacts.writing import flush_folder, write_atomically
 from hydralv_tune.config.errors import CheckpointError, InputError
+from hydralv_tune.numerics.metrics.scores import SUMMARY
 
 FORMAT = "hydralv_tune"
 FORMAT_VERSION = 1
@@ -298,11 +299,7 @@ class TrialRecord:
     def summary(self) -> dict[str, Any]:
         """Return what `train --json` prints."""
         return {
-            "adapted_rand_error": self.metrics.get("adapted_rand_error"),
-            "adapted_rand_precision": self.metrics.get("adapted_rand_precision"),
-            "adapted_rand_recall": self.metrics.get("adapted_rand_recall"),
-            "adapted_rand_error_foreground": self.metrics.get("adapted_rand_error_foreground"),
-            "f1_iou50": self.metrics.get("f1_iou50"),
+            **{name: self.metrics.get(name) for name in SUMMARY},
             "value": self.value,
             "losses": self.losses,
             "decoding": self.decoding,

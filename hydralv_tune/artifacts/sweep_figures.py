@@ -14,14 +14,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from hydralv_tune.artifacts.writing import write_atomically
+from hydralv_tune.numerics.metrics.scores import METRICS
 
-NAMES = {
-    "adapted_rand_error": "adapted Rand error",
-    "adapted_rand_error_foreground": "adapted Rand error, foreground form",
-    "f1_iou50": "F1 at IoU 0.5",
-    "voi": "variation of information in bits",
-}
-HIGHER_IS_BETTER = ("f1_iou50",)
 MOST_NUMBERS = 12
 """Up to so many values on an axis, each cell carries its number."""
 
@@ -72,12 +66,12 @@ def _panel(
 ) -> None:
     """Draw one figure over two axes."""
     values = table.to_numpy(float)
-    higher = column in HIGHER_IS_BETTER
+    metric = METRICS[column]
+    higher = metric.direction == "higher"
+    better = "near 0" if metric.direction == "zero" else metric.direction
     colours = mpl.colormaps["viridis" if higher else "viridis_r"]
     image = panel.imshow(values, aspect="auto", cmap=colours, origin="lower")
-    figure.colorbar(
-        image, ax=panel, label=f"{NAMES[column]} ({'higher' if higher else 'lower'} is better)"
-    )
+    figure.colorbar(image, ax=panel, label=f"{metric.label} ({better} is better)")
     crossed = table.columns.name is not None
     _set_ticks(panel.set_yticks, list(table.index))
     panel.set_ylabel(_axis_name(str(table.index.name)))
@@ -115,7 +109,7 @@ def _axis_name(name: str) -> str:
     """Return `binary_threshold.seed` as words."""
     name, _, part = name.partition(".")
     words = name.replace("_", " ")
-    return f"{words}, {part}" if part else f"{words} in voxels"
+    return f"{words}, {part}" if part else f"{words}{' in voxels' * words.endswith('size')}"
 
 
 def _label(value: Any) -> str:

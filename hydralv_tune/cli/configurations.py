@@ -117,9 +117,13 @@ def _items(kind: Kind) -> list[dict[str, str]]:
 def _table(kind: Kind) -> dict[str, str]:
     """Return the names of a table, each with its arguments or choices."""
     if kind is Kind.metrics:
-        from hydralv_tune.config.search_space import METRICS
+        from hydralv_tune.numerics.metrics.scores import METRICS
 
-        return dict.fromkeys(METRICS, "")
+        best = {"zero": "near 0"}
+        return {
+            name: f"{metric.label}; {best.get(metric.direction, metric.direction)} is better"
+            for name, metric in METRICS.items()
+        }
     if kind is Kind.decoders:
         from hydralv_tune.numerics.watershed.decoders import DECODERS, decoder_arguments
 

@@ -177,12 +177,12 @@ def score(
     Example: `hydralv-tune score --prediction runs/seg.h5 --label runs/phantom/label.h5`
     """
     from hydralv_tune.data.volumes import read_labels
-    from hydralv_tune.numerics.metrics import scores
+    from hydralv_tune.numerics.metrics.scores import score_labels
 
     truth = read_labels(label)
     segmentation = read_labels(prediction)
     with as_input_error(f"{prediction} against {label}"):
-        result = scores.score(
+        result = score_labels(
             prediction=segmentation, truth=truth, mask=read_mask(mask, truth.shape)
         )
     if json:

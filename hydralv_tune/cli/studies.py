@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import getpass
-import os
-import shlex
-import socket
 import time
-import webbrowser
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from hydralv_tune.cli.console import format_value, print_facts, print_json, say, stdout
+from hydralv_tune.cli.console import format_value, print_facts, print_json, say
 from hydralv_tune.cli.options import (
     Images,
     Json,
@@ -22,49 +17,17 @@ from hydralv_tune.cli.options import (
     OptionalStorage,
     Settings,
     SpaceName,
+    Storage,
     check_folder,
     path_option,
     text_option,
 )
 from hydralv_tune.config.errors import InputError
-from hydralv_tune.config.paths import expanded, expanded_url
-from hydralv_tune.config.secrets import mask_passwords
 
 if TYPE_CHECKING:
     from hydralv_tune.data.volumes import VolumePaths
-    from hydralv_tune.study.progress import StudyProgress
-    from hydralv_tune.study.study import Study
 
-STORAGE_VARIABLE = "OPTUNA_STORAGE"
-"""Environment variable that names the database where neither a folder nor --storage does."""
-
-
-def _expanded_place(text: str) -> str:
-    """Return a folder or a storage URL with `~` and `$VARIABLES` expanded."""
-    return expanded_url(text) if "://" in text else expanded(text)
-
-
-Place = Annotated[
-    str | None,
-    typer.Argument(
-        metavar="[FOLDER]",
-        help="Folder of the study, or its storage URL. Default: newest in runs/.",
-        parser=_expanded_place,
-    ),
-]
-Storage = Annotated[
-    str | None,
-    typer.Option(
-        "--storage",
-        envvar=STORAGE_VARIABLE,
-        help="sqlite:///FILE, or postgresql+psycopg://…",
-        parser=expanded_url,
-        metavar="URL",
-    ),
-]
-StudyName = Annotated[
-    str | None, typer.Option("--study", help="Name of the study, where there are several.")
-]
+StudyName = Annotated[str, typer.Option("--study", help="Name of the study.")]
 OptionalStudy = Annotated[
     str | None, typer.Option("--study", help="Name of the study. Default: the space's name.")
 ]
@@ -80,7 +43,6 @@ CpusPerTrial = Annotated[
     int | None, typer.Option(min=1, help="CPU cores a trial takes. Default: all, divided fairly.")
 ]
 
-WATCH_EVERY_S = 5.0
 DEMO_SHAPE = (24, 128, 128)
 DEMO_INSTANCES = 14
 DEMO_TRIALS = 8
@@ -146,8 +108,6 @@ def run(
         warm_start_from=warm_start_from,
     )
     _show_facts(facts, json)
-    if not json:
-        _say_next(out or Path("runs") / facts["study"], facts["best"] is not None)
 
 
 def _run(
@@ -161,8 +121,11 @@ def _run(
     **options: Any,
 ) -> dict[str, Any]:
     """Run a study under the live view and return its facts; the best config is exported too."""
+    from hydralv_tune.cli.live_view import LiveView
     from hydralv_tune.config.files import parse_overrides
     from hydralv_tune.config.search_space_files import load_space, with_fixed
+    from hydralv_tune.launch.run import run_study
+    from hydralv_tune.results.publish import publish_study_end, publish_trial_end
 
     space = load_space(space_name)
     if settings:
@@ -172,16 +135,7 @@ def _run(
     folder = out or Path("runs") / name
     check_folder("--out", folder)
     url = storage or f"sqlite:///{folder / 'study.db'}"
-    say(f"Study {name} in {folder}: starting.")
-    # Imported only now: Ray, PyTorch and Optuna take seconds, and people wait for a first line.
-    from hydralv_tune.cli.live_view import LiveView
-    from hydralv_tune.launch.run import run_study
-    from hydralv_tune.results.publish import publish_study_end, publish_trial_change
-
-    trials = options["trials"] or space.budget.trials
-    reader = _ProgressReader(url, name, trials)
-    log = folder / "run.log"
-    with reader, LiveView(name, trials=trials, progress=reader.read, log=log) as view:
+    with LiveView(name, trials=options["trials"] or space.budget.trials) as view:
         facts = run_study(
             space,
             volumes,
@@ -189,8 +143,7 @@ def _run(
             storage=url,
             out=folder,
             on_event=view.on_event,
-            on_trial_end=publish_trial_change,
-            on_trial_running=publish_trial_change,
+            on_trial_end=publish_trial_end,
             **options,
         )
     publish_study_end(url, name)
@@ -219,158 +172,45 @@ def _check_study_name(name: str, *, names_folder: bool) -> None:
         )
 
 
-class _ProgressReader:
-    """Reads how a study stands, from a connection of its own that opens once there is a study."""
-
-    def __init__(self, storage: str, name: str, target: int | None = None) -> None:
-        self._storage, self._name, self._target = storage, name, target
-        self._study: Study | None = None
-
-    def __enter__(self) -> _ProgressReader:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._study is not None:
-            self._study.close()
-
-    def read(self) -> StudyProgress:
-        """Return how the study stands now.
-
-        Raises:
-            StudyError: There is no such study.
-            DatabaseAway: The database does not answer.
-        """
-        from hydralv_tune.study.progress import study_progress
-        from hydralv_tune.study.study import open_readonly
-
-        if self._study is None:
-            self._study = open_readonly(self._storage, self._name)
-        return study_progress(self._study, self._target)
-
-    def facts(self) -> dict[str, Any]:
-        """Return what `status --json` prints; the study must have been read before."""
-        self.read()
-        assert self._study is not None
-        return self._study.facts()
-
-
-def study_at(place: str | None, storage: str | None, study: str | None) -> tuple[str, str]:
-    """Return storage URL and name of the study that a command is asked about.
-
-    Args:
-        place: Folder or storage URL; without it and without `storage`, the newest in `runs/`.
-        storage: Storage URL.
-        study: Name; needed where the storage holds several.
-
-    Raises:
-        InputError: There is no such study, or several.
-    """
-    from hydralv_tune.study.study import study_names
-
-    if place is not None and storage is not None and storage != os.environ.get(STORAGE_VARIABLE):
-        raise InputError(f"{place} and --storage {storage} both name a study. Give one of the two.")
-    url = _url_of(place, storage)
-    if study is not None:
-        return url, study
-    names = study_names(url)
-    if len(names) != 1:
-        shown = mask_passwords(url)
-        raise InputError(
-            f"{shown} holds {len(names)} studies: {', '.join(names[:12])}. Name one with --study."
-        )
-    return url, names[0]
-
-
-def _url_of(place: str | None, storage: str | None) -> str:
-    """Return the storage URL of a place, of the option, or of the newest study in `runs/`."""
-    if place is not None:
-        if "://" in place:
-            return place
-        database = Path(place) / "study.db"
-        if not database.is_file():
-            raise InputError(
-                f"{place}: holds no study.db. Give the folder that `run --out` wrote, or --storage "
-                "and --study where the study is in another database."
-            )
-        return f"sqlite:///{database}"
-    if storage is not None:
-        return storage
-    found = sorted(Path("runs").glob("*/study.db"), key=lambda path: path.stat().st_mtime)
-    if not found:
-        raise InputError(
-            "no study named, and none in runs/. Give the folder of a study, as in "
-            "`hydralv-tune status runs/STUDY`."
-        )
-    say(f"Newest study: {found[-1].parent}")
-    return f"sqlite:///{found[-1]}"
-
-
 def _show_facts(facts: dict[str, Any], json: bool) -> None:
-    """Print what a study has reached, and what to do next."""
+    """Print what a study has reached."""
     if json:
         print_json(facts)
         return
     best = facts["best"]
+    rows = {key: value for key, value in facts.items() if key not in ("best", "trials")}
+    print_facts(f"Study {facts['study']}", {**rows, "trials": facts["trials"]})
     if best is None:
-        say("No trial is complete yet.")
+        say("No trial has finished yet.")
         return
-    shown = {key: value for key, value in best.items() if key not in ("value", "warm_start")}
-    print_facts(f"Best trial of study {facts['study']}: {best['number']}", shown)
-    for warning in facts.get("warnings", ()):
-        say(f"warning: {warning}")
-
-
-def _say_next(folder: Path, best: bool) -> None:
-    """Say what to do now that a run is over."""
-    words = ["report", "export", "dashboard"] if best else ["status", "dashboard"]
-    outs = {"report": f" --out {folder / 'report'}", "export": f" --out {folder / 'best.yaml'}"}
-    say("Next:")
-    for word in words:
-        say(f"  hydralv-tune {word} {shlex.quote(str(folder))}{outs.get(word, '')}")
+    print_facts(f"Best trial, number {best['number']}", best)
 
 
 def status(
-    place: Place = None,
-    storage: Storage = None,
-    study: StudyName = None,
+    storage: Storage,
+    study: StudyName,
     watch: Annotated[
-        bool, typer.Option("--watch", help="Keep the table up to date until interrupted.")
+        bool, typer.Option("--watch", help="Print again every few seconds until interrupted.")
     ] = False,
     json: Json = False,
 ) -> None:
-    """Show how a study stands, running or not; reads only.
+    """Say how a study stands; reads only.
 
-    Example: `hydralv-tune status runs/smoke`
+    Example: `hydralv-tune status --storage sqlite:///runs/smoke/study.db --study smoke`
     """
-    from rich.live import Live
+    from hydralv_tune.study.study import facts_of
 
-    from hydralv_tune.cli.live_view import progress_table
-
-    url, name = study_at(place, storage, study)
-    with _ProgressReader(url, name) as reader:
-        if json:
-            print_json(reader.facts(), one_line=watch)
-            while watch:
-                time.sleep(WATCH_EVERY_S)
-                print_json(reader.facts(), one_line=True)
-            return
-        stdout.print(progress_table(reader.read())) if not watch else None
+    while True:
+        _show_facts(facts_of(storage, study), json)
         if not watch:
-            _show_facts(reader.facts(), json=False)
             return
-        with Live(progress_table(reader.read()), console=stdout, auto_refresh=False) as live:
-            while True:
-                time.sleep(WATCH_EVERY_S)
-                live.update(progress_table(reader.read()), refresh=True)
+        time.sleep(5.0)
 
 
 def export(
-    place: Place = None,
-    storage: Storage = None,
-    study: StudyName = None,
-    out: Annotated[
-        Path | None, path_option(help="Where the best config goes. Default: FOLDER/best.yaml")
-    ] = None,
+    storage: Storage,
+    study: StudyName,
+    out: Annotated[Path, path_option(help="Where the best config goes.")],
     format: Annotated[
         str, typer.Option(help="hydralv, pytc (today's PyTorch Connectomics) or pytc-2026-01.")
     ] = "hydralv",
@@ -379,109 +219,60 @@ def export(
     ] = None,
     json: Json = False,
 ) -> None:
-    """Write the best config with its checkpoint, and print the commands that use them.
+    """Write the best config, its checkpoint beside it, and say how to use them.
 
-    Example: `hydralv-tune export runs/smoke --out runs/best.yaml`
+    Example: `hydralv-tune export --storage sqlite:///runs/smoke/study.db --study smoke
+    --out runs/best.yaml`
     """
     from hydralv_tune.results.export.export import export_best
 
-    target = _out_in(place, out, "best.yaml", "export --out")
-    check_folder("--out", target.parent)
+    check_folder("--out", out.parent)
     if table is not None:
         check_folder("--table", table.parent)
-    url, name = study_at(place, storage, study)
-    document = export_best(url, name, target, format=format, table=table)
+    document = export_best(storage, study, out, format=format, table=table)
     if json:
         print_json(document)
         return
-    for warning in document["warnings"]:
-        say(f"warning: {warning}")
-    say(f"Config: {document['out']}")
-    say(f"Checkpoint: {document['checkpoint']}")
-    if "table" in document:
-        say(f"Table: {document['table']}")
+    print_facts("Exported", {k: v for k, v in document.items() if k != "commands"})
     for command in document["commands"]:
         print(command)
 
 
-def _out_in(place: str | None, out: Path | None, name: str, option: str) -> Path:
-    """Return where a result goes: as said, or beside the study that its folder names."""
-    if out is not None:
-        return out
-    if place is None or "://" in place:
-        raise InputError(f"{option} is missing. Say where the result goes, as in --out {name}.")
-    return Path(place) / name
-
-
 def report(
-    place: Place = None,
-    storage: Storage = None,
-    study: StudyName = None,
-    out: Annotated[
-        Path | None,
-        path_option(help="Folder for index.html and report.md. Default: FOLDER/report"),
-    ] = None,
+    storage: Storage,
+    study: StudyName,
+    out: Annotated[Path, path_option(help="Folder for index.html and report.md.")],
     json: Json = False,
 ) -> None:
     """Write a self-contained page about a study.
 
-    Example: `hydralv-tune report runs/smoke --out runs/report`
+    Example: `hydralv-tune report --storage sqlite:///runs/smoke/study.db --study smoke
+    --out runs/report`
     """
     from hydralv_tune.results.report.report import write_report
 
-    target = _out_in(place, out, "report", "report --out")
-    check_folder("--out", target)
-    url, name = study_at(place, storage, study)
-    page = write_report(url, name, target)
-    with _ProgressReader(url, name) as reader:
-        warnings = reader.facts()["warnings"]
+    check_folder("--out", out)
+    page = write_report(storage, study, out)
     if json:
-        print_json({"out": str(page), "warnings": warnings})
-        return
-    for warning in warnings:
-        say(f"warning: {warning}")
-    say(f"Report: {page}")
+        print_json({"out": str(page)})
+    else:
+        say(f"Report: {page}")
 
 
 def dashboard(
-    places: Annotated[
-        list[str] | None,
-        typer.Argument(
-            metavar="[FOLDER]...", help="Folders of studies, or URLs.", parser=_expanded_place
-        ),
-    ] = None,
-    storage: Storage = None,
+    storage: Storage,
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port on 127.0.0.1.")] = 8080,
     writable: Annotated[
-        bool,
-        typer.Option(
-            "--writable", help="Let the page end trials, write notes, rename and delete studies."
-        ),
-    ] = False,
-    open_page: Annotated[
-        bool, typer.Option("--open", help="Open the page in the browser of this machine.")
+        bool, typer.Option("--writable", help="Let the page rename, note and delete studies.")
     ] = False,
 ) -> None:
-    """Serve the Optuna dashboard on 127.0.0.1, for reading only unless --writable is given.
+    """Open the Optuna dashboard on 127.0.0.1, for reading only unless told.
 
-    Example: `hydralv-tune dashboard runs/smoke --port 8080`
+    Example: `hydralv-tune dashboard --storage sqlite:///runs/smoke/study.db --port 8080`
     """
     from hydralv_tune.results.dashboard import serve
 
-    urls = [_url_of(place, None) for place in places or ()]
-    if storage is not None and (not urls or storage != os.environ.get(STORAGE_VARIABLE)):
-        urls.append(storage)
-
-    def ready(url: str) -> None:
-        say(f"Dashboard: {url}")
-        say(
-            f"From another machine: ssh -N -L {port}:127.0.0.1:{port} "
-            f"{getpass.getuser()}@{socket.gethostname()}, then open {url}"
-        )
-        if open_page:
-            webbrowser.open(url)
-
-    serve(urls or [_url_of(None, None)], port=port, writable=writable, ready=ready)
+    serve(storage, port=port, writable=writable, ready=lambda url: say(f"Dashboard: {url}"))
 
 
 def demo(
@@ -495,6 +286,7 @@ def demo(
     Example: `hydralv-tune demo --out runs/demo --trials 8`
     """
     from hydralv_tune.data.volumes import volume_paths, write_array
+    from hydralv_tune.numerics.metrics.scores import HEADLINE
     from hydralv_tune.numerics.phantom.volume import make_phantom
     from hydralv_tune.results.export.export import export_best
     from hydralv_tune.results.report.report import write_report
@@ -523,8 +315,7 @@ def demo(
     _show_facts(document, json)
     best = facts["best"]
     if best is not None and not json:
-        figures = ("adapted_rand_error", "adapted_rand_error_foreground", "f1_iou50")
-        told = ", ".join(f"{name} {format_value(best[name])}" for name in figures)
+        told = ", ".join(f"{name} {format_value(best[name])}" for name in HEADLINE)
         print(f"Best: {told}")
         print(f"Config: {exported['out']}")
         print(f"Checkpoint: {exported['checkpoint']}")

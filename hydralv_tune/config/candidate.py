@@ -449,15 +449,20 @@ class DecodingGrid(StrictModel):
     refine: Whole = Field(0, description="Rounds of refinement around the winner.")
 
     @property
-    def axes(self) -> dict[str, tuple[Any, ...]]:
-        """Return the values of each axis, `binary_threshold.seed` and the like."""
-        axes: dict[str, tuple[Any, ...]] = {}
+    def entries(self) -> dict[str, Any]:
+        """Return what is given for each axis, `binary_threshold.seed` and the like, unchecked."""
+        entries: dict[str, Any] = {}
         for name, values in self.grid.items():
             if isinstance(values, dict):
-                axes.update({f"{name}.{part}": tuple(v) for part, v in values.items()})
+                entries.update({f"{name}.{part}": given for part, given in values.items()})
             else:
-                axes[name] = tuple(values)
-        return axes
+                entries[name] = values
+        return entries
+
+    @property
+    def axes(self) -> dict[str, tuple[Any, ...]]:
+        """Return the values of each axis."""
+        return {name: tuple(values) for name, values in self.entries.items()}
 
 
 class TestSection(StrictModel):

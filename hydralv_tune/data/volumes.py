@@ -82,7 +82,9 @@ class Volume:
         name: What messages call it.
         image: (Z, Y, X) in the dtype of its file.
         label: (Z, Y, X) integer instance ids, 0 is background; None where there is no truth.
-        mask: (Z, Y, X) bool, True where voxels count; None where all do.
+        mask: (Z, Y, X) bool, True where there is tissue, to which decoding is confined; None
+            where that is everywhere.
+        scored_mask: (Z, Y, X) bool, True where the truth is known; None where the mask is.
         voxel_size_nm: Size of a voxel along z, y, x; None where the file does not say.
         normalisation: How its sections are normalised, fitted on the whole volume where this is a
             part of one; None until a candidate says how.
@@ -94,6 +96,12 @@ class Volume:
     mask: np.ndarray | None = None
     voxel_size_nm: tuple[float, float, float] | None = None
     normalisation: Normalisation | None = None
+    scored_mask: np.ndarray | None = None
+
+    @property
+    def where_scored(self) -> np.ndarray | None:
+        """Return where losses and scores are taken: (Z, Y, X) bool, or None for everywhere."""
+        return self.mask if self.scored_mask is None else self.scored_mask
 
     def fingerprint(self) -> str:
         """Return 16 hex digits of a SHA-256 over shape, dtype and content of all three arrays.

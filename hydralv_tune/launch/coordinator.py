@@ -17,6 +17,7 @@ from typing import Any, Literal
 from hydralv_tune.config.errors import ConfigError, HydraLVError
 from hydralv_tune.config.search_space import SearchSpace, guard_violation, objective_value
 from hydralv_tune.launch.live_trial import LiveTrial, kept_of
+from hydralv_tune.numerics.metrics.scores import HEADLINE
 from hydralv_tune.study.database import DatabaseAway
 from hydralv_tune.study.driver import Driver
 from hydralv_tune.study.trial_views import Asked, Outcome, count_states, gpu_hours
@@ -28,8 +29,6 @@ MAX_CONSECUTIVE_FAILURES = 12
 
 EventKind = Literal[
     "trial_started",
-    "stage",
-    "progress",
     "evaluation",
     "trial_finished",
     "trial_pruned",
@@ -38,9 +37,6 @@ EventKind = Literal[
     "waiting",
     "stopped",
 ]
-
-
-TrialHook = Callable[[Driver, int, str, Mapping[str, Any]], None]
 
 
 @dataclass(frozen=True)
@@ -78,7 +74,6 @@ class Coordinator:
         save_s: Seconds that workers get to save after a stop.
         on_event: Takes each event.
         on_trial_end: Called with driver, number, state and attributes before a trial is told.
-        on_trial_running: Called alike when a trial starts and after each of its evaluations.
         ray_is_alive: Whether Ray can still run anything.
     """
 
@@ -93,8 +88,7 @@ class Coordinator:
         timeout_s: float | None,
         save_s: float,
         on_event: Callable[[Event], None] | None,
-        on_trial_end: TrialHook | None,
-        on_trial_running: TrialHook | None = None,
+        on_trial_end: Callable[[Driver, int, str, Mapping[str, Any]], None] | None,
         ray_is_alive: Callable[[], bool] = lambda: True,
     ) -> None:
         self.driver, self.trials = driver, trials
@@ -107,8 +101,7 @@ class Coordinator:
         self._specification, self._slots = specification, slots
         self._gpus, self._save_s = gpus_per_trial, save_s
         self._deadline = time.monotonic() + timeout_s if timeout_s else math.inf
-        self._on_event = on_event
-        self._on_trial_end, self._on_trial_running = on_trial_end, on_trial_running
+        self._on_event, self._on_trial_end = on_event, on_trial_end
         self._ray_is_alive = ray_is_alive
         self._next_ask = self._next_poll = 0.0
         self._away_said = False
@@ -167,11 +160,6 @@ class Coordinator:
         kind = message["kind"]
         if kind == "started":
             live.where = {k: v for k, v in message.items() if k != "kind"}
-            self.driver.describe(live.asked.number, {"host": live.where.get("host")})
-            return "go"
-        if kind == "progress":
-            live.progress = {k: v for k, v in message.items() if k != "kind"}
-            self.emit("progress", live.asked.number, seconds=live.seconds, **live.progress)
             return "go"
         if kind == "evaluation":
             return self._evaluate(key, live, message)
@@ -286,9 +274,6 @@ class Coordinator:
             attempt=asked.attempt,
             **_plan(spec.get("candidate") or {}),
         )
-        self.driver.describe(asked.number, _plan(spec.get("candidate") or {}))
-        live.plan = {"warm_start": asked.warm_start, **_plan(spec.get("candidate") or {})}
-        self._publish(self._on_trial_running, live, "RUNNING", live.plan)
         return spec
 
     def _evaluate(
@@ -301,14 +286,6 @@ class Coordinator:
         metrics = message.get("metrics") or {}
         violation = guard_violation(
             message.get("best_f1_iou50", metrics.get("f1_iou50")), self.space.objective
-        )
-        self.driver.describe(
-            number,
-            {
-                "epoch": message.get("epoch"),
-                "f1_iou50": message.get("best_f1_iou50", metrics.get("f1_iou50")),
-                "spent_s": message.get("seconds"),
-            },
         )
         decision = self.driver.report(number, step, value, violation, message.get("best_folds"))
         fields = {k: v for k, v in message.items() if k not in ("kind", "metrics", "losses")}
@@ -327,9 +304,6 @@ class Coordinator:
                 **kept_of(message),
             )
             return "stop"
-        self._publish(
-            self._on_trial_running, live, "RUNNING", {**live.plan, **live.where, **message}
-        )
         return "go"
 
     def _finish(self, key: str, live: LiveTrial, record: dict[str, Any]) -> None:
@@ -374,9 +348,11 @@ class Coordinator:
     def _refused(self, key: str, live: LiveTrial) -> None:
         """Forget a trial that another driver has taken over."""
         self.live.pop(key, None)
-        reason = self.driver.reason_of(live.asked.number)
-        taken = "refused: another driver has taken the trial over"
-        self.emit("trial_failed", live.asked.number, reason=reason or taken)
+        self.emit(
+            "trial_failed",
+            live.asked.number,
+            reason="refused: another driver has taken the trial over",
+        )
 
     def _tell(
         self,
@@ -400,7 +376,11 @@ class Coordinator:
             "root": live.asked.root,
             **{k: v for k, v in attributes.items() if v is not None},
         }
-        self._publish(self._on_trial_end, live, state, known)
+        if self._on_trial_end is not None:
+            try:
+                self._on_trial_end(self.driver, number, state, known)
+            except Exception as error:  # a picture or a note must not cost the result
+                warnings.warn(f"trial {number}: not published: {error!r}", stacklevel=2)
         told = self.driver.tell(
             number, Outcome(state, value, violation, {**known, "driver": self.driver.name}, retry)
         )
@@ -417,23 +397,9 @@ class Coordinator:
             value=value,
             reason=known.get("reason"),
             kept=True if told == "kept" else None,
-            **live.reached(),
-            **{k: metrics.get(k) for k in ("adapted_rand_error", "adapted_rand_error_foreground",
-                                           "f1_iou50")},
+            **{name: metrics.get(name) for name in HEADLINE},
         )  # fmt: skip
         return True
-
-    def _publish(
-        self, hook: TrialHook | None, live: LiveTrial, state: str, known: Mapping[str, Any]
-    ) -> None:
-        """Call a hook with what is known of a trial; a picture or a note must not cost a result."""
-        if hook is None:
-            return
-        number = live.asked.number
-        try:
-            hook(self.driver, number, state, {"root": live.asked.root, **known})
-        except Exception as error:
-            warnings.warn(f"trial {number}: not published: {error!r}", stacklevel=2)
 
     def _budget_is_spent(self) -> bool:
         """Stop the run where the goal is reached or the GPU-hours are used up."""

@@ -34,8 +34,6 @@ class LiveTrial:
         started: Clock when its worker said that it works.
         last: Its last evaluation.
         where: What its worker said of where it runs.
-        progress: Steps and loss that its worker said last.
-        plan: Its recipe and what it sets out to do: architecture, epochs, evaluations.
         verdict: Why its process is to be ended, once that is decided.
     """
 
@@ -44,16 +42,7 @@ class LiveTrial:
     started: float | None = None
     last: dict[str, Any] = field(default_factory=dict)
     where: dict[str, Any] = field(default_factory=dict)
-    progress: dict[str, Any] = field(default_factory=dict)
-    plan: dict[str, Any] = field(default_factory=dict)
     verdict: Verdict | None = None
-
-    def reached(self) -> dict[str, Any]:
-        """Return epoch and epochs that its training has reached, as far as they are known."""
-        epochs, epoch = self.plan.get("epochs"), self.last.get("epoch")
-        if epochs and self.progress.get("total"):
-            epoch = int(self.progress["done"] / self.progress["total"] * epochs)
-        return {"epoch": epoch, "epochs": epochs}
 
     @property
     def seconds(self) -> float:

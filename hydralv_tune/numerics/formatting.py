@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from hydralv_tune.numerics.metrics.scores import METRICS
+
 
 def number_of(value: Any) -> int | float | None:
     """Return a figure, a count as a whole number, the length of a list of ids, or None."""
@@ -47,9 +49,5 @@ def duration(seconds: float) -> str:
 
 def objective_label(metric: str) -> str:
     """Return what the study minimises, in words."""
-    return {
-        "adapted_rand_error": "adapted Rand error",
-        "adapted_rand_error_foreground": "adapted Rand error, foreground form",
-        "f1_iou50": "1 − F1 at IoU 0.5",
-        "voi": "variation of information",
-    }.get(metric, metric.replace("_", " "))
+    known = METRICS.get(metric)
+    return metric.replace("_", " ") if known is None else known.cost_label

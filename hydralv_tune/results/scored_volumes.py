@@ -12,14 +12,14 @@ from scipy import ndimage
 
 from hydralv_tune.config.errors import InputError, as_input_error
 from hydralv_tune.data.volumes import Volume, read_labels
-from hydralv_tune.numerics.metrics.instance_errors import Verdict, joined_tables, judge
-from hydralv_tune.numerics.metrics.scores import (
+from hydralv_tune.numerics.metrics.contingency import (
     ContingencyTable,
-    adapted_rand,
-    adapted_rand_foreground,
     contingency_table,
-    match_instances,
+    joined,
+    offsets,
 )
+from hydralv_tune.numerics.metrics.instance_errors import InstanceError, instance_errors
+from hydralv_tune.numerics.metrics.scores import score
 from hydralv_tune.numerics.networks.registry import network_arguments, receptive_field
 from hydralv_tune.numerics.watershed.decoders import decode
 from hydralv_tune.results.best_trial import BestTrial
@@ -57,7 +57,7 @@ class ScoredVolume:
     def table(self) -> ContingencyTable:
         """Return the overlaps of truth and segmentation inside the mask."""
         return contingency_table(
-            prediction=self.prediction, truth=self.truth, mask=self.volume.mask
+            prediction=self.prediction, truth=self.truth, mask=self.volume.where_scored
         )
 
     @cached_property
@@ -67,7 +67,8 @@ class ScoredVolume:
 
     def _inside(self, labels: Array) -> Array:
         """Return the labels with 0 outside the mask."""
-        return labels if self.volume.mask is None else np.where(self.volume.mask, labels, 0)
+        inside = self.volume.where_scored
+        return labels if inside is None else np.where(inside, labels, 0)
 
 
 def _boxes(labels: Array) -> dict[int, tuple[slice, ...]]:
@@ -82,7 +83,7 @@ class Instance:
     """One instance with what became of it, in the ids of its volume."""
 
     part: int
-    verdict: Verdict
+    error: InstanceError
 
 
 @dataclass(frozen=True)
@@ -92,14 +93,14 @@ class Judgement:
     Args:
         parts: The volumes.
         table: Their overlaps as one.
-        instances: Every truth and every invented segment, dearest first.
+        instances: Every truth and every false positive, the costliest first.
         joined: The same with ids that are unique over all volumes, as `table` has them.
     """
 
     parts: list[ScoredVolume]
     table: ContingencyTable
     instances: list[Instance]
-    joined: list[Verdict]
+    joined: list[InstanceError]
 
 
 def scored_volumes(best: BestTrial) -> list[ScoredVolume]:
@@ -184,36 +185,22 @@ def score_under_volume_flood(best: BestTrial) -> dict[str, Any]:
     ):
         return best.record.metrics
     parts = _decoded_again(best, _plan(best), {"flood": "volume"})
-    return figures(joined_tables([part.table for part in parts])[0])
-
-
-def figures(table: ContingencyTable) -> dict[str, Any]:
-    """Return the figures of a contingency table under the names of the command line."""
-    rand = adapted_rand(table)
-    matching = match_instances(table)
-    return {
-        "adapted_rand_error": rand.error,
-        "adapted_rand_precision": rand.precision,
-        "adapted_rand_recall": rand.recall,
-        "adapted_rand_error_foreground": adapted_rand_foreground(table).error,
-        "f1_iou50": matching.f1,
-        "instances_true": len(table.truth_ids),
-        "matched_iou50": matching.matched,
-        **{k: len(getattr(matching, k)) for k in ("missed", "split", "merged", "invented")},
-    }
+    return score(joined([part.table for part in parts])).as_dict()
 
 
 def judge_all(parts: list[ScoredVolume]) -> Judgement:
-    """Return what became of every instance of all volumes, by what mending it is worth in all."""
-    table, truth_shifts, segment_shifts = joined_tables([part.table for part in parts])
-    joined = judge(table)
+    """Return what became of every instance of all volumes, by what its correction gains in all."""
+    tables = [part.table for part in parts]
+    table, (truths, segments) = joined(tables), offsets(tables)
+    errors = instance_errors(table)
     instances = []
-    for verdict in joined:
-        if verdict.truth_id is not None:
-            part = int(np.searchsorted(truth_shifts, verdict.truth_id, side="left")) - 1
-        else:
-            part = int(np.searchsorted(segment_shifts, verdict.segment_ids[0], side="left")) - 1
-        truth = None if verdict.truth_id is None else verdict.truth_id - truth_shifts[part]
-        segments = tuple(s - segment_shifts[part] for s in verdict.segment_ids)
-        instances.append(Instance(part, replace(verdict, truth_id=truth, segment_ids=segments)))
-    return Judgement(parts, table, instances, joined)
+    for error in errors:
+        rows = segments if error.truth_id is None else truths
+        part = int(np.searchsorted(rows, error.row, side="right")) - 1
+        truth, ids = error.truth_id, error.segment_ids
+        if len(parts) > 1:  # an id is then the number of a row, from 1
+            own = tables[part]
+            ids = tuple(int(own.segment_ids[one - 1 - segments[part]]) for one in ids)
+            truth = None if truth is None else int(own.truth_ids[truth - 1 - truths[part]])
+        instances.append(Instance(part, replace(error, truth_id=truth, segment_ids=ids)))
+    return Judgement(parts, table, instances, errors)

@@ -16,7 +16,7 @@ from skimage.segmentation import watershed
 
 from hydralv_tune.numerics.metrics.scores import adapted_rand, contingency_table
 from hydralv_tune.numerics.watershed.decoders import DECODERS, decode, decoder_arguments
-from hydralv_tune.numerics.watershed.graph import distance_relief, squared_distances
+from hydralv_tune.numerics.watershed.graph import distance_graph, squared_distances
 
 NAMES = sorted(DECODERS)
 CONTOUR = "decode_instance_binary_contour_distance"
@@ -199,14 +199,14 @@ def test_recomputed_distance_equals_scipys(seed: int, masked: bool) -> None:
     mask = rng.random(shape) < 0.8 if masked else np.ones(shape, bool)
     mask.flat[0] = True
     foreground = (maps[2] > 0.3) & mask
-    relief = distance_relief(maps, mask if masked else None, seed=0.1, lowest=0.1)
-    allowed = relief.values[0] > 0.3
+    graph = distance_graph(maps, mask if masked else None, seed=0.1, lowest=0.1)
+    allowed = graph.values[0] > 0.3
     squares = squared_distances(
-        relief.nodes, allowed, relief.where, np.array(relief.box.padded, np.int64)
+        graph.nodes, allowed, graph.where, np.array(graph.box.padded, np.int64)
     )
     if foreground.all():
         return
-    wanted = ndimage.distance_transform_edt(foreground).ravel()[relief.box.voxels_of(relief.nodes)]
+    wanted = ndimage.distance_transform_edt(foreground).ravel()[graph.box.voxels_of(graph.nodes)]
     assert np.allclose(np.sqrt(squares), np.where(allowed, wanted, 0))
 
 

@@ -1,44 +1,46 @@
-"""What became of each instance, what mending it would be worth, and how sure the score is.
+"""What became of each instance, what its correction would gain, and how certain the score is.
 
-All of it is read from one contingency table; nothing passes over the volume again.
+All of it is read from one contingency table.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 
+from hydralv_tune.numerics.metrics.contingency import ContingencyTable, Ids
 from hydralv_tune.numerics.metrics.scores import (
     COVERED,
-    ContingencyTable,
-    Ints,
     adapted_rand,
     adapted_rand_foreground,
+    ious,
     match_instances,
     rand_from_sums,
 )
 
 Floats = npt.NDArray[np.float64]
 
-VERDICTS = ("true", "missed", "split", "merged", "invented")
+KINDS = ("true", "missed", "split", "merged", "invented")
 """What can become of an instance. `true` was found once and alone, however well it fits."""
 
 
 @dataclass(frozen=True, slots=True)
-class Verdict:
-    """What became of one instance of the truth, or of one segment that is merged or invented.
+class InstanceError:
+    """What became of one instance of the truth, or of one false positive.
 
-    `truth_id` is None for an invented segment, `segment_ids` empty for a missed truth. `iou` is
-    that of the best segment. `worth` and `worth_foreground` say by how much adapted Rand error
-    and its foreground form would fall if this one alone were mended.
+    `truth_id` is None for a false positive (kind `invented`), `segment_ids` empty for a missed
+    truth. `row` is the index in the table of the truth, or else of the segment. `iou` is that of
+    the best segment. `worth` and `worth_foreground` say by how much adapted Rand error and its
+    foreground form would fall if this one alone were corrected.
     """
 
-    verdict: str
+    kind: str
     truth_id: int | None
     segment_ids: tuple[int, ...]
+    row: int
     size_voxels: int
     iou: float
     worth: float
@@ -47,40 +49,33 @@ class Verdict:
     @property
     def fits(self) -> bool:
         """Return whether it counts as matched at IoU 0.5."""
-        return self.verdict != "invented" and self.iou > 0.5
+        return self.kind != "invented" and self.iou > 0.5
 
 
-def segment_verdicts(table: ContingencyTable) -> dict[int, str]:
-    """Return the verdict of each segment: `true`, `merged` or `invented`, or `split`, a piece."""
+def segment_kinds(table: ContingencyTable) -> dict[int, str]:
+    """Return the kind of each segment: `true`, `merged` or `invented`, or `split`, a piece."""
     matching = match_instances(table)
-    split, merged, invented = (
-        set(matching.split), set(matching.merged), set(matching.invented),
-    )  # fmt: skip
-    verdicts: dict[int, str] = {}
-    pieces = _covering(table)
-    for row, segment in enumerate(table.segment_ids.tolist()):
-        if segment in merged:
-            verdicts[segment] = "merged"
-        elif segment in invented:
-            verdicts[segment] = "invented"
-        elif any(truth in split for truth in pieces.get(row, ())):
-            verdicts[segment] = "split"
-        else:
-            verdicts[segment] = "true"
-    return verdicts
+    split = set(matching.split)
+    kinds = dict.fromkeys(map(int, table.segment_ids), "true")
+    for row, truths in _covering(table).items():
+        if any(truth in split for truth in truths):
+            kinds[int(table.segment_ids[row])] = "split"
+    kinds.update(dict.fromkeys(matching.invented, "invented"))
+    kinds.update(dict.fromkeys(matching.merged, "merged"))
+    return kinds
 
 
-def truth_verdicts(table: ContingencyTable) -> dict[int, str]:
-    """Return the verdict of each truth; one that is merged and split counts as merged."""
+def truth_kinds(table: ContingencyTable) -> dict[int, str]:
+    """Return the kind of each truth; one that is merged and split counts as merged."""
     matching = match_instances(table)
     merged = set(matching.merged)
-    verdicts = dict.fromkeys(table.truth_ids.tolist(), "true")
-    verdicts.update(dict.fromkeys(matching.missed, "missed"))
-    verdicts.update(dict.fromkeys(matching.split, "split"))
+    kinds = dict.fromkeys(map(int, table.truth_ids), "true")
+    kinds.update(dict.fromkeys(matching.missed, "missed"))
+    kinds.update(dict.fromkeys(matching.split, "split"))
     for row, truths in _covering(table).items():
         if int(table.segment_ids[row]) in merged:
-            verdicts.update(dict.fromkeys(truths, "merged"))
-    return verdicts
+            kinds.update(dict.fromkeys(truths, "merged"))
+    return kinds
 
 
 def _covering(table: ContingencyTable) -> dict[int, list[int]]:
@@ -92,12 +87,12 @@ def _covering(table: ContingencyTable) -> dict[int, list[int]]:
     return covering
 
 
-def judge(table: ContingencyTable) -> list[Verdict]:
-    """Return the verdict of every truth and of every invented segment, worst first.
+def instance_errors(table: ContingencyTable) -> list[InstanceError]:
+    """Return what became of every truth and every false positive, the costliest first.
 
-    Mending a truth means giving it a segment of its own that fits exactly; what its old
-    segments hold of other truths or of background stays. Mending an invented segment means
-    dropping it, which adapted Rand error cannot see and the foreground form can.
+    A truth is corrected by a segment of its own that fits exactly; what its old segments hold
+    of other truths or of background stays. A false positive is corrected by dropping it, which
+    adapted Rand error cannot see and the foreground form can.
 
     Args:
         table: Overlaps inside the mask, with at least one truth.
@@ -106,113 +101,79 @@ def judge(table: ContingencyTable) -> list[Verdict]:
         ValueError: There is no truth.
     """
     before, before_fg = adapted_rand(table).error, adapted_rand_foreground(table).error
-    after, after_fg = _mended(table)
-    best = _best_iou(table)
-    by_truth = truth_verdicts(table)
-    verdicts = []
-    for row, truth in enumerate(table.truth_ids.tolist()):
+    after, after_fg = _truths_corrected(table)
+    best = best_ious(table)
+    kinds = truth_kinds(table)
+    errors = []
+    for row, truth in enumerate(map(int, table.truth_ids)):
         own = table.pair_truth == row
         order = np.argsort(-table.pair_voxels[own], kind="stable")
-        segments = table.segment_ids[table.pair_segment[own][order]]
-        verdicts.append(
-            Verdict(
-                verdict=by_truth[truth],
-                truth_id=int(truth),
-                segment_ids=tuple(int(s) for s in segments),
+        errors.append(
+            InstanceError(
+                kind=kinds[truth],
+                truth_id=truth,
+                segment_ids=_ints(table.segment_ids[table.pair_segment[own][order]]),
+                row=row,
                 size_voxels=int(table.truth_sizes[row]),
                 iou=float(best[row]),
                 worth=float(before - after[row]),
                 worth_foreground=float(before_fg - after_fg[row]),
             )
         )
-    inventions = match_instances(table).invented
-    verdicts += _invented(table, inventions, before_fg)
-    return sorted(verdicts, key=lambda v: (-v.worth, -v.worth_foreground, v.truth_id or 0))
+    errors += _false_positives(table, float(before_fg))
+    return sorted(errors, key=lambda e: (-e.worth, -e.worth_foreground, e.truth_id or 0))
 
 
-def _best_iou(table: ContingencyTable) -> Floats:
+def _ints(ids: Ids) -> tuple[int, ...]:
+    """Return ids as Python integers."""
+    return tuple(int(one) for one in ids)
+
+
+def best_ious(table: ContingencyTable) -> Floats:
     """Return the intersection over union of each truth with its best segment, 0 where none."""
-    inter = table.pair_voxels.astype(np.float64)
-    union = table.truth_sizes[table.pair_truth] + table.segment_sizes[table.pair_segment] - inter
     best = np.zeros(len(table.truth_ids))
-    np.maximum.at(best, table.pair_truth, inter / union)
+    np.maximum.at(best, table.pair_truth, ious(table))
     return best
 
 
-def _mended(table: ContingencyTable) -> tuple[Floats, Floats]:
-    """Return both errors after mending each truth alone, in the order of the truths."""
+def _truths_corrected(table: ContingencyTable) -> tuple[Floats, Floats]:
+    """Return both errors after correcting each truth alone, in the order of the truths."""
     truths = len(table.truth_ids)
     n = table.pair_voxels.astype(np.float64)
     sizes = table.truth_sizes.astype(np.float64)
     squares = np.bincount(table.pair_truth, n * n, truths)
     found = np.bincount(table.pair_truth, n, truths)
-    pair_squares = (n * n).sum() - squares + sizes**2
-    uncovered = (table.uncovered - (sizes - found)) / table.voxels
     errors = []
     for segment_sizes in (table.segment_sizes_in_truth, table.segment_sizes):
         held = segment_sizes.astype(np.float64)
         old = held[table.pair_segment]
         change = np.bincount(table.pair_truth, (old - n) ** 2 - old**2, truths)
         error, _, _ = rand_from_sums(
-            pair_squares=pair_squares,
+            pair_squares=(n * n).sum() - squares + sizes**2,
             segment_squares=(held**2).sum() + change + sizes**2,
             truth_squares=(sizes**2).sum(),
-            uncovered_share=uncovered,
+            uncovered_share=(table.uncovered - (sizes - found)) / table.voxels,
         )
-        errors.append(np.asarray(error, np.float64))
+        errors.append(error)
     return errors[0], errors[1]
 
 
-def joined_tables(
-    tables: Sequence[ContingencyTable],
-) -> tuple[ContingencyTable, list[int], list[int]]:
-    """Return several volumes as one table, and what was added to the ids of each.
+def errors_if_corrected(
+    table: ContingencyTable, corrected: Iterable[InstanceError]
+) -> tuple[float, float]:
+    """Return adapted Rand error and its foreground form after correcting several at once.
 
-    Args:
-        tables: One per volume; ids may repeat between them.
-
-    Returns:
-        The table, and for truths and for segments one shift per volume: ids of volume v are
-        above its shift and not above the next.
-    """
-    shifts: tuple[list[int], list[int]] = ([0], [0])
-    for table in tables:
-        for shift, ids in zip(shifts, (table.truth_ids, table.segment_ids), strict=True):
-            shift.append(shift[-1] + int(ids.max(initial=0)))
-    rows = np.cumsum([0, *(len(table.truth_ids) for table in tables)])
-    columns = np.cumsum([0, *(len(table.segment_ids) for table in tables)])
-
-    def joined(name: str, added: Sequence[int]) -> Ints:
-        parts = [getattr(table, name) + add for table, add in zip(tables, added, strict=True)]
-        return np.concatenate(parts).astype(np.int64)
-
-    zeros = [0] * len(tables)
-    table = ContingencyTable(
-        voxels=sum(table.voxels for table in tables),
-        truth_ids=joined("truth_ids", shifts[0][:-1]),
-        truth_sizes=joined("truth_sizes", zeros),
-        segment_ids=joined("segment_ids", shifts[1][:-1]),
-        segment_sizes=joined("segment_sizes", zeros),
-        pair_truth=joined("pair_truth", rows[:-1].tolist()),
-        pair_segment=joined("pair_segment", columns[:-1].tolist()),
-        pair_voxels=joined("pair_voxels", zeros),
-    )
-    return table, shifts[0][:-1], shifts[1][:-1]
-
-
-def errors_if_mended(table: ContingencyTable, verdicts: Iterable[Verdict]) -> tuple[float, float]:
-    """Return adapted Rand error and its foreground form after mending several at once.
-
-    Mending several is worth more, or less, than the sum of mending each.
+    Correcting several may gain more, or less, than the sum of correcting each.
 
     Args:
         table: Overlaps inside the mask, with at least one truth.
-        verdicts: Of `judge`, of this table.
+        corrected: Some of `instance_errors`, of this table.
     """
-    verdicts = list(verdicts)
-    truths = np.isin(table.truth_ids, [v.truth_id for v in verdicts if v.truth_id is not None])
-    dropped = [s for v in verdicts if v.truth_id is None for s in v.segment_ids]
-    kept = ~truths[table.pair_truth] & ~np.isin(table.segment_ids, dropped)[table.pair_segment]
+    truths = np.zeros(len(table.truth_ids), bool)
+    dropped = np.zeros(len(table.segment_ids), bool)
+    for one in corrected:
+        (dropped if one.truth_id is None else truths)[one.row] = True
+    kept = ~truths[table.pair_truth] & ~dropped[table.pair_segment]
     n = table.pair_voxels.astype(np.float64)
     gone = np.bincount(table.pair_segment[~kept], n[~kept], len(table.segment_ids))
     sizes = table.truth_sizes.astype(np.float64)
@@ -220,8 +181,7 @@ def errors_if_mended(table: ContingencyTable, verdicts: Iterable[Verdict]) -> tu
     found = (n[kept]).sum() + sizes[truths].sum()
     errors = []
     for segment_sizes in (table.segment_sizes_in_truth, table.segment_sizes):
-        held = segment_sizes - gone
-        held[np.isin(table.segment_ids, dropped)] = 0.0
+        held = np.where(dropped, 0.0, segment_sizes - gone)
         error, _, _ = rand_from_sums(
             pair_squares=np.square(n[kept]).sum() + own,
             segment_squares=np.square(held).sum() + own,
@@ -232,24 +192,18 @@ def errors_if_mended(table: ContingencyTable, verdicts: Iterable[Verdict]) -> tu
     return errors[0], errors[1]
 
 
-def _invented(table: ContingencyTable, inventions: tuple[int, ...], before: float) -> list[Verdict]:
-    """Return the verdicts of invented segments; `before` is the foreground error as it is."""
-    held = table.segment_sizes.astype(np.float64)
-    verdicts = []
-    for segment in inventions:
-        row = int(np.searchsorted(table.segment_ids, segment))
-        touching = table.pair_segment == row
-        n = table.pair_voxels.astype(np.float64)
-        error, _, _ = rand_from_sums(
-            pair_squares=(n[~touching] ** 2).sum(),
-            segment_squares=(held**2).sum() - held[row] ** 2,
-            truth_squares=np.square(table.truth_sizes.astype(np.float64)).sum(),
-            uncovered_share=(table.uncovered + n[touching].sum()) / table.voxels,
-        )
-        verdicts.append(
-            Verdict("invented", None, (segment,), int(held[row]), 0.0, 0.0, before - float(error))
-        )
-    return verdicts
+def _false_positives(table: ContingencyTable, before: float) -> list[InstanceError]:
+    """Return the false positives; `before` is the foreground error as it is."""
+    invented = np.array(match_instances(table).invented, np.uint64)
+    errors = []
+    for row in np.flatnonzero(np.isin(table.segment_ids, invented)):
+        one = InstanceError(
+            "invented", None, (int(table.segment_ids[row]),), int(row),
+            int(table.segment_sizes[row]), 0.0, 0.0, 0.0,
+        )  # fmt: skip
+        after = errors_if_corrected(table, [one])[1]
+        errors.append(replace(one, worth_foreground=before - after))
+    return errors
 
 
 def bootstrap(
@@ -259,8 +213,8 @@ def bootstrap(
 
     Every sum in the scores adds up over instances: a segment's square is shared among the truths
     it covers by their overlap, and a segment that touches no truth is a unit of its own. So
-    instances can be drawn with replacement without a volume to draw them from. It says how
-    much the score owes to the few instances at hand, nothing about another volume.
+    instances can be drawn with replacement without the volume. The interval says how much the
+    score depends on the few instances at hand, nothing about another volume.
 
     Args:
         table: Overlaps inside the mask, with at least one truth.
@@ -275,7 +229,7 @@ def bootstrap(
     count = len(units["truth_squares"])
     rng = np.random.default_rng(seed)
     draws = rng.multinomial(count, np.full(count, 1.0 / count), size=resamples).astype(np.float64)
-    # A draw without any truth has no error; with one truth among many inventions it may happen.
+    # A draw without any truth has no error; with one truth among many false positives that happens.
     draws = draws[draws @ units["true"] > 0]
     sums = {name: draws @ values for name, values in units.items()}
     share = sums["uncovered"] / table.voxels
@@ -325,5 +279,5 @@ def _units(table: ContingencyTable) -> dict[str, Floats]:
         "inside_squares": per_truth(n * inside[table.pair_segment]),
         "whole_squares": per_truth(share * whole[table.pair_segment] ** 2, alone**2),
         "segments": per_truth(share, 1.0),
-        "matched": np.concatenate([_best_iou(table) > 0.5, np.zeros(len(alone))]),
+        "matched": np.concatenate([best_ious(table) > 0.5, np.zeros(len(alone))]),
     }

@@ -1,162 +1,57 @@
-"""How well a segmentation fits the ground truth: adapted Rand error, VOI, instance matching.
+"""How well a segmentation fits the ground truth: `METRICS` holds every figure under its name.
 
-Every metric reads one contingency table, so that the volume is passed over once.
+Each metric reads one contingency table. Those with `stacked` set read a stack of tables too,
+with the combinations along the last axis.
 """
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import Any
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
-from skimage.metrics import adapted_rand_error as skimage_error
+
+from hydralv_tune.numerics.metrics.contingency import (
+    EMPTY_TRUTH,
+    ContingencyTable,
+    Ids,
+    Ints,
+    contingency_table,
+    joined,
+    summed,
+)
+
+__all__ = [
+    "EMPTY_TRUTH", "HEADLINE", "METRICS", "SUMMARY", "ContingencyTable", "Metric", "Score",
+    "adapted_rand", "adapted_rand_foreground", "contingency_table", "joined", "match_instances",
+    "register_metric", "score", "score_labels", "variation_of_information",
+]  # fmt: skip
 
 Array = npt.NDArray[Any]
-Ints = npt.NDArray[np.int64]
 
 COVERED = 0.1
 """The share of an instance from which on an overlap counts as more than a touch."""
-
-EMPTY_TRUTH = "the label has no labelled voxel inside the mask, so adapted Rand error is undefined"
-
-
-@dataclass(frozen=True, slots=True)
-class ContingencyTable:
-    """Overlaps of truth and segments inside the mask; background, id 0, is in no array.
-
-    `truth_sizes` and `segment_sizes` count whole instances inside the mask. `pair_truth` and
-    `pair_segment` are indices into the ids, and `pair_voxels` the voxels both hold.
-    """
-
-    voxels: int
-    truth_ids: Ints
-    truth_sizes: Ints
-    segment_ids: Ints
-    segment_sizes: Ints
-    pair_truth: Ints
-    pair_segment: Ints
-    pair_voxels: Ints
-
-    @property
-    def uncovered(self) -> int:
-        """Return the truth voxels that are predicted background."""
-        return int(self.truth_sizes.sum() - self.pair_voxels.sum())
-
-    @property
-    def segment_sizes_in_truth(self) -> Ints:
-        """Return the voxels of each segment that lie within truth."""
-        sizes = np.zeros(len(self.segment_ids), np.int64)
-        np.add.at(sizes, self.pair_segment, self.pair_voxels)
-        return sizes
+IOU_LIMITS = (0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95)
+"""The limits that the average precision is averaged over."""
+HEADLINE = ("adapted_rand_error", "adapted_rand_error_foreground", "f1_iou50")
+"""The metrics shown where there is room for three."""
+SUMMARY = (
+    "adapted_rand_error", "adapted_rand_precision", "adapted_rand_recall",
+    "adapted_rand_error_foreground", "f1_iou50",
+)  # fmt: skip
+"""The metrics that a record and an exported file begin with."""
 
 
 @dataclass(frozen=True, slots=True)
 class AdaptedRand:
     """Adapted Rand error with the precision and recall it is made of, all in [0, 1]."""
 
-    error: float
-    precision: float
-    recall: float
-
-
-@dataclass(frozen=True, slots=True)
-class InstanceMatching:
-    """Which instances were found, and what went wrong with the others, by id."""
-
-    matched: int
-    precision: float
-    recall: float
-    f1: float
-    missed: tuple[int, ...]
-    split: tuple[int, ...]
-    merged: tuple[int, ...]
-    invented: tuple[int, ...]
-
-
-def checked_labels(labels: Array, name: str) -> Array:
-    """Return labels as an array of non-negative integers.
-
-    Args:
-        labels: (Z, Y, X), integers; 0 is background.
-        name: What to call it in an error.
-
-    Raises:
-        ValueError: It holds floats or negative numbers.
-    """
-    labels = np.asarray(labels)
-    if labels.dtype == bool:
-        return labels.astype(np.uint8)
-    if not np.issubdtype(labels.dtype, np.integer):
-        raise ValueError(f"{name} has dtype {labels.dtype}, but instance ids are integers")
-    if labels.size and np.issubdtype(labels.dtype, np.signedinteger) and labels.min() < 0:
-        raise ValueError(f"{name} holds {labels.min()}, but instance ids start at 0 (background)")
-    return labels
-
-
-def checked_mask(mask: Array | None, shape: tuple[int, ...]) -> npt.NDArray[np.bool_] | None:
-    """Return the mask as booleans, of the given shape.
-
-    Raises:
-        ValueError: The shape differs, or no voxel is valid.
-    """
-    if mask is None:
-        return None
-    mask = np.asarray(mask)
-    if mask.shape != tuple(shape):
-        raise ValueError(f"mask has shape {mask.shape}, but the volume has {tuple(shape)}")
-    mask = mask > 0
-    if not mask.any():
-        raise ValueError("the mask holds no valid voxel; drop it to use the whole volume")
-    return mask
-
-
-def _ids_of(values: Array) -> tuple[Ints, Ints]:
-    """Return the ids above 0 and their sizes."""
-    ids, sizes = np.unique(values[values > 0], return_counts=True)
-    return ids.astype(np.int64), sizes.astype(np.int64)
-
-
-def contingency_table(
-    *, prediction: Array, truth: Array, mask: Array | None = None
-) -> ContingencyTable:
-    """Return how instances of prediction and truth overlap inside the mask.
-
-    Args:
-        prediction: (Z, Y, X), integers; 0 is background.
-        truth: (Z, Y, X), integers; 0 is background.
-        mask: (Z, Y, X); voxels above 0 are valid. The whole volume where there is none.
-
-    Raises:
-        ValueError: Shapes differ, ids are no non-negative integers, or the mask is empty.
-    """
-    prediction = checked_labels(prediction, "prediction")
-    truth = checked_labels(truth, "truth")
-    if prediction.shape != truth.shape:
-        raise ValueError(f"prediction has shape {prediction.shape}, but truth has {truth.shape}")
-    valid = checked_mask(mask, truth.shape)
-    either = (prediction > 0) | (truth > 0)
-    if valid is not None:
-        either &= valid
-    voxels = int(truth.size if valid is None else np.count_nonzero(valid))
-    segments, labels = prediction[either], truth[either]
-    truth_ids, truth_sizes = _ids_of(labels)
-    segment_ids, segment_sizes = _ids_of(segments)
-    both = (segments > 0) & (labels > 0)
-    columns = max(len(segment_ids), 1)
-    keys = np.searchsorted(truth_ids, labels[both].astype(np.int64)) * columns
-    keys += np.searchsorted(segment_ids, segments[both].astype(np.int64))
-    pairs, pair_voxels = np.unique(keys, return_counts=True)
-    return ContingencyTable(
-        voxels=voxels,
-        truth_ids=truth_ids,
-        truth_sizes=truth_sizes,
-        segment_ids=segment_ids,
-        segment_sizes=segment_sizes,
-        pair_truth=pairs // columns,
-        pair_segment=pairs % columns,
-        pair_voxels=pair_voxels.astype(np.int64),
-    )
+    error: Any
+    precision: Any
+    recall: Any
 
 
 def rand_from_sums(
@@ -194,13 +89,13 @@ def _adapted_rand(table: ContingencyTable, segment_sizes: Ints) -> AdaptedRand:
     """Return adapted Rand error with the given sizes of the segments."""
     if not len(table.truth_ids):
         raise ValueError(EMPTY_TRUTH)
-    error, precision, recall = rand_from_sums(
-        pair_squares=np.square(table.pair_voxels).sum(),
-        segment_squares=np.square(segment_sizes).sum(),
+    figures = rand_from_sums(
+        pair_squares=np.square(table.pair_voxels).sum(axis=0),
+        segment_squares=np.square(segment_sizes).sum(axis=0),
         truth_squares=np.square(table.truth_sizes).sum(),
-        uncovered_share=np.float64(table.uncovered) / np.float64(table.voxels),
+        uncovered_share=table.uncovered / np.float64(table.voxels),
     )
-    return AdaptedRand(float(error), float(precision), float(recall))
+    return AdaptedRand(*(figure[()] for figure in figures))
 
 
 def adapted_rand(table: ContingencyTable) -> AdaptedRand:
@@ -230,48 +125,22 @@ def adapted_rand_foreground(table: ContingencyTable) -> AdaptedRand:
     return _adapted_rand(table, table.segment_sizes)
 
 
-def skimage_adapted_rand_error(
-    *, prediction: Array, truth: Array, mask: Array | None = None
-) -> float:
-    """Return scikit-image's adapted Rand error, where predicted background is a segment.
+def skimage_adapted_rand_error(table: ContingencyTable) -> Any:
+    """Return adapted Rand error as scikit-image defines it: over pairs of truth voxels.
 
-    Raises:
-        ValueError: There is no truth inside the mask.
-    """
-    valid = checked_mask(mask, truth.shape)
-    inside = truth > 0 if valid is None else (truth > 0) & valid
-    if not inside.any():
-        raise ValueError(EMPTY_TRUTH)
-    # The error counts voxels within truth alone, so the rest of the volume need not be passed.
-    labels = np.unique(truth[inside], return_inverse=True)[1] + 1
-    segments = np.unique(np.append(prediction[inside], 0), return_inverse=True)[1][:-1]
-    return float(skimage_error(labels.astype(np.int64), segments.astype(np.int64))[0])
-
-
-def variation_of_information(table: ContingencyTable) -> tuple[float, float]:
-    """Return variation of information over truth voxels in bits: (split, merge).
-
-    Split is H(segment | truth), merge is H(truth | segment). Predicted background counts as
-    one segment, so that missed voxels cost something.
+    Predicted background counts as one segment. Where there is no pair at all, it is 0.
 
     Raises:
         ValueError: There is no truth.
-
-    Source: Meila 2007, doi:10.1016/j.jmva.2006.11.013.
     """
     if not len(table.truth_ids):
         raise ValueError(EMPTY_TRUTH)
-    found = np.zeros(len(table.truth_ids), np.int64)
-    np.add.at(found, table.pair_truth, table.pair_voxels)
-    background = table.truth_sizes - found
-    pairs = np.concatenate([table.pair_voxels, background])
-    split, merge = voi_from_sums(
-        pair_logs=log_terms(pairs).sum(),
-        segment_logs=log_terms(table.segment_sizes_in_truth).sum(),
-        truth_sizes=table.truth_sizes,
-        uncovered=np.array(table.uncovered),
-    )
-    return float(split), float(merge)
+    voxels = table.truth_sizes.sum()
+    missed = (table.truth_sizes - table.truth_sizes_found.T).T
+    pairs = np.square(table.pair_voxels).sum(axis=0) + np.square(missed).sum(axis=0) - voxels
+    held = np.square(table.segment_sizes_in_truth).sum(axis=0) + np.square(table.uncovered)
+    total = held + np.square(table.truth_sizes).sum() - 2 * voxels
+    return np.where(total > 0, 1.0 - 2.0 * pairs / np.maximum(total, 1), 0.0)[()]
 
 
 def log_terms(counts: npt.ArrayLike) -> Array:
@@ -302,6 +171,29 @@ def voi_from_sums(
     return np.maximum(split, 0.0), np.maximum(merge, 0.0)
 
 
+def variation_of_information(table: ContingencyTable) -> tuple[Any, Any]:
+    """Return variation of information over truth voxels in bits: (split, merge).
+
+    Split is H(segment | truth), merge is H(truth | segment). Predicted background counts as
+    one segment, so that missed voxels cost something.
+
+    Raises:
+        ValueError: There is no truth.
+
+    Source: Meila 2007, doi:10.1016/j.jmva.2006.11.013.
+    """
+    if not len(table.truth_ids):
+        raise ValueError(EMPTY_TRUTH)
+    background = (table.truth_sizes - table.truth_sizes_found.T).T
+    pairs = log_terms(table.pair_voxels).sum(axis=0) + log_terms(background).sum(axis=0)
+    return voi_from_sums(
+        pair_logs=pairs,
+        segment_logs=log_terms(table.segment_sizes_in_truth).sum(axis=0),
+        truth_sizes=table.truth_sizes,
+        uncovered=table.uncovered,
+    )
+
+
 def f1_from_counts(
     *, matched: npt.ArrayLike, predicted: npt.ArrayLike, true: npt.ArrayLike
 ) -> Array:
@@ -310,16 +202,119 @@ def f1_from_counts(
     return 2.0 * np.asarray(matched, np.float64) / np.where(total > 0, total, 1.0)
 
 
+def ious(table: ContingencyTable) -> Array:
+    """Return the intersection over union of each overlapping pair."""
+    sizes = (table.truth_sizes[table.pair_truth] + table.segment_sizes[table.pair_segment].T).T
+    return table.pair_voxels / np.maximum(sizes - table.pair_voxels, 1)
+
+
+def matches(table: ContingencyTable, iou: float) -> Any:
+    """Return the largest number of one-to-one matches with an IoU of at least `iou`.
+
+    This is how stardist and panoptica count; `match_instances` wants more than `iou` instead,
+    so the two differ where an IoU equals it.
+    """
+    edges = ious(table) >= iou
+    counts = np.asarray(np.count_nonzero(edges, axis=0))
+    if iou > 0.5:  # no instance can have two partners
+        return counts
+    crowded = np.zeros(counts.shape, bool)
+    for rows, total in (
+        (table.pair_truth, len(table.truth_ids)),
+        (table.pair_segment, len(table.segment_ids)),
+    ):
+        crowded |= (summed(edges.astype(np.int64), rows, total) > 1).any(axis=0)
+    if crowded.any():
+        from scipy.sparse import csr_array
+        from scipy.sparse.csgraph import maximum_bipartite_matching
+
+        shape = (len(table.truth_ids), len(table.segment_ids))
+        columns, flat = edges.reshape(len(edges), -1), counts.reshape(-1)
+        for column in np.flatnonzero(crowded):
+            own = columns[:, column]
+            pairs = (table.pair_truth[own], table.pair_segment[own])
+            graph = csr_array((np.ones(np.count_nonzero(own)), pairs), shape=shape)
+            flat[column] = np.count_nonzero(maximum_bipartite_matching(graph) >= 0)
+    return counts
+
+
+def f1_at(table: ContingencyTable, iou: float) -> Any:
+    """Return F1 of the matches with an IoU of at least `iou`."""
+    return f1_from_counts(
+        matched=matches(table, iou),
+        predicted=table.instances_predicted,
+        true=np.array(len(table.truth_ids)),
+    )
+
+
+def average_precision(table: ContingencyTable, iou: float) -> Any:
+    """Return matches / (matches + false positives + missed) at an IoU of at least `iou`.
+
+    Source: Data Science Bowl 2018, doi:10.1038/s41592-019-0612-7, as stardist counts it.
+    """
+    matched = matches(table, iou)
+    return matched / np.maximum(table.instances_predicted + len(table.truth_ids) - matched, 1)
+
+
+def segmentation_quality(table: ContingencyTable) -> Any:
+    """Return the mean IoU of the matches at an IoU of at least 0.5, 0 where none matches.
+
+    Source: Kirillov et al. 2019, doi:10.1109/CVPR.2019.00963.
+    """
+    pairs, matched = ious(table), matches(table, 0.5)
+    sure = pairs > 0.5
+    # Whatever competes for a partner at 0.5 has an IoU of exactly 0.5.
+    total = (pairs * sure).sum(axis=0) + 0.5 * (matched - np.count_nonzero(sure, axis=0))
+    return total / np.maximum(matched, 1)
+
+
+def best_dice(table: ContingencyTable) -> Any:
+    """Return symmetric best Dice: the smaller of the mean best Dice of truths and of segments.
+
+    Source: Scharr et al. 2014, CVPPP leaf segmentation challenge.
+    """
+    sizes = (table.truth_sizes[table.pair_truth] + table.segment_sizes[table.pair_segment].T).T
+    dice = 2 * table.pair_voxels / np.maximum(sizes, 1)
+    means = []
+    for rows, total, count in (
+        (table.pair_truth, len(table.truth_ids), len(table.truth_ids)),
+        (table.pair_segment, len(table.segment_ids), table.instances_predicted),
+    ):
+        best = np.zeros((total, *dice.shape[1:]))
+        np.maximum.at(best, rows, dice)
+        means.append(best.sum(axis=0) / np.maximum(count, 1))
+    return np.minimum(*means)
+
+
+def _bias(predicted: Any, true: Any) -> Any:
+    """Return how much more is predicted than true, as a share of what is true."""
+    return (predicted - true) / np.float64(true)
+
+
+@dataclass(frozen=True, slots=True)
+class InstanceMatching:
+    """Which instances were found, and what went wrong with the others, by id."""
+
+    matched: int
+    precision: float
+    recall: float
+    f1: float
+    missed: tuple[int, ...]
+    split: tuple[int, ...]
+    merged: tuple[int, ...]
+    invented: tuple[int, ...]
+
+
 def match_instances(table: ContingencyTable, *, iou: float = 0.5) -> InstanceMatching:
-    """Return which instances match, and which are missed, split, merged or invented.
+    """Return which instances match, and which are missed, split, merged or false positives.
 
     A pair matches when its intersection over union is above `iou`; from 0.5 on a match is
     then unique without an assignment. A truth is missed when no segment holds a tenth of it,
     split when several do. A segment is merged when it holds a tenth of several truths, and
-    invented when no truth makes up a tenth of it.
+    invented (a false positive) when no truth makes up a tenth of it.
 
     Args:
-        table: Overlaps inside the mask.
+        table: Overlaps inside the mask, of one segmentation.
         iou: Limit in [0.5, 1).
 
     Raises:
@@ -339,7 +334,7 @@ def match_instances(table: ContingencyTable, *, iou: float = 0.5) -> InstanceMat
     held = np.bincount(table.pair_segment[of_truth], minlength=segments)
     backed = np.bincount(table.pair_segment[of_segment], minlength=segments)
 
-    def ids(values: Ints, where: Array) -> tuple[int, ...]:
+    def ids(values: Ids, where: Array) -> tuple[int, ...]:
         return tuple(int(value) for value in values[where])
 
     return InstanceMatching(
@@ -354,76 +349,238 @@ def match_instances(table: ContingencyTable, *, iou: float = 0.5) -> InstanceMat
     )
 
 
+def by_size(table: ContingencyTable) -> dict[str, dict[str, Any]]:
+    """Return what became of small, medium and large truths: thirds of them by their size.
+
+    Truths of one size are never parted, so the thirds are as even as that allows.
+    """
+    matching = match_instances(table)
+    first, second = np.quantile(table.truth_sizes, [1 / 3, 2 / 3], method="inverted_cdf")
+    pairs = ious(table)
+    found = np.isin(np.arange(len(table.truth_ids)), table.pair_truth[pairs > 0.5])
+    ids = {name: np.array(getattr(matching, name), np.uint64) for name in ("missed", "split")}
+    classes = {}
+    for name, low, high in (("small", 0, first), ("medium", first, second),
+                            ("large", second, np.inf)):  # fmt: skip
+        own = (table.truth_sizes > low) & (table.truth_sizes <= high)
+        sizes = table.truth_sizes[own]
+        classes[name] = {
+            "smallest_voxels": int(sizes.min()) if len(sizes) else None,
+            "largest_voxels": int(sizes.max()) if len(sizes) else None,
+            "instances_true": len(sizes),
+            "matched_iou50": int(np.count_nonzero(found[own])),
+            **{kind: int(np.isin(table.truth_ids[own], of).sum()) for kind, of in ids.items()},
+        }
+    return classes
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One figure of a segmentation, which may be a study's objective.
+
+    Args:
+        name: On the command line, in records and in `objective.metric`.
+        label: What people read.
+        direction: Whether `lower` or `higher` values are better, or those near `zero`.
+        of_table: The figure of a contingency table.
+        stacked: Whether `of_table` reads a stack too, and returns one figure a combination. A
+            sweep calls one that does not for each combination.
+    """
+
+    name: str
+    label: str
+    direction: Literal["lower", "higher", "zero"]
+    of_table: Callable[[ContingencyTable], Any]
+    stacked: bool = False
+
+    def cost(self, value: Any) -> Any:
+        """Return the figure as something to be minimised."""
+        if self.direction == "zero":
+            return abs(value)
+        return value if self.direction == "lower" else 1.0 - value
+
+    @property
+    def cost_label(self) -> str:
+        """Return what is minimised, as people read it."""
+        return {"lower": self.label, "higher": f"1 − {self.label}", "zero": f"|{self.label}|"}[
+            self.direction
+        ]
+
+
+def _above_half(table: ContingencyTable) -> Any:
+    """Return the number of matches with an IoU above 0.5, which are unique."""
+    return np.count_nonzero(ious(table) > 0.5, axis=0)
+
+
+def _f1(table: ContingencyTable) -> Any:
+    """Return F1 of the matches with an IoU above 0.5."""
+    return f1_from_counts(
+        matched=_above_half(table),
+        predicted=table.instances_predicted,
+        true=np.array(len(table.truth_ids)),
+    )
+
+
+METRICS: dict[str, Metric] = {}
+"""Every metric under its name, in the order in which they are listed."""
+
+
+def register_metric(metric: Metric) -> Metric:
+    """Enter a metric into `METRICS`, and return it.
+
+    Raises:
+        ValueError: Its name is taken, no identifier, or its direction is none of the three.
+    """
+    if not metric.name.isidentifier() or metric.name in (*METRICS, *COUNTS):
+        reason = "taken" if metric.name.isidentifier() else "no identifier"
+        raise ValueError(f"metric name {metric.name!r} is {reason}; give it another")
+    if metric.direction not in ("lower", "higher", "zero"):
+        raise ValueError(
+            f"metric '{metric.name}' has direction {metric.direction!r}, but it must be lower, "
+            "higher or zero"
+        )
+    METRICS[metric.name] = metric
+    return metric
+
+
+COUNTS = (
+    "instances_true", "instances_predicted", "matched_iou50", "missed", "split", "merged",
+    "invented", "by_size",
+)  # fmt: skip
+"""What a score holds beside the metrics."""
+
+ERROR, FOREGROUND = "adapted Rand error", "adapted Rand error, foreground form"
+VOI = "variation of information"
+_stacked = partial(Metric, stacked=True)
+for _metric in (
+    _stacked("adapted_rand_error", ERROR, "lower", lambda t: adapted_rand(t).error),
+    _stacked("adapted_rand_precision", "adapted Rand precision", "higher",
+             lambda t: adapted_rand(t).precision),
+    _stacked("adapted_rand_recall", "adapted Rand recall", "higher",
+             lambda t: adapted_rand(t).recall),
+    _stacked("adapted_rand_error_foreground", FOREGROUND, "lower",
+             lambda t: adapted_rand_foreground(t).error),
+    _stacked("skimage_adapted_rand_error", f"{ERROR}, as scikit-image has it", "lower",
+             skimage_adapted_rand_error),
+    _stacked("voi_split", f"{VOI}, split", "lower", lambda t: variation_of_information(t)[0]),
+    _stacked("voi_merge", f"{VOI}, merge", "lower", lambda t: variation_of_information(t)[1]),
+    _stacked("voi", VOI, "lower", lambda t: sum(variation_of_information(t))),
+    _stacked("f1_iou50", "F1 at IoU 0.5", "higher", _f1),
+    _stacked("precision_iou50", "precision at IoU 0.5", "higher",
+             lambda t: _above_half(t) / np.maximum(t.instances_predicted, 1)),
+    _stacked("recall_iou50", "recall at IoU 0.5", "higher",
+             lambda t: _above_half(t) / max(len(t.truth_ids), 1)),
+    _stacked("f1_iou30", "F1 at IoU 0.3", "higher", lambda t: f1_at(t, 0.3)),
+    _stacked("f1_iou75", "F1 at IoU 0.75", "higher", lambda t: f1_at(t, 0.75)),
+    _stacked("ap_iou50", "average precision at IoU 0.5", "higher",
+             lambda t: average_precision(t, 0.5)),
+    _stacked("ap_iou75", "average precision at IoU 0.75", "higher",
+             lambda t: average_precision(t, 0.75)),
+    _stacked("ap", "average precision over IoU 0.5 to 0.95", "higher",
+             lambda t: sum(average_precision(t, iou) for iou in IOU_LIMITS) / len(IOU_LIMITS)),
+    _stacked("pq", "panoptic quality", "higher",
+             lambda t: segmentation_quality(t) * f1_at(t, 0.5)),
+    _stacked("sq", "segmentation quality", "higher", segmentation_quality),
+    _stacked("rq", "recognition quality", "higher", lambda t: f1_at(t, 0.5)),
+    _stacked("best_dice", "symmetric best Dice", "higher", best_dice),
+    _stacked("count_bias", "bias of the instance count", "zero",
+             lambda t: _bias(t.instances_predicted, len(t.truth_ids))),
+    _stacked("volume_bias", "bias of the instances' volume", "zero",
+             lambda t: _bias(t.segment_sizes.sum(axis=0), t.truth_sizes.sum())),
+):  # fmt: skip
+    METRICS[_metric.name] = _metric
+
+
 @dataclass(frozen=True)
 class Score:
-    """Every figure of one segmentation, named as on the command line."""
+    """Every figure of one segmentation; each metric and count is an attribute of its name.
 
-    adapted_rand_error: float
-    adapted_rand_precision: float
-    adapted_rand_recall: float
-    adapted_rand_error_foreground: float
-    skimage_adapted_rand_error: float
-    voi_split: float
-    voi_merge: float
-    instances_true: int
-    instances_predicted: int
-    matched_iou50: int
-    precision_iou50: float
-    recall_iou50: float
-    f1_iou50: float
-    missed: tuple[int, ...]
-    split: tuple[int, ...]
-    merged: tuple[int, ...]
-    invented: tuple[int, ...]
+    Args:
+        metrics: Of each entry of `METRICS`.
+        table: What they were read from.
+        matching: Counts and ids of what matched and what went wrong.
+    """
 
-    def as_dict(self) -> dict[str, Any]:
-        """Return the figures as plain JSON types."""
-        return {
-            key: list(value) if isinstance(value, tuple) else value
-            for key, value in asdict(self).items()
-        }
+    metrics: Mapping[str, float]
+    table: ContingencyTable
+    matching: InstanceMatching
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_") or name in ("metrics", "table", "matching"):
+            raise AttributeError(name)
+        try:
+            return self.metrics[name]
+        except KeyError:
+            return getattr(self.matching, name)
+
+    @property
+    def instances_true(self) -> int:
+        """Return the number of truths."""
+        return len(self.table.truth_ids)
+
+    @property
+    def instances_predicted(self) -> int:
+        """Return the number of segments."""
+        return len(self.table.segment_ids)
+
+    @property
+    def matched_iou50(self) -> int:
+        """Return the number of matches with an IoU above 0.5."""
+        return self.matching.matched
+
+    @property
+    def by_size(self) -> dict[str, dict[str, Any]]:
+        """Return what became of small, medium and large truths."""
+        return by_size(self.table)
 
     @property
     def counts(self) -> dict[str, int]:
         """Return how many instances are missed, split, merged and invented."""
         return {key: len(getattr(self, key)) for key in ("missed", "split", "merged", "invented")}
 
+    def as_dict(self) -> dict[str, Any]:
+        """Return the figures as plain JSON types."""
+        counts = {name: getattr(self, name) for name in COUNTS}
+        plain = {k: list(v) if isinstance(v, tuple) else v for k, v in counts.items()}
+        return {**self.metrics, **plain}
 
-def score(*, prediction: Array, truth: Array, mask: Array | None = None) -> Score:
+
+def score(table: ContingencyTable) -> Score:
     """Return every figure of a segmentation against the ground truth.
 
     Args:
-        prediction: (Z, Y, X), integers; 0 is background.
-        truth: (Z, Y, X), integers; 0 is background.
-        mask: (Z, Y, X); voxels above 0 are valid. The whole volume where there is none.
+        table: Of `contingency_table`, or several of them `joined`.
 
     Raises:
-        ValueError: Shapes differ, ids are no non-negative integers, or no truth is left.
+        ValueError: There is no truth, or a registered metric gives no finite number.
     """
-    prediction = checked_labels(prediction, "prediction")
-    truth = checked_labels(truth, "truth")
-    table = contingency_table(prediction=prediction, truth=truth, mask=mask)
-    rand = adapted_rand(table)
-    split, merge = variation_of_information(table)
-    matching = match_instances(table)
-    return Score(
-        adapted_rand_error=rand.error,
-        adapted_rand_precision=rand.precision,
-        adapted_rand_recall=rand.recall,
-        adapted_rand_error_foreground=adapted_rand_foreground(table).error,
-        skimage_adapted_rand_error=skimage_adapted_rand_error(
-            prediction=prediction, truth=truth, mask=mask
-        ),
-        voi_split=split,
-        voi_merge=merge,
-        instances_true=len(table.truth_ids),
-        instances_predicted=len(table.segment_ids),
-        matched_iou50=matching.matched,
-        precision_iou50=matching.precision,
-        recall_iou50=matching.recall,
-        f1_iou50=matching.f1,
-        missed=matching.missed,
-        split=matching.split,
-        merged=matching.merged,
-        invented=matching.invented,
-    )
+    if not len(table.truth_ids):
+        raise ValueError(EMPTY_TRUTH)
+    metrics = {name: value_of(metric, table) for name, metric in METRICS.items()}
+    return Score(metrics, table, match_instances(table))
+
+
+def score_labels(
+    *, prediction: Array, truth: Array, mask: Array | None = None, ignore: Collection[int] = ()
+) -> Score:
+    """Return every figure of a segmentation against the ground truth.
+
+    Args:
+        prediction, truth, mask, ignore: As for `contingency_table`.
+
+    Raises:
+        ValueError: As for `contingency_table` and `score`.
+    """
+    return score(contingency_table(prediction=prediction, truth=truth, mask=mask, ignore=ignore))
+
+
+def value_of(metric: Metric, table: ContingencyTable) -> float:
+    """Return one metric of one segmentation.
+
+    Raises:
+        ValueError: It gives no finite number.
+    """
+    value = float(metric.of_table(table))
+    if not np.isfinite(value):
+        raise ValueError(f"metric '{metric.name}' gives {value}, but a finite number is required")
+    return value

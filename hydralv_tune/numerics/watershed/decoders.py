@@ -1,101 +1,193 @@
 """Probabilities to instances: `DECODERS` holds each decoder under its name.
 
-To add one, write a function of (probabilities, mask, keyword arguments) and enter it there.
-Neither decoder writes to its input.
+A new one is a function of (probabilities, mask, keyword arguments) that leaves its input alone,
+and one entry in the table, or `register_decoder` at run time. Numba is imported when something
+is decoded, since names and arguments are checked where nothing is.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
-from hydralv_tune.numerics.watershed.flood import Workspace, keep_large
-from hydralv_tune.numerics.watershed.graph import (
-    CHANNELS,
-    FLOOR,
-    WatershedGraph,
-    contour_relief,
-    distance_relief,
-    foreground_relief,
-)
+if TYPE_CHECKING:
+    from hydralv_tune.numerics.watershed.graph import WatershedGraph
 
 Array = npt.NDArray[Any]
 Labels = npt.NDArray[np.int32]
 Pair = Sequence[float | None]
-Decoder = Callable[..., Labels]
+
+FLOOR = 0.1
+CONTOUR = "decode_instance_binary_contour_distance"
+THRESHOLDS = ("binary_threshold", "contour_threshold", "distance_threshold")
 
 
-def checked_pair(name: str, pair: Pair) -> tuple[float, float | None]:
-    """Return a threshold pair (seed, foreground); None or infinity switches a contour test off.
+@dataclass(frozen=True)
+class Argument:
+    """One keyword argument of a decoder: its default, and which values it may have.
 
-    Raises:
-        ValueError: It is no pair of finite numbers, or None stands elsewhere.
+    Args:
+        default: Taken where nothing is given.
+        kind: `pair` is [seed, foreground], two numbers; `size` a number of voxels; `choice` one
+            of `choices`; `any` is passed on unchecked.
+        low, high: Range of a number, or of both of a pair; None is no limit.
+        choices: Of a choice.
+        may_be_off: Whether None, like infinity, switches the test off.
     """
-    if isinstance(pair, str) or not isinstance(pair, Sequence) or len(pair) != 2:
-        raise ValueError(f"{name} is {pair!r}, but it is a pair: [seed, foreground]")
-    seed, foreground = (checked_threshold(name, value) for value in pair)
-    return (np.inf if seed is None else seed), foreground
+
+    default: Any
+    kind: Literal["pair", "number", "integer", "size", "choice", "any"]
+    low: float | None = None
+    high: float | None = None
+    choices: tuple[Any, ...] = ()
+    may_be_off: bool = False
+
+    def axes(self, name: str) -> tuple[str, ...]:
+        """Return the axes that a sweep may give it."""
+        if self.kind == "pair":
+            return f"{name}.seed", f"{name}.foreground"
+        return (name,) if self.kind in ("number", "integer", "size") else ()
+
+    def checked(self, name: str, value: Any) -> Any:
+        """Return one value, or one of a pair, as a number; infinity where it is off.
+
+        Raises:
+            ValueError: It is no number of the right kind. Its range is not looked at.
+        """
+        if self.kind in ("choice", "any"):
+            return value
+        if self.may_be_off and (value is None or value == np.inf):
+            return float(np.inf)
+        number = isinstance(value, int | float | np.number) and not isinstance(value, bool)
+        finite = number and bool(np.isfinite(value))
+        if self.kind == "size" and not (finite and int(value) == value and value >= 0):
+            raise ValueError(f"{name} is {value!r}, but it is a number of voxels from 0 on")
+        if self.kind == "integer" and not (finite and int(value) == value):
+            raise ValueError(f"{name} is {value!r}, but it must be a whole number")
+        if not finite:
+            kind = "a threshold is" if self.kind == "pair" else "it must be"
+            raise ValueError(f"{name} holds {value!r}, but {kind} a finite number")
+        return int(value) if self.kind in ("integer", "size") else float(value)
+
+    def checked_pair(self, name: str, pair: Any) -> tuple[float, float]:
+        """Return (seed, foreground), each checked.
+
+        Raises:
+            ValueError: It is no pair of numbers.
+        """
+        if isinstance(pair, str) or not isinstance(pair, Sequence) or len(pair) != 2:
+            raise ValueError(f"{name} is {pair!r}, but it is a pair: [seed, foreground]")
+        return self.checked(name, pair[0]), self.checked(name, pair[1])
+
+    def problem(self, name: str, value: Any) -> str | None:
+        """Return which rule a value of a configuration breaks, or None.
+
+        Args:
+            name: Of the argument, for the message.
+            value: The whole one, or one of a pair.
+        """
+        if self.kind == "any" or (value is None and self.may_be_off):
+            return None
+        if self.kind == "choice":
+            return None if value in self.choices else f"it is {' or '.join(map(str, self.choices))}"
+        if self.kind == "size":
+            whole = type(value) is int and value >= 0
+            return None if whole else "it is a whole number of voxels from 0 on"
+        if self.kind == "integer" and type(value) is not int:
+            return "it is a whole number"
+        if not isinstance(value, int | float) or isinstance(value, bool) or value != value:
+            return "a threshold is a number" if self.kind == "pair" else "it is a number"
+        low, high = self.low, self.high
+        if (low is None or value >= low) and (high is None or value <= high):
+            return None
+        words = name.partition(".")[0].replace("_", " ")
+        if low is not None and high is not None:
+            return f"a {words} must be in [{low:g}, {high:g}]"
+        return f"a {words} must be at {'most' if low is None else 'least'} " + (
+            f"{high:g}" if low is None else f"{low:g}"
+        )
 
 
-def checked_threshold(name: str, value: Any) -> float | None:
-    """Return one threshold; None, which only a contour threshold may be, is off.
+@dataclass(frozen=True)
+class SweepForm:
+    """How a sweep takes a decoder apart: one flood serves every foreground threshold.
 
-    Raises:
-        ValueError: It is no finite number.
+    A sweep may give `min_seed_size` and `min_instance_size` axes too.
+
+    Args:
+        seeds: Axes that decide the seeds, one for each channel of the graph.
+        flood: Axes that decide where the flood runs; each of their values costs a graph.
+        foreground: Axes that cut the flood afterwards, one for each channel, or none.
+        signs: 1 for a channel that must be above its threshold, -1 for one below it.
+        graph: Of (maps, mask, axes, fixed): what serves every combination.
+        cut: Of (graph, value): the graph of one value of the flood axis.
     """
-    if name.startswith("contour_threshold") and (value is None or value == np.inf):
-        return None
-    number = isinstance(value, int | float | np.number) and not isinstance(value, bool)
-    if not number or not np.isfinite(value):
-        raise ValueError(f"{name} holds {value!r}, but a threshold is a finite number")
-    return float(value)
+
+    seeds: tuple[str, ...]
+    flood: tuple[str, ...]
+    foreground: tuple[str, ...]
+    signs: tuple[int, ...]
+    graph: Callable[[Array, Array | None, Mapping[str, Any], Mapping[str, Any]], WatershedGraph]
+    cut: Callable[[WatershedGraph, float], WatershedGraph] | None = None
 
 
-def checked_size(name: str, size: Any) -> int:
-    """Return a size in voxels.
+@dataclass(frozen=True)
+class Decoder:
+    """A decoder: its function, its arguments, and how it is swept.
 
-    Raises:
-        ValueError: It is no integer from 0 on.
+    Args:
+        function: Of (probabilities (3, Z, Y, X), mask (Z, Y, X) or None, keyword arguments);
+            returns labels (Z, Y, X), integers, 0 is background.
+        arguments: Every keyword argument of the function.
+        sweep: None where a sweep has to decode each combination, which takes the time of
+            `decode` for each and is meant for small grids.
     """
-    number = isinstance(size, int | float | np.number) and not isinstance(size, bool)
-    if not number or not np.isfinite(size) or int(size) != size or size < 0:
-        raise ValueError(f"{name} is {size!r}, but it is a number of voxels from 0 on")
-    return int(size)
 
+    function: Callable[..., Labels]
+    arguments: Mapping[str, Argument]
+    sweep: SweepForm | None = None
 
-def above(channel: int, threshold: float | None) -> float:
-    """Return the threshold for `value > threshold`, with the contour negated."""
-    if channel == 1:
-        return -np.inf if threshold is None else -float(threshold)
-    if threshold is None:
-        raise ValueError(f"{CHANNELS[channel]}_threshold is None, but only contour may be off")
-    return float(threshold)
+    @property
+    def slow_axes(self) -> tuple[str, ...]:
+        """Return the axes of which each combination costs a flood, or a decoding."""
+        if self.sweep is None:
+            return tuple(axis for name, own in self.arguments.items() for axis in own.axes(name))
+        return *self.sweep.seeds, *self.sweep.flood, "min_seed_size"
+
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """Return every axis that a sweep may have, in the order of its table."""
+        fast = () if self.sweep is None else ("min_instance_size", *self.sweep.foreground)
+        return *self.slow_axes, *fast
 
 
 def _labels_of(
-    relief: WatershedGraph, seeds: Array, min_seed_size: int, min_instance_size: int
+    graph: WatershedGraph, seeds: Array, min_seed_size: int, min_instance_size: int
 ) -> Labels:
     """Return the volume of labels after seeds and flood, renumbered from 1.
 
     Args:
-        relief: Its wanted nodes are the foreground.
+        graph: Its needed nodes are the foreground.
         seeds: (channels,), float64, the seed thresholds.
         min_seed_size, min_instance_size: In voxels.
     """
-    space = Workspace(relief)
+    from hydralv_tune.numerics.watershed.flood import Workspace, keep_large
+
+    space = Workspace(graph)
     kept, names, _ = keep_large(*space.seeds(seeds), min_seed_size)
-    labels = np.where(relief.wanted, space.flooded(kept, names), 0)
+    labels = np.where(graph.needed, space.flooded(kept, names), 0)
     sizes = np.bincount(labels, minlength=1)
     large = sizes >= max(min_instance_size, 1)
     large[0] = False
     renamed = np.where(large, np.cumsum(large), 0).astype(np.int32)
-    volume = np.zeros(relief.box.shape, np.int32)
+    volume = np.zeros(graph.box.shape, np.int32)
     found = np.flatnonzero(labels)
-    volume.ravel()[relief.box.voxels_of(relief.nodes[found])] = renamed[labels[found]]
+    volume.ravel()[graph.box.voxels_of(graph.nodes[found])] = renamed[labels[found]]
     return volume
 
 
@@ -134,19 +226,20 @@ def decode_instance_binary_contour_distance(
     Raises:
         ValueError: The input or an argument breaks its rule.
     """
-    pairs = [
-        checked_pair("binary_threshold", binary_threshold),
-        checked_pair("contour_threshold", contour_threshold),
-        checked_pair("distance_threshold", distance_threshold),
-    ]
-    least = checked_size("min_seed_size", min_seed_size)
-    smallest = checked_size("min_instance_size", min_instance_size)
-    seeds = [above(channel, pair[0]) for channel, pair in enumerate(pairs)]
-    limits = [above(channel, pair[1]) for channel, pair in enumerate(pairs)]
-    relief = contour_relief(
-        probabilities, mask, seeds=seeds, limits=limits, flood=flood, floor=floor
+    from hydralv_tune.numerics.watershed.graph import contour_graph
+
+    known, form = DECODERS[CONTOUR].arguments, DECODERS[CONTOUR].sweep
+    assert form is not None
+    given = dict(zip(THRESHOLDS, (binary_threshold, contour_threshold, distance_threshold),
+                     strict=True))  # fmt: skip
+    pairs = [known[name].checked_pair(name, pair) for name, pair in given.items()]
+    least = known["min_seed_size"].checked("min_seed_size", min_seed_size)
+    smallest = known["min_instance_size"].checked("min_instance_size", min_instance_size)
+    seeds, limits = np.array(pairs).T * form.signs
+    graph = contour_graph(
+        probabilities, mask, seeds=seeds.tolist(), limits=limits.tolist(), flood=flood, floor=floor
     )
-    return _labels_of(relief, np.array(seeds), least, smallest)
+    return _labels_of(graph, seeds, least, smallest)
 
 
 def decode_instance_watershed_distance(
@@ -176,20 +269,152 @@ def decode_instance_watershed_distance(
     Raises:
         ValueError: The input or an argument breaks its rule.
     """
-    seed, foreground = checked_pair("distance_threshold", distance_threshold)
-    low = above(2, foreground)
-    least = checked_size("min_seed_size", min_seed_size)
-    smallest = checked_size("min_instance_size", min_instance_size)
-    relief = distance_relief(probabilities, mask, seed=seed, lowest=min(seed, low))
-    relief = foreground_relief(relief, low)
-    return _labels_of(relief, np.array([seed]), least, smallest)
+    from hydralv_tune.numerics.watershed.graph import distance_graph, foreground_graph
+
+    seed, low = DISTANCE_PAIR.checked_pair("distance_threshold", distance_threshold)
+    least = SEED_SIZE.checked("min_seed_size", min_seed_size)
+    smallest = INSTANCE_SIZE.checked("min_instance_size", min_instance_size)
+    graph = distance_graph(probabilities, mask, seed=seed, lowest=min(seed, low))
+    return _labels_of(foreground_graph(graph, low), np.array([seed]), least, smallest)
 
 
+def _contour_graph(
+    maps: Array, mask: Array | None, axes: Mapping[str, Any], fixed: Mapping[str, Any]
+) -> WatershedGraph:
+    """Return the graph that serves every combination of the axes."""
+    from hydralv_tune.numerics.watershed.graph import contour_graph
+
+    signed = list(zip(THRESHOLDS, (1, -1, 1), strict=True))
+    seeds, limits = (
+        [min(sign * value for value in axes[f"{name}.{part}"]) for name, sign in signed]
+        for part in ("seed", "foreground")
+    )
+    extra = {key: fixed[key] for key in ("flood", "floor") if key in fixed}
+    return contour_graph(maps, mask, seeds=seeds, limits=limits, **extra)
+
+
+def _distance_graph(
+    maps: Array, mask: Array | None, axes: Mapping[str, Any], fixed: Mapping[str, Any]
+) -> WatershedGraph:
+    """Return the graph from which that of each foreground threshold is cut."""
+    from hydralv_tune.numerics.watershed.graph import distance_graph
+
+    seeds, limits = axes["distance_threshold.seed"], axes["distance_threshold.foreground"]
+    return distance_graph(maps, mask, seed=min(seeds), lowest=min(*seeds, *limits))
+
+
+def _cut_to_foreground(graph: WatershedGraph, threshold: float) -> WatershedGraph:
+    """Return the graph of one foreground threshold."""
+    from hydralv_tune.numerics.watershed.graph import foreground_graph
+
+    return foreground_graph(graph, threshold)
+
+
+SEED_SIZE, INSTANCE_SIZE = Argument(4, "size"), Argument(0, "size")
+DISTANCE_PAIR = Argument((0.5, 0.0), "pair", -1.0, 1.0)
+_DISTANCE = Decoder(
+    decode_instance_watershed_distance,
+    {
+        "distance_threshold": DISTANCE_PAIR,
+        "min_seed_size": SEED_SIZE,
+        "min_instance_size": INSTANCE_SIZE,
+    },
+    SweepForm(
+        seeds=("distance_threshold.seed",),
+        flood=("distance_threshold.foreground",),
+        foreground=(),
+        signs=(1,),
+        graph=_distance_graph,
+        cut=_cut_to_foreground,
+    ),
+)
 DECODERS: dict[str, Decoder] = {
-    "decode_instance_binary_contour_distance": decode_instance_binary_contour_distance,
-    "decode_instance_watershed_distance": decode_instance_watershed_distance,
-    "decode_distance_watershed": decode_instance_watershed_distance,
+    CONTOUR: Decoder(
+        decode_instance_binary_contour_distance,
+        {
+            "binary_threshold": Argument((0.5, 0.7), "pair", 0.0, 1.0),
+            "contour_threshold": Argument((0.8, None), "pair", 0.0, may_be_off=True),
+            "distance_threshold": Argument((0.5, -0.5), "pair", -1.0, 1.0),
+            "min_seed_size": SEED_SIZE,
+            "min_instance_size": INSTANCE_SIZE,
+            "flood": Argument("support", "choice", choices=("support", "volume")),
+            "floor": Argument(FLOOR, "number", 0.0, 1.0),
+        },
+        SweepForm(
+            seeds=tuple(f"{name}.seed" for name in THRESHOLDS),
+            flood=(),
+            foreground=tuple(f"{name}.foreground" for name in THRESHOLDS),
+            signs=(1, -1, 1),
+            graph=_contour_graph,
+        ),
+    ),
+    "decode_instance_watershed_distance": _DISTANCE,
+    "decode_distance_watershed": _DISTANCE,
 }
+
+
+def register_decoder(
+    name: str,
+    function: Callable[..., Labels],
+    *,
+    arguments: Mapping[str, Argument] | None = None,
+    sweep: SweepForm | None = None,
+) -> Decoder:
+    """Enter a decoder into `DECODERS`, and return it.
+
+    Args:
+        name: In configurations and on the command line.
+        function: As `Decoder.function`.
+        arguments: Left out, they are read from the function's keyword arguments: a float is a
+            number, an int a whole number, a sequence of two numbers a pair, a bool a choice.
+        sweep: As `Decoder.sweep`.
+
+    Raises:
+        ValueError: The name is taken, or a keyword argument has no default.
+    """
+    if name in DECODERS:
+        raise ValueError(f"decoder name '{name}' is taken; give it another")
+    known = read_arguments(function) if arguments is None else arguments
+    DECODERS[name] = Decoder(function, known, sweep)
+    return DECODERS[name]
+
+
+def read_arguments(function: Callable[..., Any]) -> dict[str, Argument]:
+    """Return the arguments that the keyword arguments of a function stand for.
+
+    Raises:
+        ValueError: One has no default.
+    """
+    return {
+        name: _inferred(name, parameter.default)
+        for name, parameter in inspect.signature(function).parameters.items()
+        if parameter.kind is inspect.Parameter.KEYWORD_ONLY
+    }
+
+
+def _inferred(name: str, default: Any) -> Argument:
+    """Return the argument that a default stands for."""
+    if default is inspect.Parameter.empty:
+        raise ValueError(f"keyword argument {name} of the decoder has no default; give it one")
+    if isinstance(default, bool):
+        return Argument(default, "choice", choices=(False, True))
+    if isinstance(default, int | float):
+        return Argument(default, "integer" if isinstance(default, int) else "number")
+    numbers = isinstance(default, list | tuple) and all(
+        isinstance(value, int | float) and not isinstance(value, bool) for value in default
+    )
+    return Argument(default, "pair" if numbers and len(default) == 2 else "any")
+
+
+def arguments_of(name: str) -> Mapping[str, Argument]:
+    """Return the arguments of a decoder.
+
+    Raises:
+        ValueError: No decoder has that name.
+    """
+    if name not in DECODERS:
+        raise ValueError(f"Unknown decoder '{name}'. Known: {', '.join(sorted(DECODERS))}.")
+    return DECODERS[name].arguments
 
 
 def decoder_arguments(name: str) -> dict[str, Any]:
@@ -198,12 +423,9 @@ def decoder_arguments(name: str) -> dict[str, Any]:
     Raises:
         ValueError: No decoder has that name.
     """
-    if name not in DECODERS:
-        raise ValueError(f"Unknown decoder '{name}'. Known: {', '.join(sorted(DECODERS))}.")
     return {
-        key: list(parameter.default) if isinstance(parameter.default, tuple) else parameter.default
-        for key, parameter in inspect.signature(DECODERS[name]).parameters.items()
-        if parameter.kind is inspect.Parameter.KEYWORD_ONLY
+        key: list(argument.default) if argument.kind == "pair" else argument.default
+        for key, argument in arguments_of(name).items()
     }
 
 
@@ -222,8 +444,14 @@ def decode(name: str, probabilities: Array, mask: Array | None = None, **argumen
     Raises:
         ValueError: The name or an argument is unknown, or the input breaks its rule.
     """
-    known = decoder_arguments(name)
+    known = arguments_of(name)
     for key in arguments:
         if key not in known:
             raise ValueError(f"Unknown argument '{key}' of {name}. Known: {', '.join(known)}.")
-    return DECODERS[name](probabilities, mask, **arguments)
+    labels = DECODERS[name].function(probabilities, mask, **arguments)
+    if labels.shape != probabilities.shape[1:] or labels.dtype.kind not in "iu":
+        raise ValueError(
+            f"decoder '{name}' returns {labels.dtype} labels of shape {labels.shape}, but must "
+            f"return integers of shape {probabilities.shape[1:]}"
+        )
+    return labels

@@ -1,7 +1,7 @@
 """What seeds and flood need of one volume, gathered section by section.
 
 A box holds the domain with one layer of wall around it, so that a neighbour is found by adding
-an offset and no test for borders is needed.
+an offset, without a test for borders.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 from numba import njit
 
-from hydralv_tune.numerics.metrics.scores import checked_mask
+from hydralv_tune.numerics.metrics.contingency import checked_mask
 
 Array = npt.NDArray[Any]
 Ints = npt.NDArray[np.int32]
@@ -25,7 +25,7 @@ FLOOR = 0.1
 SLACK = 1e-3
 """How far a value may leave its range: float16 rounds, and a mean of flips may pass 1 by an ulp."""
 MOST_PLACES = 2**31 - 1
-DRY, SEED, WANTED, BASIN = 1, 2, 4, 8
+DOMAIN, SEED, NEEDED, BASIN = 1, 2, 4, 8
 
 
 @dataclass(frozen=True)
@@ -102,14 +102,14 @@ class WatershedGraph:
     """The surface that is flooded: its nodes in raster order, and bits for the rest.
 
     A node is a voxel that may be a seed, that some combination calls foreground, or whose
-    distance is above 0. The other voxels of the domain, the plain, are only flooded through.
+    distance is above 0. The other voxels of the domain, the background, are only flooded through.
 
     `nodes` holds places in the box and `where` the node at a place, -1 for none. `values` is
     (channels, nodes) float32 with the contour negated, so that every test is `value >
-    threshold`. The lowest rank floods first; rank `levels` is that of the plain. `wanted` is 1
-    for a node whose label somebody asks for, and `missing` their number. `dry` has a bit for
-    each place of the domain, `known` for each node. Memory: 4.25 bytes a place of the box and
-    25 a node.
+    threshold`. The lowest rank floods first; rank `levels` is that of the background. `needed` is
+    1 for a node whose label is scored or returned, and `needed_count` their number. `unvisited`
+    has a bit for each place of the domain, `known` for each node. Memory: 4.25 bytes a place of
+    the box and 25 a node.
     """
 
     box: Box
@@ -119,11 +119,11 @@ class WatershedGraph:
     candidates: Ints
     ranks: Ints
     levels: int
-    wanted: npt.NDArray[np.uint8]
-    missing: int
-    dry: npt.NDArray[np.uint64]
+    needed: npt.NDArray[np.uint8]
+    needed_count: int
+    unvisited: npt.NDArray[np.uint64]
     known: npt.NDArray[np.uint64]
-    plain: int
+    background: int
 
 
 def checked_probabilities(probabilities: Array) -> Array:
@@ -138,11 +138,11 @@ def checked_probabilities(probabilities: Array) -> Array:
     array = np.asarray(probabilities)
     if array.ndim != 4 or array.shape[0] != 3:
         raise ValueError(
-            f"probabilities have shape {array.shape}, but (3, Z, Y, X) is due: "
+            f"probabilities have shape {array.shape}, but must have (3, Z, Y, X): "
             "binary, boundary, distance"
         )
     if not np.issubdtype(array.dtype, np.floating):
-        raise ValueError(f"probabilities have dtype {array.dtype}, but float16 or float32 is due")
+        raise ValueError(f"probabilities have dtype {array.dtype}, but must be float16 or float32")
     return array
 
 
@@ -166,17 +166,17 @@ def check_range(channel: int, values: Array) -> None:
 @njit(cache=True, nogil=True)
 def _scan(
     values: Any, valid: Any, bounded: bool, floor: float, seeds: Any, limits: Any, first: int,
-    wide: int, dry: Any,
+    wide: int, unvisited: Any,
 ) -> Any:  # fmt: skip
-    """Return the flags of one section's voxels, and set the bits of what is dry.
+    """Return the flags of one section's voxels, and set the bits of the domain.
 
     Args:
         values: (channels, Y, X), float32, the contour negated.
         valid: (Y, X), bool; empty where all are.
-        bounded: Only voxels with channel 0 above `floor` or the last above 0 are dry.
+        bounded: Only voxels with channel 0 above `floor` or the last above 0 are in the domain.
         seeds, limits: (channels,), float64: the lowest thresholds of seeds and foreground.
         first: The place of the section's first voxel; `wide` is the length of a padded row.
-        dry: Bits of the box.
+        unvisited: Bits of the box.
     """
     last = values.shape[0] - 1
     flags = np.zeros(values.shape[1] * values.shape[2], np.uint8)
@@ -188,13 +188,13 @@ def _scan(
             if bounded and not basin and not values[0, y, x] > floor:
                 continue
             seed = True
-            wanted = True
+            needed = True
             for channel in range(values.shape[0]):
                 seed &= values[channel, y, x] > seeds[channel]
-                wanted &= values[channel, y, x] > limits[channel]
+                needed &= values[channel, y, x] > limits[channel]
             place = first + y * wide + x
-            dry[place >> 6] |= np.uint64(1) << np.uint64(place & 63)
-            flags[y * values.shape[2] + x] = DRY | SEED * seed | WANTED * wanted | BASIN * basin
+            unvisited[place >> 6] |= np.uint64(1) << np.uint64(place & 63)
+            flags[y * values.shape[2] + x] = DOMAIN | SEED * seed | NEEDED * needed | BASIN * basin
     return flags
 
 
@@ -213,11 +213,11 @@ def _nothing(channels: Sequence[int]) -> tuple[list[Ints], list[Array], list[Arr
     return [empty], [np.zeros((len(channels), 0), np.float32)], [np.zeros(0, np.uint8)]
 
 
-def relief_of(
+def graph_of(
     maps: Array, channels: Sequence[int], box: Box, valid: Array | None, *,
     floor: float | None, seeds: Sequence[float], limits: Sequence[float],
 ) -> WatershedGraph:  # fmt: skip
-    """Return the relief of probability maps, read section by section to save memory.
+    """Return the graph of probability maps, read section by section to save memory.
 
     Args:
         maps: (3, Z, Y, X), floats.
@@ -232,10 +232,10 @@ def relief_of(
         ValueError: A channel holds values outside its range.
     """
     _, high, wide = box.padded
-    dry = np.zeros((len(box) >> 6) + 1, np.uint64)
+    unvisited = np.zeros((len(box) >> 6) + 1, np.uint64)
     lowest, least = np.array(seeds, np.float64), np.array(limits, np.float64)
     inside = box.inside
-    dry_voxels = 0
+    domain_voxels = 0
     nodes, values, flags = _nothing(channels)
     everywhere = np.zeros((0, 0), bool)
     for z in range(maps.shape[1]):
@@ -251,28 +251,28 @@ def relief_of(
         first = ((z - inside[0].start + 1) * high + 1) * wide + 1
         here = everywhere if valid is None else np.ascontiguousarray(valid[z, *inside[1:]])
         found = _scan(
-            section, here, floor is not None, floor or 0.0, lowest, least, first, wide, dry
+            section, here, floor is not None, floor or 0.0, lowest, least, first, wide, unvisited
         )
-        dry_voxels += int(np.count_nonzero(found))
-        at = np.flatnonzero(found > DRY)
+        domain_voxels += int(np.count_nonzero(found))
+        at = np.flatnonzero(found > DOMAIN)
         y, x = np.divmod(at, wide - 2)
         nodes.append((first + y * wide + x).astype(np.int32))
         values.append(section.reshape(len(channels), -1)[:, at])
         flags.append(found[at])
     return _gathered(
-        box, np.concatenate(nodes), np.concatenate(values, 1), np.concatenate(flags), dry,
-        dry_voxels,
+        box, np.concatenate(nodes), np.concatenate(values, 1), np.concatenate(flags), unvisited,
+        domain_voxels,
     )  # fmt: skip
 
 
 def _gathered(
-    box: Box, nodes: Ints, values: Array, flags: Array, dry: Array, dry_voxels: int
+    box: Box, nodes: Ints, values: Array, flags: Array, unvisited: Array, domain_voxels: int
 ) -> WatershedGraph:
-    """Return the relief of nodes, ranked by their distance where it is above 0."""
+    """Return the graph of nodes, ranked by their distance where it is above 0."""
     where = np.full(len(box), -1, np.int32)
     where[nodes] = np.arange(len(nodes), dtype=np.int32)
     ranks, levels = ranked(values[-1], (flags & BASIN) > 0)
-    wanted = ((flags & WANTED) > 0).astype(np.uint8)
+    needed = ((flags & NEEDED) > 0).astype(np.uint8)
     return WatershedGraph(
         box=box,
         nodes=nodes,
@@ -281,27 +281,27 @@ def _gathered(
         candidates=np.flatnonzero(flags & SEED).astype(np.int32),
         ranks=ranks,
         levels=levels,
-        wanted=wanted,
-        missing=int(np.count_nonzero(wanted)),
-        dry=dry,
+        needed=needed,
+        needed_count=int(np.count_nonzero(needed)),
+        unvisited=unvisited,
         known=bits_of(nodes, len(box)),
-        plain=dry_voxels - int(np.count_nonzero(flags & BASIN)),
+        background=domain_voxels - int(np.count_nonzero(flags & BASIN)),
     )
 
 
 def ranked(depth: Array, basin: Array) -> tuple[Ints, int]:
-    """Return the rank of each node, the deepest first and the plain last, and their number."""
+    """Return the rank of each node, the deepest first and the background last, and their number."""
     levels = np.unique(depth[basin])
     ranks = np.full(len(depth), len(levels), np.int32)
     ranks[basin] = len(levels) - 1 - np.searchsorted(levels, depth[basin])
     return ranks, len(levels)
 
 
-def contour_relief(
+def contour_graph(
     probabilities: Array, mask: Array | None, *, seeds: Sequence[float],
     limits: Sequence[float], flood: str = "support", floor: float = FLOOR,
 ) -> WatershedGraph:  # fmt: skip
-    """Return the relief of the decoder `decode_instance_binary_contour_distance`.
+    """Return the graph of the decoder `decode_instance_binary_contour_distance`.
 
     Args:
         probabilities: (3, Z, Y, X), floats.
@@ -321,10 +321,10 @@ def contour_relief(
     valid = checked_mask(mask, maps.shape[1:])
     bound = floor if flood == "support" else None
     box = box_of(maps.shape[1:], valid)
-    return relief_of(maps, (0, 1, 2), box, valid, floor=bound, seeds=seeds, limits=limits)
+    return graph_of(maps, (0, 1, 2), box, valid, floor=bound, seeds=seeds, limits=limits)
 
 
-def distance_relief(
+def distance_graph(
     probabilities: Array, mask: Array | None, *, seed: float, lowest: float
 ) -> WatershedGraph:
     """Return what the decoder `decode_instance_watershed_distance` needs before its foreground.
@@ -342,20 +342,20 @@ def distance_relief(
     valid = checked_mask(mask, maps.shape[1:])
     # One voxel more on each side: what is outside the mask is background, as far as there is any.
     box = box_of(maps.shape[1:], valid, margin=1)
-    return relief_of(maps, (2,), box, valid, floor=None, seeds=[seed], limits=[lowest])
+    return graph_of(maps, (2,), box, valid, floor=None, seeds=[seed], limits=[lowest])
 
 
-def foreground_relief(relief: WatershedGraph, threshold: float) -> WatershedGraph:
-    """Return the relief cut to distance > threshold, ranked by the distance recomputed there."""
-    allowed = relief.values[0] > np.float64(threshold)
-    foreground = bits_of(relief.nodes[allowed], len(relief.box))
+def foreground_graph(graph: WatershedGraph, threshold: float) -> WatershedGraph:
+    """Return the graph cut to distance > threshold, ranked by the distance recomputed there."""
+    allowed = graph.values[0] > np.float64(threshold)
+    foreground = bits_of(graph.nodes[allowed], len(graph.box))
     squares = squared_distances(
-        relief.nodes, allowed, relief.where, np.array(relief.box.padded, np.int64)
+        graph.nodes, allowed, graph.where, np.array(graph.box.padded, np.int64)
     )
     ranks, levels = ranked(squares, allowed)
     return replace(
-        relief, ranks=ranks, levels=levels, wanted=allowed.astype(np.uint8),
-        missing=int(np.count_nonzero(allowed)), dry=foreground, plain=0,
+        graph, ranks=ranks, levels=levels, needed=allowed.astype(np.uint8),
+        needed_count=int(np.count_nonzero(allowed)), unvisited=foreground, background=0,
     )  # fmt: skip
 
 
@@ -373,7 +373,7 @@ def squared_distances(nodes: Any, allowed: Any, where: Any, padded: Any) -> Any:
     Args:
         nodes: Places in the box, in raster order.
         allowed: (nodes,), bool.
-        where: Of `Relief`.
+        where: Of `WatershedGraph`.
         padded: (3,), the size of the box with its wall.
 
     Source: Saito and Toriwaki 1994, doi:10.1016/0031-3203(94)90133-3.

@@ -65,11 +65,14 @@ def _log_term(count: int) -> float:
 
 
 @njit(cache=True, nogil=True)
-def _add_segment(whole: Any, inside: Any, least: Any, sums: Any, logs: Any) -> None:
-    """Add one instance, given its size and its part within truth at each combination."""
+def _add_segment(full: Any, whole: Any, inside: Any, least: Any, sums: Any, logs: Any) -> None:
+    """Add one instance, given its size, its scored part and its part within truth.
+
+    Each is given at every combination; the size in full decides whether the instance is kept.
+    """
     for size in range(len(least)):
         for f in range(len(whole)):
-            if whole[f] > 0 and whole[f] >= least[size]:
+            if whole[f] > 0 and full[f] >= least[size]:
                 sums[SEGMENT_SQUARES, size, f] += inside[f] * inside[f]
                 sums[WHOLE_SQUARES, size, f] += whole[f] * whole[f]
                 sums[COVERED, size, f] += inside[f]
@@ -80,12 +83,12 @@ def _add_segment(whole: Any, inside: Any, least: Any, sums: Any, logs: Any) -> N
 
 @njit(cache=True, nogil=True)
 def _add_pair(
-    both: Any, whole: Any, true: int, least: Any, sums: Any, logs: Any, covered: Any
+    both: Any, full: Any, whole: Any, true: int, least: Any, sums: Any, logs: Any, covered: Any
 ) -> None:
     """Add the overlap of an instance with one truth of `true` voxels."""
     for size in range(len(least)):
         for f in range(len(both)):
-            if both[f] > 0 and whole[f] >= least[size]:
+            if both[f] > 0 and full[f] >= least[size]:
                 sums[PAIR_SQUARES, size, f] += both[f] * both[f]
                 if 2 * both[f] > whole[f] + true - both[f]:
                     sums[MATCHED, size, f] += 1
@@ -95,7 +98,45 @@ def _add_pair(
 
 
 @njit(cache=True, nogil=True)
-def tally(
+def _sizes(
+    order: Any, start: int, stop: int, truth: Any, cell: Any, bins: Any, full: Any, whole: Any,
+    inside: Any,
+) -> None:  # fmt: skip
+    """Write the sizes of one instance at every combination: in full, scored, within truth."""
+    full[:] = 0
+    whole[:] = 0
+    inside[:] = 0
+    unscored = 0
+    for at in range(start, stop):
+        node = order[at]
+        full[cell[node]] += 1
+        whole[cell[node]] += truth[node] >= 0
+        inside[cell[node]] += truth[node] > 0
+        unscored += truth[node] < 0
+    _suffix_sums(whole, bins)
+    _suffix_sums(inside, bins)
+    if unscored:
+        _suffix_sums(full, bins)
+    else:
+        full[:] = whole
+
+
+@njit(cache=True, nogil=True)
+def _overlap(
+    order: Any, at: int, stop: int, truth: Any, cell: Any, bins: Any, both: Any
+) -> Any:  # fmt: skip
+    """Write the overlap with the truth at `at` at every combination; return where it ends."""
+    name = truth[order[at]]
+    both[:] = 0
+    while at < stop and truth[order[at]] == name:
+        both[cell[order[at]]] += 1
+        at += 1
+    _suffix_sums(both, bins)
+    return at
+
+
+@njit(cache=True, nogil=True)
+def threshold_sums(
     labels: Any, truth: Any, cell: Any, bins: Any, truth_sizes: Any, least: Any, entropy: bool
 ) -> Any:
     """Return exact sums over instances for every foreground combination.
@@ -105,46 +146,39 @@ def tally(
 
     Args:
         labels: (nodes,), int32, from the flood; nodes are sorted by truth.
-        truth: (nodes,), int32; 0 is background, else an index into `truth_sizes` plus 1.
+        truth: (nodes,), int32; -1 is not scored, 0 background, else an index into `truth_sizes`
+            plus 1.
         cell: (nodes,), int32; the last foreground combination a node passes, -1 for none.
         bins: The lengths of the three foreground axes.
         truth_sizes: (truths,), int64.
         least: (sizes,), int64, each a `min_instance_size`.
-        entropy: Whether the sums of logarithms are wanted too.
+        entropy: Whether the sums of logarithms are needed too.
 
     Returns:
         Sums (6, sizes, combinations), int64, and sums of logarithms (2, sizes, combinations),
-        float64, the latter empty where not wanted.
+        float64, the latter empty where not needed.
     """
     width = bins[0] * bins[1] * bins[2]
     sums = np.zeros((COUNTS, len(least), width), np.int64)
     logs = np.zeros((2 if entropy else 0, len(least), width))
     covered = np.zeros((len(truth_sizes) if entropy else 1, len(least), width), np.int64)
     order, starts = _by_label(labels, cell)
-    whole, inside, both = (
-        np.zeros(width, np.int64), np.zeros(width, np.int64), np.zeros(width, np.int64)
+    full, whole, inside, both = (
+        np.empty(width, np.int64), np.empty(width, np.int64), np.empty(width, np.int64),
+        np.empty(width, np.int64),
     )  # fmt: skip
     for label in range(1, len(starts) - 1):
-        start, stop = starts[label], starts[label + 1]
-        whole[:] = 0
-        inside[:] = 0
-        for at in range(start, stop):
-            whole[cell[order[at]]] += 1
-            inside[cell[order[at]]] += truth[order[at]] > 0
-        _suffix_sums(whole, bins)
-        _suffix_sums(inside, bins)
-        _add_segment(whole, inside, least, sums, logs)
-        at = start
+        at, stop = starts[label], starts[label + 1]
+        _sizes(order, at, stop, truth, cell, bins, full, whole, inside)
+        _add_segment(full, whole, inside, least, sums, logs)
         while at < stop:
             name = truth[order[at]]
-            both[:] = 0
-            while at < stop and truth[order[at]] == name:
-                both[cell[order[at]]] += 1
+            if name <= 0:
                 at += 1
-            if name > 0:
-                _suffix_sums(both, bins)
-                place = name - 1 if entropy else 0
-                _add_pair(both, whole, truth_sizes[name - 1], least, sums, logs, covered[place])
+                continue
+            at = _overlap(order, at, stop, truth, cell, bins, both)
+            place = name - 1 if entropy else 0
+            _add_pair(both, full, whole, truth_sizes[name - 1], least, sums, logs, covered[place])
     if entropy:
         for name in range(len(truth_sizes)):
             for size in range(len(least)):
@@ -153,3 +187,44 @@ def tally(
                         truth_sizes[name] - covered[name, size, f]
                     )
     return sums, logs
+
+
+@njit(cache=True, nogil=True)
+def threshold_tables(labels: Any, truth: Any, cell: Any, bins: Any) -> Any:
+    """Return the overlaps of every foreground combination, as a stack of tables needs them.
+
+    Args:
+        labels, truth, cell, bins: As for `threshold_sums`.
+
+    Returns:
+        Sizes in full and scored (labels, combinations); for each overlap its label and its truth,
+        from 0, and its voxels (overlaps, combinations).
+    """
+    width = bins[0] * bins[1] * bins[2]
+    order, starts = _by_label(labels, cell)
+    count = len(starts) - 2
+    pairs = 0
+    for label in range(1, count + 1):
+        last = 0
+        for at in range(starts[label], starts[label + 1]):
+            name = truth[order[at]]
+            pairs += name > 0 and name != last
+            last = name
+    full, whole = np.zeros((count, width), np.int64), np.zeros((count, width), np.int64)
+    segment, own, both = (
+        np.zeros(pairs, np.int64), np.zeros(pairs, np.int64), np.zeros((pairs, width), np.int64)
+    )  # fmt: skip
+    inside = np.empty(width, np.int64)
+    pair = 0
+    for label in range(1, count + 1):
+        at, stop = starts[label], starts[label + 1]
+        _sizes(order, at, stop, truth, cell, bins, full[label - 1], whole[label - 1], inside)
+        while at < stop:
+            name = truth[order[at]]
+            if name <= 0:
+                at += 1
+                continue
+            at = _overlap(order, at, stop, truth, cell, bins, both[pair])
+            segment[pair], own[pair] = label - 1, name - 1
+            pair += 1
+    return full, whole, segment, own, both

@@ -17,6 +17,7 @@ from hydralv_tune.config.candidate import Candidate
 from hydralv_tune.config.errors import InputError, as_input_error, unknown_name
 from hydralv_tune.config.files import baseline, candidate_from_mapping
 from hydralv_tune.config.yaml_io import dump_yaml
+from hydralv_tune.numerics.metrics.scores import SUMMARY
 from hydralv_tune.results.best_trial import BestTrial, load_best_trial
 from hydralv_tune.results.export.pytc import PEER_FORMATS, peer_config, peer_weights
 from hydralv_tune.results.export.pytc_blocks import PeerData
@@ -26,11 +27,6 @@ from hydralv_tune.trial.scoring.prediction import load_network
 FORMATS = ("hydralv", *PEER_FORMATS)
 CHECKPOINT_KEYS = ("format", "version", "candidate", "weights")
 """What prediction needs; optimizer, schedule and random states stay behind."""
-
-FIGURES = (
-    "adapted_rand_error", "adapted_rand_precision", "adapted_rand_recall",
-    "adapted_rand_error_foreground", "f1_iou50",
-)  # fmt: skip
 
 
 def export_best(
@@ -163,7 +159,7 @@ def _head_lines(best: BestTrial) -> list[str]:
 def _score_lines(metrics: Mapping[str, Any]) -> list[str]:
     """Return the figures, one line each, and the counts of what went wrong."""
     lines = [
-        f"  {name} {float(metrics[name]):.4f}" for name in FIGURES if metrics.get(name) is not None
+        f"  {name} {float(metrics[name]):.4f}" for name in SUMMARY if metrics.get(name) is not None
     ]
     counts = [
         f"{len(metrics[key]) if isinstance(metrics[key], list) else metrics[key]} {key}"

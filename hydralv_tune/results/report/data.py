@@ -18,7 +18,8 @@ from hydralv_tune.config.errors import HydraLVError, InputError
 from hydralv_tune.config.files import known_names
 from hydralv_tune.config.search_space import Parameter
 from hydralv_tune.numerics.formatting import number_of
-from hydralv_tune.numerics.metrics.instance_errors import Verdict, bootstrap
+from hydralv_tune.numerics.metrics.instance_errors import InstanceError, bootstrap
+from hydralv_tune.numerics.metrics.scores import METRICS
 from hydralv_tune.results.best_trial import BestTrial
 from hydralv_tune.results.report.limits import Limit, Target, kind_of, limits, plan_targets
 from hydralv_tune.results.scored_volumes import Judgement, judge_all, scored_volumes
@@ -30,27 +31,17 @@ MOST_THUMBNAILS = 400
 KINDS = ("missed", "split", "merged", "shrunken", "swollen", "invented")
 KIND_COLOURS = {**COLOURS, "shrunken": "#E69F00", "swollen": "#0072B2", "loose": COLOURS["true"]}
 
-METRICS: tuple[tuple[str, str, bool], ...] = (
-    ("adapted_rand_error", "adapted Rand error", False),
-    ("adapted_rand_precision", "adapted Rand precision", True),
-    ("adapted_rand_recall", "adapted Rand recall", True),
-    ("adapted_rand_error_foreground", "adapted Rand error, foreground form", False),
-    ("skimage_adapted_rand_error", "adapted Rand error, as scikit-image has it", False),
-    ("voi_split", "variation of information, split", False),
-    ("voi_merge", "variation of information, merge", False),
-    ("f1_iou50", "F1 at IoU 0.5", True),
-    ("precision_iou50", "precision at IoU 0.5", True),
-    ("recall_iou50", "recall at IoU 0.5", True),
-    ("matched_iou50", "instances matched", True),
-    ("instances_predicted", "instances predicted", True),
-    ("missed", "missed", False),
-    ("split", "split", False),
-    ("merged", "merged", False),
-    ("invented", "invented", False),
-)
-"""Every figure, its name, and whether more is better."""
+COUNTS = {
+    "matched_iou50": ("instances matched", "higher"),
+    "instances_predicted": ("instances predicted", "zero"),
+    **{name: (name, "lower") for name in ("missed", "split", "merged", "invented")},
+}
 
-NEUTRAL = ("instances_predicted",)
+
+def figure_names() -> list[tuple[str, str, str]]:
+    """Return every figure with its label and direction: the metrics, then counts."""
+    metrics = [(metric.name, metric.label, metric.direction) for metric in METRICS.values()]
+    return [*metrics, *((name, *own) for name, own in COUNTS.items())]
 
 
 @dataclass(frozen=True)
@@ -223,14 +214,14 @@ def _baseline(
 def compare(baseline: Mapping[str, Any], best: Mapping[str, Any]) -> list[Comparison]:
     """Return every figure of both, its change, and whether that is for the better."""
     rows = []
-    for key, label, more_is_better in METRICS:
+    for key, label, direction in figure_names():
         before, after = number_of(baseline.get(key)), number_of(best.get(key))
         if before is None and after is None:
             continue
         change = None if before is None or after is None else after - before
         verdict = ""
-        if change is not None and key not in NEUTRAL and abs(change) > 1e-9:
-            verdict = "better" if (change > 0) == more_is_better else "worse"
+        if change is not None and direction != "zero" and abs(change) > 1e-9:
+            verdict = "better" if (change > 0) == (direction == "higher") else "worse"
         rows.append(Comparison(label, before, after, change, verdict))
     return rows
 
@@ -342,22 +333,22 @@ def _cards(judgement: Judgement) -> dict[str, list[Card]]:
             continue
         picture = None
         if drawn < MOST_THUMBNAILS:
-            picture = _picture(judgement, instance.part, instance.verdict, kind)
+            picture = _picture(judgement, instance.part, instance.error, kind)
             drawn += 1
         volume = judgement.parts[instance.part].volume.name
         where = f" of {volume}" if len(judgement.parts) > 1 else ""
-        cards[kind].append(_card(instance.verdict, kind, where, picture))
+        cards[kind].append(_card(instance.error, kind, where, picture))
     return {kind: own for kind, own in cards.items() if own}
 
 
-def _card(verdict: Verdict, kind: str, where: str, picture: bytes | None) -> Card:
+def _card(error: InstanceError, kind: str, where: str, picture: bytes | None) -> Card:
     """Return the card of an instance."""
-    segments = verdict.segment_ids
-    if verdict.truth_id is None:
+    segments = error.segment_ids
+    if error.truth_id is None:
         title = f"Segment {segments[0]}{where}"
         details = "no instance of the truth makes up a tenth of it"
     else:
-        title = f"Instance {verdict.truth_id}{where}"
+        title = f"Instance {error.truth_id}{where}"
         shown = ", ".join(map(str, segments[:6])) + (" …" if len(segments) > 6 else "")
         plural = "s" if len(segments) > 1 else ""
         details = f"segment{plural} {shown}" if segments else "no segment touches it"
@@ -365,27 +356,27 @@ def _card(verdict: Verdict, kind: str, where: str, picture: bytes | None) -> Car
         kind=kind,
         colour=KIND_COLOURS[kind],
         title=title,
-        size_voxels=verdict.size_voxels,
-        worth=verdict.worth,
-        worth_foreground=verdict.worth_foreground,
-        iou=verdict.iou,
+        size_voxels=error.size_voxels,
+        worth=error.worth,
+        worth_foreground=error.worth_foreground,
+        iou=error.iou,
         details=details,
         picture=picture,
     )
 
 
-def _picture(judgement: Judgement, part: int, verdict: Verdict, kind: str) -> bytes:
+def _picture(judgement: Judgement, part: int, error: InstanceError, kind: str) -> bytes:
     """Return the thumbnail of an instance."""
     scored = judgement.parts[part]
     truths, segments = scored.boxes
-    invented = verdict.truth_id is None
-    box = segments[verdict.segment_ids[0]] if invented else truths[verdict.truth_id or 0]
+    invented = error.truth_id is None
+    box = segments[error.segment_ids[0]] if invented else truths[error.truth_id or 0]
     return thumbnail(
         image=scored.volume.image,
         truth=scored.truth,
         prediction=scored.inside_prediction,
-        truth_ids=[] if invented else [verdict.truth_id or 0],
-        segment_ids=verdict.segment_ids,
+        truth_ids=[] if invented else [error.truth_id or 0],
+        segment_ids=error.segment_ids,
         colour=KIND_COLOURS[kind],
         voxel_size_nm=scored.volume.voxel_size_nm,
         box=box,

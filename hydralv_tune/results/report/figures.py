@@ -17,6 +17,7 @@ from hydralv_tune.artifacts.pictures import COLOURS
 from hydralv_tune.config.candidate import DecodingStep
 from hydralv_tune.config.search_space import SearchSpace
 from hydralv_tune.numerics.formatting import objective_label
+from hydralv_tune.numerics.metrics.scores import METRICS
 from hydralv_tune.study.trial_views import TrialView
 
 INK, FAINT, GRID, ACCENT = "#1c2430", "#8a94a3", "#e7eaef", "#0072B2"
@@ -258,7 +259,7 @@ def plateau(table: pd.DataFrame, rows: str, columns: str, metric: str, winner: A
         winner: Values of the winner on both axes, (row, column).
     """
     within = table[table["within_guard"]] if "within_guard" in table else table
-    pick = "max" if metric == "f1_iou50" else "min"
+    pick = "max" if METRICS[metric].direction == "higher" else "min"
     best = within.groupby([rows, columns])[metric].agg(pick).unstack()
     across = [_threshold(v) for v in best.columns]
     down = [_threshold(v) for v in best.index]
@@ -294,7 +295,7 @@ def plateau_of(table: pd.DataFrame | None, metric: str, step: DecodingStep) -> g
     if table is None or metric not in table:
         return None
     within = table[table["within_guard"]] if "within_guard" in table else table
-    pick = "max" if metric == "f1_iou50" else "min"
+    pick = "max" if METRICS[metric].direction == "higher" else "min"
     names = [n for n in table.columns if n.startswith(AXES) and within[n].nunique() > 1]
     if len(names) < 2:
         return None

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from hydralv_tune.numerics.metrics.instance_errors import Verdict, errors_if_mended
+from hydralv_tune.numerics.metrics.instance_errors import InstanceError, errors_if_corrected
 from hydralv_tune.numerics.metrics.scores import (
     ContingencyTable,
     adapted_rand,
@@ -136,21 +136,21 @@ def plan_targets(metrics: Mapping[str, Any], losses: Mapping[str, Any]) -> list[
     ]
 
 
-def kind_of(verdict: Verdict, table: ContingencyTable) -> str | None:
+def kind_of(error: InstanceError, table: ContingencyTable) -> str | None:
     """Return what is wrong with an instance, or None where it matches at IoU 0.5."""
-    if verdict.verdict != "true":
-        return verdict.verdict
-    if verdict.fits or verdict.truth_id is None:
+    if error.kind != "true":
+        return error.kind
+    if error.fits or error.truth_id is None:
         return None
-    own = table.pair_truth == int(table.truth_ids.searchsorted(verdict.truth_id))
+    own = table.pair_truth == error.row
     best = table.pair_voxels[own].argmax()
     segment = int(table.segment_sizes[table.pair_segment[own][best]])
-    return "shrunken" if segment < verdict.size_voxels else "swollen"
+    return "shrunken" if segment < error.size_voxels else "swollen"
 
 
 def limits(
     table: ContingencyTable,
-    verdicts: Sequence[Verdict],
+    errors: Sequence[InstanceError],
     *,
     metric: str,
     recipes: Sequence[str],
@@ -159,19 +159,19 @@ def limits(
 
     Args:
         table: Overlaps inside the mask.
-        verdicts: Of `judge`, of that table.
+        errors: Of `instance_errors`, of that table.
         metric: The study's; what is not a form of the error is ranked by the foreground form.
         recipes: Names in `trials/`; a recipe that is not there is named `baseline`.
     """
-    groups: dict[str, list[Verdict]] = {}
-    for verdict in verdicts:
-        kind = kind_of(verdict, table) or "loose"
-        groups.setdefault(kind, []).append(verdict)
+    groups: dict[str, list[InstanceError]] = {}
+    for error in errors:
+        kind = kind_of(error, table) or "loose"
+        groups.setdefault(kind, []).append(error)
     before = (adapted_rand(table).error, adapted_rand_foreground(table).error)
     ranked = 0 if metric == "adapted_rand_error" else 1
     found = []
     for kind, own in groups.items():
-        after = errors_if_mended(table, own)
+        after = errors_if_corrected(table, own)
         text, recipe = _loose(table, own) if kind == "loose" else REMEDIES[kind]
         worth = before[ranked] - after[ranked]
         if kind == "loose" and before[1] - after[1] < WORTH_A_WORD:
@@ -181,9 +181,10 @@ def limits(
     return sorted(found, key=lambda limit: (-limit.worth, limit.error_foreground))
 
 
-def _loose(table: ContingencyTable, matched: Sequence[Verdict]) -> tuple[str, str]:
+def _loose(table: ContingencyTable, matched: Sequence[InstanceError]) -> tuple[str, str]:
     """Return what is off with instances that match, and the recipe against it."""
-    rows = np.isin(table.truth_ids, [v.truth_id for v in matched if v.truth_id is not None])
+    rows = np.zeros(len(table.truth_ids), bool)
+    rows[[error.row for error in matched]] = True
     pairs = rows[table.pair_truth]
     covered = table.pair_voxels[pairs].sum() / table.truth_sizes[rows].sum()
     segments = np.unique(table.pair_segment[pairs])

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from hydralv_tune.numerics.formatting import figure, signed
-from hydralv_tune.results.report.data import METRICS, Card, ReportData
+from hydralv_tune.results.report.data import Card, ReportData, figure_names
 from hydralv_tune.results.report.sentences import (
     all_trials,
     commands,
@@ -104,7 +104,7 @@ def _comparison(data: ReportData) -> list[str]:
     """Return the best trial beside the baseline."""
     title = "## The best trial beside the baseline"
     if not data.comparison:
-        figures = [(label, figure(data.metrics.get(key))) for key, label, _ in METRICS]
+        figures = [(label, figure(data.metrics.get(key))) for key, label, _ in figure_names()]
         reason = "There is nothing to compare the best trial with. Its figures:"
         return [title, reason, _table(["figure", "value"], figures)]
     rows = [(c.label, figure(c.baseline), figure(c.best), signed(c.change), c.verdict)

@@ -16,7 +16,7 @@ from hydralv_tune.artifacts.writing import write_atomically
 from hydralv_tune.numerics.formatting import figure, number_of, signed
 from hydralv_tune.results.best_trial import load_best_trial
 from hydralv_tune.results.report import figures
-from hydralv_tune.results.report.data import KIND_COLOURS, METRICS, ReportData, gather
+from hydralv_tune.results.report.data import KIND_COLOURS, ReportData, figure_names, gather
 from hydralv_tune.results.report.limits import Limit
 from hydralv_tune.results.report.markdown import as_markdown
 from hydralv_tune.results.report.sentences import (
@@ -94,7 +94,9 @@ def render(data: ReportData) -> str:
         plateau_lead=plateau_lead(data),
         instances_lead=instances_lead(data),
         rows=all_trials(data),
-        plain_figures=[(label, number_of(data.metrics.get(key))) for key, label, _ in METRICS],
+        plain_figures=[
+            (label, number_of(data.metrics.get(key))) for key, label, _ in figure_names()
+        ],
         sheet=_image(data.contact_sheet),
         commands=commands(data),
         provenance=provenance_rows(data),

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -16,7 +17,8 @@ from hydralv_tune.config.candidate import Candidate
 from hydralv_tune.config.errors import TrialFailed, as_input_error
 from hydralv_tune.config.search_space import Objective, objective_value
 from hydralv_tune.data.volumes import Volume
-from hydralv_tune.numerics.metrics import scores
+from hydralv_tune.numerics.metrics.contingency import ContingencyTable, contingency_table, joined
+from hydralv_tune.numerics.metrics.scores import score
 from hydralv_tune.numerics.watershed.decoders import decode
 from hydralv_tune.trial.scoring.prediction import predict
 from hydralv_tune.trial.scoring.sweep.sweep import GridLike, SweepResult, sweep
@@ -108,7 +110,17 @@ def evaluate(
                     )
                 )  # fmt: skip
     predicted = time.perf_counter()
-    swept = _sweep(maps, volumes, grid, objective, threads, time_limit_s)
+    with as_input_error("sweep"):
+        swept = sweep(
+            maps,
+            [volume.label for volume in volumes],
+            [volume.mask for volume in volumes],
+            grid,
+            scored_mask=[volume.scored_mask for volume in volumes],
+            objective=objective,
+            time_limit_s=time_limit_s,
+            threads=threads,
+        )
     after_sweep = time.perf_counter()
     arguments = swept.winner.arguments
     with as_input_error("decoding"):
@@ -116,12 +128,14 @@ def evaluate(
             decode(grid.decoder, probabilities, volume.mask, **arguments)
             for probabilities, volume in zip(maps, volumes, strict=True)
         ]
-    scored = _scored(units, volumes, segments)
+    tables = [_table(volume, segment) for volume, segment in zip(volumes, segments, strict=True)]
+    left = iter(tables)
+    scored = [(unit.name, _figures([next(left) for _ in unit.score])) for unit in units]
     folds = tuple(
         {"name": name, "value": objective_value(figures, objective), "metrics": figures}
         for name, figures in scored
     )
-    together = _pooled(volumes, segments)
+    together = _figures(tables)
     figures = together if len(units) == 1 else {**together, **_means([f for _, f in scored])}
     return Outcome(
         value=float(np.mean([fold["value"] for fold in folds])),
@@ -130,8 +144,8 @@ def evaluate(
         decoding={"name": grid.decoder, "kwargs": arguments},
         folds=folds,
         volumes=tuple(
-            {"name": volume.name, "metrics": _pooled([volume], [segment])}
-            for volume, segment in zip(volumes, segments, strict=True)
+            {"name": volume.name, "metrics": _figures([table])}
+            for volume, table in zip(volumes, tables, strict=True)
         )
         if len(volumes) > 1
         else (),
@@ -145,65 +159,35 @@ def evaluate(
     )
 
 
-def _sweep(
-    maps: Sequence[Array],
-    volumes: Sequence[Volume],
-    grid: GridLike,
-    objective: Objective,
-    threads: int | None,
-    time_limit_s: float | None,
-) -> SweepResult:
-    """Return the sweep over all volumes together."""
-    with as_input_error("sweep"):
-        return sweep(
-            list(maps),
-            [volume.label for volume in volumes],
-            [volume.mask for volume in volumes],
-            grid,
-            objective=objective,
-            time_limit_s=time_limit_s,
-            threads=threads,
-        )
+def _table(volume: Volume, segments: Array) -> ContingencyTable:
+    """Return the overlaps of truth and segments where the volume is scored.
+
+    Raises:
+        TrialFailed: There is no truth.
+    """
+    assert volume.label is not None, "checked by the split"
+    with _as_failure():
+        return contingency_table(prediction=segments, truth=volume.label, mask=volume.where_scored)
 
 
-def _scored(
-    units: Sequence[Unit], volumes: Sequence[Volume], segments: Sequence[Array]
-) -> list[tuple[str, dict[str, Any]]]:
-    """Return name and figures of each fold."""
-    found, at = [], 0
-    for unit in units:
-        end = at + len(unit.score)
-        found.append((unit.name, _pooled(volumes[at:end], segments[at:end])))
-        at = end
-    return found
+def _figures(tables: Sequence[ContingencyTable]) -> dict[str, Any]:
+    """Return every figure over several volumes; the ids of a single one are kept.
+
+    Raises:
+        TrialFailed: There is no truth.
+    """
+    with _as_failure():
+        scored = score(joined(tables))
+    return {**scored.as_dict(), **{f"{key}_count": n for key, n in scored.counts.items()}}
 
 
-def _pooled(volumes: Sequence[Volume], segments: Sequence[Array]) -> dict[str, Any]:
-    """Return every figure over several volumes as if they were one; ids of one volume are kept."""
-    predictions: list[Array] = []
-    truths: list[Array] = []
-    masks: list[Array] = []
-    last_truth = last_segment = 0
-    for volume, segment in zip(volumes, segments, strict=True):
-        assert volume.label is not None, "checked by the split"
-        label = volume.label.astype(np.int64)
-        truths.append(np.where(label > 0, label + last_truth, 0).ravel())
-        predictions.append(
-            np.where(segment > 0, segment.astype(np.int64) + last_segment, 0).ravel()
-        )
-        mask = np.ones(label.shape, bool) if volume.mask is None else volume.mask
-        masks.append(mask.ravel())
-        last_truth += int(label.max(initial=0))
-        last_segment += int(segment.max(initial=0))
+@contextmanager
+def _as_failure() -> Iterator[None]:
+    """Turn what cannot be scored into a failure of the trial."""
     try:
-        scored = scores.score(
-            prediction=np.concatenate(predictions),
-            truth=np.concatenate(truths),
-            mask=np.concatenate(masks),
-        )
+        yield
     except ValueError as error:
         raise TrialFailed("score", str(error), retry=False) from error
-    return {**scored.as_dict(), **{f"{key}_count": n for key, n in scored.counts.items()}}
 
 
 def _means(folds: Sequence[Mapping[str, Any]]) -> dict[str, float]:
@@ -215,19 +199,24 @@ def _means(folds: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     }
 
 
-def better(new: Outcome, best_value: float | None, best_f1: float, guard: float) -> bool:
+def better(
+    new: Outcome, best_value: float | None, best_f1: float, guard: float, seen_f1: float = 0.0
+) -> bool:
     """Return whether an evaluation replaces the best one so far.
 
-    The rule is the sweep's: a checkpoint whose F1 is more than `guard` below the other's loses,
-    whatever its error; otherwise the smaller value wins. Without it, an early blob of small error
-    would outlive every good checkpoint after it.
+    The rule is the sweep's: a checkpoint whose F1 is more than `guard` below the best F1 of all
+    evaluations loses, whatever its error; otherwise the smaller value wins. Without it, an early
+    blob of small error would outlive every good checkpoint after it.
 
     Args:
         new: The evaluation.
         best_value: Of the best one so far, None where there is none.
         best_f1: Of the best one so far.
         guard: `objective.guard.f1_below_best`.
+        seen_f1: The best F1 of all evaluations before. To compare with `best_f1` instead would
+            let F1 fall by almost `guard` at every evaluation.
     """
-    if best_value is None or new.f1 > best_f1 + guard:
+    limit = max(new.f1, best_f1, seen_f1) - guard
+    if best_value is None or best_f1 < limit:
         return True
-    return new.f1 >= best_f1 - guard and new.value < best_value
+    return new.f1 >= limit and new.value < best_value

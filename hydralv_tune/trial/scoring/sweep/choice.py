@@ -11,33 +11,25 @@ import numpy.typing as npt
 import pandas as pd
 from scipy import ndimage
 
-from hydralv_tune.numerics.watershed.decoders import decoder_arguments
-from hydralv_tune.trial.scoring.sweep.grid import PAIRS, SIZES, Axes, GridLike
+from hydralv_tune.numerics.metrics.scores import METRICS
+from hydralv_tune.trial.scoring.sweep.grid import plain
 
 Array = npt.NDArray[Any]
 
 NEAR_TIE = 0.002
-METRICS = ("adapted_rand_error", "adapted_rand_error_foreground", "f1_iou50", "voi")
-HIGHER_IS_BETTER = ("f1_iou50",)
 BOOKKEEPING = ("round", "within_guard", "near_tie", "depth")
 
 
 @dataclass(frozen=True)
 class SweepPoint:
-    """One combination: the decoder's arguments and every figure it gets."""
+    """One combination: the decoder's arguments and every figure of its segmentation."""
 
     arguments: dict[str, Any]
-    metrics: dict[str, float | int]
+    metrics: dict[str, Any]
 
     def as_mapping(self) -> dict[str, Any]:
         """Return arguments and figures as plain JSON types, in one mapping."""
         return {**self.arguments, **self.metrics}
-
-
-def plain(value: Any) -> Any:
-    """Return a NumPy scalar as a Python one; no threshold, infinity, becomes None."""
-    value = value.item() if isinstance(value, np.generic) else value
-    return None if isinstance(value, float) and not np.isfinite(value) else value
 
 
 def depths(near: npt.NDArray[np.bool_]) -> npt.NDArray[np.float64]:
@@ -63,8 +55,8 @@ def depths(near: npt.NDArray[np.bool_]) -> npt.NDArray[np.float64]:
     return (deep + (deep > 0) * as_deep / (4 * deep.ndim)).reshape(near.shape)
 
 
-def judge(table: pd.DataFrame, shapes: Sequence[Sequence[int]], metric: str, guard: float) -> None:
-    """Write to the table who is within the guard, who nearly ties for the best, and how deep.
+def rate(table: pd.DataFrame, shapes: Sequence[Sequence[int]], metric: str, guard: float) -> None:
+    """Write to the table what is within the guard, what nearly ties for the best, and how deep.
 
     Args:
         table: Grids one below the other, numbered by `round`; changed in place.
@@ -87,8 +79,7 @@ def judge(table: pd.DataFrame, shapes: Sequence[Sequence[int]], metric: str, gua
 
 def costs(table: pd.DataFrame, metric: str) -> Array:
     """Return the metric as something to be minimised."""
-    sign = -1.0 if metric in HIGHER_IS_BETTER else 1.0
-    return np.asarray(table[metric].to_numpy() * sign)
+    return np.asarray(METRICS[metric].cost(table[metric].to_numpy()))
 
 
 def by_rule(table: pd.DataFrame, metric: str) -> npt.NDArray[np.int64]:
@@ -105,7 +96,9 @@ def by_rule(table: pd.DataFrame, metric: str) -> npt.NDArray[np.int64]:
     return np.asarray(order, np.int64)
 
 
-def plateau_of(near: npt.NDArray[np.bool_], at: Sequence[int], axes: Axes) -> tuple[int, Any]:
+def plateau_of(
+    near: npt.NDArray[np.bool_], at: Sequence[int], axes: Mapping[str, Sequence[Any]]
+) -> tuple[int, Any]:
     """Return how many combinations the plateau around one holds, and its span on each axis.
 
     A plateau is what near-ties reach from each other by single steps.
@@ -122,20 +115,3 @@ def plateau_of(near: npt.NDArray[np.bool_], at: Sequence[int], axes: Axes) -> tu
             high += 1
         spans[name] = [plain(value) for value in values[low : high + 1]]
     return int(plateau.sum()), spans
-
-
-def point(table: pd.DataFrame, row: int, axes: Mapping[str, Any], grid: GridLike) -> SweepPoint:
-    """Return one row under the decoder's own argument names."""
-    values = {str(key): plain(value) for key, value in table.iloc[row].to_dict().items()}
-    arguments: dict[str, Any] = {}
-    for name, default in decoder_arguments(grid.decoder).items():
-        if name in SIZES:
-            arguments[name] = int(values[name])
-        elif name in PAIRS:
-            arguments[name] = [values[f"{name}.seed"], values[f"{name}.foreground"]]
-        else:
-            arguments[name] = grid.fixed.get(name, default)
-    figures = {k: v for k, v in values.items() if k not in axes and k not in BOOKKEEPING}
-    for key in ("instances_predicted", "matched_iou50"):
-        figures[key] = int(figures[key])
-    return SweepPoint(arguments, figures)

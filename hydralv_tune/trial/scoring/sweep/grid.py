@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -10,23 +11,12 @@ from typing import Any, Protocol
 import numpy as np
 
 from hydralv_tune.config.errors import unknown_name
-from hydralv_tune.numerics.watershed.decoders import (
-    DECODERS,
-    checked_size,
-    checked_threshold,
-    decode_instance_binary_contour_distance,
-    decode_instance_watershed_distance,
-    decoder_arguments,
-)
+from hydralv_tune.numerics.watershed.decoders import DECODERS, arguments_of
 
-PAIRS = ("binary_threshold", "contour_threshold", "distance_threshold")
-SIZES = ("min_seed_size", "min_instance_size")
 MOST_COMBINATIONS = 1_000_000
 """450 bytes a combination while the table is made: this many are 0.45 GB."""
-
-SWEPT = (decode_instance_binary_contour_distance, decode_instance_watershed_distance)
-
-Axes = dict[str, tuple[Any, ...]]
+MOST_DECODED = 10_000
+"""The limit where each combination has to be decoded: hours, at a second each."""
 
 
 class GridLike(Protocol):
@@ -59,88 +49,103 @@ class Grid:
     refine: int = 0
 
 
+class Axes(dict[str, tuple[Any, ...]]):
+    """The sorted values of each axis, in the order of the table.
+
+    The first `slow` axes are those of which each combination costs a flood, or a decoding.
+    """
+
+    def __init__(self, values: Mapping[str, tuple[Any, ...]], slow: int) -> None:
+        super().__init__(values)
+        self._slow = slow
+
+    @property
+    def slow(self) -> list[str]:
+        """Return the names of the slow axes."""
+        return list(self)[: self._slow]
+
+    def with_values(self, values: Mapping[str, tuple[Any, ...]]) -> Axes:
+        """Return the same axes with other values."""
+        return Axes({name: values.get(name, own) for name, own in self.items()}, self._slow)
+
+    def keys_of(self) -> Iterator[tuple[Any, ...]]:
+        """Return every combination of the slow axes, in the order of the table."""
+        return itertools.product(*(self[name] for name in self.slow))
+
+
 def checked_axes(grid: GridLike) -> Axes:
     """Return every axis of the decoder in the order of the table, its values sorted.
 
     Raises:
-        ValueError: The decoder or an axis is unknown or not swept, an axis is empty, a value is
-            wrong, or the combinations are too many.
+        ValueError: The decoder or an axis is unknown, an axis is empty, a value is wrong, or the
+            combinations are too many.
     """
-    known = decoder_arguments(grid.decoder)
-    if DECODERS[grid.decoder] not in SWEPT:
-        raise ValueError(
-            f"decoder '{grid.decoder}' can be run but not swept: the sweep takes seeds and floods "
-            f"apart, and knows how for {', '.join(one.__name__ for one in SWEPT)} alone"
-        )
+    known = arguments_of(grid.decoder)
+    decoder = DECODERS[grid.decoder]
     for key in grid.fixed:
         if key not in known:
             raise ValueError(unknown_name(f"argument of {grid.decoder}", key, known))
-    axes = _single_values({**known, **grid.fixed})
-    for name, values in grid.axes.items():
-        if name not in axes:
-            raise ValueError(unknown_name(f"axis of {grid.decoder}", name, axes))
-        if isinstance(values, str) or not isinstance(values, Sequence) or not len(values):
+    values: dict[str, Sequence[Any]] = {}
+    for name, argument in known.items():
+        given = grid.fixed.get(name, argument.default)
+        pair = argument.checked_pair(name, given) if argument.kind == "pair" else (given,)
+        values.update(zip(argument.axes(name), ((entry,) for entry in pair), strict=False))
+    for name, entries in grid.axes.items():
+        if name not in decoder.axes:
+            raise ValueError(unknown_name(f"axis of {grid.decoder}", name, decoder.axes))
+        if isinstance(entries, str) or not isinstance(entries, Sequence) or not len(entries):
             raise ValueError(
-                f"axis {name} is {values!r}, but it needs at least one value; leave it out to "
+                f"axis {name} is {entries!r}, but it needs at least one value; leave it out to "
                 "keep the decoder's default"
             )
-        axes[name] = tuple(values)
-    for name, values in axes.items():
-        axes[name] = tuple(sorted({_axis_value(name, value) for value in values}))
-    if count(axes) > MOST_COMBINATIONS:
+        values[name] = entries
+    checked = {
+        axis: tuple(sorted({known[axis.partition(".")[0]].checked(axis, v) for v in values[axis]}))
+        for axis in decoder.axes
+    }
+    most = MOST_COMBINATIONS if decoder.sweep else MOST_DECODED
+    if count(checked) > most:
+        why = (
+            ""
+            if decoder.sweep
+            else f" where {grid.decoder} must decode each, for it has no sweep form"
+        )
         raise ValueError(
-            f"the grid has {count(axes):,} combinations, but {MOST_COMBINATIONS:,} is the most; "
+            f"the grid has {count(checked):,} combinations, but {most:,} is the most{why}; "
             "shorten its axes and let `refine` look closer"
         )
-    return {name: axes[name] for name in ordered(axes)}
+    return Axes(checked, len(decoder.slow_axes))
 
 
-def _single_values(defaults: Mapping[str, Any]) -> Axes:
-    """Return axes of one value each from a decoder's arguments."""
-    axes: Axes = {}
-    for name in PAIRS:
-        if name not in defaults:
-            continue
-        pair = defaults[name]
-        if isinstance(pair, str) or not isinstance(pair, Sequence) or len(pair) != 2:
-            raise ValueError(f"{name} is {pair!r}, but it is a pair: [seed, foreground]")
-        axes[f"{name}.seed"], axes[f"{name}.foreground"] = (pair[0],), (pair[1],)
-    return {**axes, **{name: (defaults[name],) for name in SIZES}}
+def decoder_arguments_at(grid: GridLike, point: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the decoder's arguments of one combination, as plain JSON types.
+
+    Args:
+        grid: Decoder and fixed arguments.
+        point: The value on each axis.
+    """
+    arguments: dict[str, Any] = {}
+    for name, argument in arguments_of(grid.decoder).items():
+        entries = [plain(point[axis]) for axis in argument.axes(name) if axis in point]
+        if argument.kind == "pair":
+            arguments[name] = entries
+        elif entries:
+            whole = argument.kind in ("integer", "size")
+            arguments[name] = int(entries[0]) if whole else entries[0]
+        else:
+            arguments[name] = grid.fixed.get(name, argument.default)
+    return arguments
 
 
-def _axis_value(name: str, value: Any) -> float | int:
-    """Return one checked value of an axis; a contour that is off is infinity."""
-    if name in SIZES:
-        return checked_size(name, value)
-    checked = checked_threshold(name, value)
-    return float(np.inf) if checked is None else checked
-
-
-def ordered(names: Mapping[str, Any]) -> list[str]:
-    """Return the names of the axes in the order of the table: what is slow to change first."""
-    slow = slow_axes(names)
-    return [*slow, "min_instance_size", *(n for n in names if n not in (*slow, *SIZES))]
-
-
-def slow_axes(names: Mapping[str, Any]) -> list[str]:
-    """Return the axes of which each value costs seeds or a flood."""
-    seeds = [name for name in names if name.endswith(".seed")]
-    if len(seeds) == 1:
-        seeds.append("distance_threshold.foreground")
-    return [*seeds, "min_seed_size"]
+def plain(value: Any) -> Any:
+    """Return a NumPy scalar as a Python one; no threshold, infinity, becomes None."""
+    value = value.item() if isinstance(value, np.generic) else value
+    return None if isinstance(value, float) and not np.isfinite(value) else value
 
 
 def count(axes: Mapping[str, Sequence[Any]]) -> int:
     """Return the number of combinations."""
-    product = 1
-    for values in axes.values():
-        product *= len(values)
-    return product
-
-
-def slow_combinations(axes: Mapping[str, Sequence[Any]]) -> Iterator[tuple[Any, ...]]:
-    """Return every combination of the slow axes, in the order of the table."""
-    return itertools.product(*(axes[name] for name in slow_axes(axes)))
+    return math.prod(len(values) for values in axes.values())
 
 
 def halvings(axes: Axes) -> list[Axes]:
@@ -151,11 +156,10 @@ def halvings(axes: Axes) -> list[Axes]:
     """
     grids = [axes]
     while True:
-        axes = dict(grids[-1])
-        longest = max(slow_axes(axes), key=lambda name: len(axes[name]))
-        if len(axes[longest]) == 1:
+        longest = max(axes.slow, key=lambda name: len(axes[name]), default=None)
+        if longest is None or len(axes[longest]) == 1:
             return grids[::-1]
-        axes[longest] = axes[longest][1::2]
+        axes = axes.with_values({longest: axes[longest][1::2]})
         grids.append(axes)
 
 
@@ -167,7 +171,7 @@ def finer(axes: Axes, point: Mapping[str, Any], step: float) -> Axes:
         point: The value on each axis that stays in the middle.
         step: How far to go, as a share of the way to the neighbours on the first grid.
     """
-    around: Axes = {}
+    around: dict[str, tuple[Any, ...]] = {}
     for name, values in axes.items():
         own = point[name]
         if len(values) == 1 or not np.isfinite(own):
@@ -176,7 +180,7 @@ def finer(axes: Axes, point: Mapping[str, Any], step: float) -> Axes:
         below = [v for v in values if v < own and np.isfinite(v)]
         over = [v for v in values if v > own and np.isfinite(v)]
         near = [round(own + (v - own) * step, 10) for v in (*below[-1:], *over[:1])]
-        if name in SIZES:
+        if all(isinstance(value, int) for value in values):
             near = [round(value) for value in near]
         around[name] = tuple(sorted({own, *near}))
-    return around
+    return axes.with_values(around)

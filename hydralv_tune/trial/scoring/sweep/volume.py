@@ -1,8 +1,9 @@
-"""One volume of a sweep: seeds and flood of each seed set, and the sums they give."""
+"""One volume of a sweep: what each combination of the slow axes gives, measured once."""
 
 from __future__ import annotations
 
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -12,17 +13,19 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from hydralv_tune.numerics.metrics import scores
-from hydralv_tune.numerics.watershed.decoders import above, decoder_arguments
-from hydralv_tune.numerics.watershed.flood import Workspace, fingerprint, keep_large
-from hydralv_tune.numerics.watershed.graph import (
-    WatershedGraph,
-    contour_relief,
-    distance_relief,
-    foreground_relief,
+from hydralv_tune.numerics.metrics.contingency import (
+    EMPTY_TRUTH,
+    ContingencyTable,
+    checked_mask,
+    contingency_table,
+    split_unknown,
 )
-from hydralv_tune.numerics.watershed.threshold_sums import tally
-from hydralv_tune.trial.scoring.sweep.grid import PAIRS, Axes, GridLike, slow_combinations
+from hydralv_tune.numerics.metrics.scores import log_terms, match_instances
+from hydralv_tune.numerics.watershed.decoders import DECODERS, SweepForm, decode
+from hydralv_tune.numerics.watershed.flood import Workspace, fingerprint, keep_large
+from hydralv_tune.numerics.watershed.graph import WatershedGraph
+from hydralv_tune.numerics.watershed.threshold_sums import threshold_sums, threshold_tables
+from hydralv_tune.trial.scoring.sweep.grid import Axes, GridLike, decoder_arguments_at
 
 Array = npt.NDArray[Any]
 Key = Any  # a tuple of values of the slow axes
@@ -31,7 +34,7 @@ NO_LIMIT = float("inf")
 
 @dataclass(frozen=True)
 class Sums:
-    """What all figures of a grid are made of, in the order of its table."""
+    """What the figures of a grid are made of, in the order of its table."""
 
     counts: npt.NDArray[np.int64]
     logs: npt.NDArray[np.float64]
@@ -46,6 +49,263 @@ class Sums:
             voxels=self.voxels + other.voxels,
             truth_sizes=np.concatenate([self.truth_sizes, other.truth_sizes]),
         )
+
+
+class SweptVolume(ABC):
+    """A volume made ready for a grid, and the sums of every combination met so far.
+
+    Args:
+        maps: (3, Z, Y, X), floats.
+        labels: (Z, Y, X), integers.
+        mask: (Z, Y, X), where is tissue, or none.
+        scored: (Z, Y, X), where the truth is known, or none: where the mask is.
+        grid: Decoder and fixed arguments.
+        axes: The widest axes; later ones lie within.
+        entropy: Whether sums of logarithms are needed too.
+
+    Raises:
+        ValueError: The input breaks a rule, or the label has no voxel where it is scored.
+    """
+
+    def __init__(
+        self, maps: Array, labels: Array, mask: Array | None, scored: Array | None, grid: GridLike,
+        axes: Axes, *, entropy: bool,
+    ) -> None:  # fmt: skip
+        labels, unknown = split_unknown(labels, "label")
+        if labels.shape != maps.shape[1:]:
+            raise ValueError(
+                f"label has shape {labels.shape}, but probabilities have {maps.shape[1:]}"
+            )
+        valid = scored_mask(mask, scored, labels.shape)
+        if unknown is not None:
+            valid = ~unknown if valid is None else valid & ~unknown
+        inside = labels > 0 if valid is None else (labels > 0) & valid
+        self._ids, sizes = np.unique(labels[inside], return_counts=True)
+        if not len(self._ids):
+            raise ValueError(EMPTY_TRUTH)
+        self.truth_sizes = sizes.astype(np.int64)
+        self.voxels = labels.size if valid is None else int(np.count_nonzero(valid))
+        self._labels, self._valid, self._maps, self._mask = labels, valid, maps, mask
+        self._grid, self._entropy = grid, entropy
+        self.fit(axes)
+
+    def fit(self, axes: Axes) -> None:
+        """Take the axes of a grid within the first; forget all sums."""
+        self._axes = axes
+        self.row_of: dict[Key, int] = {}
+        self._rows: list[tuple[Array, Array]] = []
+
+    @abstractmethod
+    def run(self, keys: Iterable[Key], threads: int, deadline: float = NO_LIMIT) -> bool:
+        """Measure what is new among combinations of the slow axes; return whether all are done.
+
+        Args:
+            keys: Values of the slow axes.
+            threads: How many work at once.
+            deadline: In `time.perf_counter`; nothing is begun after it.
+        """
+
+    @abstractmethod
+    def stack(self, key: Key) -> ContingencyTable:
+        """Return the tables of all combinations that share these values of the slow axes."""
+
+    def sums(self, axes: Axes) -> Sums:
+        """Return the sums of a grid whose slow combinations have all been run."""
+        at = np.array([self.row_of[key] for key in axes.keys_of()])
+        counts, logs = (np.stack([row[part] for row in self._rows])[at] for part in (0, 1))
+        return Sums(self._in_order(counts), self._in_order(logs), self.voxels, self.truth_sizes)
+
+    def _in_order(self, rows: Array) -> Array:
+        """Return (sums, combinations) of (slow, sums, sizes, foreground combinations)."""
+        rows = np.moveaxis(rows, 1, 0)
+        return rows.reshape(len(rows), -1) if len(rows) else np.zeros((0, 0))
+
+
+def scored_mask(mask: Array | None, scored: Array | None, shape: tuple[int, ...]) -> Array | None:
+    """Return where the score is made: in the tissue, and there where the truth is known."""
+    tissue, known = checked_mask(mask, shape), checked_mask(scored, shape)
+    return known if tissue is None else tissue if known is None else tissue & known
+
+
+class DecodedVolume(SweptVolume):
+    """A volume of which every combination is decoded: for a decoder without a sweep form."""
+
+    def run(self, keys: Iterable[Key], threads: int, deadline: float = NO_LIMIT) -> bool:
+        """Decode and score each new combination, one after the other."""
+        for key in keys:
+            if key in self.row_of:
+                continue
+            if time.perf_counter() > deadline:
+                return False
+            self.row_of[key] = len(self._rows)
+            self._rows.append(_sums_of(self._table(key), self._entropy))
+        return True
+
+    def stack(self, key: Key) -> ContingencyTable:
+        """Return the table of one combination."""
+        return self._table(key)
+
+    def _table(self, key: Key) -> ContingencyTable:
+        """Return the table of one combination, decoded anew."""
+        point = dict(zip(self._axes, key, strict=True))
+        segments = decode(
+            self._grid.decoder, self._maps, self._mask, **decoder_arguments_at(self._grid, point)
+        )
+        return contingency_table(prediction=segments, truth=self._labels, mask=self._valid)
+
+
+def _sums_of(table: ContingencyTable, entropy: bool) -> tuple[Array, Array]:
+    """Return what `threshold_sums` gives, of one table: (6, 1, 1) and (2, 1, 1)."""
+    inside = table.segment_sizes_in_truth
+    counts = [
+        np.square(table.pair_voxels).sum(), np.square(inside).sum(),
+        np.square(table.segment_sizes).sum(), table.pair_voxels.sum(),
+        table.instances_predicted, match_instances(table).matched,
+    ]  # fmt: skip
+    missed = log_terms(table.truth_sizes - table.truth_sizes_found).sum()
+    logs = [log_terms(table.pair_voxels).sum() + missed, log_terms(inside).sum()] if entropy else []
+    return np.array(counts, np.int64)[:, None, None], np.array(logs, float)[:, None, None]
+
+
+class FloodedVolume(SweptVolume):
+    """A volume of which each set of seeds is flooded once, for all foreground thresholds."""
+
+    def __init__(
+        self, maps: Array, labels: Array, mask: Array | None, scored: Array | None, grid: GridLike,
+        axes: Axes, *, entropy: bool,
+    ) -> None:  # fmt: skip
+        form = DECODERS[grid.decoder].sweep
+        assert form is not None, "checked by the caller"
+        self._form: SweepForm = form
+        self._lock = Lock()
+        super().__init__(maps, labels, mask, scored, grid, axes, entropy=entropy)
+        labels, valid = self._labels, self._valid
+        self._graph = form.graph(maps, mask, axes, grid.fixed)
+        needed = np.flatnonzero(self._graph.needed)
+        voxels = self._graph.box.voxels_of(self._graph.nodes[needed])
+        at = labels.ravel()[voxels]
+        truth = np.where(at > 0, np.searchsorted(self._ids, at) + 1, 0).astype(np.int32)
+        if valid is not None:
+            truth[~valid.ravel()[voxels]] = -1
+        # Sorted by truth here, once, so that each flood need only be sorted by its labels.
+        order = np.argsort(truth, kind="stable")
+        self._scored = needed[order].astype(np.int32)
+        self._truth = truth[order]
+        del self._labels, self._valid, self._maps, self._mask
+
+    def fit(self, axes: Axes) -> None:
+        """Take the foreground thresholds and instance sizes of these axes; forget all sums."""
+        super().fit(axes)
+        self._least = np.array(axes["min_instance_size"], np.int64)
+        signs = self._form.signs
+        self._limits = [
+            sorted(sign * value for value in axes[name])
+            for name, sign in zip(self._form.foreground, signs, strict=False)
+        ]
+        self._known: dict[Any, int] = {}
+
+    def run(self, keys: Iterable[Key], threads: int, deadline: float = NO_LIMIT) -> bool:
+        """Flood what is new among combinations of the slow axes; return whether all are done."""
+        new = [key for key in keys if key not in self.row_of]
+        for graph, cell, bins, tasks in self._passes(new):
+            todo = iter(tasks)
+
+            def work(graph: WatershedGraph = graph, cell: Array = cell, bins: Any = bins,
+                     todo: Iterator[tuple[Key, list[Key]]] = todo) -> None:  # fmt: skip
+                space = Workspace(graph)
+                for seeds, same in todo:
+                    if time.perf_counter() > deadline:
+                        return
+                    self._measure(space, cell, bins, seeds, same)
+
+            if threads == 1 or len(tasks) == 1:
+                work()
+                continue
+            with ThreadPoolExecutor(threads) as pool:
+                try:
+                    for future in [pool.submit(work) for _ in range(threads)]:
+                        future.result()
+                finally:
+                    # After an error or Ctrl-C the others would finish the whole list first.
+                    for _ in todo:
+                        pass
+        return all(key in self.row_of for key in new)
+
+    def stack(self, key: Key) -> ContingencyTable:
+        """Return the tables of all combinations of one flood, which is made anew."""
+        ((graph, cell, bins, ((seeds, _),)),) = self._passes([key])
+        space = Workspace(graph)
+        kept, names, _ = keep_large(*space.seeds(self._thresholds(seeds)), key[-1])
+        labels = space.flooded(kept, names)[self._scored]
+        full, whole, segment, own, both = threshold_tables(labels, self._truth, cell, bins)
+        # Sizes and foreground combinations become one axis, in the order of the table.
+        kept = np.stack([full >= max(least, 1) for least in self._least], axis=1)
+        columns = np.arange(len(self._least) * full.shape[1])
+        columns = self._in_order(columns.reshape(1, 1, len(self._least), -1))[0]
+        width = len(columns)
+        sizes = (whole[:, None] * kept).reshape(len(whole), width)[:, columns]
+        voxels = (both[:, None] * kept[segment]).reshape(len(both), width)[:, columns]
+        return ContingencyTable(
+            voxels=self.voxels,
+            truth_ids=self._ids.astype(np.uint64),
+            truth_sizes=self.truth_sizes,
+            segment_ids=np.arange(1, len(whole) + 1, dtype=np.uint64),
+            segment_sizes=sizes,
+            pair_truth=own,
+            pair_segment=segment,
+            pair_voxels=voxels,
+        )
+
+    def _thresholds(self, seeds: Key) -> Array:
+        """Return what each channel must be above to be a seed."""
+        return np.array(seeds, np.float64) * self._form.signs
+
+    def _passes(self, keys: list[Key]) -> Iterator[tuple[WatershedGraph, Array, Any, Any]]:
+        """Return, for each graph to flood: it, its cells, and (seeds, their keys)."""
+        groups: dict[Key, dict[Key, list[Key]]] = {}
+        channels = len(self._form.seeds)
+        for key in keys:
+            groups.setdefault(key[channels:-1], {}).setdefault(key[:channels], []).append(key)
+        for part, tasks in groups.items():
+            graph = self._graph
+            if self._form.cut is not None:
+                graph = self._form.cut(graph, *part)
+            if self._form.foreground:
+                cell, bins = cells_of(graph.values[:, self._scored], self._limits)
+            else:
+                cell, bins = graph.needed[self._scored].astype(np.int32) - 1, (1, 1, 1)
+            yield graph, cell, bins, list(tasks.items())
+
+    def _measure(
+        self, space: Workspace, cell: Array, bins: Any, seeds: Key, keys: list[Key]
+    ) -> None:
+        """Find the seeds of one combination, and flood those that are met for the first time."""
+        found = space.seeds(self._thresholds(seeds))
+        for key in keys:
+            kept, names, _ = keep_large(*found, key[-1])
+            mark = (key[len(self._form.seeds) : -1], *fingerprint(kept))
+            with self._lock:
+                row = self._known.get(mark)
+                new = row is None
+                if row is None:
+                    row = self._known[mark] = len(self._rows)
+                    self._rows.append((np.zeros(0), np.zeros(0)))
+            if new:
+                labels = space.flooded(kept, names)[self._scored]
+                self._rows[row] = threshold_sums(
+                    labels, self._truth, cell, bins, self.truth_sizes, self._least, self._entropy
+                )
+            self.row_of[key] = row
+
+    def _in_order(self, rows: Array) -> Array:
+        """Return (sums, combinations) of (slow, sums, sizes, foreground combinations)."""
+        lengths = [len(axis) for axis in self._limits]
+        if lengths and len(rows):
+            rows = rows.reshape(*rows.shape[:3], *lengths)
+            # What passes below its threshold has its cells the other way round.
+            turned = tuple(3 + axis for axis, sign in enumerate(self._form.signs) if sign < 0)
+            rows = np.flip(rows, turned)
+        return super()._in_order(rows)
 
 
 def cells_of(values: Array, limits: Sequence[Sequence[float]]) -> tuple[Array, tuple[int, ...]]:
@@ -64,166 +324,3 @@ def cells_of(values: Array, limits: Sequence[Sequence[float]]) -> tuple[Array, t
     cell[none] = -1
     bins = (*(len(axis) for axis in limits), 1, 1)[:3]
     return cell.astype(np.int32), bins
-
-
-class SweptVolume:
-    """A volume made ready for a grid, and the sums of every seed set met so far.
-
-    Args:
-        maps: (3, Z, Y, X), floats.
-        labels: (Z, Y, X), integers.
-        mask: (Z, Y, X), or none.
-        grid: Decoder and fixed arguments.
-        axes: The widest axes; later ones lie within.
-        entropy: Whether sums of logarithms are wanted too.
-
-    Raises:
-        ValueError: The input breaks a rule, or the label has no voxel inside the mask.
-    """
-
-    def __init__(
-        self, maps: Array, labels: Array, mask: Array | None, grid: GridLike, axes: Axes,
-        *, entropy: bool,
-    ) -> None:  # fmt: skip
-        labels = scores.checked_labels(labels, "label")
-        if labels.shape != np.shape(maps)[1:]:
-            raise ValueError(
-                f"label has shape {labels.shape}, but probabilities have {np.shape(maps)[1:]}"
-            )
-        valid = scores.checked_mask(mask, labels.shape)
-        inside = labels > 0 if valid is None else (labels > 0) & valid
-        ids, sizes = np.unique(labels[inside], return_counts=True)
-        if not len(ids):
-            raise ValueError(scores.EMPTY_TRUTH)
-        self.truth_sizes = sizes.astype(np.int64)
-        self.voxels = labels.size if valid is None else int(np.count_nonzero(valid))
-        self._contour = "flood" in decoder_arguments(grid.decoder)
-        self._relief = _relief(maps, mask, grid, axes)
-        wanted = np.flatnonzero(self._relief.wanted)
-        at = labels.ravel()[self._relief.box.voxels_of(self._relief.nodes[wanted])]
-        truth = np.where(at > 0, np.searchsorted(ids, at) + 1, 0).astype(np.int32)
-        # Sorted by truth here, once, so that each flood need only be sorted by its labels.
-        order = np.argsort(truth, kind="stable")
-        self._scored = wanted[order].astype(np.int32)
-        self._truth = truth[order]
-        self._entropy = entropy
-        self._lock = Lock()
-        self.fit(axes)
-
-    def fit(self, axes: Axes) -> None:
-        """Take the foreground thresholds and instance sizes of these axes; forget all sums."""
-        self._least = np.array(axes["min_instance_size"], np.int64)
-        self._limits: list[list[float]] = []
-        if self._contour:
-            self._limits = [
-                sorted(above(channel, value) for value in axes[f"{name}.foreground"])
-                for channel, name in enumerate(PAIRS)
-            ]
-        self._row_of: dict[Key, int] = {}
-        self._known: dict[Any, int] = {}
-        self._rows: list[tuple[Array, Array]] = []
-
-    def run(self, keys: Iterable[Key], threads: int, deadline: float = NO_LIMIT) -> bool:
-        """Flood what is new among the combinations of the slow axes; return whether all are done.
-
-        Args:
-            keys: Values of the slow axes.
-            threads: How many work at once.
-            deadline: In `time.perf_counter`; no flood is begun after it.
-        """
-        new = [key for key in keys if key not in self._row_of]
-        for relief, cell, bins, tasks in self._passes(new):
-            todo = iter(tasks)
-
-            def work(relief: WatershedGraph = relief, cell: Array = cell, bins: Any = bins,
-                     todo: Iterator[tuple[Key, list[Key]]] = todo) -> None:  # fmt: skip
-                space = Workspace(relief)
-                for seeds, same in todo:
-                    if time.perf_counter() > deadline:
-                        return
-                    self._measure(space, cell, bins, seeds, same)
-
-            if threads == 1 or len(tasks) == 1:
-                work()
-                continue
-            with ThreadPoolExecutor(threads) as pool:
-                try:
-                    for future in [pool.submit(work) for _ in range(threads)]:
-                        future.result()
-                finally:
-                    # After an error or Ctrl-C the others would finish the whole list first.
-                    for _ in todo:
-                        pass
-        return all(key in self._row_of for key in new)
-
-    def _passes(self, keys: list[Key]) -> Iterator[tuple[WatershedGraph, Array, Any, Any]]:
-        """Return, for each relief to flood: it, its cells, and (seeds, their keys)."""
-        groups: dict[Key, dict[Key, list[Key]]] = {}
-        for key in keys:
-            part = () if self._contour else (key[1],)
-            seeds = key[:3] if self._contour else key[:1]
-            groups.setdefault(part, {}).setdefault(seeds, []).append(key)
-        for part, tasks in groups.items():
-            if self._contour:
-                cell, bins = cells_of(self._relief.values[:, self._scored], self._limits)
-                yield self._relief, cell, bins, list(tasks.items())
-            else:
-                relief = foreground_relief(self._relief, part[0])
-                cell = relief.wanted[self._scored].astype(np.int32) - 1
-                yield relief, cell, (1, 1, 1), list(tasks.items())
-
-    def _measure(
-        self, space: Workspace, cell: Array, bins: Any, seeds: Key, keys: list[Key]
-    ) -> None:
-        """Find the seeds of one combination, and flood those that are met for the first time."""
-        if self._contour:
-            limits = np.array([above(channel, value) for channel, value in enumerate(seeds)])
-        else:
-            limits = np.array(seeds, np.float64)
-        found = space.seeds(limits)
-        for key in keys:
-            kept, names, _ = keep_large(*found, key[-1])
-            mark = (None if self._contour else key[1], *fingerprint(kept))
-            with self._lock:
-                row = self._known.get(mark)
-                new = row is None
-                if row is None:
-                    row = self._known[mark] = len(self._rows)
-                    self._rows.append((np.zeros(0), np.zeros(0)))
-            if new:
-                labels = space.flooded(kept, names)[self._scored]
-                self._rows[row] = tally(
-                    labels, self._truth, cell, bins, self.truth_sizes, self._least, self._entropy
-                )
-            self._row_of[key] = row
-
-    def sums(self, axes: Axes) -> Sums:
-        """Return the sums of a grid whose slow combinations have all been run."""
-        at = np.array([self._row_of[key] for key in slow_combinations(axes)])
-        counts, logs = (np.stack([row[part] for row in self._rows])[at] for part in (0, 1))
-        return Sums(self._in_order(counts), self._in_order(logs), self.voxels, self.truth_sizes)
-
-    def _in_order(self, rows: Array) -> Array:
-        """Return (sums, combinations) of (slow, sums, sizes, foreground combinations)."""
-        rows = np.moveaxis(rows, 1, 0)
-        if self._contour:
-            # A contour passes below its threshold, so its cells run the other way.
-            lengths = [len(axis) for axis in self._limits]
-            rows = rows.reshape(*rows.shape[:3], *lengths)[:, :, :, :, ::-1]
-        return rows.reshape(len(rows), -1) if len(rows) else np.zeros((0, 0))
-
-
-def _relief(maps: Array, mask: Array | None, grid: GridLike, axes: Axes) -> WatershedGraph:
-    """Return the relief that serves every combination of the axes."""
-    if "flood" not in decoder_arguments(grid.decoder):
-        seeds, limits = axes["distance_threshold.seed"], axes["distance_threshold.foreground"]
-        return distance_relief(maps, mask, seed=min(seeds), lowest=min(*seeds, *limits))
-    lowest = {
-        part: [
-            min(above(channel, value) for value in axes[f"{name}.{part}"])
-            for channel, name in enumerate(PAIRS)
-        ]
-        for part in ("seed", "foreground")
-    }
-    extra = {key: grid.fixed[key] for key in ("flood", "floor") if key in grid.fixed}
-    return contour_relief(maps, mask, seeds=lowest["seed"], limits=lowest["foreground"], **extra)
