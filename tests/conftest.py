@@ -204,6 +204,37 @@ TINY_SPACE: dict[str, Any] = {
 }
 
 
+@pytest.fixture(params=["sqlite", "postgresql"])
+def storage(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """Return the URL of an empty database of each kind."""
+    if request.param == "sqlite":
+        return f"sqlite:///{tmp_path / 'study.db'}"
+    return str(request.getfixturevalue("postgres").new_database())
+
+
+@pytest.fixture
+def make_driver(tmp_path: Path) -> Iterator[Callable[..., Any]]:
+    """Return what opens a study and drives it; all are closed at the end."""
+    from study_checks import make_space
+
+    from hydralv_tune.study.driver import Driver
+    from hydralv_tune.study.study import Study
+
+    opened: list[Any] = []
+
+    def make(storage: str, space: Any = None, **options: Any) -> Any:
+        study = Study.open(storage, "s", space=space or make_space(), create=True)
+        driver = Driver(study, out=tmp_path, **options)
+        driver.__enter__()
+        opened.append(driver)
+        return driver
+
+    yield make
+    for driver in opened:
+        driver.__exit__()
+        driver.study.close()
+
+
 @pytest.fixture(scope="session")
 def finished_study(tmp_path_factory: pytest.TempPathFactory) -> FinishedStudy:
     """Return a study of three complete trials, one pruned and one failed, as `run` leaves it."""

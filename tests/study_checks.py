@@ -6,7 +6,28 @@ from typing import Any
 
 from sqlalchemy.engine import make_url
 
+from hydralv_tune.config.search_space import SearchSpace, space_from_mapping
 from hydralv_tune.study.study import Study
+
+LR, DECAY = "optimization.optimizer.lr", "optimization.optimizer.weight_decay"
+
+
+def make_space(**changes: Any) -> SearchSpace:
+    """Return a small space."""
+    return space_from_mapping(
+        {
+            "name": "s",
+            "base": "start",
+            "recipes": {"start": {}},
+            "parameters": {
+                LR: {"float": [1e-5, 1e-1], "log": True},
+                DECAY: {"float": [0.0, 0.1]},
+            },
+            "sampler": {"startup_trials": 3},
+            "pruner": {"name": "none"},
+            **changes,
+        }
+    )
 
 
 def evaluations(count: int) -> Any:

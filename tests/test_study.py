@@ -19,9 +19,9 @@ from typing import Any
 import optuna
 import pytest
 from optuna.trial import TrialState
+from study_checks import DECAY, LR, make_space
 
 from hydralv_tune.config.errors import ConfigError, InputError, StudyError
-from hydralv_tune.config.search_space import SearchSpace, space_from_mapping
 from hydralv_tune.config.search_space_rules import check_space
 from hydralv_tune.config.secrets import mask_passwords
 from hydralv_tune.launch.start import Start
@@ -33,7 +33,7 @@ from hydralv_tune.study.optuna_private import PRIVATE_NAMES, set_attributes
 from hydralv_tune.study.pruners import PRUNERS, register_pruner
 from hydralv_tune.study.samplers import SAMPLERS, register_sampler
 from hydralv_tune.study.storage_url import masked, parse_storage
-from hydralv_tune.study.study import Study, facts_of, find_study, open_readonly, study_names
+from hydralv_tune.study.study import Study, facts_of, open_if_exists, open_readonly, study_names
 from hydralv_tune.study.study_folder import MARKER, Owner, claim_out, owner_of
 from hydralv_tune.study.trial_views import (
     Asked,
@@ -43,52 +43,7 @@ from hydralv_tune.study.trial_views import (
     process_start,
 )
 
-LR, DECAY = "optimization.optimizer.lr", "optimization.optimizer.weight_decay"
 METRICS = {"adapted_rand_error": 0.2, "adapted_rand_error_foreground": 0.3, "f1_iou50": 0.8}
-
-
-def make_space(**changes: Any) -> SearchSpace:
-    """Return a small space."""
-    return space_from_mapping(
-        {
-            "name": "s",
-            "base": "start",
-            "recipes": {"start": {}},
-            "parameters": {
-                LR: {"float": [1e-5, 1e-1], "log": True},
-                DECAY: {"float": [0.0, 0.1]},
-            },
-            "sampler": {"startup_trials": 3},
-            "pruner": {"name": "none"},
-            **changes,
-        }
-    )
-
-
-@pytest.fixture(params=["sqlite", "postgresql"])
-def storage(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """Return the URL of an empty database of each kind."""
-    if request.param == "sqlite":
-        return f"sqlite:///{tmp_path / 'study.db'}"
-    return str(request.getfixturevalue("postgres").new_database())
-
-
-@pytest.fixture
-def make_driver(tmp_path: Path) -> Iterator[Callable[..., Driver]]:
-    """Return what opens a study and drives it; all are closed at the end."""
-    opened: list[Driver] = []
-
-    def make(storage: str, space: SearchSpace | None = None, **options: Any) -> Driver:
-        study = Study.open(storage, "s", space=space or make_space(), create=True)
-        driver = Driver(study, out=tmp_path, **options)
-        driver.__enter__()
-        opened.append(driver)
-        return driver
-
-    yield make
-    for driver in opened:
-        driver.__exit__()
-        driver.study.close()
 
 
 def asked(driver: Driver, target: int = 100) -> Asked:
@@ -904,11 +859,11 @@ def test_a_database_that_cannot_be_locked_is_refused_before_anything_runs(tmp_pa
 
 
 def test_a_study_is_looked_for_without_a_trace(storage: str, tmp_path: Path) -> None:
-    assert find_study(storage, "s") is None
+    assert open_if_exists(storage, "s") is None
     assert list(tmp_path.iterdir()) == []
     Study.open(storage, "s", space=make_space(), create=True).close()
-    assert find_study(storage, "other") is None
-    found = find_study(storage, "s")
+    assert open_if_exists(storage, "other") is None
+    found = open_if_exists(storage, "s")
     assert found is not None
     found.close()
 

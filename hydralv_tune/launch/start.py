@@ -11,8 +11,8 @@ from hydralv_tune.config.errors import StudyError
 from hydralv_tune.config.search_space import SearchSpace
 from hydralv_tune.study.database import DatabaseAway, database_errors
 from hydralv_tune.study.mutex import StudyMutex
-from hydralv_tune.study.storage_url import parse_storage
-from hydralv_tune.study.study import IDENTITY, OUT, Study, find_study, open_readonly
+from hydralv_tune.study.storage_url import parse_storage, without_secrets
+from hydralv_tune.study.study import IDENTITY, OUT, Study, open_if_exists, open_readonly
 from hydralv_tune.study.study_folder import Owner, check_out, claim_out
 
 
@@ -46,7 +46,7 @@ class Start:
             StudyError: The storage does not answer, space, volumes or folder have changed, the
                 folder is another study's, or there is no study to learn from.
         """
-        found = find_study(self.storage, self.study)
+        found = open_if_exists(self.storage, self.study)
         if found is None:
             check_out(self.out, self.study, identity=None, stored=None)
         else:
@@ -89,7 +89,9 @@ class Start:
         identity = opened.identity or uuid.uuid4().hex
         opened.remember(IDENTITY, identity)
         try:
-            claim_out(self.out, Owner(self.study, identity))
+            claim_out(
+                self.out, Owner(self.study, identity, without_secrets(parse_storage(self.storage)))
+            )
         except OSError as error:
             raise StudyError(
                 f"--out: {self.out} cannot be written ({error.strerror or error}). Make room, or "

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import re
+import shlex
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -50,10 +52,16 @@ def open_storage(url: sqlalchemy.engine.URL, *, create: bool) -> RDBStorage:
     Args:
         url: From `parse_storage`.
         create: Make the tables where there are none.
+
+    Raises:
+        StudyError: Another version of Optuna made its tables.
     """
-    storage = RDBStorage(
-        url_template(url), engine_kwargs=engine_options(url), skip_table_creation=not create
-    )
+    try:
+        storage = RDBStorage(
+            url_template(url), engine_kwargs=engine_options(url), skip_table_creation=not create
+        )
+    except RuntimeError as error:  # the tables are of another Optuna
+        raise StudyError(f"--storage: {masked(url)} {_other_optuna(url, str(error))}") from None
     if sqlite_file(url) is not None:
         # As safe as deleting the rollback journal at each commit, and half as slow. A write-ahead
         # log would be faster still, but breaks on shared folders.
@@ -63,6 +71,23 @@ def open_storage(url: sqlalchemy.engine.URL, *, create: bool) -> RDBStorage:
 
         storage.engine.dispose()  # connections made before
     return storage
+
+
+def _other_optuna(url: sqlalchemy.engine.URL, reason: str) -> str:
+    """Return what to do with a database whose tables another version of Optuna made."""
+    found = re.search(r"set up by optuna ([\w.]+)", reason)
+    made = f"was made by Optuna {found[1]}" if found else "was made by another Optuna"
+    ours = f"here is Optuna {optuna.__version__}"
+    if "storage upgrade" not in reason:
+        return f"{made}, which is newer: {ours}. Install that version of Optuna beside it."
+    path = sqlite_file(url)
+    if path is None:
+        upgrade = f"optuna storage upgrade --storage {masked(url)}"
+        return f"{made}: {ours}. Make a backup of it, then upgrade it: {upgrade}"
+    copy = path.with_name(f"{path.stem}-upgraded{path.suffix}")
+    words = shlex.join(["cp", str(path), str(copy)])
+    upgrade = shlex.join(["optuna", "storage", "upgrade", "--storage", f"sqlite:///{copy}"])
+    return f"{made}: {ours}. Upgrade a copy of it: {words} && {upgrade}"
 
 
 def url_template(url: sqlalchemy.engine.URL) -> str:

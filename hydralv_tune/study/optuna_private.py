@@ -16,6 +16,7 @@ from optuna.distributions import BaseDistribution
 from optuna.storages import RDBStorage
 from optuna.storages._rdb import models
 from optuna.storages._rdb.storage import _create_scoped_session
+from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
 PRIVATE_NAMES: tuple[tuple[Any, tuple[str, ...]], ...] = (
@@ -23,6 +24,9 @@ PRIVATE_NAMES: tuple[tuple[Any, tuple[str, ...]], ...] = (
         RDBStorage,
         ("_set_trial_attr_without_commit", "_set_trial_intermediate_value_without_commit"),
     ),
+    (models.StudyModel, ("study_id", "study_name", "directions")),
+    (models.StudyDirectionModel, ("direction", "objective")),
+    (models.StudyUserAttributeModel, ("study_id", "key", "value_json")),
     (models.TrialModel, ("find_or_raise_by_id",)),
     (models.TrialUserAttributeModel, ("find_by_trial_and_key",)),
     (models.TrialHeartbeatModel, ("trial_id", "heartbeat")),
@@ -43,6 +47,30 @@ def contains(distribution: BaseDistribution, value: Any) -> bool:
         return distribution._contains(distribution.to_internal_repr(value))
     except ValueError:
         return False
+
+
+def create_study(storage: RDBStorage, name: str, attributes: Mapping[str, Any]) -> None:
+    """Make a study that minimises, with its user attributes, in one transaction.
+
+    Optuna takes several. A study without a search space is then never one of ours half made, but
+    another program's.
+
+    Args:
+        storage: That has no study of the name; to be called under the study mutex.
+        name: Of the study.
+        attributes: Plain JSON types by name.
+    """
+    direction = models.StudyDirectionModel(direction=StudyDirection.MINIMIZE, objective=0)
+    with _create_scoped_session(storage.scoped_session) as session:
+        study = models.StudyModel(study_name=name, directions=[direction])
+        session.add(study)
+        session.flush()
+        for key, value in attributes.items():
+            session.add(
+                models.StudyUserAttributeModel(
+                    study_id=study.study_id, key=key, value_json=json.dumps(value)
+                )
+            )
 
 
 def set_attributes(storage: RDBStorage, trial_id: int, attributes: Mapping[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,14 @@ from sqlalchemy.exc import ArgumentError, NoSuchModuleError, SQLAlchemyError
 
 from hydralv_tune.artifacts.writing import why_not_writable
 from hydralv_tune.config.errors import StudyError
+from hydralv_tune.config.paths import expanded
 from hydralv_tune.config.secrets import HIDDEN, is_secret, mask_passwords
 
 CONNECT_TIMEOUT_S = 10
 BUSY_TIMEOUT_S = 15.0  # how long SQLite waits for another writer
 # A driver that is stopped (SIGSTOP) inside the study mutex must not hold it for ever.
 IDLE_IN_TRANSACTION_MS = 60_000
+BEGINNING = re.compile(r"(?P<kind>sqlite|postgres(?:ql)?)(?:\+\w+)?:(?P<slashes>/*)")
 EXAMPLES = "sqlite:///runs/study.db or postgresql+psycopg://user@host/database"
 DRIVERS = {
     "sqlite": ("sqlite:///", "pysqlite"),
@@ -41,15 +44,17 @@ def parse_storage(storage: str) -> URL:
     Raises:
         StudyError: It is no URL, its database is neither SQLite nor PostgreSQL, it names another
             database driver, or no file.
+        InputError: `~` or a variable in the path of an SQLite file is not known.
     """
     shown = mask_passwords(storage)
+    _refuse_slashes(storage, shown)
     try:
         url = make_url(storage)
     except (ArgumentError, ValueError):  # ValueError: the port is no number
         raise StudyError(
             f"--storage: '{shown}' is no database URL. Write it like {EXAMPLES}."
         ) from None
-    if url.drivername in ("postgres", "postgresql", "postgresql+psycopg2"):
+    if url.drivername in ("postgres", "postgres+psycopg", "postgresql", "postgresql+psycopg2"):
         url = url.set(drivername="postgresql+psycopg")
     backend, _, driver = url.drivername.partition("+")
     if backend not in DRIVERS:
@@ -65,12 +70,35 @@ def parse_storage(storage: str) -> URL:
         )
     if backend == "sqlite":
         _refuse_no_file(url, shown)
+        url = url.set(database=expanded(str(url.database)))
     elif "@" in (url.host or ""):
         raise StudyError(
             f"--storage: '{shown}' has more than one '@'. Write those of the password as %40, or "
             "leave the password out and give it by PGPASSFILE."
         )
     return url
+
+
+def _refuse_slashes(storage: str, shown: str) -> None:
+    """Refuse a path where a URL is wanted, and a URL with too few slashes, with the right form."""
+    begins = BEGINNING.match(storage)
+    if begins is None:
+        if "://" not in storage:
+            raise StudyError(
+                f"--storage: '{shown}' is a path and no database URL. Write it like "
+                f"sqlite:///{shown}."
+            )
+        return
+    kind, count, rest = begins["kind"], len(begins["slashes"]), storage[begins.end() :]
+    wanted = 3 if kind == "sqlite" else 2
+    if rest and count < wanted:
+        # One slash before a path that begins at the root: SQLite's form of it has four.
+        right = wanted + (kind == "sqlite" and count == 1)
+        mended = mask_passwords(storage[: begins.start("slashes")] + "/" * right + rest)
+        raise StudyError(
+            f"--storage: {count} slash{'' if count == 1 else 'es'} after '{kind}:', but a URL of "
+            f"that database has {wanted}. Write {mended}."
+        )
 
 
 def _refuse_no_file(url: URL, shown: str) -> None:
@@ -99,6 +127,15 @@ def masked(url: URL) -> str:
     shown = url.set(query=query).render_as_string(hide_password=True)
     # `URL` would write our stars in the query as %2A.
     return shown.replace("%2A%2A%2A", HIDDEN)
+
+
+def without_secrets(url: URL) -> str:
+    """Return a URL to keep in a file: absolute, without its password and other secrets."""
+    path = sqlite_file(url)
+    if path is not None:
+        return f"sqlite:///{path.absolute()}"
+    secrets = [key for key in url.query if is_secret(key)]
+    return url._replace(password=None).difference_update_query(secrets).render_as_string()
 
 
 def sqlite_file(url: URL) -> Path | None:

@@ -28,8 +28,9 @@ from hydralv_tune.study.distributions import (
     require_compatible,
 )
 from hydralv_tune.study.mutex import StudyMutex
-from hydralv_tune.study.optuna_private import owner_of_note
+from hydralv_tune.study.optuna_private import create_study, owner_of_note
 from hydralv_tune.study.storage_url import engine_options, masked, parse_storage, probe, sqlite_file
+from hydralv_tune.study.study_folder import holds_results, owner_of
 from hydralv_tune.study.trial_views import (
     FINISHED,
     OBJECTIVE,
@@ -46,8 +47,12 @@ SPACE, OUT, VOLUMES, IDENTITY = "space", "out", "volumes", "identity"
 class Study:
     """An open study. Use `Study.open` or `open_readonly`."""
 
-    def __init__(self, storage: RDBStorage, study: optuna.Study, shown: str) -> None:
+    def __init__(
+        self, storage: RDBStorage, study: optuna.Study, shown: str, folder: Path | None = None
+    ) -> None:
         self.rdb = storage
+        self._folder = folder
+        self._located: tuple[str, Path] | None = None
         self.optuna = study
         self.storage = shown
         self.name = study.study_name
@@ -63,6 +68,7 @@ class Study:
         space: SearchSpace | None = None,
         create: bool = False,
         extend: bool = False,
+        folder: Path | None = None,
     ) -> Study:
         """Open a study, or make it.
 
@@ -72,10 +78,11 @@ class Study:
             space: What it searches; needed to make it. The stored space must equal it.
             create: Make database and study where they do not exist; otherwise nothing is written.
             extend: Accept a space that differs from the stored one.
+            folder: Where its trials are now; where the database says so by default.
 
         Raises:
-            StudyError: The storage does not exist or answer, there is no such study, or the
-                space has changed.
+            StudyError: The storage does not exist or answer, there is no such study or another
+                program made it, or the space has changed.
         """
         url = parse_storage(storage)
         probe(url, create=create)
@@ -83,19 +90,15 @@ class Study:
         if not create:
             require_tables(url, options)
             rdb = open_storage(url, create=False)
-            return cls(rdb, load_named(rdb, name, masked(url)), masked(url))
+            return cls(rdb, load_ours(rdb, name, masked(url)), masked(url), folder)
         assert space is not None, "a study is made from its space"
         mutex = StudyMutex(url, name)
         try:
             with database_errors(), mutex:
                 rdb = open_storage(url, create=True)
-                study = cls(
-                    rdb,
-                    optuna.create_study(
-                        storage=rdb, study_name=name, direction="minimize", load_if_exists=True
-                    ),
-                    masked(url),
-                )
+                if name not in optuna.get_all_study_names(rdb):
+                    create_study(rdb, name, {SPACE: space.as_mapping()})
+                study = cls(rdb, load_ours(rdb, name, masked(url)), masked(url), folder)
                 study._settle_space(space, extend=extend)
                 study._enqueue_warm_starts()
         except DatabaseAway as error:
@@ -108,20 +111,34 @@ class Study:
     def space(self) -> SearchSpace:
         """Return the space that the study searches."""
         if self._space is None:
-            stored = self.optuna.user_attrs.get(SPACE)
-            if stored is None:
-                raise StudyError(
-                    f"Study '{self.name}' in {self.storage} was not made by hydralv-tune: it has "
-                    "no search space. Give the name of a study that `run` made."
-                )
-            self._space = space_from_mapping(stored)
+            self._space = space_from_mapping(self.optuna.user_attrs[SPACE])
         return self._space
 
     @property
     def out(self) -> Path | None:
-        """Return the folder of the study, or None where none was told."""
+        """Return the folder of the study, or None where it has none yet.
+
+        It may have been moved or copied with its SQLite file; then the folder that the file lies in
+        is taken, if that is marked as this study's.
+        """
         text = self.optuna.user_attrs.get(OUT)
-        return Path(text) if text else None
+        if not text:
+            return None
+        if self._located is None or self._located[0] != text:
+            self._located = text, self._locate(Path(text))
+        return self._located[1]
+
+    def _locate(self, stored: Path) -> Path:
+        """Return where the folder of the study is now."""
+        database = sqlite_file(self.rdb.engine.url)
+        beside = None if database is None else database.absolute().parent
+        for folder in filter(None, (self._folder, beside)):
+            owner = owner_of(folder)
+            if owner is not None and owner.identity == self.identity:
+                return folder
+            if owner is None and not stored.is_dir() and holds_results(folder):
+                return folder  # of a version that did not mark its folders
+        return stored
 
     @property
     def identity(self) -> str | None:
@@ -384,16 +401,21 @@ class Study:
                 self.optuna.enqueue_trial(dict(start.params), user_attrs={"warm_start": name})
 
 
-def open_readonly(storage: str, name: str) -> Study:
+def open_readonly(storage: str, name: str, folder: Path | None = None) -> Study:
     """Open a study without writing anything.
+
+    Args:
+        storage: URL of its database.
+        name: Its name.
+        folder: Where its trials are now; where the database says so by default.
 
     Raises:
         StudyError: The storage or the study does not exist, or the database does not answer.
     """
-    return Study.open(storage, name)
+    return Study.open(storage, name, folder=folder)
 
 
-def find_study(storage: str, name: str) -> Study | None:
+def open_if_exists(storage: str, name: str) -> Study | None:
     """Open a study without writing anything, or return None where it is still to be made.
 
     Raises:
@@ -408,7 +430,7 @@ def find_study(storage: str, name: str) -> Study | None:
     try:
         with database_errors():
             if name in optuna.get_all_study_names(rdb):
-                return Study(rdb, load_named(rdb, name, masked(url)), masked(url))
+                return Study(rdb, load_ours(rdb, name, masked(url)), masked(url))
     except DatabaseAway as error:
         raise StudyError(f"--storage: {masked(url)} does not answer: {error}.") from None
     rdb.engine.dispose()
@@ -434,7 +456,7 @@ def study_names(storage: str) -> list[str]:
 
 
 def open_all(storage: str) -> list[Study]:
-    """Open every study of a storage without writing anything.
+    """Open every study of ours in a storage without writing anything.
 
     Raises:
         StudyError: The storage does not exist or answer, or there is no study in it.
@@ -447,7 +469,24 @@ def open_all(storage: str) -> list[Study]:
     names = optuna.get_all_study_names(rdb)
     if not names:
         raise StudyError(f"--storage: {masked(url)} holds no study. Start one with `run`.")
-    return [Study(rdb, load_named(rdb, name, masked(url)), masked(url)) for name in names]
+    found = [optuna.load_study(study_name=name, storage=rdb) for name in names]
+    return [Study(rdb, study, masked(url)) for study in found if SPACE in study.user_attrs]
+
+
+def load_ours(storage: RDBStorage, name: str, shown: str) -> optuna.Study:
+    """Load a study that hydralv-tune made.
+
+    Raises:
+        StudyError: There is no study of that name, or another program made it.
+    """
+    study = load_named(storage, name, shown)
+    if SPACE not in study.user_attrs:
+        directions = ", ".join(direction.name.lower() for direction in study.directions)
+        raise StudyError(
+            f"--study: study '{name}' in {shown} was not made by hydralv-tune: no search space is "
+            f"stored in it, direction {directions}. Take another --study name."
+        )
+    return study
 
 
 def facts_of(storage: str, name: str) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from hydralv_tune.artifacts.writing import why_not_writable, write_atomically
@@ -16,6 +16,8 @@ from hydralv_tune.config.errors import StudyError
 from hydralv_tune.study.journal import journals_in
 
 MARKER = "study.json"
+DATABASE = "study.db"
+"""Name of the SQLite file of a study whose storage is not given."""
 
 
 @dataclass(frozen=True)
@@ -25,17 +27,19 @@ class Owner:
     Args:
         study: Its name, for people.
         identity: What tells it from every other study, of the same name too.
+        storage: URL of its database, without a password; None in folders of earlier versions.
     """
 
     study: str
     identity: str
+    storage: str | None = field(default=None, compare=False)
 
 
 def owner_of(folder: Path) -> Owner | None:
     """Return whom a folder belongs to, or None where nothing in it says so."""
     try:
         found = json.loads((folder / MARKER).read_text(encoding="utf-8"))
-        return Owner(str(found["study"]), str(found["identity"]))
+        return Owner(str(found["study"]), str(found["identity"]), found.get("storage"))
     except (OSError, ValueError, LookupError, TypeError):
         return None
 
