@@ -29,7 +29,8 @@ from hydralv_tune.config.errors import CheckpointError, InputError
 from hydralv_tune.numerics.metrics.scores import SUMMARY
 
 FORMAT = "hydralv_tune"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""Of checkpoints; in version 1 `norm: group` had 8 groups or the power of two that fits."""
 PACKAGES = (
     "hydralv-tune", "torch", "monai", "numpy", "scipy", "scikit-image", "numba", "pydantic",
     "optuna", "ray",

@@ -91,6 +91,9 @@ class Model(StrictModel):
         None, description="Share of channels dropped while training; null: none."
     )
     norm: str | None = Field(None, description="null: the architecture's own.")
+    num_groups: Count | None = Field(
+        None, description="norm group: the largest divisor of the channels up to it; null: 8."
+    )
     activation: str | None = Field(None, description="null: the architecture's own.")
     kernel_size: Side | Size3 | None = Field(None, description="Odd; null: the architecture's own.")
     strides: list[int | list[int]] | None = Field(
@@ -100,6 +103,10 @@ class Model(StrictModel):
     down_factors: list[list[int]] | None = Field(
         None, description="rsunet: pooling between levels; null: [1, 2, 2] each."
     )
+    depth_2d: Whole | None = Field(
+        None, description="rsunet: how many of the finest levels use kernel_2d; null: 0."
+    )
+    kernel_2d: Size3 | None = Field(None, description="rsunet; null: [1, 3, 3].")
     upsample: str | None = Field(None, description="deconv, nontrainable or pixelshuffle.")
     mednext_size: Literal["S", "B", "M", "L"] | None = Field(None, description="mednext; null: S.")
     mednext_kernel_size: Literal[3, 5, 7] | None = Field(None, description="mednext; null: 3.")

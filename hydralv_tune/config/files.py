@@ -24,7 +24,7 @@ from hydralv_tune.config.yaml_io import parse_yaml, read_yaml_mapping
 PACKAGE = Path(__file__).parents[1]
 ARCHITECTURE_KEYS = (
     "dropout", "norm", "activation", "kernel_size", "strides", "num_res_units", "down_factors",
-    "upsample", "mednext_size", "mednext_kernel_size",
+    "upsample", "mednext_size", "mednext_kernel_size", "num_groups", "depth_2d", "kernel_2d",
 )  # fmt: skip
 NETWORK_KEYS = ("architecture", "filters", "in_channels", *ARCHITECTURE_KEYS[1:])
 

@@ -35,6 +35,9 @@ ELSE: dict[str, Any] = {
     "upsample": "nontrainable",
     "mednext_size": "B",
     "mednext_kernel_size": 5,
+    "num_groups": 2,
+    "depth_2d": 1,
+    "kernel_2d": [1, 5, 5],
 }
 """A value of each key that is the default of no architecture."""
 

@@ -9,7 +9,14 @@ from typing import Any
 from torch import nn
 
 from hydralv_tune.numerics.networks.monai_heads import HeadedBasicUNet, HeadedMedNeXt, HeadedUNet
-from hydralv_tune.numerics.networks.rsunet import ACTIVATIONS, NORMS, RSUNet, Size3
+from hydralv_tune.numerics.networks.rsunet import (
+    ACTIVATIONS,
+    GROUPS,
+    NORMS,
+    RSUNet,
+    Size3,
+    group_count,
+)
 
 Arguments = Mapping[str, Any]
 Step = tuple[str, int, int, int]
@@ -132,20 +139,49 @@ def build_rsunet(keys: Arguments) -> nn.Module:
         norm=_one_of(keys.get("norm", "batch"), "norm", NORMS),
         activation=_one_of(keys.get("activation", "relu"), "activation", ACTIVATIONS),
         down_factors=level_factors(keys, "down_factors"),
-        kernel_size=_odd_size3(keys.get("kernel_size", 3), "kernel_size"),
+        kernel_sizes=_level_kernels(keys),
+        num_groups=_groups(keys),
     )
+
+
+def _level_kernels(keys: Arguments) -> list[Size3]:
+    """Return the kernel of each level of an RSUNet: `kernel_2d` for the first `depth_2d` of them.
+
+    Raises:
+        ValueError: A kernel is even, or `depth_2d` is negative or above the number of levels.
+    """
+    levels = len(_checked_filters(keys))
+    kernel = _odd_size3(keys.get("kernel_size", 3), "kernel_size")
+    fine = int(keys.get("depth_2d", 0))
+    if not 0 <= fine <= levels:
+        raise ValueError(f"depth_2d is {fine}, but filters have {levels} levels. Try 1.")
+    return [_odd_size3(keys.get("kernel_2d", (1, 3, 3)), "kernel_2d")] * fine + [kernel] * (
+        levels - fine
+    )
+
+
+def _groups(keys: Arguments) -> int:
+    """Return the most groups that `norm: group` makes.
+
+    Raises:
+        ValueError: It is below 1.
+    """
+    groups = int(keys.get("num_groups", GROUPS))
+    if groups < 1:
+        raise ValueError(f"num_groups is {groups}, but it must be at least 1. Try {GROUPS}.")
+    return groups
 
 
 def rsunet_path(keys: Arguments, axis: int) -> list[Step]:
     """Return four convolutions a block, with fixed up-sampling and pooling between."""
-    kernel = _odd_size3(keys.get("kernel_size", 3), "kernel_size")[axis]
-    block: list[Step] = [("conv", kernel, 1, kernel // 2)] * 4
+    kernels = [kernel[axis] for kernel in _level_kernels(keys)]
+    blocks: list[list[Step]] = [[("conv", k, 1, k // 2)] * 4 for k in kernels]
     factors = [f[axis] for f in level_factors(keys, "down_factors")]
-    path = list(block)
-    for f in factors:
+    path = list(blocks[0])
+    for f, block in zip(factors, blocks[1:], strict=True):
         width = 2 * f - f % 2
         path += [("transposed", width, f, (width - f) // 2), *block]
-    for f in factors[::-1]:
+    for f, block in zip(factors[::-1], blocks[-2::-1], strict=True):
         path += [("conv", f, f, 0), *block]
     return path
 
@@ -154,7 +190,7 @@ def _monai_norm(keys: Arguments, default: str, *also: int) -> tuple[str, dict[st
     """Return a norm as MONAI takes it; groups divide every number of channels that occurs."""
     name = _one_of(keys.get("norm", default), "norm", NORMS[:3])
     if name == "group":
-        return name, {"num_groups": math.gcd(8, *keys["filters"], *also)}
+        return name, {"num_groups": group_count(math.gcd(*keys["filters"], *also), _groups(keys))}
     return name, {"affine": True}
 
 

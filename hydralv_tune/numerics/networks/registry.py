@@ -33,7 +33,7 @@ from hydralv_tune.numerics.networks.rsunet import Size3
 COMMON_KEYS = frozenset({"in_channels", "out_channels", "filters", "deep_supervision"})
 OWN_KEYS = frozenset(
     {"dropout", "norm", "activation", "kernel_size", "strides", "num_res_units", "down_factors",
-     "upsample", "mednext_size", "mednext_kernel_size"}
+     "upsample", "mednext_size", "mednext_kernel_size", "num_groups", "depth_2d", "kernel_2d"}
 )  # fmt: skip
 """Keys of `model` that some architecture accepts and another refuses; None is not said."""
 
@@ -359,7 +359,18 @@ _NOT_MEDNEXT = "only mednext comes in sizes"
 ARCHITECTURES: dict[str, Architecture] = {
     "rsunet": Architecture(
         build=build_rsunet,
-        arguments=frozenset({"dropout", "norm", "activation", "kernel_size", "down_factors"}),
+        arguments=frozenset(
+            {
+                "dropout",
+                "norm",
+                "activation",
+                "kernel_size",
+                "down_factors",
+                "num_groups",
+                "depth_2d",
+                "kernel_2d",
+            }
+        ),
         deep_supervision=True,
         divisor=lambda keys: whole_factor(level_factors(keys, "down_factors")),
         path=rsunet_path,
@@ -374,7 +385,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     ),
     "monai_basic_unet3d": Architecture(
         build=build_basic_unet,
-        arguments=frozenset({"dropout", "norm", "activation", "upsample"}),
+        arguments=frozenset({"dropout", "norm", "activation", "upsample", "num_groups"}),
         deep_supervision=True,
         divisor=lambda keys: (16, 16, 16),
         path=basic_unet_path,
@@ -391,7 +402,15 @@ ARCHITECTURES: dict[str, Architecture] = {
     "monai_unet": Architecture(
         build=build_unet,
         arguments=frozenset(
-            {"dropout", "norm", "activation", "kernel_size", "strides", "num_res_units"}
+            {
+                "dropout",
+                "norm",
+                "activation",
+                "kernel_size",
+                "strides",
+                "num_res_units",
+                "num_groups",
+            }
         ),
         deep_supervision=True,
         divisor=lambda keys: whole_factor(level_factors(keys, "strides")),

@@ -16,7 +16,12 @@ Size3 = tuple[int, int, int]
 NORMS = ("batch", "instance", "group", "none")
 ACTIVATIONS = ("relu", "leakyrelu", "elu", "prelu", "gelu", "swish", "mish")
 GROUPS = 8
-"""Groups of `norm: group`, or the largest number below that divides the channels."""
+"""Groups of `norm: group` unless `num_groups` says otherwise."""
+
+
+def group_count(channels: int, groups: int = GROUPS) -> int:
+    """Return the largest divisor of a number of channels that is at most `groups`."""
+    return max(count for count in range(1, min(groups, channels) + 1) if channels % count == 0)
 
 
 def check_divisible(x: Tensor, divisor: Size3) -> None:
@@ -38,14 +43,14 @@ def check_divisible(x: Tensor, divisor: Size3) -> None:
         )
 
 
-def _norm(name: str, channels: int) -> nn.Module:
+def _norm(name: str, channels: int, groups: int) -> nn.Module:
     """Return the normalisation layer of that name."""
     if name == "batch":
         return nn.BatchNorm3d(channels)
     if name == "instance":
         return nn.InstanceNorm3d(channels, affine=True)
     if name == "group":
-        return nn.GroupNorm(math.gcd(GROUPS, channels), channels)
+        return nn.GroupNorm(group_count(channels, groups), channels)
     return nn.Identity()
 
 
@@ -61,9 +66,9 @@ def _activation(name: str) -> nn.Module:
 class NormAct(nn.Module):
     """Normalisation, then activation."""
 
-    def __init__(self, channels: int, norm: str, activation: str) -> None:
+    def __init__(self, channels: int, norm: str, activation: str, groups: int = GROUPS) -> None:
         super().__init__()
-        self.norm = _norm(norm, channels)
+        self.norm = _norm(norm, channels, groups)
         self.act = _activation(activation)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -75,12 +80,18 @@ class Residual(nn.Module):
     """Two pre-activated convolutions around an identity."""
 
     def __init__(
-        self, channels: int, kernel: Size3, norm: str, activation: str, dropout: float
+        self,
+        channels: int,
+        kernel: Size3,
+        norm: str,
+        activation: str,
+        dropout: float,
+        groups: int = GROUPS,
     ) -> None:
         super().__init__()
-        self.norm_act1 = NormAct(channels, norm, activation)
+        self.norm_act1 = NormAct(channels, norm, activation, groups)
         self.conv1 = _conv(channels, channels, kernel)
-        self.norm_act2 = NormAct(channels, norm, activation)
+        self.norm_act2 = NormAct(channels, norm, activation, groups)
         self.conv2 = _conv(channels, channels, kernel)
         # Between the pair, as in wide residual networks: the identity stays clean.
         self.dropout = nn.Dropout3d(dropout) if dropout else nn.Identity()
@@ -102,14 +113,15 @@ class Block(nn.Module):
         norm: str,
         activation: str,
         dropout: float,
+        groups: int = GROUPS,
     ) -> None:
         super().__init__()
         self.pre = nn.Sequential(
-            NormAct(in_channels, norm, activation), _conv(in_channels, channels, kernel)
+            NormAct(in_channels, norm, activation, groups), _conv(in_channels, channels, kernel)
         )
-        self.res = Residual(channels, kernel, norm, activation, dropout)
+        self.res = Residual(channels, kernel, norm, activation, dropout, groups)
         self.post = nn.Sequential(
-            NormAct(channels, norm, activation), _conv(channels, channels, kernel)
+            NormAct(channels, norm, activation, groups), _conv(channels, channels, kernel)
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -155,15 +167,19 @@ class FixedUpsample(nn.Module):
         )
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *others: Any) -> None:
-        """Refuse other weights than those of interpolation, which `Up` relies on."""
+        """Refuse weights that differ between channels, which `Up` relies on being alike.
+
+        PyTorch Connectomics does not interpolate between sections where `down_factors` pools
+        them, so its kernels are taken as they are.
+        """
         given = state_dict.get(f"{prefix}weight")
         if (
             isinstance(given, Tensor)
             and given.shape == self.weight.shape
-            and not torch.allclose(given.to(self.weight), self.weight, atol=1e-4)
+            and not torch.allclose(given, given[:1].expand_as(given), atol=1e-4)
         ):
             errors = others[-1]
-            errors.append(f"{prefix}weight is not linear interpolation, which is fixed here.")
+            errors.append(f"{prefix}weight differs between channels, which is not supported here.")
             return
         super()._load_from_state_dict(state_dict, prefix, *others)
 
@@ -201,7 +217,8 @@ class RSUNet(nn.Module):
         norm: One of `NORMS`.
         activation: One of `ACTIVATIONS`.
         down_factors: Pooling (z, y, x) between the levels.
-        kernel_size: Size (z, y, x) of the convolutions, odd.
+        kernel_sizes: Size (z, y, x) of the convolutions of each level, odd.
+        num_groups: Of `norm: group`; the largest divisor of the channels up to it.
 
     Source: Lee et al. 2017, arXiv:1706.00120; names and initialisation as PyTorch Connectomics.
         Its `ds_heads` are kept deepest first, the outputs here go from fine to coarse.
@@ -218,24 +235,26 @@ class RSUNet(nn.Module):
         norm: str,
         activation: str,
         down_factors: Sequence[Size3],
-        kernel_size: Size3,
+        kernel_sizes: Sequence[Size3],
+        num_groups: int = GROUPS,
     ) -> None:
         super().__init__()
 
-        def block(into: int, channels: int) -> Block:
-            return Block(into, channels, kernel_size, norm, activation, dropout)
+        def block(into: int, channels: int, level: int) -> Block:
+            return Block(into, channels, kernel_sizes[level], norm, activation, dropout, num_groups)
 
         z, y, x = (math.prod(factor[axis] for factor in down_factors) for axis in range(3))
         self.divisor = (z, y, x)
-        pairs = list(zip(filters[:-1], filters[1:], down_factors, strict=True))
-        self.input_conv = block(in_channels, filters[0])
+        pairs = list(enumerate(zip(filters[:-1], filters[1:], down_factors, strict=True)))
+        self.input_conv = block(in_channels, filters[0], 0)
         self.down_blocks = nn.ModuleList(
-            Down(factor, block(fine, coarse)) for fine, coarse, factor in pairs
+            Down(factor, block(fine, coarse, level + 1)) for level, (fine, coarse, factor) in pairs
         )
         self.up_blocks = nn.ModuleList(
-            Up(coarse, fine, factor, block(fine, fine)) for fine, coarse, factor in pairs[::-1]
+            Up(coarse, fine, factor, block(fine, fine, level))
+            for level, (fine, coarse, factor) in pairs[::-1]
         )
-        self.final_norm = NormAct(filters[0], norm, activation)
+        self.final_norm = NormAct(filters[0], norm, activation, num_groups)
         self.output_head = nn.Conv3d(filters[0], out_channels, 1)
         self.ds_heads = nn.ModuleList(
             nn.Conv3d(channels, out_channels, 1)

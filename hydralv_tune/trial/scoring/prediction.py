@@ -24,6 +24,7 @@ from hydralv_tune.numerics.networks.registry import (
     match_weights,
     network_arguments,
 )
+from hydralv_tune.numerics.networks.rsunet import GROUPS, group_count
 from hydralv_tune.numerics.normalisation import Normalisation
 from hydralv_tune.numerics.test_time_augmentation import (
     Transform,
@@ -119,6 +120,8 @@ def load_network(
         )
     try:
         candidate = candidate_from_mapping(mapping, place=f"{path}: candidate", base={})
+        if content.get("version") == 1:
+            _check_groups(candidate, path)
         network = network_of(candidate)
         match_weights(network, weights)
     except ValueError as error:
@@ -126,6 +129,22 @@ def load_network(
     # As in training: convolutions are up to 1.7 times faster in this order on a CPU.
     network.to(device).to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
     return network.eval(), candidate
+
+
+def _check_groups(candidate: Candidate, path: Path) -> None:
+    """Refuse a checkpoint of version 1 whose group norm had other groups than it would have now.
+
+    Raises:
+        CheckpointError: A width has a larger divisor than the power of two that divided it.
+    """
+    widths = candidate.model.filters if candidate.model.norm == "group" else ()
+    changed = [width for width in widths if math.gcd(GROUPS, width) != group_count(width)]
+    if changed:
+        raise CheckpointError(
+            f"{path}: was trained by an earlier version, where norm group made "
+            f"{math.gcd(GROUPS, changed[0])} groups of {changed[0]} channels; now it makes "
+            f"{group_count(changed[0])}, so its outputs would differ. Train it again."
+        )
 
 
 @dataclass(frozen=True)

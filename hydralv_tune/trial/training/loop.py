@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from hydralv_tune.artifacts import records
+from hydralv_tune.artifacts.inert_checkpoint import read_foreign_checkpoint
 from hydralv_tune.config.candidate import Candidate, Model
 from hydralv_tune.config.candidate_rules import WATCHED
 from hydralv_tune.config.errors import (
@@ -100,11 +101,11 @@ def load_external_weights(network: nn.Module, model: Model) -> str | None:
     if model.external_weights_path is None:
         return None
     path = Path(model.external_weights_path).expanduser()
-    content = records.load_checkpoint(path)
+    content = read_foreign_checkpoint(path)
     own = content.get("format") == records.FORMAT
     state = content.get("weights" if own else "state_dict", content)
-    prefix = "" if own else model.external_weights_key_prefix
     tensors = {key: value for key, value in state.items() if isinstance(value, Tensor)}
+    prefix = "" if own else _fitting_prefix(network, tensors, model.external_weights_key_prefix)
     try:
         report = match_weights(
             network, tensors, prefix=prefix, strict=model.external_weights_strict
@@ -112,6 +113,17 @@ def load_external_weights(network: nn.Module, model: Model) -> str | None:
     except ValueError as error:
         raise CheckpointError(f"model.external_weights_path {path}: {error}") from error
     return f"{path.name}: {report}"
+
+
+def _fitting_prefix(network: nn.Module, tensors: Mapping[str, Tensor], prefix: str) -> str:
+    """Return the prefix under which the weights fit, which a wrapper of the network makes longer.
+
+    PyTorch Connectomics wraps MONAI's networks in a module that calls them `model`, and
+    `torch.compile` wraps any network in `_orig_mod`.
+    """
+    own = network.state_dict().keys()
+    longer = [prefix, f"{prefix}model.", f"{prefix}_orig_mod.", f"{prefix}_orig_mod.model."]
+    return max(longer, key=lambda start: sum(f"{start}{name}" in tensors for name in own))
 
 
 def is_out_of_memory(error: BaseException) -> bool:
