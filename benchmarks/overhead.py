@@ -25,7 +25,7 @@ import sqlalchemy
 from hydralv_tune.config.search_space import space_from_mapping
 from hydralv_tune.study.driver import Driver
 from hydralv_tune.study.study import Study
-from hydralv_tune.study.trial_views import Asked, Outcome
+from hydralv_tune.study.trial_views import Asked, TrialResult
 
 REPOSITORY = Path(__file__).parents[1]
 SPACE = {
@@ -138,7 +138,7 @@ def writes(kind: str, storage: str, seconds: float) -> None:
     )
     began = time.monotonic()
     for trial in trials:
-        driver.tell(trial.number, Outcome("COMPLETE", 0.2, -0.3, {"metrics": METRICS}))
+        driver.tell(trial.number, TrialResult("COMPLETE", 0.2, -0.3, {"metrics": METRICS}))
     show(f"{kind}: ends told per second", WORKERS / (time.monotonic() - began), "/s")
     leave(driver)
 
@@ -208,7 +208,7 @@ def asks(kind: str, storage: str, sizes: list[int]) -> None:
 
 def finish(driver: Driver, trial: Asked) -> None:
     """Tell a trial."""
-    driver.tell(trial.number, Outcome("COMPLETE", 0.3, -0.3, {"metrics": METRICS}))
+    driver.tell(trial.number, TrialResult("COMPLETE", 0.3, -0.3, {"metrics": METRICS}))
 
 
 def main() -> None:

@@ -244,7 +244,7 @@ def finished_study(tmp_path_factory: pytest.TempPathFactory) -> FinishedStudy:
     from hydralv_tune.results.publish import publish_study, publish_trial_end
     from hydralv_tune.study.driver import Driver
     from hydralv_tune.study.study import Study
-    from hydralv_tune.study.trial_views import Outcome
+    from hydralv_tune.study.trial_views import TrialResult
     from hydralv_tune.trial.run import TrialSpec, run_trial
 
     folder = tmp_path_factory.mktemp("finished")
@@ -289,7 +289,7 @@ def finished_study(tmp_path_factory: pytest.TempPathFactory) -> FinishedStudy:
                 attributes["reason"] = "training: the loss is not a number <b>at step 3</b>"
             publish_trial_end(driver, asked.number, state, attributes)
             violation = None if state == "FAIL" else 0.0
-            driver.tell(asked.number, Outcome(state, value, violation, attributes))
+            driver.tell(asked.number, TrialResult(state, value, violation, attributes))
     publish_study(study)
     study.close()
     return FinishedStudy(folder, storage, "tiny")

@@ -24,7 +24,7 @@ from hydralv_tune.results.dashboard import Guard, make_dashboard, serve
 from hydralv_tune.results.publish import ARTIFACTS, ArtifactFolder, publish_study, publish_trial_end
 from hydralv_tune.study.driver import Driver
 from hydralv_tune.study.study import Study, open_readonly
-from hydralv_tune.study.trial_views import Outcome
+from hydralv_tune.study.trial_views import TrialResult
 
 
 @contextmanager
@@ -277,7 +277,7 @@ def test_a_study_in_postgresql_is_shown_and_its_password_is_not(
         draw_losses([], folder / "losses.png")
         attributes = {"root": asked.root, "metrics": {"f1_iou50": 0.75, "missed": [3, 4]}}
         publish_trial_end(driver, asked.number, "COMPLETE", attributes)
-        driver.tell(asked.number, Outcome("COMPLETE", 0.2, 0.0, attributes))
+        driver.tell(asked.number, TrialResult("COMPLETE", 0.2, 0.0, attributes))
     publish_study(study)
     study.close()
     with make_dashboard(storage, port=0) as server:
@@ -318,7 +318,9 @@ def fooled(tmp_path: Path) -> Study:
             asked = driver.ask(9)
             assert not isinstance(asked, str)
             metrics = {"adapted_rand_error": error, "f1_iou50": f1}
-            driver.tell(asked.number, Outcome("COMPLETE", error, 0.5 - f1, {"metrics": metrics}))
+            driver.tell(
+                asked.number, TrialResult("COMPLETE", error, 0.5 - f1, {"metrics": metrics})
+            )
     return study
 
 

@@ -20,7 +20,7 @@ from hydralv_tune.study.find import STORAGE_VARIABLE, find_study
 from hydralv_tune.study.storage_url import masked, parse_storage, without_secrets
 from hydralv_tune.study.study import Study, open_all, open_readonly
 from hydralv_tune.study.study_folder import owner_of
-from hydralv_tune.study.trial_views import Outcome
+from hydralv_tune.study.trial_views import TrialResult
 
 
 def content(database: Path) -> str:
@@ -36,7 +36,7 @@ def run_one(folder: Path, storage: str, name: str = "s") -> None:
         trial = driver.ask(1)
         assert not isinstance(trial, str)
         (folder / "trials" / str(trial.root)).mkdir(parents=True)
-        driver.tell(trial.number, Outcome("COMPLETE", 0.1, 0.0, {}))
+        driver.tell(trial.number, TrialResult("COMPLETE", 0.1, 0.0, {}))
     study.close()
 
 

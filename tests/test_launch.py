@@ -184,7 +184,7 @@ def test_what_listens_but_is_not_ray_is_wrong_input() -> None:
 
 
 class Rig:
-    """A bridge on a real study in SQLite, and what it has said."""
+    """A coordinator on a real study in SQLite, and what it has said."""
 
     def __init__(self, folder: Path, space: Mapping[str, Any], **options: Any) -> None:
         self.events: list[Event] = []
@@ -211,7 +211,7 @@ class Rig:
             "on_event": self.events.append,
             "on_trial_end": None,
         }
-        self.bridge = Coordinator(self.driver, **{**settings, **options})
+        self.coordinator = Coordinator(self.driver, **{**settings, **options})
 
     def kinds(self) -> list[str]:
         """Return what kinds of events there were."""
@@ -220,7 +220,7 @@ class Rig:
     def finish(self, key: str, **figures: float) -> None:
         """Let a trial come to its end."""
         record = {"metrics": {**FIGURES, **figures}, "checkpoint": "c", "config": {"big": 1}}
-        self.bridge.on_message(key, {"kind": "final", "record": record})
+        self.coordinator.on_message(key, {"kind": "final", "record": record})
 
 
 @pytest.fixture
@@ -239,23 +239,23 @@ def rig(tmp_path: Path) -> Iterator[Any]:
 
 
 def test_no_more_trials_are_live_than_fit(rig: Any) -> None:
-    bridge = rig().bridge
-    assert isinstance(bridge.suggest("a"), dict)
-    assert isinstance(bridge.suggest("b"), dict)
-    assert bridge.suggest("c") == "wait"
+    coordinator = rig().coordinator
+    assert isinstance(coordinator.suggest("a"), dict)
+    assert isinstance(coordinator.suggest("b"), dict)
+    assert coordinator.suggest("c") == "wait"
 
 
 def test_the_goal_ends_a_study_and_what_runs_is_enqueued_again(rig: Any) -> None:
     one = rig({"objective": {"stop_at": 0.1}})
-    bridge = one.bridge
-    bridge.suggest("a")
-    bridge.suggest("b")
+    coordinator = one.coordinator
+    coordinator.suggest("a")
+    coordinator.suggest("b")
     one.finish("a", adapted_rand_error=0.05, f1_iou50=0.2)  # under the goal, but blobs
-    assert isinstance(bridge.suggest("c"), dict)
+    assert isinstance(coordinator.suggest("c"), dict)
     one.finish("c", adapted_rand_error=0.05)
-    assert bridge.suggest("d") == "done"
+    assert coordinator.suggest("d") == "done"
     assert "reached the goal" in one.events[-1].fields["reason"]
-    bridge.on_message("b", {"kind": "interrupted"})
+    coordinator.on_message("b", {"kind": "interrupted"})
     assert one.driver.study.facts()["trials"] == {
         "complete": 2, "pruned": 0, "fail": 1, "running": 0, "waiting": 1,
     }  # fmt: skip
@@ -263,22 +263,22 @@ def test_the_goal_ends_a_study_and_what_runs_is_enqueued_again(rig: Any) -> None
 
 def test_gpu_hours_end_a_study(rig: Any) -> None:
     one = rig({"budget": {"gpu_hours": 1e-9}}, gpus_per_trial=1.0)
-    one.bridge.suggest("a")
-    one.bridge.started("a")
-    one.bridge.live["a"].placed -= 10.0
+    one.coordinator.suggest("a")
+    one.coordinator.started("a")
+    one.coordinator.live["a"].placed -= 10.0
     one.finish("a")
-    assert one.bridge.suggest("b") == "done"
+    assert one.coordinator.suggest("b") == "done"
     assert "GPU-hours" in one.events[-1].fields["reason"]
 
 
 def test_wall_clock_ends_a_run(rig: Any) -> None:
     one = rig(timeout_s=1e-6, save_s=0.0)
-    one.bridge.suggest("a")
-    one.bridge.started("a")
-    assert one.bridge.tick() == []
-    assert one.bridge.tick() == ["a"]
-    one.bridge.on_death("a", "killed")
-    assert one.bridge.suggest("b") == "done"
+    one.coordinator.suggest("a")
+    one.coordinator.started("a")
+    assert one.coordinator.tick() == []
+    assert one.coordinator.tick() == ["a"]
+    one.coordinator.on_death("a", "killed")
+    assert one.coordinator.suggest("b") == "done"
     trials = one.driver.study.trials()
     assert [t.state for t in trials] == ["FAIL", "WAITING"]
     assert "the time of this run is over" in trials[0].user_attrs["reason"]
@@ -286,12 +286,12 @@ def test_wall_clock_ends_a_run(rig: Any) -> None:
 
 def test_a_hang_is_failed_and_not_tried_again(rig: Any) -> None:
     one = rig({"budget": {"trial_timeout_s": 5.0}})
-    one.bridge.suggest("a")
-    one.bridge.started("a")
-    assert one.bridge.tick() == []
-    one.bridge.live["a"].started -= 6.0
-    assert one.bridge.tick() == ["a"]
-    one.bridge.on_death("a", "killed")
+    one.coordinator.suggest("a")
+    one.coordinator.started("a")
+    assert one.coordinator.tick() == []
+    one.coordinator.live["a"].started -= 6.0
+    assert one.coordinator.tick() == ["a"]
+    one.coordinator.on_death("a", "killed")
     (trial,) = one.driver.study.trials()
     assert (trial.state, trial.user_attrs["retry"]) == ("FAIL", "no")
     assert "timeout" in trial.user_attrs["reason"]
@@ -299,14 +299,16 @@ def test_a_hang_is_failed_and_not_tried_again(rig: Any) -> None:
 
 def test_a_process_that_hangs_before_it_works_frees_its_place_and_is_tried_again(rig: Any) -> None:
     one = rig({"budget": {"trial_timeout_s": 5.0}})
-    one.bridge.suggest("a")
-    assert one.bridge.tick() == []  # it waits for a place in a busy cluster, as long as that takes
-    one.bridge.placed("a")
-    one.bridge.live["a"].placed -= LEAST_START_S - 60.0  # PyTorch comes from a slow disk
-    assert one.bridge.tick() == []
-    one.bridge.live["a"].placed -= 61.0
-    assert one.bridge.tick() == ["a"]
-    one.bridge.on_death("a", "killed")
+    one.coordinator.suggest("a")
+    assert (
+        one.coordinator.tick() == []
+    )  # it waits for a place in a busy cluster, as long as that takes
+    one.coordinator.placed("a")
+    one.coordinator.live["a"].placed -= LEAST_START_S - 60.0  # PyTorch comes from a slow disk
+    assert one.coordinator.tick() == []
+    one.coordinator.live["a"].placed -= 61.0
+    assert one.coordinator.tick() == ["a"]
+    one.coordinator.on_death("a", "killed")
     first, second = one.driver.study.trials()
     assert (first.state, first.user_attrs["retry"]) == ("FAIL", "counted")
     assert "not begun after 301 s" in first.user_attrs["reason"]
@@ -316,20 +318,20 @@ def test_a_process_that_hangs_before_it_works_frees_its_place_and_is_tried_again
 
 def test_what_was_never_to_time_out_may_take_as_long_as_it_likes(rig: Any) -> None:
     one = rig()
-    one.bridge.suggest("a")
-    one.bridge.placed("a")
-    one.bridge.live["a"].placed -= 1e6
-    assert one.bridge.tick() == []
+    one.coordinator.suggest("a")
+    one.coordinator.placed("a")
+    one.coordinator.live["a"].placed -= 1e6
+    assert one.coordinator.tick() == []
 
 
 def test_a_space_with_nothing_left_to_try_says_so(rig: Any) -> None:
     lr = {"optimization.optimizer.lr": {"choice": [1e-3, 1e-2]}}
     one = rig({"parameters": lr}, trials=20)
     for key in "ab":
-        assert isinstance(one.bridge.suggest(key), dict)
+        assert isinstance(one.coordinator.suggest(key), dict)
         one.finish(key)
-        one.bridge._next_ask = 0.0
-    assert one.bridge.suggest("c") == "done"
+        one.coordinator._next_ask = 0.0
+    assert one.coordinator.suggest("c") == "done"
     assert one.events[-1].kind == "stopped"
     reason = "the space has no more combinations: 2 of 20 trials"
     assert one.events[-1].fields["reason"] == reason
@@ -338,9 +340,9 @@ def test_a_space_with_nothing_left_to_try_says_so(rig: Any) -> None:
 
 def test_a_study_that_reaches_its_number_has_nothing_to_explain(rig: Any) -> None:
     one = rig(trials=1)
-    one.bridge.suggest("a")
+    one.coordinator.suggest("a")
     one.finish("a")
-    assert one.bridge.suggest("b") == "done"
+    assert one.coordinator.suggest("b") == "done"
     assert "stopped" not in one.kinds()
 
 
@@ -348,42 +350,42 @@ def test_a_study_in_which_everything_fails_ends_with_the_reason(rig: Any) -> Non
     def specification(asked: Any) -> dict[str, Any]:
         raise ConfigError("model.filters: too many")
 
-    bridge = rig(specification=specification).bridge
+    coordinator = rig(specification=specification).coordinator
     for index in range(100):
-        if bridge.suggest(str(index)) == "done":
+        if coordinator.suggest(str(index)) == "done":
             break
-    assert isinstance(bridge.failure, StudyFailed)
-    assert "too many" in str(bridge.failure)
+    assert isinstance(coordinator.failure, StudyFailed)
+    assert "too many" in str(coordinator.failure)
     assert index == MAX_CONSECUTIVE_FAILURES
 
 
 def test_failures_in_a_row_are_those_of_this_run(rig: Any) -> None:
     def fail(one: Rig, count: int) -> None:
         for index in range(count):
-            one.bridge.suggest(str(index))
+            one.coordinator.suggest(str(index))
             message = {"reason": "wrong", "retry": "no"}
-            one.bridge.on_message(str(index), {"kind": "failed", **message})
+            one.coordinator.on_message(str(index), {"kind": "failed", **message})
 
     before = rig()
     fail(before, MAX_CONSECUTIVE_FAILURES)
-    assert before.bridge.failure is not None
+    assert before.coordinator.failure is not None
     mended = rig()
     fail(mended, MAX_CONSECUTIVE_FAILURES - 1)
-    assert mended.bridge.failure is None
-    mended.bridge.suggest("good")
+    assert mended.coordinator.failure is None
+    mended.coordinator.suggest("good")
     mended.finish("good")
     fail(mended, MAX_CONSECUTIVE_FAILURES - 1)
-    assert mended.bridge.failure is None
+    assert mended.coordinator.failure is None
     fail(mended, 1)
-    assert "12 trials in a row failed, the last one with: wrong" in str(mended.bridge.failure)
+    assert "12 trials in a row failed, the last one with: wrong" in str(mended.coordinator.failure)
 
 
 def test_an_objective_that_is_no_number_is_a_fail_and_no_score(rig: Any) -> None:
     one = rig()
-    one.bridge.suggest("a")
+    one.coordinator.suggest("a")
     one.finish("a", adapted_rand_error=float("nan"))
-    one.bridge.suggest("b")
-    one.bridge.on_message("b", {"kind": "final", "record": {"metrics": {}}})
+    one.coordinator.suggest("b")
+    one.coordinator.on_message("b", {"kind": "final", "record": {"metrics": {}}})
     assert [(t.state, t.value) for t in one.driver.study.trials()] == [("FAIL", None)] * 2
 
 
@@ -396,7 +398,7 @@ def test_the_hook_sees_each_end_before_it_is_told_and_cannot_cost_it(rig: Any) -
         raise RuntimeError("the picture cannot be drawn")
 
     one = rig(on_trial_end=hook)
-    one.bridge.suggest("a")
+    one.coordinator.suggest("a")
     with pytest.warns(UserWarning, match="cannot be drawn"):
         one.finish("a")
     assert seen == [(0, "COMPLETE", 0.8)]

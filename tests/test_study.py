@@ -37,7 +37,7 @@ from hydralv_tune.study.study import Study, facts_of, open_if_exists, open_reado
 from hydralv_tune.study.study_folder import MARKER, Owner, claim_out, owner_of
 from hydralv_tune.study.trial_views import (
     Asked,
-    Outcome,
+    TrialResult,
     is_surely_dead,
     own_process,
     process_start,
@@ -53,13 +53,13 @@ def asked(driver: Driver, target: int = 100) -> Asked:
     return trial
 
 
-def complete(value: float, **attributes: Any) -> Outcome:
+def complete(value: float, **attributes: Any) -> TrialResult:
     """Return the outcome of a trial that came to its end."""
-    return Outcome("COMPLETE", value, -0.3, {"metrics": METRICS, **attributes})
+    return TrialResult("COMPLETE", value, -0.3, {"metrics": METRICS, **attributes})
 
 
 def listen(driver: Driver, seconds: float) -> None:
-    """Let a driver look at the database for some seconds, as the bridge lets it."""
+    """Let a driver look at the database for some seconds, as the coordinator lets it."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         driver.poll()
@@ -83,8 +83,8 @@ def test_states_values_and_attributes_are_what_was_told(
     assert driver.report(first.number, 1, 0.5) == "go"
     assert driver.tell(first.number, complete(0.2, seconds=3.5, host="h", checkpoint="c")) == "told"
     driver.report(second.number, 1, 0.7)
-    driver.tell(second.number, Outcome("PRUNED", attributes={"reason": "pruned"}))
-    driver.tell(third.number, Outcome("FAIL", attributes={"reason": "loss is nan"}))
+    driver.tell(second.number, TrialResult("PRUNED", attributes={"reason": "pruned"}))
+    driver.tell(third.number, TrialResult("FAIL", attributes={"reason": "loss is nan"}))
     trials = driver.study.trials()
     assert [t.state for t in trials] == ["COMPLETE", "PRUNED", "FAIL"]
     assert [t.value for t in trials] == [0.2, 0.7, None]
@@ -110,7 +110,7 @@ def test_no_more_trials_are_asked_than_are_wanted(
     assert driver.ask(2) == "wait"
     driver.tell(first.number, complete(0.3))
     assert driver.ask(2) == "wait"
-    driver.tell(second.number, Outcome("FAIL", attributes={"reason": "nan"}))
+    driver.tell(second.number, TrialResult("FAIL", attributes={"reason": "nan"}))
     third = asked(driver, 2)
     driver.tell(third.number, complete(0.4))
     assert driver.ask(2) == "done"
@@ -124,7 +124,7 @@ def test_a_crash_is_retried_so_many_times_with_the_same_parameters(
     driver.report(trial.number, 1, 0.4)
     numbers = [trial.number]
     for attempt in (2, 3):
-        driver.tell(trial.number, Outcome("FAIL", retry="counted"))
+        driver.tell(trial.number, TrialResult("FAIL", retry="counted"))
         retry = asked(driver)
         assert dict(retry.params) == dict(trial.params)
         assert (retry.root, retry.attempt) == (numbers[0], attempt)
@@ -132,7 +132,7 @@ def test_a_crash_is_retried_so_many_times_with_the_same_parameters(
         assert driver.study.trials()[retry.number].intermediate == {1: 0.4}
         numbers.append(retry.number)
         trial = retry
-    driver.tell(trial.number, Outcome("FAIL", retry="counted"))
+    driver.tell(trial.number, TrialResult("FAIL", retry="counted"))
     fresh = asked(driver)
     assert fresh.retry_of is None
     assert dict(fresh.params) != dict(trial.params)
@@ -143,10 +143,10 @@ def test_what_fails_for_ever_is_not_retried_and_an_interruption_costs_nothing(
 ) -> None:
     driver = make_driver(storage, make_space(budget={"retries": 0}))
     broken = asked(driver)
-    driver.tell(broken.number, Outcome("FAIL", retry="no"))
+    driver.tell(broken.number, TrialResult("FAIL", retry="no"))
     assert asked(driver).retry_of is None
     stopped = asked(driver)
-    driver.tell(stopped.number, Outcome("FAIL", retry="free"))
+    driver.tell(stopped.number, TrialResult("FAIL", retry="free"))
     retry = asked(driver)
     assert (retry.retry_of, retry.attempt) == (stopped.number, 1)
 
@@ -276,7 +276,7 @@ def test_a_driver_that_sleeps_while_it_asks_or_tells_gives_way(
                 nap(sleeper)
                 return iter(["metrics"])
 
-        late = Outcome("COMPLETE", 0.1, -0.3, Late())
+        late = TrialResult("COMPLETE", 0.1, -0.3, Late())
         with suppress(MutexLost), sleeper._mutex:
             assert not sleeper._tell_now(trial.number, late, sleeper.identity)
         assert sleeper.live == frozenset()
@@ -298,7 +298,7 @@ def test_results_that_a_dead_driver_left_are_told_by_one_that_runs_already(
     dead._stop.set()
     dead._live.clear()
     journal = Journal(running.out / f"{PREFIX}{identity}{SUFFIX}")
-    for trial, outcome in ((failed, Outcome("FAIL", retry="counted")), (done, complete(0.1))):
+    for trial, outcome in ((failed, TrialResult("FAIL", retry="counted")), (done, complete(0.1))):
         told = {"kind": "tell", "number": trial.number, "outcome": outcome.as_mapping()}
         journal.append({**told, "identity": identity, "process": gone})
     retry = asked(running)
@@ -333,7 +333,7 @@ def test_warm_starts_come_first_once_and_keep_their_recipe_over_retries(
     first, second, third = asked(driver), asked(again), asked(driver)
     assert [t.warm_start for t in (first, second, third)] == ["high", "start", None]
     assert first.params[LR] == 0.01
-    driver.tell(first.number, Outcome("FAIL", retry="counted"))
+    driver.tell(first.number, TrialResult("FAIL", retry="counted"))
     assert asked(driver).warm_start == "high"
 
 
@@ -345,7 +345,7 @@ def test_what_was_begun_goes_on_before_a_recipe_that_was_not(
     space = make_space(warm_starts=list(rates), recipes={"start": {}, **recipes})
     driver = make_driver(storage, space)
     first = asked(driver)
-    driver.tell(first.number, Outcome("FAIL", retry="free"))
+    driver.tell(first.number, TrialResult("FAIL", retry="free"))
     again = asked(driver)
     assert (again.retry_of, again.warm_start) == (first.number, "first")
     assert asked(driver).warm_start == "second"
@@ -387,7 +387,7 @@ def test_what_failed_for_good_is_not_trained_again(
     while isinstance(trial := driver.ask(100), Asked):
         trained.append(trial.params["model.loss_balancing.strategy"])
         good = trained[-1] == "none"
-        driver.tell(trial.number, complete(0.3) if good else Outcome("FAIL", retry=retry))
+        driver.tell(trial.number, complete(0.3) if good else TrialResult("FAIL", retry=retry))
     assert trial == "done"
     assert trained.count("none") == 1
     assert trained.count("uncertainty") == (1 if retry == "no" else 2)
@@ -398,11 +398,11 @@ def test_the_best_trial_is_the_best_feasible_one(
 ) -> None:
     driver = make_driver(storage)
     blobs, near, good = asked(driver), asked(driver), asked(driver)
-    driver.tell(blobs.number, Outcome("COMPLETE", 0.01, 0.3, {"metrics": METRICS}))
+    driver.tell(blobs.number, TrialResult("COMPLETE", 0.01, 0.3, {"metrics": METRICS}))
     assert not driver.study.best().is_feasible
-    driver.tell(near.number, Outcome("COMPLETE", 0.4, 0.1, {"metrics": METRICS}))
+    driver.tell(near.number, TrialResult("COMPLETE", 0.4, 0.1, {"metrics": METRICS}))
     assert driver.study.best().number == near.number
-    driver.tell(good.number, Outcome("COMPLETE", 0.5, -0.1, {"metrics": METRICS}))
+    driver.tell(good.number, TrialResult("COMPLETE", 0.5, -0.1, {"metrics": METRICS}))
     best = driver.study.best()
     assert (best.number, best.is_feasible) == (good.number, True)
     assert driver.study.optuna.best_trial.number == good.number
@@ -442,7 +442,7 @@ def test_wilcoxon_compares_the_folds_with_those_of_the_best_trial_at_the_same_ev
             said.append(driver.report(trial.number, step, sum(now) / 4, violation, now))
             if said[-1] == "prune":
                 break
-        end = complete(sum(folds) / 4) if said[-1] == "go" else Outcome("PRUNED")
+        end = complete(sum(folds) / 4) if said[-1] == "go" else TrialResult("PRUNED")
         driver.tell(trial.number, end)
         return said
 
@@ -452,7 +452,7 @@ def test_wilcoxon_compares_the_folds_with_those_of_the_best_trial_at_the_same_ev
     assert judged([value - 0.1 for value in best], violation=0.4) == ["go", "prune"]
     retried = asked(driver)
     driver.report(retried.number, 1, 0.5, -0.2, best)
-    driver.tell(retried.number, Outcome("FAIL", retry="free"))
+    driver.tell(retried.number, TrialResult("FAIL", retry="free"))
     number = asked(driver).number
     again = driver.study.trials()[number]
     assert again.user_attrs["fold_values"] == {"1": best}
@@ -926,7 +926,7 @@ def test_trials_of_an_earlier_study_teach_and_count_for_nothing(
     inside = asked(driver)
     driver.tell(inside.number, complete(0.2))
     failed = asked(driver)
-    driver.tell(failed.number, Outcome("FAIL"))
+    driver.tell(failed.number, TrialResult("FAIL"))
     narrow = {LR: {"float": [inside.params[LR] * 0.9, 0.1], "log": True}, DECAY: {"float": [0, 1]}}
     later = Study.open(storage, "later", space=make_space(parameters=narrow), create=True)
     assert later.import_trials(driver.study) == 1

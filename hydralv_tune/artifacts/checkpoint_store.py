@@ -1,4 +1,4 @@
-"""A trial's folder mirrored to a shared folder or an object store, for nodes that share no disk.
+"""Versions of a trial's folder in a shared folder or an object store, for nodes without one disk.
 
 What lies at the URL is never changed, only added to and cleared away; attempts do not share names:
 
@@ -121,7 +121,7 @@ class CheckpointStore:
         # All is here before anything is replaced, so a copy that fails leaves the folder whole.
         fetched = {name: self._fetch(name, version) for name, version in sources.items()}
         (self._folder / HERE_FILE).unlink(missing_ok=True)
-        for name, path in self._mirrored():
+        for name, path in self._own_files():
             if name not in fetched:
                 path.unlink()
         for name, temporary in fetched.items():
@@ -138,7 +138,7 @@ class CheckpointStore:
             TrialTakenOver: A later attempt has begun.
         """
         version = Version(attempt, self.check(attempt).push + 1)
-        copied = {name: self._copy(name, path, version) for name, path in self._mirrored()}
+        copied = {name: self._copy(name, path, version) for name, path in self._own_files()}
         if copied == self._copied:
             return 0
         # First here: a node that dies in between holds at least what it has left at the URL.
@@ -150,7 +150,7 @@ class CheckpointStore:
         self._clear_before(version, {f"{source}/{name}" for name, (_, source) in copied.items()})
         return sum(source == version for _, source in copied.values())
 
-    def _mirrored(self) -> Iterator[tuple[str, Path]]:
+    def _own_files(self) -> Iterator[tuple[str, Path]]:
         """Yield name and path of the folder's files, but for those that concern this node alone."""
         for path in sorted(self._folder.rglob("*")):
             name = path.relative_to(self._folder)

@@ -8,11 +8,11 @@ starts the study, or continues the one of that name, until `trials` are COMPLETE
 or a budget of the space ends it, and returns what `status --json` prints. Ctrl-C and SIGTERM let
 the workers save and raise `StudyInterrupted`, which carries the same facts; the same call goes on.
 
-Events (`bridge.Event`: kind, number, fields) are `trial_started`, `evaluation`,
+Events (`coordinator.Event`: kind, number, fields) are `trial_started`, `evaluation`,
 `trial_finished`, `trial_pruned`, `trial_failed`, `retry`, `waiting` and `stopped`.
 
-One bridge has two faces towards Ray Tune: a `Searcher` that asks the study and a
-`TrialScheduler` that hands it every result and stops what it prunes. Ray keeps no state that
+Two adapters stand between one coordinator and Ray Tune: `StudySearcher` asks the study for trials,
+and `StudyScheduler` hands it every result and stops what it prunes. Ray keeps no state that
 matters: `Tuner.restore` is never used, and the database decides.
 """
 

@@ -1,6 +1,6 @@
-"""Between Ray Tune and the study: what a driver does with asks, results, ends and signals.
+"""What a driver does with Ray Tune's requests, results, ends and signals.
 
-It knows neither Ray nor Optuna. `launch.py` gives it two faces, a searcher and a scheduler.
+It knows neither Ray nor Optuna. `ray_adapters` connects it to Ray Tune, and `study.driver` to Optuna.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from hydralv_tune.launch.live_trial import LiveTrial, kept_of
 from hydralv_tune.numerics.metrics.scores import HEADLINE
 from hydralv_tune.study.database import DatabaseAway
 from hydralv_tune.study.driver import Driver
-from hydralv_tune.study.trial_views import Asked, Outcome, count_states, gpu_hours
+from hydralv_tune.study.trial_views import Asked, TrialResult, count_states, gpu_hours
 
 ASK_EVERY_S = 0.5
 POLL_EVERY_S = 3.0
@@ -172,7 +172,7 @@ class Coordinator:
         return "stop"
 
     def on_death(self, key: str, reason: str) -> None:
-        """Take in that a trial's process died, or was killed because of a verdict.
+        """Take in that a trial's process died, or was killed on purpose.
 
         Args:
             key: Ray's name of the trial.
@@ -182,15 +182,15 @@ class Coordinator:
         if live is None:
             return
         self._stop_without_ray()
-        if live.verdict == "interrupted" or self.stop_reason is not None:
+        if live.kill_reason == "interrupted" or self.stop_reason is not None:
             self._interrupted(key, live)
-        elif live.verdict == "hang":
+        elif live.kill_reason == "hang":
             limit = self.space.budget.trial_timeout_s
             self._fail(key, live, f"timeout: still running after {limit:g} s", "no")
-        elif live.verdict == "no start":
+        elif live.kill_reason == "no start":
             reason = f"timeout: its process has not begun after {live.seconds:.0f} s"
             self._fail(key, live, reason, "counted")  # the machine's fault, not the trial's
-        elif live.verdict == "refused":
+        elif live.kill_reason == "refused":
             self._refused(key, live)
         else:
             self._fail(key, live, reason, "counted")
@@ -214,9 +214,9 @@ class Coordinator:
             self._poll()
         for live in self.live.values():
             if now > self._stop_deadline or (self.stop_reason and live.started is None):
-                live.verdict = live.verdict or "interrupted"
-            live.verdict = live.verdict or live.overdue(self.space.budget.trial_timeout_s)
-        return [key for key, live in self.live.items() if live.verdict is not None]
+                live.kill_reason = live.kill_reason or "interrupted"
+            live.kill_reason = live.kill_reason or live.overdue(self.space.budget.trial_timeout_s)
+        return [key for key, live in self.live.items() if live.kill_reason is not None]
 
     def stop(self, reason: str) -> None:
         """Ask for no more trials and let the running ones save; they are enqueued again.
@@ -382,7 +382,8 @@ class Coordinator:
             except Exception as error:  # a picture or a note must not cost the result
                 warnings.warn(f"trial {number}: not published: {error!r}", stacklevel=2)
         told = self.driver.tell(
-            number, Outcome(state, value, violation, {**known, "driver": self.driver.name}, retry)
+            number,
+            TrialResult(state, value, violation, {**known, "driver": self.driver.name}, retry),
         )
         if told == "refused":
             self._refused(key, live)
@@ -445,7 +446,7 @@ class Coordinator:
             return
         for live in self.live.values():
             if live.asked.number in lost:
-                live.verdict = "refused"
+                live.kill_reason = "refused"
 
     def _away(self, error: DatabaseAway) -> None:
         """Say once that the database does not answer."""

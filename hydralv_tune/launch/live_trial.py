@@ -21,7 +21,7 @@ KEPT = (
     "device", "split", "training", "folds", "weights", "epoch",
 )  # fmt: skip
 
-Verdict = Literal["refused", "interrupted", "hang", "no start"]
+KillReason = Literal["refused", "interrupted", "hang", "no start"]
 
 
 @dataclass
@@ -34,7 +34,7 @@ class LiveTrial:
         started: Clock when its worker said that it works.
         last: Its last evaluation.
         where: What its worker said of where it runs.
-        verdict: Why its process is to be ended, once that is decided.
+        kill_reason: Why its process is to be ended, once that is decided.
     """
 
     asked: Asked
@@ -42,14 +42,14 @@ class LiveTrial:
     started: float | None = None
     last: dict[str, Any] = field(default_factory=dict)
     where: dict[str, Any] = field(default_factory=dict)
-    verdict: Verdict | None = None
+    kill_reason: KillReason | None = None
 
     @property
     def seconds(self) -> float:
         """Return how long it has held its place; 0 before it has one."""
         return 0.0 if self.placed is None else time.monotonic() - self.placed
 
-    def overdue(self, limit_s: float | None) -> Verdict | None:
+    def overdue(self, limit_s: float | None) -> KillReason | None:
         """Return whether it hangs, at work or before, or None.
 
         Args:

@@ -23,20 +23,20 @@ STOP_POLL_S = 1.0
 STOP_ANSWER_S = 10.0
 
 
-class _Face:
-    """Keeps a bridge out of Ray's pickles: it holds locks, and a storage URL with a password."""
+class _RayAdapter:
+    """Keeps a coordinator out of Ray's pickles: it holds locks, and a storage URL with a password."""
 
-    def __init__(self, bridge: Coordinator | None = None) -> None:
+    def __init__(self, coordinator: Coordinator | None = None) -> None:
         super().__init__()
-        self._bridge = bridge
+        self._coordinator = coordinator
 
     def __getstate__(self) -> dict[str, Any]:
         return {}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self._bridge = None
+        self._coordinator = None
 
-    def __deepcopy__(self, memo: object) -> _Face:
+    def __deepcopy__(self, memo: object) -> _RayAdapter:
         return self
 
     def save(self, *_: object) -> None:
@@ -46,19 +46,19 @@ class _Face:
         """Restore nothing."""
 
     @property
-    def bridge(self) -> Coordinator:
-        """Return the bridge, which only the driver's own process has."""
-        assert self._bridge is not None, "a face was unpickled"
-        return self._bridge
+    def coordinator(self) -> Coordinator:
+        """Return the coordinator, which only the driver's own process has."""
+        assert self._coordinator is not None, "an adapter was unpickled"
+        return self._coordinator
 
 
-class StudySearcher(_Face, Searcher):
-    """The face that asks."""
+class StudySearcher(_RayAdapter, Searcher):
+    """Gives Ray Tune the trials that the study asks for."""
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
         """Return the next trial, None to be asked again, or that there are no more."""
-        self.bridge.tick()
-        spec = self.bridge.suggest(trial_id)
+        self.coordinator.tick()
+        spec = self.coordinator.suggest(trial_id)
         if spec == "done":
             return str(Searcher.FINISHED)
         return None if isinstance(spec, str) else {"spec": json.dumps(spec)}
@@ -67,14 +67,14 @@ class StudySearcher(_Face, Searcher):
         self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
     ) -> None:
         """Tell a trial that ended without saying so."""
-        self.bridge.on_death(trial_id, "worker: ended without a result")
+        self.coordinator.on_death(trial_id, "worker: ended without a result")
 
 
-class StudyScheduler(_Face, TrialScheduler):
-    """The face that reports, prunes and stops."""
+class StudyScheduler(_RayAdapter, TrialScheduler):
+    """Takes the results of Ray Tune's trials in, and stops what the study prunes."""
 
-    def __init__(self, bridge: Coordinator | None = None, flag: Any = None) -> None:
-        super().__init__(bridge)
+    def __init__(self, coordinator: Coordinator | None = None, flag: Any = None) -> None:
+        super().__init__(coordinator)
         self._flag, self._flag_raised = flag, False
         self._trials: dict[str, Any] = {}
 
@@ -87,17 +87,17 @@ class StudyScheduler(_Face, TrialScheduler):
         self._trials[trial.trial_id] = trial
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
-        """Hand a message to the bridge and do what it decides."""
+        """Hand a message to the coordinator and do what it decides."""
         text = result.get(MESSAGE)
         if text is None:
             return str(TrialScheduler.CONTINUE)
-        decision = self.bridge.on_message(trial.trial_id, json.loads(text))
+        decision = self.coordinator.on_message(trial.trial_id, json.loads(text))
         return str(TrialScheduler.CONTINUE if decision == "go" else TrialScheduler.STOP)
 
     def on_trial_error(self, tune_controller: Any, trial: Any) -> None:
         """Tell a trial whose process died."""
         self._trials.pop(trial.trial_id, None)
-        self.bridge.on_death(trial.trial_id, _death(trial))
+        self.coordinator.on_death(trial.trial_id, _death(trial))
 
     def on_trial_complete(self, tune_controller: Any, trial: Any, result: object) -> None:
         """Forget a trial that ended."""
@@ -109,16 +109,16 @@ class StudyScheduler(_Face, TrialScheduler):
 
     def choose_trial_to_run(self, tune_controller: Any) -> Any:
         """Do what is due at every turn of Ray's loop, and return the next pending trial."""
-        for key in self.bridge.tick():
+        for key in self.coordinator.tick():
             self._end(tune_controller, key)
-        for key in list(self.bridge.live):
+        for key in list(self.coordinator.live):
             trial = self._trials.get(key)
             if _actor_of(tune_controller, trial) is not None:
-                self.bridge.placed(key)
+                self.coordinator.placed(key)
             # An actor that could not be re-used ends its next trial without a word.
             if trial is not None and trial.status in ("ERROR", "TERMINATED"):
-                self.bridge.on_death(key, "worker: its process could not be had")
-        if self.bridge.stop_reason is not None and not self._flag_raised:
+                self.coordinator.on_death(key, "worker: its process could not be had")
+        if self.coordinator.stop_reason is not None and not self._flag_raised:
             self._flag_raised = True
             self._flag.raise_it.remote()
         pending = (t for t in tune_controller.get_trials() if t.status == "PENDING")
@@ -128,7 +128,7 @@ class StudyScheduler(_Face, TrialScheduler):
         """End a trial's process at once, or the trial where it has none yet."""
         trial = self._trials.get(key)
         if trial is None:
-            self.bridge.on_death(key, "worker: Ray does not know the trial")
+            self.coordinator.on_death(key, "worker: Ray does not know the trial")
             return
         actor = _actor_of(tune_controller, trial)
         if actor is None:

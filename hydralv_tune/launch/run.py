@@ -105,7 +105,7 @@ def run_study(
         on_trial_end: Called with driver, number, state and attributes before each trial is told.
         extend: Accept a space that differs from the stored one.
         warm_start_from: Another study of the same storage whose fitting trials are learnt from.
-        checkpoints: Path or URL (`s3://…`, `gs://…`) that the trials' folders are mirrored to, for
+        checkpoints: Path or URL (`s3://…`, `gs://…`) that the trials' folders are copied to, for
             nodes that do not share `out`; the best trial's folder is fetched at the end.
         heartbeat_s: Seconds between two signs of life.
         grace_s: Silence after which other drivers take this one's trials over.
@@ -138,7 +138,7 @@ def run_study(
             resources = Resources(gpus_per_trial, cpus_per_trial)
             opened = start.open(fingerprints)
             with Driver(opened, out=out, heartbeat_s=heartbeat_s, grace_s=grace_s) as driver:
-                bridge = Coordinator(
+                coordinator = Coordinator(
                     driver,
                     trials=trials or space.budget.trials,
                     specification=_specification(space, volumes, out, study, resources),
@@ -150,11 +150,11 @@ def run_study(
                     on_trial_end=on_trial_end,
                     ray_is_alive=cluster.is_alive,
                 )
-                cluster.last_words = bridge.abandon
+                cluster.last_words = coordinator.abandon
                 function = trial_function or _real_trial(volumes, read)
-                interrupted = _tune(bridge, resources, function, checkpoints)
-        if bridge.failure is not None:
-            raise bridge.failure
+                interrupted = _tune(coordinator, resources, function, checkpoints)
+        if coordinator.failure is not None:
+            raise coordinator.failure
         facts = _facts(opened, out, checkpoints)
     except DatabaseAway:
         if interrupted is None:
@@ -199,35 +199,34 @@ def open_volumes(space: SearchSpace, volumes: Sequence[VolumePaths]) -> list[Vol
 
 
 def _tune(
-    bridge: Coordinator, resources: Resources, function: TrialFunction, checkpoints: str | None
+    coordinator: Coordinator, resources: Resources, function: TrialFunction, checkpoints: str | None
 ) -> str | None:
-    """Let Ray Tune run trials until the bridge has no more; return the signal that ended it."""
+    """Let Ray Tune run trials until the coordinator has no more; return the signal that ended it."""
     flag = make_flag()
     trainable = tune.with_resources(
         make_trainable(function, flag, checkpoints), {"cpu": resources.cpus, "gpu": resources.gpus}
     )
-    with _signals(bridge) as received:
+    with _signals(coordinator) as received:
         try:
-            while not _fit(bridge, flag, trainable, reuse_actors=not resources.gpus):
+            while not _fit(coordinator, flag, trainable, reuse_actors=not resources.gpus):
                 pass
         finally:
-            bridge.abandon()
+            coordinator.abandon()
     return received[0] if received else None
 
 
-def _fit(bridge: Coordinator, flag: Any, trainable: Any, *, reuse_actors: bool) -> bool:
+def _fit(coordinator: Coordinator, flag: Any, trainable: Any, *, reuse_actors: bool) -> bool:
     """Run Ray Tune once, and return False where it gave up over processes that Ray killed.
 
     A node that runs low on memory has a worker killed, which ends Ray Tune as a whole: it knows
     errors of actors and of tasks only. What was live is told, and the next fit goes on.
     """
-    faces = StudySearcher(bridge), StudyScheduler(bridge, flag)
     scratch = _scratch_folder()
     tuner = tune.Tuner(
         trainable,
         tune_config=tune.TuneConfig(
-            search_alg=faces[0],
-            scheduler=faces[1],
+            search_alg=StudySearcher(coordinator),
+            scheduler=StudyScheduler(coordinator, flag),
             num_samples=ENDLESS,
             # A fresh process a trial frees a GPU's memory for sure. On a CPU it frees nothing that
             # matters, and costs 2 s against 0.5 s, and the imports of PyTorch and MONAI again.
@@ -245,7 +244,7 @@ def _fit(bridge: Coordinator, flag: Any, trainable: Any, *, reuse_actors: bool) 
     except RuntimeError as error:
         if not isinstance(error.__cause__, ray.exceptions.OutOfMemoryError):
             raise
-        bridge.on_losses("worker: killed, since its machine ran low on memory")
+        coordinator.on_losses("worker: killed, since its machine ran low on memory")
         return False
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
@@ -328,7 +327,7 @@ def _real_trial(paths: Sequence[VolumePaths], volumes: Sequence[Volume]) -> Tria
 
 
 @contextmanager
-def _signals(bridge: Coordinator) -> Iterator[list[str]]:
+def _signals(coordinator: Coordinator) -> Iterator[list[str]]:
     """Turn Ctrl-C and SIGTERM into an orderly stop; a second one ends at once."""
     received: list[str] = []
 
@@ -338,7 +337,7 @@ def _signals(bridge: Coordinator) -> Iterator[list[str]]:
             raise KeyboardInterrupt
         received.append(f"Stopped by {name}")
         # Only noted here: an event printed from within a handler could meet a half-printed one.
-        bridge.stop_wanted = f"stopped by {name}"
+        coordinator.stop_wanted = f"stopped by {name}"
 
     if threading.current_thread() is not threading.main_thread():
         yield received

@@ -105,8 +105,8 @@ def fetch_folder(folder: Path, number: int, *, url: str, name: str) -> None:
     Args:
         folder: Of the trial, where an earlier attempt may have left something else.
         number: Of the attempt.
-        url: As `Mirror` takes it.
-        name: As `mirror.trial_name` gives it.
+        url: As `CheckpointStore` takes it.
+        name: As `checkpoint_store.trial_name` gives it.
 
     Raises:
         TrialTakenOver: A later attempt works in the folder.

@@ -42,7 +42,7 @@ class Reporter:
         should_stop: Whether the driver asks for the end.
         claim: To the folder of the trial, which all its attempts share.
         number: The trial's number.
-        mirror: Where the folder is copied to before each evaluation is sent, if anywhere.
+        store: Where the folder is copied to before each evaluation is sent, if anywhere.
     """
 
     def __init__(
@@ -51,10 +51,10 @@ class Reporter:
         should_stop: Callable[[], bool],
         claim: FolderClaim,
         number: int,
-        mirror: CheckpointStore | None = None,
+        store: CheckpointStore | None = None,
     ) -> None:
         self._send, self._should_stop = send, should_stop
-        self._claim, self._number, self._mirror = claim, number, mirror
+        self._claim, self._number, self._store = claim, number, store
 
     def __call__(self, evaluation: Any) -> None:
         """Send one evaluation.
@@ -69,13 +69,13 @@ class Reporter:
         if not math.isfinite(value):
             raise TrialFailed("training", f"the objective is {value}", retry=False)
         self.check()
-        if self._mirror is not None:
-            self._mirror.push(self._number)
+        if self._store is not None:
+            self._store.push(self._number)
         # A driver may sleep over the answer, and another take the trial over meanwhile.
         with self._claim.aside():
             self._send({**message, "kind": "evaluation"})
-        if self._mirror is not None:
-            self._mirror.check(self._number)
+        if self._store is not None:
+            self._store.check(self._number)
         self.check()
 
     def check(self) -> None:
@@ -104,29 +104,29 @@ def run_worker(
         send: Takes a message of plain JSON types to the driver.
         should_stop: Asked now and then; true ends the trial without a fault.
         function: The trial function.
-        checkpoints: URL that the trial's folder is mirrored to, and fetched from where another
+        checkpoints: URL that the trial's folder is copied to, and fetched from where another
             node has gone further; None where all nodes see the folder.
         place: What the launcher knows of where this runs, for the record.
     """
-    folder, number, mirror = Path(spec["out"]), int(spec["number"]), None
+    folder, number, store = Path(spec["out"]), int(spec["number"]), None
     claim = FolderClaim(folder, number)
     has_begun = False
     try:
         claim.take()
         if checkpoints is None:
-            set_version_here(folder, Version(number, 0))  # a later run may mirror the folder
+            set_version_here(folder, Version(number, 0))  # a later run may copy the folder
         else:
-            mirror = CheckpointStore(folder, checkpoints, trial_name(spec["study"], spec["root"]))
-            mirror.begin(number)
+            store = CheckpointStore(folder, checkpoints, trial_name(spec["study"], spec["root"]))
+            store.begin(number)
         has_begun = True
         started = {"kind": "started", **whereabouts(), **(place or {})}
         if claim.note is not None:
             started["hand_over"] = claim.note
         with claim.aside():
             send(started)
-        record = function(spec, Reporter(send, should_stop, claim, number, mirror))
-        if mirror is not None:
-            mirror.push(number)
+        record = function(spec, Reporter(send, should_stop, claim, number, store))
+        if store is not None:
+            store.push(number)
         last = {"kind": "final", "record": plain(dict(record))}
     except TrialTakenOver as error:
         if has_begun:

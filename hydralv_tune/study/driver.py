@@ -36,7 +36,7 @@ from hydralv_tune.study.trial_views import (
     OBJECTIVE,
     VIOLATIONS,
     Asked,
-    Outcome,
+    TrialResult,
     TrialView,
     count_states,
     duplicate_of,
@@ -189,7 +189,7 @@ class Driver:
             self._keep({"kind": "report", **kept})
             return "go"
 
-    def tell(self, number: int, outcome: Outcome) -> Literal["told", "kept", "refused"]:
+    def tell(self, number: int, outcome: TrialResult) -> Literal["told", "kept", "refused"]:
         """End a trial in the database, or keep its result until that answers.
 
         A result of a trial that another driver has taken over is refused: the database wins.
@@ -373,7 +373,7 @@ class Driver:
         is_sequence = sampler_entry(self.space.sampler.name).is_sequence
         return self._sampler if is_sequence else make_sampler(self.space.sampler, count)
 
-    def _tell_now(self, number: int, outcome: Outcome, identity: str) -> bool:
+    def _tell_now(self, number: int, outcome: TrialResult, identity: str) -> bool:
         """End a trial if the database still has it RUNNING and owned by this driver."""
         study = self.study.optuna
         frozen = trial_by_number(study, number)
@@ -415,7 +415,7 @@ class Driver:
         number, identity = int(entry["number"]), str(entry["identity"])
         with self._database(), self._mutex:
             if entry["kind"] == "tell":
-                self._tell_now(number, Outcome.from_mapping(entry["outcome"]), identity)
+                self._tell_now(number, TrialResult.from_mapping(entry["outcome"]), identity)
                 return
             frozen = trial_by_number(self.study.optuna, number)
             if frozen is not None and frozen.state == TrialState.RUNNING:

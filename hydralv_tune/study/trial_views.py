@@ -333,7 +333,7 @@ class Asked:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class TrialResult:
     """How a trial ended.
 
     Args:
@@ -355,6 +355,6 @@ class Outcome:
         return asdict(self)
 
     @classmethod
-    def from_mapping(cls, mapping: Mapping[str, Any]) -> Outcome:
+    def from_mapping(cls, mapping: Mapping[str, Any]) -> TrialResult:
         """Return what `as_mapping` gave."""
         return cls(**mapping)
