@@ -71,9 +71,8 @@ OTHER = [case for case in CASES if not goes_over(case)]
 @pytest.mark.parametrize("case", SAME, ids=[case["name"] for case in SAME])
 def test_a_network_has_its_names_and_gives_its_output(case: dict[str, Any]) -> None:
     network = built(case["ours"]).eval()
-    assert {name: list(t.shape) for name, t in network.state_dict().items()} == {
-        name: shape for name, shape in case["tensors"]
-    }
+    shapes = {name: list(tensor.shape) for name, tensor in network.state_dict().items()}
+    assert shapes == dict(case["tensors"])
     difference, largest = output_difference(case, network)
     assert difference <= 1e-5 * max(1, largest)
 

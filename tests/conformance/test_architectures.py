@@ -40,6 +40,8 @@ ELSE: dict[str, Any] = {
     "kernel_2d": [1, 5, 5],
 }
 """A value of each key that is the default of no architecture."""
+WITH = {"num_groups": {"norm": "group"}, "kernel_2d": {"depth_2d": 1}}
+"""What a key needs beside it to have an effect."""
 
 
 @pytest.fixture(autouse=True)
@@ -162,8 +164,9 @@ def test_each_key_has_an_effect_or_is_refused_with_the_reason(name: str, key: st
     assert set(ELSE) == OWN_KEYS
     said = {key: ELSE[key]}
     if key in ARCHITECTURES[name].arguments:
+        beside = WITH.get(key, {})
         assert not ignored_keys(name, said)
-        assert repr(small(name, **said)) != repr(small(name))
+        assert repr(small(name, **said, **beside)) != repr(small(name, **beside))
     else:
         reason = ignored_keys(name, said)[key]
         assert key in reason

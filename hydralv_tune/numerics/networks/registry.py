@@ -356,6 +356,10 @@ def _widest(path: Sequence[Step], period: int) -> int:
 
 
 _NOT_MEDNEXT = "only mednext comes in sizes"
+_ONE_KERNEL = {
+    "depth_2d": "all its levels have the same kernel; rsunet's may differ",
+    "kernel_2d": "all its levels have the same kernel; rsunet's may differ",
+}
 ARCHITECTURES: dict[str, Architecture] = {
     "rsunet": Architecture(
         build=build_rsunet,
@@ -397,6 +401,7 @@ ARCHITECTURES: dict[str, Architecture] = {
             "down_factors": "MONAI fixes its pooling at 2 in z, y and x",
             "mednext_size": _NOT_MEDNEXT,
             "mednext_kernel_size": _NOT_MEDNEXT,
+            **_ONE_KERNEL,
         },
     ),
     "monai_unet": Architecture(
@@ -422,6 +427,7 @@ ARCHITECTURES: dict[str, Architecture] = {
             "upsample": "it always up-samples by transposed convolution",
             "mednext_size": _NOT_MEDNEXT,
             "mednext_kernel_size": "kernel_size is its key",
+            **_ONE_KERNEL,
         },
     ),
     "mednext": Architecture(
@@ -440,6 +446,8 @@ ARCHITECTURES: dict[str, Architecture] = {
             "num_res_units": "mednext_size fixes its blocks",
             "down_factors": "MedNeXt halves z, y and x at every level",
             "upsample": "MedNeXt up-samples by transposed convolution",
+            "num_groups": "MedNeXt normalises each channel by itself, by definition",
+            **_ONE_KERNEL,
         },
     ),
 }
