@@ -1,6 +1,6 @@
 """What a driver does with Ray Tune's requests, results, ends and signals.
 
-It knows neither Ray nor Optuna. `ray_adapters` connects it to Ray Tune, and `study.driver` to Optuna.
+It knows neither Ray nor Optuna: `ray_adapters` connects it to Ray Tune, `study.driver` to Optuna.
 """
 
 from __future__ import annotations

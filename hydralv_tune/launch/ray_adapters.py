@@ -24,7 +24,7 @@ STOP_ANSWER_S = 10.0
 
 
 class _RayAdapter:
-    """Keeps a coordinator out of Ray's pickles: it holds locks, and a storage URL with a password."""
+    """Keeps a coordinator out of Ray's pickles: it holds locks, and a URL with a password."""
 
     def __init__(self, coordinator: Coordinator | None = None) -> None:
         super().__init__()

@@ -201,7 +201,7 @@ def open_volumes(space: SearchSpace, volumes: Sequence[VolumePaths]) -> list[Vol
 def _tune(
     coordinator: Coordinator, resources: Resources, function: TrialFunction, checkpoints: str | None
 ) -> str | None:
-    """Let Ray Tune run trials until the coordinator has no more; return the signal that ended it."""
+    """Let Ray Tune run trials while the coordinator has any; return the signal that ended it."""
     flag = make_flag()
     trainable = tune.with_resources(
         make_trainable(function, flag, checkpoints), {"cpu": resources.cpus, "gpu": resources.gpus}

@@ -3,7 +3,7 @@
 Reading, from anywhere, without writing:
 
     found = find.find_study("runs/hydra")            # StudyAddress: storage, name, folder
-    study = open_readonly(found.storage, found.name)  # StudyError: absent, silent, another program's
+    study = open_readonly(found.storage, found.name)  # StudyError: absent, silent, not ours
     study.facts()                                     # what `status --json` prints
     study.trials(), study.best()                      # TrialView of trial_views
     study.table()                                     # DataFrame of the finished trials
