@@ -19,6 +19,7 @@ from hydralv_tune.cli.options import (
     check_file_out,
     check_folder,
     path_option,
+    volumes_given,
 )
 from hydralv_tune.config.errors import InputError, as_input_error
 
@@ -46,13 +47,12 @@ def train(
     """
     from hydralv_tune.config.files import load_candidate, parse_overrides
     from hydralv_tune.config.search_space_files import load_space
-    from hydralv_tune.data.volumes import volume_paths
     from hydralv_tune.trial.run import Evaluation, TrialSpec, run_trial, stop_on_signal
 
     check_folder("--out", out)
     loaded = load_candidate(candidate, parse_overrides(settings or []))
     searched = load_space(space)
-    paths = volume_paths(image, label or [], mask or [])
+    paths = volumes_given(image, label or [], mask or [])
     if not label:
         raise InputError("train: --label is missing; training needs instance labels.")
 
@@ -117,11 +117,11 @@ def predict(
     network, candidate = load_network(checkpoint, device=target)
     if overrides:
         candidate = with_overrides(candidate, overrides)
-    volume = read_volume(VolumePaths(name=image, image=image)).image
+    volume = read_volume(VolumePaths(name=image, image=image))
     started = time.perf_counter()
     with progress_bar("Predict") as move, as_input_error(image):
-        maps = predict_volume(network, volume, candidate, device=target, progress=move)
-    write_array(out, maps)
+        maps = predict_volume(network, volume.image, candidate, device=target, progress=move)
+    write_array(out, maps, voxel_size_nm=volume.voxel_size_nm, origin_nm=volume.origin_nm)
     document = {"out": str(out), "seconds": round(time.perf_counter() - started, 3)}
     if json:
         print_json(document)

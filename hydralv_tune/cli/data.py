@@ -25,6 +25,7 @@ from hydralv_tune.cli.options import (
     check_folder,
     path_option,
     text_option,
+    volumes_given,
 )
 from hydralv_tune.config.errors import InputError, as_input_error
 from hydralv_tune.config.paths import expanded_path
@@ -47,7 +48,7 @@ def read_mask(path: str | None, shape: tuple[int, ...]) -> np.ndarray | None:
     """
     from hydralv_tune.data import volumes
 
-    if path is None:
+    if path is None or path == volumes.NO_MASK:
         return None
     mask = volumes.read_mask(path)
     if mask.shape != shape:
@@ -127,12 +128,12 @@ def inspect(
     Example: `hydralv-tune inspect --image runs/phantom/im.h5 --label runs/phantom/label.h5`
     """
     from hydralv_tune.data.inspection import characteristics
-    from hydralv_tune.data.volumes import read_volume, volume_paths
+    from hydralv_tune.data.volumes import read_volume
 
     if out is not None:
         check_folder("--out", out)
     documents = []
-    for paths in volume_paths(image, label or [], mask or []):
+    for paths in volumes_given(image, label or [], mask or []):
         volume = read_volume(paths)
         facts = {"image": paths.image, **characteristics(volume)}
         if candidate is not None or out is not None:
@@ -208,7 +209,13 @@ def decode(
     """
     from hydralv_tune.config.files import decoding_step, parse_overrides
     from hydralv_tune.data.formats import WRITABLE
-    from hydralv_tune.data.volumes import read_probabilities, write_array
+    from hydralv_tune.data.volumes import (
+        NO_MASK,
+        agreed_placement,
+        narrowed,
+        read_probabilities,
+        write_array,
+    )
     from hydralv_tune.numerics.watershed.decoders import decode as decode_labels
 
     check_file_out("--out", out, WRITABLE, [probabilities, *([mask] if mask else [])])
@@ -218,7 +225,8 @@ def decode(
         labels = decode_labels(
             step.name, maps, read_mask(mask, maps.shape[1:]), **step.decoder_arguments()
         )
-    write_array(out, labels)
+    size, origin = agreed_placement(probabilities, mask if mask != NO_MASK else None)
+    write_array(out, narrowed(out, labels), voxel_size_nm=size, origin_nm=origin)
     document = {"instances": int(labels.max(initial=0)), "out": str(out)}
     if json:
         print_json(document)

@@ -5,16 +5,20 @@ Light to import: names and paths are refused before any library is loaded.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from hydralv_tune.artifacts.writing import why_not_writable
+from hydralv_tune.cli.console import say
 from hydralv_tune.config.errors import InputError
 from hydralv_tune.config.paths import expanded, expanded_path, expanded_url
 from hydralv_tune.data.formats import NAMES
+
+if TYPE_CHECKING:
+    from hydralv_tune.data.volumes import VolumePaths
 
 
 def path_option(*names: str, help: str) -> Any:
@@ -70,7 +74,10 @@ Images = Annotated[
 Labels = Annotated[
     list[str] | None, text_option("--label", help="Instance labels, one for each image.")
 ]
-Masks = Annotated[list[str] | None, text_option("--mask", help="Valid mask, one for each image.")]
+Masks = Annotated[
+    list[str] | None,
+    text_option("--mask", help="Valid mask, one for each image; `none` where there is none."),
+]
 OneImage = Annotated[str, text_option("--image", help=f"Image volume: {NAMES}.")]
 OneLabel = Annotated[str, text_option("--label", help=f"Instance labels: {NAMES}.")]
 OneMask = Annotated[str | None, text_option("--mask", help="Valid mask; the rest is ignored.")]
@@ -101,6 +108,18 @@ OptionalStorage = Annotated[
         parser=expanded_url,
     ),
 ]
+
+
+def volumes_given(
+    images: Sequence[str], labels: Sequence[str], masks: Sequence[str]
+) -> list[VolumePaths]:
+    """Return the volumes that options name; of several, say which files belong together."""
+    from hydralv_tune.data.volumes import pairs, volume_paths
+
+    volumes = volume_paths(images, labels, masks)
+    for line in pairs(volumes) if len(volumes) > 1 else ():
+        say(line)
+    return volumes
 
 
 def check_folder(option: str, path: Path) -> None:

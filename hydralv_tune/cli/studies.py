@@ -21,6 +21,7 @@ from hydralv_tune.cli.options import (
     check_folder,
     path_option,
     text_option,
+    volumes_given,
 )
 from hydralv_tune.config.errors import InputError
 
@@ -87,13 +88,12 @@ def run(
     Example: `hydralv-tune run smoke --image runs/phantom/im.h5 --label runs/phantom/label.h5
     --mask runs/phantom/mask.h5 --trials 2 --out runs/smoke`
     """
-    from hydralv_tune.data.volumes import volume_paths
 
     if not label:
         raise InputError("run: --label is missing; a study needs instance labels to score against.")
     facts = _run(
         space,
-        volume_paths(image, label, mask or []),
+        volumes_given(image, label, mask or []),
         study=study,
         storage=storage,
         out=out,

@@ -1,6 +1,6 @@
-"""Volumes on disk: HDF5, TIFF and Zarr in, checked once at the edge; written whole or not at all.
+"""What a volume must be: image, labels and mask that fit each other, checked once at the edge.
 
-The formats themselves are in `formats.py`; here is what a volume must be.
+The file formats themselves are in `formats/`.
 """
 
 from __future__ import annotations
@@ -8,7 +8,8 @@ from __future__ import annotations
 import glob
 import hashlib
 import re
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,6 +17,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from hydralv_tune.config.errors import VolumeError
+from hydralv_tune.data.formats import suffix_of
 from hydralv_tune.data.formats.files import (
     Location,
     locate,
@@ -24,15 +26,20 @@ from hydralv_tune.data.formats.files import (
     read_voxel_size_nm,
     write_array,
 )
+from hydralv_tune.data.voxel_size import VoxelSize
 from hydralv_tune.numerics.normalisation import Normalisation
 
 __all__ = [
+    "NO_MASK",
     "Sections",
     "Volume",
     "VolumePaths",
+    "agreed_placement",
     "check_volume",
     "first_voxel_size",
     "open_lazy",
+    "pairs",
+    "placement_of",
     "read_array",
     "read_labels",
     "read_mask",
@@ -44,6 +51,17 @@ __all__ = [
 ]
 
 GENERIC_STEMS = {"im", "img", "image", "images", "raw", "volume", "vol", "em", "main", "data"}
+ROLES = GENERIC_STEMS | {
+    *("label", "labels", "lab", "seg", "segmentation", "gt", "truth", "annotation", "instances"),
+    *("mask", "masks", "valid", "roi"),
+}
+"""Words of a name that say what a file holds, not of which volume."""
+NO_MASK = "none"
+"""Stands for the mask of a volume that has none, among others that do."""
+UNIT_SIZE = (1.0, 1.0, 1.0)
+"""The voxel size that tools write where they know none."""
+SAME_SIZE = 0.01
+"""Relative difference up to which two voxel sizes are the same, rounded differently."""
 LARGEST_ID = np.iinfo(np.int32).max
 
 
@@ -88,6 +106,7 @@ class Volume:
         voxel_size_nm: Size of a voxel along z, y, x; None where the file does not say.
         normalisation: How its sections are normalised, fitted on the whole volume where this is a
             part of one; None until a candidate says how.
+        origin_nm: Where its first voxel lies along z, y, x; None where the file does not say.
     """
 
     name: str
@@ -97,6 +116,7 @@ class Volume:
     voxel_size_nm: tuple[float, float, float] | None = None
     normalisation: Normalisation | None = None
     scored_mask: np.ndarray | None = None
+    origin_nm: tuple[float, float, float] | None = None
 
     @property
     def where_scored(self) -> np.ndarray | None:
@@ -132,24 +152,28 @@ def volume_paths(
     Args:
         images: Files, `file:dataset` or globs; a glob stands for its matches in natural order.
         labels: None at all, or as many as images, in the same order.
-        masks: None at all, or as many as images, in the same order.
+        masks: None at all, or as many as images, in the same order; `none` where one has no mask.
+
+    Names that disagree within a volume, as `vol_1` and `vol_2`, are warned of.
 
     Raises:
         VolumeError: A glob matches nothing, no image is given, or the numbers differ.
     """
     image_files = _expand(images)
     label_files = _expand(labels)
-    mask_files = _expand(masks)
+    mask_files = [None if mask == NO_MASK else mask for mask in _expand(masks)]
     if not image_files:
         raise VolumeError("No image is given. Name at least one with --image.")
     for option, files in (("--label", label_files), ("--mask", mask_files)):
         if files and len(files) != len(image_files):
+            some = ", ".join(str(file or NO_MASK) for file in files[:3])
+            hint = f" '{option} {NO_MASK}' stands for no mask." if option == "--mask" else ""
             raise VolumeError(
-                f"{option} names {len(files)} files ({', '.join(files[:3])}"
-                f"{', ...' if len(files) > 3 else ''}), but --image names {len(image_files)}. "
-                f"Give one {option} for each --image, in the same order, or none."
+                f"{option} names {len(files)} files ({some}{', ...' if len(files) > 3 else ''}), "
+                f"but --image names {len(image_files)}. Give one {option} for each --image, in the "
+                f"same order, or none at all.{hint}"
             )
-    return [
+    volumes = [
         VolumePaths(
             name=name,
             image=image,
@@ -157,6 +181,23 @@ def volume_paths(
             mask=mask_files[index] if mask_files else None,
         )
         for index, (name, image) in enumerate(zip(_names(image_files), image_files, strict=True))
+    ]
+    for volume in volumes if len(volumes) > 1 else ():
+        for file in (volume.label, volume.mask):
+            if file is not None and _differ(volume.image, file):
+                warnings.warn(
+                    f"{volume.image} goes with {file}, but their names differ: files are matched "
+                    "by their order. Check the pairs, and that no file is missing.",
+                    stacklevel=2,
+                )
+    return volumes
+
+
+def pairs(volumes: Sequence[VolumePaths]) -> list[str]:
+    """Return one line for each volume that says which files belong together."""
+    return [
+        f"{v.name}: image {v.image}, label {v.label or 'none'}, mask {v.mask or NO_MASK}"
+        for v in volumes
     ]
 
 
@@ -171,12 +212,14 @@ def read_volume(paths: VolumePaths) -> Volume:
     label = None if paths.label is None else read_array(paths.label, ndim=3)
     mask = None if paths.mask is None else read_array(paths.mask, ndim=3)
     check_volume(paths, image, label, mask)
+    size, origin = placement_of(paths)
     return Volume(
         name=paths.name,
         image=image,
         label=label,
         mask=None if mask is None else mask > 0,
-        voxel_size_nm=first_voxel_size(paths),
+        voxel_size_nm=size,
+        origin_nm=origin,
     )
 
 
@@ -235,6 +278,21 @@ def read_labels(path: str | Path) -> np.ndarray:
     labels = read_array(path, ndim=3)
     _check_labels(path, labels)
     return labels
+
+
+def narrowed(path: str | Path, labels: np.ndarray) -> np.ndarray:
+    """Return labels in the type to write them in: in a TIFF, 16 bits where they suffice.
+
+    ImageJ and Fiji open no integers of more than 16 bits as such.
+
+    Args:
+        path: Where they go.
+        labels: Integers from 0.
+    """
+    if suffix_of(locate(path).path) not in (".tif", ".tiff"):
+        return labels
+    fits = int(labels.max(initial=0)) <= np.iinfo(np.uint16).max
+    return labels.astype(np.uint16 if fits else np.uint32)
 
 
 def _check_labels(path: str | Path, labels: Sections) -> int:
@@ -301,12 +359,18 @@ def read_probabilities(path: str | Path) -> np.ndarray:
     Raises:
         VolumeError: They cannot be read, are not 4-D with 3 channels, not floats, or not finite.
     """
+    with open_lazy(path) as lazy:
+        shape, named = lazy.shape, lazy.axes is not None
+    if not named and (len(shape) != 4 or shape[0] != 3):
+        raise VolumeError(
+            f"{path}: shape {shape}, but probabilities have 3 channels, binary, boundary and "
+            f"distance, in (3, Z, Y, X). {_hint_on_channels(shape)}"
+        )
     maps = read_array(path, ndim=4, axes="(3, Z, Y, X)")
     if maps.shape[0] != 3:
-        hint = " Move the channels to the front." if maps.shape[-1] == 3 else ""
         raise VolumeError(
-            f"{path}: shape {maps.shape} has {maps.shape[0]} channels, but probabilities have 3: "
-            f"binary, boundary, distance, in (3, Z, Y, X).{hint}"
+            f"{path}: {maps.shape[0]} channels, but probabilities have 3: binary, boundary and "
+            f"distance. {_hint_on_channels(maps.shape)}"
         )
     if maps.dtype.kind != "f":
         raise VolumeError(
@@ -316,6 +380,19 @@ def read_probabilities(path: str | Path) -> np.ndarray:
         )
     _refuse_not_finite(path, "probabilities", maps)
     return maps if maps.dtype.itemsize <= 4 else maps.astype(np.float32)
+
+
+def _hint_on_channels(shape: tuple[int, ...]) -> str:
+    """Return what to do about probabilities of a wrong shape; an expression where one does it."""
+    if len(shape) == 3:
+        return "This is one channel alone. Predict or save all three, with numpy.stack([b, c, d])."
+    if len(shape) == 5 and shape[0] == 1:
+        return "Drop the first axis, of length 1: p[0]."
+    if len(shape) == 4 and 3 in shape[1:]:
+        at = len(shape) - 1 - shape[::-1].index(3)
+        return f"Move axis {at}, the channels, to the front: numpy.moveaxis(p, {at}, 0)."
+    channels = f"{shape[0]} channels" if len(shape) == 4 else f"{len(shape)} axes"
+    return f"These are {channels}. Give the output of predict, or three channels in that order."
 
 
 def _check_image(path: str | Path, image: Sections) -> None:
@@ -360,17 +437,65 @@ def _check_shape(
         )
 
 
-def first_voxel_size(paths: VolumePaths) -> tuple[float, float, float] | None:
-    """Return the voxel size that the image states, or else the label, or else the mask.
+def placement_of(paths: VolumePaths) -> tuple[VoxelSize | None, VoxelSize | None]:
+    """Return voxel size and origin that the image states, or else the label, or else the mask.
 
     Raises:
-        VolumeError: A file cannot be opened.
+        VolumeError: As `agreed_placement`.
     """
-    for path in (paths.image, paths.label, paths.mask):
-        size = None if path is None else read_voxel_size_nm(path)
-        if size is not None:
-            return size
-    return None
+    return agreed_placement(paths.image, paths.label, paths.mask)
+
+
+def agreed_placement(*files: str | None) -> tuple[VoxelSize | None, VoxelSize | None]:
+    """Return voxel size and origin that the first of some files states that states any.
+
+    Args:
+        files: Of one volume; None is left out.
+
+    Raises:
+        VolumeError: A file cannot be opened, or two files contradict each other; a size of 1 x 1 x
+            1 nm, which tools write for unknown, contradicts none.
+    """
+    sizes: dict[str, VoxelSize] = {}
+    origins: dict[str, VoxelSize] = {}
+    for path in files:
+        if path is None:
+            continue
+        with open_lazy(path) as lazy:
+            if lazy.voxel_size_nm is not None:
+                sizes[path] = lazy.voxel_size_nm
+            if lazy.origin_nm is not None:
+                origins[path] = lazy.origin_nm
+    known = {path: size for path, size in sizes.items() if size != UNIT_SIZE}
+    _refuse_different("voxel size", known, [SAME_SIZE * s for s in next(iter(known.values()), ())])
+    size = next(iter((known or sizes).values()), None)
+    _refuse_different("origin", origins, [s / 2 for s in size or UNIT_SIZE])
+    return size, next(iter(origins.values()), None)
+
+
+def first_voxel_size(paths: VolumePaths) -> VoxelSize | None:
+    """Return the voxel size of `placement_of`.
+
+    Raises:
+        VolumeError: As there.
+    """
+    return placement_of(paths)[0]
+
+
+def _refuse_different(
+    what: str, stated: Mapping[str, VoxelSize], tolerance: Sequence[float]
+) -> None:
+    """Refuse files of one volume that state different sizes or places of its voxels."""
+    for path, other in list(stated.items())[1:]:
+        first, own = next(iter(stated.items()))
+        if any(abs(a - b) > t for a, b, t in zip(own, other, tolerance, strict=True)):
+            shown, others = (" x ".join(f"{n:g}" for n in values) for values in (own, other))
+            key = "voxel_size_nm" if what == "voxel size" else "origin_nm"
+            raise VolumeError(
+                f"{path}: its {what} is {others} nm (z, y, x), but that of {first} is {shown} nm; "
+                "the files of one volume must agree. Give files of the same volume, or correct "
+                f"the one that is wrong: in HDF5 and Zarr the attribute {key} of the array."
+            )
 
 
 def _expand(patterns: Sequence[str | Path]) -> list[str]:
@@ -379,7 +504,7 @@ def _expand(patterns: Sequence[str | Path]) -> list[str]:
     for pattern in patterns:
         location = locate(pattern)
         text = str(location.path)
-        if location.path.exists() or not glob.has_magic(text):
+        if text == NO_MASK or location.path.exists() or not glob.has_magic(text):
             files.append(str(location))
             continue
         matches = sorted(glob.glob(text, recursive=True), key=_natural)
@@ -389,6 +514,28 @@ def _expand(patterns: Sequence[str | Path]) -> list[str]:
             )
         files.extend(str(Location(Path(match), location.dataset)) for match in matches)
     return files
+
+
+def _differ(image: str, other: str) -> bool:
+    """Return whether two names seem to be of different volumes: by their numbers, then words.
+
+    The folder is looked at where a stem says nothing.
+    """
+    own, others = (_telling(file) for file in (image, other))
+    numbers, other_numbers = ([w for w in words if w.isdigit()] for words in (own, others))
+    if numbers and other_numbers:
+        return [int(n) for n in numbers] != [int(n) for n in other_numbers]
+    return bool(own and others) and not set(own) & set(others)
+
+
+def _telling(file: str) -> list[str]:
+    """Return the words and numbers of a file's name that say of which volume it is."""
+    path = locate(file).path
+    for name in (path.name.split(".")[0], path.absolute().parent.name):
+        words = [w for w in re.findall(r"[a-z]+|[0-9]+", name.lower()) if w not in ROLES]
+        if words:
+            return words
+    return []
 
 
 def _natural(text: str) -> list[tuple[int, int | str]]:

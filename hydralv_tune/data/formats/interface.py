@@ -97,6 +97,7 @@ class LazyArray:
         chunks: The blocks it is stored in; None where it is stored in one piece.
         voxel_size_nm: Size of a voxel along z, y, x; None where the file does not say.
         origin_nm: Where its first voxel lies along z, y, x; None where the file does not say.
+        axes: Their names as the file gives them; None where it gives none.
     """
 
     path: str
@@ -105,6 +106,7 @@ class LazyArray:
     chunks: tuple[int, ...] | None
     voxel_size_nm: VoxelSize | None
     origin_nm: VoxelSize | None
+    axes: Names | None
     _stored: Stored
     _order: tuple[int, ...]
 
@@ -217,6 +219,7 @@ def arranged(location: object, stored: Stored, ndim: int | None, axes: str) -> L
         chunks=None if stored.chunks is None else tuple(stored.chunks[axis] for axis in order),
         voxel_size_nm=stored.placement.voxel_size_nm,
         origin_nm=stored.placement.origin_nm,
+        axes=stored.axes,
         _stored=stored,
         _order=order,
     )
