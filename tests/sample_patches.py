@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hydralv_tune.numerics.augmentation.registry import AUGMENTATIONS, Patches
+from hydralv_tune.numerics.augmentation.patches import Patches
+from hydralv_tune.numerics.augmentation.registry import AUGMENTATIONS
 from hydralv_tune.numerics.targets import instance_edt
 
 SHAPE = (10, 40, 40)

@@ -13,15 +13,14 @@ from hydralv_tune.numerics.networks.registry import (
     ARCHITECTURES,
     architecture,
     build_network,
-    match_weights,
     network_arguments,
-    parameter_count,
 )
+from hydralv_tune.numerics.networks.weights import match_weights, parameter_count
 
 
 def test_every_key_that_an_architecture_may_take_is_a_key_of_the_candidate() -> None:
     for name, entry in ARCHITECTURES.items():
-        assert entry.arguments <= set(Model.model_fields), name
+        assert set(entry.keys) <= set(Model.model_fields), name
         # The defaults of a candidate build every architecture.
         arguments = network_arguments(Model(architecture=name).model_dump())
         with torch.device("meta"):

@@ -11,11 +11,11 @@ import torch
 from sample_patches import NM, SHAPE, applied, changed, random_patches, seeded
 
 from hydralv_tune.numerics.augmentation import warps
+from hydralv_tune.numerics.augmentation.augment import augment
 from hydralv_tune.numerics.augmentation.copy_paste import PASTED
+from hydralv_tune.numerics.augmentation.patches import Patches
 from hydralv_tune.numerics.augmentation.registry import (
     AUGMENTATIONS,
-    Patches,
-    augment,
     check_augmentation,
     resolve_preset,
 )

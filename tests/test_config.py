@@ -31,11 +31,8 @@ from hydralv_tune.config.reference import reference
 from hydralv_tune.config.validation import key_paths, nested
 from hydralv_tune.config.yaml_io import dump_yaml, parse_yaml
 from hydralv_tune.numerics.augmentation.registry import resolve_preset
-from hydralv_tune.numerics.networks.registry import (
-    build_network,
-    network_arguments,
-    parameter_count,
-)
+from hydralv_tune.numerics.networks.registry import build_network, network_arguments
+from hydralv_tune.numerics.networks.weights import parameter_count
 from hydralv_tune.trial.training.optimization import step_plan
 
 REPOSITORY = Path(__file__).parents[1]

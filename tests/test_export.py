@@ -20,7 +20,8 @@ from hydralv_tune.config.errors import InputError, StudyError
 from hydralv_tune.config.files import known_names, load_candidate
 from hydralv_tune.config.yaml_io import dump_yaml
 from hydralv_tune.data.volumes import VolumePaths
-from hydralv_tune.numerics.networks.registry import build_network, match_weights
+from hydralv_tune.numerics.networks.registry import build_network
+from hydralv_tune.numerics.networks.weights import match_weights
 from hydralv_tune.results.export.export import export_best, told
 from hydralv_tune.results.export.pytc import peer_config, peer_step, peer_weights
 from hydralv_tune.results.export.pytc_blocks import PeerData

@@ -11,14 +11,9 @@ import torch.nn.functional as F
 from monai.losses import DiceCELoss, DiceFocalLoss, DiceLoss, FocalLoss, TverskyLoss
 from torch import Tensor, nn
 
-from hydralv_tune.numerics.losses.multi_task import (
-    LOSSES,
-    LossTerm,
-    MultiTaskLoss,
-    check_loss,
-    downsample_targets,
-    loss_arguments,
-)
+from hydralv_tune.numerics.losses import registry
+from hydralv_tune.numerics.losses.multi_task import LossTerm, MultiTaskLoss, downsample_targets
+from hydralv_tune.numerics.losses.registry import LOSSES, check_loss, loss_arguments, register_loss
 
 SHAPE = (2, 1, 3, 8, 8)
 PLAN = (
@@ -175,7 +170,7 @@ class TestArguments:
             ("DiceCELoss", {"sigmoid": False}, "it takes logits"),
             ("TverskyLoss", {"alpha": "high"}, "TverskyLoss: "),
             ("DiceLoss", {"batch": 1}, "DiceLoss: batch is 1, but must be true or false"),
-            ("DiceLoss", {"smooth_nr": math.nan}, "DiceLoss is nan with .*finite numbers"),
+            ("DiceLoss", {"smooth_nr": math.nan}, "smooth_nr is nan, but must be a finite number"),
         ],
     )
     def test_wrong_ones_are_refused(
@@ -183,6 +178,25 @@ class TestArguments:
     ) -> None:
         with pytest.raises(ValueError, match=message):
             check_loss(name, kwargs)
+
+    def test_a_registered_function_is_checked_by_its_signature_and_by_running_it(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def squared(logits: Tensor, target: Tensor, mask: Tensor, *, power: float = 2.0) -> Tensor:
+            if power < 1:
+                raise ValueError(f"power is {power}, but must be at least 1.")
+            return ((logits - target).abs() ** power * mask).mean()
+
+        monkeypatch.setattr(registry, "LOSSES", dict(LOSSES))
+        register_loss("Squared", squared)
+        assert loss_arguments("Squared") == {"power": 2.0}
+        check_loss("Squared", {"power": 3})
+        with pytest.raises(ValueError, match=r"Squared: power is 0\.5, but must be at least 1"):
+            check_loss("Squared", {"power": 0.5})
+        with pytest.raises(ValueError, match=r"Squared: .*str"):
+            check_loss("Squared", {"power": "high"})
+        with pytest.raises(ValueError, match="its argument power has no default"):
+            register_loss("Bare", lambda logits, target, mask, *, power: logits.sum())
 
     def test_those_of_the_plan_are_known(self) -> None:
         assert {"sigmoid", "smooth_nr", "smooth_dr"} <= set(loss_arguments("DiceLoss"))

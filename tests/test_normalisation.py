@@ -6,7 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-from hydralv_tune.numerics.normalisation import MODES, fit_normalisation, normalise
+from hydralv_tune.config.candidate import Data
+from hydralv_tune.numerics.normalisation import FILLS, MODES, fit_normalisation, normalise
+from hydralv_tune.trial.fitted_normalisation import (
+    as_it_was_trained,
+    fit_image,
+    stream_normalisation,
+)
 
 
 def volume(seed: int = 0) -> np.ndarray:
@@ -73,6 +79,72 @@ def test_fill_around_the_image_counts_for_nothing(mode: str) -> None:
     filled[:, 16:48, 12:52] = image
     inside = normalise(filled, mode=mode)[:, 16:48, 12:52]
     assert np.allclose(inside, normalise(image, mode=mode), atol=1e-5)
+
+
+@pytest.mark.parametrize("shares", [(0.0, 1.0), (0.01, 0.99)])
+@pytest.mark.parametrize("value", [0, 1, 128, 255])
+@pytest.mark.parametrize("mode", MODES)
+def test_padding_of_any_value_changes_no_voxel_of_the_tissue(
+    mode: str, value: int, shares: tuple[float, float]
+) -> None:
+    image = volume()
+    padded = np.full((6, 64, 64), value, np.uint8)
+    padded[:, 16:48, 12:52] = image
+    arguments = {"mode": mode, "clip_low": shares[0], "clip_high": shares[1]}
+    inside = normalise(padded, **arguments)[:, 16:48, 12:52]
+    assert np.allclose(inside, normalise(image, **arguments), atol=1e-5)
+    # The same where the padding stands on one side alone, or is a hole in the middle.
+    one_sided = np.concatenate([image, np.full((6, 32, 20), value, np.uint8)], axis=2)
+    beside = normalise(one_sided, **arguments)[:, :, :40]
+    assert np.allclose(beside, normalise(image, **arguments), atol=1e-5)
+
+
+def test_a_section_that_is_fill_alone_does_not_stretch_the_range() -> None:
+    image = np.random.default_rng(0).normal(30000, 300, (4, 32, 32)).astype(np.uint16)
+    lost = np.concatenate([image, np.zeros((2, 32, 32), np.uint16)])
+    assert np.allclose(normalise(lost)[:4], normalise(image), atol=1e-6)
+    assert not normalise(lost)[4:].any()
+
+
+@pytest.mark.parametrize("clips", [(0.0, 1.0), (0.02, 0.98)])
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.float32])
+@pytest.mark.parametrize("fill", FILLS)
+@pytest.mark.parametrize("mode", MODES)
+def test_what_is_read_by_section_is_normalised_as_in_memory(
+    mode: str, fill: str, dtype: type, clips: tuple[float, float]
+) -> None:
+    image = np.zeros((6, 64, 64), dtype)
+    image[:, 16:48, 12:52] = volume()
+    image[3] = 9
+    chosen = {"normalize": mode, "fill": fill, "clip_percentile_low": clips[0],
+              "clip_percentile_high": clips[1]}  # fmt: skip
+    data = Data.model_validate({"image_transform": chosen})
+    streamed, whole = stream_normalisation(image, data), fit_image(image, data)
+    for name in ("low", "high", "offset", "scale"):
+        assert np.allclose(getattr(streamed, name), getattr(whole, name), rtol=1e-3), name
+
+
+def test_tissue_that_saturates_or_has_few_grey_levels_is_not_lost() -> None:
+    rng = np.random.default_rng(0)
+    few = rng.integers(0, 8, (3, 64, 64)).astype(np.uint8) * 30
+    assert np.allclose(normalise(few), few / 210, atol=1e-6)
+    two = np.zeros((3, 32, 32), np.uint8)
+    two[:, 8:20, 8:20] = 200
+    assert set(np.unique(normalise(two))) == {0.0, 1.0}
+
+
+def test_a_checkpoint_of_before_keeps_what_it_was_trained_with() -> None:
+    old = {"data": {"image_transform": {"normalize": "0-1"}, "patch_size": [4, 16, 16]}}
+    kept = as_it_was_trained(old)["data"]
+    assert kept["image_transform"] == {"normalize": "0-1", "fill": "zeros"}
+    assert kept["patch_size"] == [4, 16, 16]
+    assert as_it_was_trained({})["data"]["image_transform"]["fill"] == "zeros"
+    now = {"data": {"image_transform": {"fill": "constant"}}}
+    assert as_it_was_trained(now) == now
+    image = np.zeros((6, 64, 64), np.uint8)
+    image[:, 16:48, 12:52] = volume()
+    # Padding stretched the range: the network has learnt that, so it goes on seeing it.
+    assert np.allclose(normalise(image, fill="zeros"), image / image.max(), atol=1e-6)
 
 
 def test_statistics_come_from_the_mask_and_a_section_without_any_from_itself() -> None:

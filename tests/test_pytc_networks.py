@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 import torch
 
-from hydralv_tune.numerics.networks.registry import build_network, match_weights
-from hydralv_tune.numerics.networks.rsunet import group_count
+from hydralv_tune.numerics.networks.registry import build_network, group_count
+from hydralv_tune.numerics.networks.weights import match_weights
 
 VECTORS = Path(__file__).parent / "vectors" / "pytc"
 IN_PLACE = ("relu", "leakyrelu", "elu")

@@ -13,7 +13,7 @@ import torch
 from hydralv_tune.config.candidate import Data
 from hydralv_tune.config.errors import ConfigError, VolumeError
 from hydralv_tune.data.volumes import Volume, VolumePaths, write_array
-from hydralv_tune.numerics.augmentation.registry import augment
+from hydralv_tune.numerics.augmentation.augment import augment
 from hydralv_tune.numerics.normalisation import fit_normalisation, normalise
 from hydralv_tune.numerics.targets import instance_edt
 from hydralv_tune.trial.fitted_normalisation import stream_normalisation

@@ -12,7 +12,8 @@ from sample_patches import NM, SHAPE, applied, changed, random_patches, seeded
 from torch import Tensor
 
 from hydralv_tune.numerics.augmentation import warps
-from hydralv_tune.numerics.augmentation.registry import AUGMENTATIONS, Patches
+from hydralv_tune.numerics.augmentation.patches import Patches
+from hydralv_tune.numerics.augmentation.registry import AUGMENTATIONS
 
 
 class TestFlipAndRotate:

@@ -131,9 +131,9 @@ def _table(kind: Kind) -> dict[str, str]:
     if kind is Kind.architectures:
         from hydralv_tune.numerics.networks.registry import ARCHITECTURES
 
-        return {name: ", ".join(sorted(e.arguments)) for name, e in ARCHITECTURES.items()}
+        return {name: ", ".join(sorted(e.keys)) for name, e in ARCHITECTURES.items()}
     if kind is Kind.losses:
-        from hydralv_tune.numerics.losses.multi_task import LOSSES, loss_arguments
+        from hydralv_tune.numerics.losses.registry import LOSSES, loss_arguments
 
         return {name: ", ".join(loss_arguments(name)) for name in LOSSES}
     if kind is Kind.augmentations:

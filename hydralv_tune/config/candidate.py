@@ -144,6 +144,11 @@ class ImageTransform(StrictModel):
         description="0–1 per volume; standardisation per volume (`normal` is its other name) or "
         "per section; none.",
     )
+    fill: Literal["constant", "zeros"] = Field(
+        "constant",
+        description="What is left out of range and statistics where it takes 5 % of a section or "
+        "more: constant regions, as padding; zeros alone, as checkpoints before version 2.",
+    )
     clip_percentile_low: Share = Field(0.0, description="Share of voxels clipped below.")
     clip_percentile_high: Share = Field(1.0, description="Share from which on is clipped above.")
 

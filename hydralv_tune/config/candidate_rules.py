@@ -54,8 +54,10 @@ def check_network(candidate: Candidate, place: str) -> None:
     """Check the architecture, its keys, and that patch and window fit it."""
     from hydralv_tune.numerics.networks.registry import (
         ARCHITECTURES,
+        divisor,
         ignored_keys,
         network_arguments,
+        supervised_levels,
     )
 
     model = candidate.model
@@ -70,7 +72,7 @@ def check_network(candidate: Candidate, place: str) -> None:
     fault = _network_fault(name, json.dumps(keys, sort_keys=True), candidate.data.patch_size)
     if fault is not None:
         raise ConfigError(f"{place}: {fault}")
-    needed = _divisor(name, json.dumps(keys, sort_keys=True))
+    needed = divisor(name, keys)
     if any(side % d for side, d in zip(window, needed, strict=True)):
         near = [max(1, round(side / d)) * d for side, d in zip(window, needed, strict=True)]
         refuse(place, "inference.sliding_window.window_size", window,
@@ -83,7 +85,7 @@ def check_network(candidate: Candidate, place: str) -> None:
         refuse(place, "model.deep_supervision_weights", weights,
                "model.deep_supervision is false", "Set that to true, or drop these.")  # fmt: skip
     if weights is not None:
-        heads = _heads(name, json.dumps(keys, sort_keys=True), candidate.data.patch_size)
+        heads = supervised_levels(name, keys)
         if len(weights) < heads:
             refuse(place, "model.deep_supervision_weights", weights,
                    f"{name} gives logits at {heads} levels",
@@ -92,16 +94,23 @@ def check_network(candidate: Candidate, place: str) -> None:
 
 @lru_cache(maxsize=512)
 def _network_fault(name: str, keys: str, patch_size: tuple[int, int, int]) -> str | None:
-    """Return what the architecture says against its keys or the patch, by building it empty."""
-    import torch
-
-    from hydralv_tune.numerics.networks.registry import build_network, check_patch_size
+    """Return what the architecture says against its keys or the patch."""
+    from hydralv_tune.numerics.networks.registry import (
+        architecture,
+        build_network,
+        check_patch_size,
+        checked_keys,
+    )
 
     arguments = json.loads(keys)
     try:
-        # On `meta` a network has shapes and no memory: the largest takes a fraction of a second.
-        with torch.device("meta"):
-            build_network(name, **arguments)
+        checked_keys(name, arguments)
+        if architecture(name).checked_by_building:
+            import torch
+
+            # On `meta` a network has shapes and no memory.
+            with torch.device("meta"):
+                build_network(name, **arguments)
     except ValueError as error:
         text = str(error)
         return f"model: {text}" if text.startswith("Unknown") else f"model.{text}"
@@ -112,31 +121,9 @@ def _network_fault(name: str, keys: str, patch_size: tuple[int, int, int]) -> st
     return None
 
 
-@lru_cache(maxsize=512)
-def _divisor(name: str, keys: str) -> tuple[int, int, int]:
-    """Return what the sides of a patch must be multiples of."""
-    from hydralv_tune.numerics.networks.registry import divisor
-
-    return divisor(name, json.loads(keys))
-
-
-@lru_cache(maxsize=64)
-def _heads(name: str, keys: str, patch_size: tuple[int, int, int]) -> int:
-    """Return at how many levels the architecture gives logits in training."""
-    import torch
-
-    from hydralv_tune.numerics.networks.registry import build_network
-
-    arguments = json.loads(keys)
-    with torch.device("meta"):
-        network = build_network(name, **arguments).train()
-        outputs = network(torch.empty(1, arguments["in_channels"], *patch_size))
-    return 1 if isinstance(outputs, torch.Tensor) else len(outputs)
-
-
 def check_losses(candidate: Candidate, place: str) -> None:
     """Check names, weights, arguments and tasks of the losses."""
-    from hydralv_tune.numerics.losses.multi_task import LOSSES
+    from hydralv_tune.numerics.losses.registry import LOSSES
 
     model = candidate.model
     count = len(model.loss_functions)
@@ -162,7 +149,7 @@ def check_losses(candidate: Candidate, place: str) -> None:
 
 def _check_loss(name: str, kwargs: dict[str, Any], place: str, path: str) -> None:
     """Check the arguments of one loss: their names, then the loss itself on a few voxels."""
-    from hydralv_tune.numerics.losses.multi_task import loss_arguments
+    from hydralv_tune.numerics.losses.registry import loss_arguments
 
     known = loss_arguments(name)
     for key, value in kwargs.items():
@@ -177,7 +164,7 @@ def _check_loss(name: str, kwargs: dict[str, Any], place: str, path: str) -> Non
 @lru_cache(maxsize=512)
 def _loss_fault(name: str, kwargs: str) -> str | None:
     """Return what a loss says against its arguments, by running it on a few voxels."""
-    from hydralv_tune.numerics.losses.multi_task import check_loss
+    from hydralv_tune.numerics.losses.registry import check_loss
 
     try:
         check_loss(name, json.loads(kwargs))
@@ -343,13 +330,12 @@ def check_inference(candidate: Candidate, place: str) -> None:
 
 def _check_turned_window(candidate: Candidate, place: str, path: str) -> None:
     """Check that the architecture can take the window as quarter turns give it."""
-    from hydralv_tune.numerics.networks.registry import network_arguments
+    from hydralv_tune.numerics.networks.registry import divisor, network_arguments
     from hydralv_tune.numerics.test_time_augmentation import distinct_transforms, unfit_turn
 
     tta, model = candidate.inference.test_time_augmentation, candidate.model
     window = candidate.inference.sliding_window.window_size or candidate.data.patch_size
-    keys = json.dumps(network_arguments(model.model_dump(mode="json")), sort_keys=True)
-    needed = _divisor(model.architecture, keys)
+    needed = divisor(model.architecture, network_arguments(model.model_dump(mode="json")))
     transforms = distinct_transforms(tta.flip_axes, tta.rotation90_axes, tta.rotate90_k)
     turned = unfit_turn(transforms, window, needed)
     if turned is not None:

@@ -81,11 +81,8 @@ def network_facts(candidate: Candidate) -> list[str]:
     """Return size and start of the network."""
     import torch
 
-    from hydralv_tune.numerics.networks.registry import (
-        build_network,
-        network_arguments,
-        parameter_count,
-    )
+    from hydralv_tune.numerics.networks.registry import build_network, network_arguments
+    from hydralv_tune.numerics.networks.weights import parameter_count
 
     model = candidate.model
     with torch.device("meta"):

@@ -156,12 +156,12 @@ def _yaml(value: Any) -> str:
 def _tables() -> Iterator[str]:
     """Yield what the tables of names hold, from architectures to pruners."""
     from hydralv_tune.numerics.augmentation.registry import AUGMENTATIONS
-    from hydralv_tune.numerics.losses.multi_task import LOSSES, loss_arguments
+    from hydralv_tune.numerics.losses.registry import LOSSES, loss_arguments
     from hydralv_tune.numerics.networks.registry import ARCHITECTURES
     from hydralv_tune.numerics.watershed.decoders import DECODERS, decoder_arguments
 
     rows = [
-        f"| `{name}` | {', '.join(f'`{key}`' for key in sorted(entry.arguments))} | "
+        f"| `{name}` | {', '.join(f'`{key}`' for key in sorted(entry.keys))} | "
         f"{_yaml(entry.deep_supervision)} | "
         f"{'; '.join(f'`{key}`: {why}' for key, why in entry.refusals.items())} |"
         for name, entry in ARCHITECTURES.items()

@@ -10,6 +10,7 @@ import numpy as np
 from skimage.measure import label as label_pieces
 
 from hydralv_tune.data.volumes import Volume
+from hydralv_tune.numerics.normalisation import fill_of
 
 NAMED_IDS = 8
 # Pieces of one id that lie further apart than this many radii of the larger are two objects.
@@ -398,6 +399,12 @@ def _judge_range(volume: Volume, table: np.ndarray, warnings: list[str]) -> None
     if low == high:
         warnings.append(f"Every voxel of the image is {low}. Check its path and dataset.")
         return
+    filled = sum(int(fill_of(section).sum()) for section in image) / image.size
+    if filled > SATURATED_SHARE:
+        warnings.append(
+            f"{filled:.1%} of the voxels are fill: constant regions, as padding. Normalisation "
+            f"leaves them out, so a volume without them looks the same to the network."
+        )
     values = image.ravel() if mask is None else image[mask]
     for name, level in (("black", low), ("white", high)):
         share = float(np.count_nonzero(values == level) / values.size)

@@ -15,8 +15,9 @@ Array = npt.NDArray[Any]
 Floats = npt.NDArray[np.float32]
 
 MODES = ("0-1", "z_volume", "z_section", "none")
+FILLS = ("constant", "zeros")
 FILL_SHARE = 0.05
-"""From this share on, voxels of exactly 0 are fill around the image, not dark tissue."""
+"""From this share of a section on, voxels of one constant value are fill, not tissue."""
 FLAT = 1e-6
 """A spread under this share of the largest value is rounding: such a section becomes 0."""
 
@@ -66,7 +67,7 @@ class Normalisation:
         """
         if image.ndim != 3 or image.shape[0] != len(self.low):
             raise ValueError(
-                f"image has shape {tuple(image.shape)}, but ({len(self.low)}, Y, X) is due."
+                f"image has shape {tuple(image.shape)}, but must be ({len(self.low)}, Y, X)."
             )
         if isinstance(image, Tensor):
             lows, highs, offsets, scales = (
@@ -87,14 +88,14 @@ def fit_normalisation(
     mode: str = "0-1",
     clip_low: float = 0.0,
     clip_high: float = 1.0,
+    fill: str = "constant",
     mask: Array | Tensor | None = None,
 ) -> Normalisation:
     """Return how a volume is normalised.
 
-    Statistics never come from constant sections, which are missing, nor from zeros that fill a
-    share of a section from `FILL_SHARE` on; they come from the mask where one is given. A
-    prediction seldom knows the mask of the training: give one in both, or in neither. Shares of 0
-    and 1 clip nothing: they are the smallest and largest voxel of all, fill included.
+    Neither range nor statistics come from constant sections, which are missing, nor from fill, so
+    a volume is normalised alike with padding and without. They come from the mask where one is
+    given. A prediction seldom knows the mask of the training: give one in both, or in neither.
 
     Args:
         image: (Z, Y, X), any number type.
@@ -102,6 +103,9 @@ def fit_normalisation(
             volume), `z_section` (over each section), `none` (clip only).
         clip_low: Share of the voxels, 0 to 1, that are clipped at the dark end.
         clip_high: Share from which on voxels are clipped at the bright end.
+        fill: What is left out of a section once it is `FILL_SHARE` of it: `constant`, regions of
+            one value; `zeros`, zeros alone and not from the range that shares of 0 and 1
+            span, as checkpoints before version 2 were trained.
         mask: (Z, Y, X), voxels above 0 count; a section that it leaves out counts as a whole.
 
     Raises:
@@ -112,17 +116,19 @@ def fit_normalisation(
         raise ValueError(f"Unknown normalisation '{mode}'. Known: {', '.join(MODES)}.")
     if not 0 <= clip_low < clip_high <= 1:
         raise ValueError(
-            f"clip percentiles are {clip_low:g} and {clip_high:g}, but 0 <= low < high <= 1 is "
-            "due. They are shares: 0.01, not 1."
+            f"clip percentiles are {clip_low:g} and {clip_high:g}, but must satisfy "
+            "0 <= low < high <= 1. They are shares: 0.01, not 1."
         )
     volume = _as_array(image)
     if volume.ndim != 3 or not volume.size:
-        raise ValueError(f"image has shape {volume.shape}, but (Z, Y, X) is due.")
+        raise ValueError(f"image has shape {volume.shape}, but must be (Z, Y, X).")
     if mask is not None and tuple(mask.shape) != volume.shape:
         raise ValueError(f"mask has shape {tuple(mask.shape)}, but the image has {volume.shape}.")
-    sections = _counted(volume, None if mask is None else _as_array(mask) > 0)
+    sections = _counted(volume, None if mask is None else _as_array(mask) > 0, fill)
     if clip_low == 0 and clip_high == 1:
-        low, high = float(volume.min()), float(volume.max())
+        counted = [volume] if fill == "zeros" else [s for s in sections if s.size]
+        low = float(min(values.min() for values in counted))
+        high = float(max(values.max() for values in counted))
     else:
         low, high = map(float, np.quantile(np.concatenate(sections), [clip_low, clip_high]))
     if not (np.isfinite(low) and np.isfinite(high)):
@@ -167,37 +173,20 @@ def normalisation_of(
 
 
 @overload
-def normalise(
-    image: Array, *, mode: str = ..., clip_low: float = ..., clip_high: float = ...,
-    mask: Array | None = ...,
-) -> Floats: ...  # fmt: skip
+def normalise(image: Array, **arguments: Any) -> Floats: ...
 @overload
-def normalise(
-    image: Tensor, *, mode: str = ..., clip_low: float = ..., clip_high: float = ...,
-    mask: Tensor | None = ...,
-) -> Tensor: ...  # fmt: skip
-def normalise(
-    image: Array | Tensor,
-    *,
-    mode: str = "0-1",
-    clip_low: float = 0.0,
-    clip_high: float = 1.0,
-    mask: Array | Tensor | None = None,
-) -> Floats | Tensor:
+def normalise(image: Tensor, **arguments: Any) -> Tensor: ...
+def normalise(image: Array | Tensor, **arguments: Any) -> Floats | Tensor:
     """Return a volume as the network gets it, float32 of the same shape.
 
     Args:
         image: (Z, Y, X); a tensor stays on its device.
-        mode: As in `fit_normalisation`.
-        clip_low: As there.
-        clip_high: As there.
-        mask: As there.
+        arguments: As in `fit_normalisation`.
 
     Raises:
         ValueError: As there.
     """
-    fitted = fit_normalisation(image, mode=mode, clip_low=clip_low, clip_high=clip_high, mask=mask)
-    return fitted.apply(image)
+    return fit_normalisation(image, **arguments).apply(image)
 
 
 def _as_array(values: Array | Tensor) -> Array:
@@ -205,19 +194,55 @@ def _as_array(values: Array | Tensor) -> Array:
     return values.detach().cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)
 
 
-def _counted(volume: Array, valid: Array | None) -> list[Array]:
+def fill_of(section: Array, fill: str = "constant") -> npt.NDArray[np.bool_]:
+    """Return the voxels of a section that hold no tissue (Y, X): zeros, or constant regions.
+
+    A voxel lies in a constant region where it equals three neighbours that form a square with it.
+
+    Args:
+        section: (Y, X).
+        fill: One of `FILLS`.
+    """
+    if fill == "zeros":
+        zeros = section == 0
+        return zeros if zeros.mean() >= FILL_SHARE else np.zeros_like(zeros)
+    corner = section[1:, 1:]
+    square = (corner == section[:-1, :-1]) & (corner == section[:-1, 1:])
+    square &= corner == section[1:, :-1]
+    flat = np.zeros(section.shape, bool)
+    if square.mean() < FILL_SHARE / 2:
+        return flat
+    for rows in (slice(0, -1), slice(1, None)):
+        for columns in (slice(0, -1), slice(1, None)):
+            flat[rows, columns] |= square
+    values, counts = np.unique(section[flat], return_counts=True)
+    return flat & np.isin(section, values[counts >= FILL_SHARE * section.size])
+
+
+def tissue_of(section: Array, fill: str = "constant") -> Array:
+    """Return the voxels that range and statistics come from (N,): none of a constant section.
+
+    Args:
+        section: (Y, X).
+        fill: One of `FILLS`.
+    """
+    if section.min() == section.max():
+        return section[:0].ravel()
+    return np.asarray(section[~fill_of(section, fill)])
+
+
+def _counted(volume: Array, valid: Array | None, fill: str) -> list[Array]:
     """Return the voxels of each section that statistics come from; none of a constant one.
 
     A section that the mask leaves out counts wholly for itself: it is normalised too.
     """
     sections = []
     for z, section in enumerate(volume):
-        zeros = section == 0
-        tissue = ~zeros if zeros.mean() >= FILL_SHARE else np.ones_like(zeros)
-        if valid is not None and (valid[z] & tissue).any():
-            tissue = valid[z] & tissue
-        constant = section.min() == section.max()
-        sections.append(section[:0].ravel() if constant else section[tissue])
+        if valid is not None and section.min() < section.max():
+            inside = valid[z] & ~fill_of(section, fill)
+            sections.append(section[inside] if inside.any() else tissue_of(section, fill))
+        else:
+            sections.append(tissue_of(section, fill))
     return sections if any(s.size for s in sections) else [s.ravel() for s in volume]
 
 

@@ -20,7 +20,8 @@ from hydralv_tune.numerics.metrics.contingency import (
 )
 from hydralv_tune.numerics.metrics.instance_errors import InstanceError, instance_errors
 from hydralv_tune.numerics.metrics.scores import score
-from hydralv_tune.numerics.networks.registry import network_arguments, receptive_field
+from hydralv_tune.numerics.networks.receptive_field import receptive_field
+from hydralv_tune.numerics.networks.registry import network_arguments
 from hydralv_tune.numerics.watershed.decoders import decode
 from hydralv_tune.results.best_trial import BestTrial
 from hydralv_tune.trial.scoring.prediction import load_network, pick_device, predict

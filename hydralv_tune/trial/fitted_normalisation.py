@@ -6,19 +6,20 @@ into memory, is normalised as sections of the whole: that is what a user has who
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from hydralv_tune.config.candidate import Data
+from hydralv_tune.config.candidate import Data, ImageTransform
 from hydralv_tune.config.errors import as_input_error
 from hydralv_tune.data.volumes import Sections, Volume
 from hydralv_tune.numerics.normalisation import (
-    FILL_SHARE,
     Normalisation,
     fit_normalisation,
     normalisation_of,
+    tissue_of,
 )
 
 Array = npt.NDArray[Any]
@@ -60,6 +61,7 @@ def fit_image(image: Array, data: Data) -> Normalisation:
         mode=chosen.normalize,
         clip_low=chosen.clip_percentile_low,
         clip_high=chosen.clip_percentile_high,
+        fill=chosen.fill,
     )
 
 
@@ -74,47 +76,56 @@ def stream_normalisation(image: Sections, data: Data) -> Normalisation:
         data: `data` of the candidate.
     """
     chosen = data.image_transform
-    low, high = _clip_range(image, chosen.clip_percentile_low, chosen.clip_percentile_high)
-    sections = (_tissue(section) for section in image)
+    low, high = _clip_range(image, chosen)
+    sections = (tissue_of(section, chosen.fill) for section in image)
     return normalisation_of(chosen.normalize, low, high, sections, image.shape[0])
 
 
-def _tissue(section: Array) -> Array:
-    """Return the voxels that statistics come from: none of a constant section, no fill."""
-    if section.min() == section.max():
-        return section[:0].ravel()
-    zeros = section == 0
-    return section[~zeros] if zeros.mean() >= FILL_SHARE else section.ravel()
-
-
-def _clip_range(image: Sections, low: float, high: float) -> tuple[float, float]:
-    """Return the intensities at the two shares; fill counts where they are 0 and 1 alone."""
-    lowest, highest = np.inf, -np.inf
+def _clip_range(image: Sections, chosen: ImageTransform) -> tuple[float, float]:
+    """Return the intensities at the two shares."""
+    low, high = chosen.clip_percentile_low, chosen.clip_percentile_high
+    ends: list[tuple[float, float]] = []  # of each section
+    whole: list[tuple[float, float]] = []
     samples: list[Array] = []
     counts = np.zeros(1 << 16, np.int64)
     histogram = image.dtype.kind in "iu" and image.dtype.itemsize <= 2
     darkest = np.iinfo(image.dtype).min if histogram else 0
     for section in image:
-        lowest, highest = min(lowest, float(section.min())), max(highest, float(section.max()))
+        tissue = tissue_of(section, chosen.fill)
+        whole.append((float(section.min()), float(section.max())))
+        if not tissue.size:
+            continue
+        ends.append((float(tissue.min()), float(tissue.max())))
         if (low, high) == (0.0, 1.0):
             continue
-        tissue = _tissue(section)
         if histogram:
             counts += np.bincount(tissue.astype(np.int64) - darkest, minlength=len(counts))
         else:
             samples.append(tissue[:: max(tissue.size // 4096, 1)])
     if histogram and counts.any():
         # Two values of the sorted volume around each quantile, as NumPy interpolates them.
-        places = np.array([low, high]) * (counts.sum() - 1)
-        ends = np.cumsum(counts)
-        below = np.searchsorted(ends, np.floor(places), side="right")
-        after = np.searchsorted(ends, np.ceil(places), side="right")
-        found = darkest + below + (after - below) * (places - np.floor(places))
+        ranks = np.array([low, high]) * (counts.sum() - 1)
+        cumulative = np.cumsum(counts)
+        below = np.searchsorted(cumulative, np.floor(ranks), side="right")
+        after = np.searchsorted(cumulative, np.ceil(ranks), side="right")
+        found = darkest + below + (after - below) * (ranks - np.floor(ranks))
         return float(found[0]), float(found[1])
     if samples:
         first, last = np.quantile(np.concatenate(samples), [low, high])
         return float(first), float(last)
-    return lowest, highest
+    lows, highs = zip(*(whole if chosen.fill == "zeros" or not ends else ends), strict=True)
+    return min(lows), max(highs)
+
+
+def as_it_was_trained(candidate: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a stored candidate with what the version that wrote it did without a key for it.
+
+    Args:
+        candidate: The mapping in a checkpoint or a record.
+    """
+    data = dict(candidate.get("data") or {})
+    data["image_transform"] = {"fill": "zeros", **(data.get("image_transform") or {})}
+    return {**candidate, "data": data}
 
 
 def padded_normalisation(fitted: Normalisation, pad: int, mode: str) -> Normalisation:

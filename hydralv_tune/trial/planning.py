@@ -20,8 +20,11 @@ from hydralv_tune.config.candidate import Candidate, EarlyStopping
 from hydralv_tune.config.errors import ConfigError, InputError, TrialFailed, as_input_error
 from hydralv_tune.config.explanation import without_effect
 from hydralv_tune.data.volumes import Volume
-from hydralv_tune.numerics.augmentation.registry import Patches, augment, resolve_preset
-from hydralv_tune.numerics.networks.registry import divisor, network_arguments, parameter_count
+from hydralv_tune.numerics.augmentation.augment import augment
+from hydralv_tune.numerics.augmentation.patches import Patches
+from hydralv_tune.numerics.augmentation.registry import resolve_preset
+from hydralv_tune.numerics.networks.registry import divisor, network_arguments
+from hydralv_tune.numerics.networks.weights import parameter_count
 from hydralv_tune.numerics.randomness import seeded
 from hydralv_tune.numerics.targets import derive_targets
 from hydralv_tune.trial.scoring.prediction import network_of, pick_device

@@ -11,7 +11,8 @@ import torch
 from hydralv_tune.config.candidate import Candidate
 from hydralv_tune.config.errors import InputError
 from hydralv_tune.data.volumes import Volume, VolumePaths
-from hydralv_tune.numerics.networks.registry import parameter_count
+from hydralv_tune.numerics.networks.weights import parameter_count
+from hydralv_tune.trial.fitted_normalisation import as_it_was_trained
 from hydralv_tune.trial.training.loop import Trainer
 
 FREE_KEYS = ("experiment_name", "description", "system.cpu_threads", "test.decoding_grid")
@@ -146,7 +147,9 @@ def check_continues(
     Raises:
         InputError: They differ.
     """
-    different = _first_difference(kept, candidate.as_mapping(), "")
+    # Keys that did not exist yet have the value that the version of then stood for.
+    old = Candidate.model_validate(as_it_was_trained(kept)).as_mapping()
+    different = _first_difference(old, candidate.as_mapping(), "")
     if different is not None:
         key, old, new = different
         raise InputError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -20,8 +21,10 @@ from hydralv_tune.artifacts.tensorboard import Monitor
 from hydralv_tune.config.candidate import Candidate
 from hydralv_tune.config.errors import InputError, TrialFailed, TrialInterrupted, as_input_error
 from hydralv_tune.data.volumes import Volume
-from hydralv_tune.numerics.networks.registry import network_arguments, receptive_field
+from hydralv_tune.numerics.networks.receptive_field import receptive_field
+from hydralv_tune.numerics.networks.registry import network_arguments
 from hydralv_tune.numerics.randomness import seeded
+from hydralv_tune.trial.fitted_normalisation import as_it_was_trained
 from hydralv_tune.trial.pictures import draw_trial
 from hydralv_tune.trial.record import (
     check_continues,
@@ -113,7 +116,7 @@ class TrialRun:
             for group in (volumes, held_out)
         )
         self.spec = spec
-        self.candidate: Candidate = spec.candidate
+        self.candidate: Candidate = _as_begun(spec.candidate, Path(spec.out))
         self.device = device
         self.out = Path(spec.out)
         self.volumes = [*volumes, *held_out]
@@ -505,6 +508,25 @@ class TrialRun:
             notes=[*self.notes, *(n for f in self.folds for n in f.trainer.notes), *stopped,
                    *thinned],
         )  # fmt: skip
+
+
+def _as_begun(candidate: Candidate, out: Path) -> Candidate:
+    """Return the candidate, normalised as a version without `fill` did if that began the trial.
+
+    Args:
+        candidate: What is asked for.
+        out: Folder of the trial.
+    """
+    try:
+        config = json.loads((out / "record.json").read_text(encoding="utf-8"))["config"]
+        begun = as_it_was_trained(config)["data"]["image_transform"]["fill"]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return candidate  # nothing was begun there, or `resume` will say what is wrong with it
+    if begun == candidate.data.image_transform.fill or "fill" in config["data"]["image_transform"]:
+        return candidate
+    transform = candidate.data.image_transform.model_copy(update={"fill": begun})
+    data = candidate.data.model_copy(update={"image_transform": transform})
+    return candidate.model_copy(update={"data": data})
 
 
 def _best_of(outcome: Outcome, evaluation: int) -> dict[str, Any]:

@@ -10,17 +10,21 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from hydralv_tune.numerics.networks import registry
+from hydralv_tune.numerics.networks.receptive_field import receptive_field
 from hydralv_tune.numerics.networks.registry import (
     ARCHITECTURES,
-    OWN_KEYS,
+    NO_SUCH_PART,
+    Architecture,
+    Key,
     build_network,
     check_patch_size,
     divisor,
     ignored_keys,
-    parameter_count,
-    receptive_field,
-    trunk_weights,
+    own_keys,
+    supervised_levels,
 )
+from hydralv_tune.numerics.networks.weights import parameter_count, trunk_weights
 
 NAMES = sorted(ARCHITECTURES)
 FILTERS = (4, 8, 16, 32, 64)
@@ -40,8 +44,10 @@ ELSE: dict[str, Any] = {
     "kernel_2d": [1, 5, 5],
 }
 """A value of each key that is the default of no architecture."""
-WITH = {"num_groups": {"norm": "group"}, "kernel_2d": {"depth_2d": 1}}
-"""What a key needs beside it to have an effect."""
+MATTERS_WITH: dict[str, dict[str, Any]] = {
+    "num_groups": {"norm": "group", "out_channels": 4}, "kernel_2d": {"depth_2d": 1},
+}  # fmt: skip
+"""What else must be set for a key to change the network."""
 
 
 @pytest.fixture(autouse=True)
@@ -77,6 +83,9 @@ def test_deep_supervision_gives_a_list_from_fine_to_coarse_in_training_alone(nam
     outputs = network(image)
     assert isinstance(outputs, list)
     assert len(outputs) == len(FILTERS)
+    said = {"filters": FILTERS, "deep_supervision": True}
+    assert supervised_levels(name, said) == len(FILTERS)
+    assert supervised_levels(name, {"filters": FILTERS}) == 1
     assert outputs[0].shape[2:] == image.shape[2:]
     for fine, coarse in pairwise(outputs):
         ratio = [f / c for f, c in zip(fine.shape[2:], coarse.shape[2:], strict=True)]
@@ -103,9 +112,7 @@ def test_gradients_reach_every_parameter(name: str, deep: bool) -> None:
 
 def trunk_cases() -> list[tuple[str, dict[str, Any]]]:
     """Return every architecture, and again with each number of residual units that changes it."""
-    units = [
-        (n, {"num_res_units": 0}) for n in NAMES if "num_res_units" in ARCHITECTURES[n].arguments
-    ]
+    units = [(n, {"num_res_units": 0}) for n in NAMES if "num_res_units" in ARCHITECTURES[n].keys]
     return [*((name, {}) for name in NAMES), *units]
 
 
@@ -158,26 +165,26 @@ def test_width_changes_the_number_of_parameters(name: str) -> None:
     assert parameter_count(wider) > 2 * parameter_count(small(name))
 
 
-@pytest.mark.parametrize("key", sorted(OWN_KEYS))
+@pytest.mark.parametrize("key", sorted(own_keys()))
 @pytest.mark.parametrize("name", NAMES)
 def test_each_key_has_an_effect_or_is_refused_with_the_reason(name: str, key: str) -> None:
-    assert set(ELSE) == OWN_KEYS
+    assert set(ELSE) == own_keys()
     said = {key: ELSE[key]}
-    if key in ARCHITECTURES[name].arguments:
-        beside = WITH.get(key, {})
+    if key in ARCHITECTURES[name].keys:
         assert not ignored_keys(name, said)
-        assert repr(small(name, **said, **beside)) != repr(small(name, **beside))
+        others = MATTERS_WITH.get(key, {})
+        assert repr(small(name, **said, **others)) != repr(small(name, **others))
     else:
         reason = ignored_keys(name, said)[key]
         assert key in reason
-        assert ARCHITECTURES[name].refusals[key] in reason
+        assert ARCHITECTURES[name].refusals.get(key, NO_SUCH_PART) in reason
         with pytest.raises(ValueError, match="has no effect on"):
             small(name, **said)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_what_is_not_said_is_the_architectures_own(name: str) -> None:
-    unsaid = dict.fromkeys(OWN_KEYS)
+    unsaid = dict.fromkeys(own_keys())
     assert repr(small(name, **unsaid)) == repr(small(name))
     assert ignored_keys(name, {**unsaid, "dropout": 0.0, "loss_weights": [1.0]}) == {}
 
@@ -202,16 +209,16 @@ def test_wrong_input_is_refused_with_a_reason(name: str) -> None:
         check_patch_size(name, {"filters": FILTERS}, (needed[0], needed[1] + 1, needed[2]))
     check_patch_size(name, {"filters": FILTERS}, image.shape[2:])
     for key in ("norm", "activation", "upsample", "mednext_size"):
-        if key in ARCHITECTURES[name].arguments:
+        if key in ARCHITECTURES[name].keys:
             with pytest.raises(ValueError, match=f"Unknown {key} 'batsch'. Known: "):
                 small(name, **{key: "batsch"})
     for key in ("strides", "down_factors"):
-        if key in ARCHITECTURES[name].arguments:
+        if key in ARCHITECTURES[name].keys:
             with pytest.raises(ValueError, match=f"{key} has 1 entries, but"):
                 small(name, **{key: [[1, 2, 2]]})
             with pytest.raises(ValueError, match=f"{key}.0 is 0, but"):
                 small(name, **{key: [0, 2, 2, 2]})
-    if "kernel_size" in ARCHITECTURES[name].arguments:
+    if "kernel_size" in ARCHITECTURES[name].keys:
         with pytest.raises(ValueError, match="kernels must be odd"):
             small(name, kernel_size=4)
 
@@ -226,64 +233,68 @@ def test_the_smallest_patch_that_passes_the_check_can_be_trained_on(name: str) -
     assert small(name)(torch.randn(1, 1, *smallest)).shape[2:] == smallest
 
 
-def linear(network: nn.Module) -> nn.Module:
-    """Return the network with all that hides a path replaced: its gradient shows every path."""
-    for parent in list(network.modules()):
-        for key, child in list(parent.named_children()):
-            if isinstance(child, nn.MaxPool3d):
-                setattr(parent, key, nn.AvgPool3d(child.kernel_size, child.stride))
-            elif isinstance(
-                child,
-                nn.modules.batchnorm._BatchNorm | nn.modules.instancenorm._InstanceNorm
-                | nn.GroupNorm | nn.ReLU | nn.LeakyReLU | nn.PReLU | nn.GELU,
-            ):  # fmt: skip
-                setattr(parent, key, nn.Identity())
-    for parameter in network.parameters():
-        nn.init.constant_(parameter, 1.0)
-    return network.double().eval()
+DERIVED_BY_HAND: list[tuple[str, dict[str, Any], tuple[int, int, int]]] = [
+    ("rsunet", {}, (73, 424, 424)),
+    (
+        "rsunet",
+        {"filters": [4, 8, 16], "kernel_size": [1, 3, 3], "down_factors": [[1, 3, 3], [2, 2, 2]]},
+        (4, 128, 128),
+    ),
+    ("monai_unet", {}, (37, 203, 203)),
+    (
+        "monai_unet",
+        {"filters": [4, 8, 16], "num_res_units": 0, "strides": [[1, 2, 2], [2, 2, 2]]},
+        (13, 19, 19),
+    ),
+    (
+        "monai_unet",
+        {"filters": [4, 8, 16], "kernel_size": 5, "num_res_units": 1},
+        (25, 45, 45),
+    ),
+    ("monai_basic_unet3d", {}, (204, 204, 204)),
+    ("mednext", {}, (235, 235, 235)),
+]
+"""Counted from kernels, strides and padding of each layer on the way through the coarsest level."""
 
 
-def seen(network: nn.Module, length: int, axis: int, needed: tuple[int, int, int]) -> int:
-    """Return the most voxels of an axis that an output voxel depends on, over its alignments."""
-    shape = list(needed)
-    shape[axis] = length
-    image = torch.ones(1, 1, *shape, dtype=torch.float64, requires_grad=True)
-    logits = network(image)[0, 0].movedim(axis, 0)
-    most = 0
-    for start in range(needed[axis]):
-        centre = length // 2 // needed[axis] * needed[axis] + start
-        (gradient,) = torch.autograd.grad(logits[centre].sum(), image, retain_graph=True)
-        where = gradient[0, 0].movedim(axis, 0).flatten(1).abs().sum(1).nonzero()
-        most = max(most, int(where.max() - where.min()) + 1)
-    return most
+@pytest.mark.parametrize(("name", "said", "field"), DERIVED_BY_HAND)
+def test_receptive_field_by_gradient_is_the_one_derived_by_hand(
+    name: str, said: dict[str, Any], field: tuple[int, int, int]
+) -> None:
+    assert receptive_field(name, said) == field
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_receptive_field_is_exactly_what_an_output_voxel_depends_on(name: str) -> None:
-    filters = FILTERS if name in ("mednext", "monai_basic_unet3d") else FILTERS[:3]
-    model = {"filters": filters}
-    needed, field = divisor(name, model), receptive_field(name, model)
-    network = linear(build_network(name, **model))
-    for axis in {0, 2} if needed[0] != needed[2] else {2}:
-        length = (-(-field[axis] // needed[axis]) + 2) * needed[axis]
-        assert seen(network, length, axis, needed) == field[axis]
+def test_a_network_that_sees_everything_has_no_receptive_field(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Global(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.mean((2, 3, 4), keepdim=True) + x.expand(-1, 3, -1, -1, -1)
+
+    monkeypatch.setitem(ARCHITECTURES, "global", Architecture(lambda keys: Global()))
+    with pytest.raises(ValueError, match="global sees further than 4096 voxels along z"):
+        receptive_field("global", {})
 
 
-@pytest.mark.parametrize(
-    ("name", "said"),
-    [
-        ("rsunet", {"kernel_size": [1, 3, 3], "down_factors": [[1, 3, 3], [2, 2, 2]]}),
-        ("monai_unet", {"num_res_units": 0, "strides": [[1, 2, 2], [2, 2, 2]]}),
-        ("monai_unet", {"kernel_size": 5, "num_res_units": 1}),
-    ],
-)
-def test_receptive_field_follows_the_keys(name: str, said: dict[str, Any]) -> None:
-    model = {"filters": FILTERS[:3], **said}
-    needed, field = divisor(name, model), receptive_field(name, model)
-    network = linear(build_network(name, **model))
-    for axis in range(3):
-        length = (-(-field[axis] // needed[axis]) + 2) * needed[axis]
-        assert seen(network, length, axis, needed) == field[axis]
+def test_a_registered_architecture_brings_its_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    def whole(keys: Any, key: str) -> int:
+        if not 1 <= keys[key] <= 9:
+            raise ValueError(f"{key} is {keys[key]}, but must be 1 to 9.")
+        return int(keys[key])
+
+    def build(keys: Any) -> nn.Module:
+        return nn.Conv3d(keys["in_channels"], 3, 2 * keys["reach"] + 1, padding=keys["reach"])
+
+    monkeypatch.setattr(registry, "ARCHITECTURES", dict(ARCHITECTURES))
+    registry.register_architecture("one_layer", Architecture(build, {"reach": Key(2, whole)}))
+    assert receptive_field("one_layer", {}) == (5, 5, 5)
+    assert receptive_field("one_layer", {"reach": 3}) == (7, 7, 7)
+    assert "reach" in own_keys()
+    assert ignored_keys("rsunet", {"reach": 3})["reach"].startswith("reach is 3, but it has no")
+    with pytest.raises(ValueError, match="reach is 12, but must be 1 to 9"):
+        build_network("one_layer", reach=12)
+    with pytest.raises(ValueError, match="declares the key filters"):
+        registry.register_architecture("bad", Architecture(build, {"filters": Key(1, whole)}))
 
 
 def bright_blobs(shape: tuple[int, int, int]) -> tuple[Tensor, Tensor]:

@@ -14,11 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hydralv_tune.numerics.augmentation.augment import augment
 from hydralv_tune.numerics.augmentation.copy_paste import PASTED
+from hydralv_tune.numerics.augmentation.patches import Patches
 from hydralv_tune.numerics.augmentation.registry import (
     AUGMENTATIONS,
-    Patches,
-    augment,
     check_augmentation,
     resolve_preset,
 )

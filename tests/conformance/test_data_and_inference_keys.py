@@ -23,7 +23,7 @@ from hydralv_tune.config.explanation import NO_EFFECT
 from hydralv_tune.config.search_space import Objective
 from hydralv_tune.config.validation import merged, nested, sub_model
 from hydralv_tune.data.volumes import Volume, VolumePaths, write_array
-from hydralv_tune.numerics.augmentation.registry import augment
+from hydralv_tune.numerics.augmentation.augment import augment
 from hydralv_tune.numerics.targets import derive_targets
 from hydralv_tune.trial.run import TrialSpec, run_trial
 from hydralv_tune.trial.scoring.prediction import predict

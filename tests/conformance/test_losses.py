@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hydralv_tune.numerics.losses.multi_task import LOSSES, check_loss, loss_arguments
+from hydralv_tune.numerics.losses.registry import LOSSES, check_loss, loss_arguments
 
 SHAPE = (2, 1, 4, 8, 8)
 TANH = {"SmoothL1Loss", "MSELoss", "WeightedMSELoss", "L1Loss", "WeightedMAELoss"}

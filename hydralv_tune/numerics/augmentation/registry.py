@@ -1,24 +1,23 @@
-"""Augment a batch of patches where it lies: the table of augmentations and the presets.
+"""Augmentations by name: their settings with defaults and rules, and the presets.
 
-A new augmentation is one function in `warps.py` or `intensity.py` and one entry in the table.
-The order of the table is the order of work: what moves voxels first, then what the microscope
-does to the image.
+The checks here need no PyTorch. The order of the table is the order of work: what moves voxels
+first, then what the microscope does to the image. To add one, write a function and call
+`register_augmentation`.
 """
 
 from __future__ import annotations
 
+import pkgutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
-from hydralv_tune.numerics.augmentation import copy_paste, intensity, warps
-from hydralv_tune.numerics.augmentation.patches import Patches, host_generator, rows
+    from hydralv_tune.numerics.augmentation.patches import Patches
 
 Knobs = Mapping[str, Any]
-Apply = Callable[[Patches, Knobs, torch.Generator], Patches]
-Warp = Callable[[warps.Coordinates, int, Knobs, torch.Generator], None]
 
 PRESETS = ("none", "some", "all")
 
@@ -29,13 +28,15 @@ class Augmentation:
 
     Args:
         defaults: Every knob with its default, `prob` among them.
-        function: Changes a batch; None for a warp.
-        warp: Changes the coordinates of one sample; neighbouring warps share one resampling.
+        function: Function of (batch, knobs, CPU generator) that returns the changed batch, or its
+            `module:name`; None for a warp.
+        warp: Function of (coordinates, row, knobs, CPU generator) that changes where one sample
+            is read, or its `module:name`; all warps of a sample share one resampling.
     """
 
     defaults: Mapping[str, Any]
-    function: Apply | None = None
-    warp: Warp | None = None
+    function: Callable[..., Patches] | str | None = None
+    warp: Callable[..., None] | str | None = None
 
     def apply(self, patches: Patches, knobs: Knobs, generator: torch.Generator) -> Patches:
         """Return the batch with this augmentation alone.
@@ -45,78 +46,107 @@ class Augmentation:
             knobs: Some or all of the knobs; the defaults stand in for the rest.
             generator: A generator, best on the CPU.
         """
-        full = {**self.defaults, **knobs}
-        host = host_generator(generator)
-        if self.function is not None:
-            return self.function(patches, full, host)
-        assert self.warp is not None
-        return _warped(patches, [(self.warp, full)], host)
+        from hydralv_tune.numerics.augmentation.augment import apply_one
+
+        return apply_one(self, patches, knobs, generator)
+
+    def resolved(self) -> Callable[..., Any]:
+        """Return the function, or the warp."""
+        chosen = self.warp if self.function is None else self.function
+        assert chosen is not None, "checked where it is registered"
+        return pkgutil.resolve_name(chosen) if isinstance(chosen, str) else chosen
 
 
-AUGMENTATIONS: dict[str, Augmentation] = {
-    "copy_paste": Augmentation(
-        {"prob": 0.3, "max_obj_ratio": 0.05, "border": 1}, function=copy_paste.copy_paste
-    ),
-    "flip": Augmentation({"prob": 0.5, "spatial_axis": (0, 1, 2)}, function=warps.flip),
-    "rotate": Augmentation({"prob": 0.5, "spatial_axes": (1, 2)}, function=warps.rotate),
-    "misalignment": Augmentation(
-        {"prob": 0.3, "displacement": 8, "rotate_ratio": 0.3}, warp=warps.misalign
-    ),
-    "elastic": Augmentation(
-        {"prob": 0.3, "sigma_range": (3.0, 6.0), "magnitude_range": (10.0, 20.0)},
-        warp=warps.deform,
-    ),
-    "affine": Augmentation(
-        {
-            "prob": 0.5,
-            "rotate_range": (0.1, 0.1, 0.1),
-            "scale_range": (0.1, 0.1, 0.1),
-            "shear_range": (0.05, 0.05, 0.05),
-        },
-        warp=warps.affine,
-    ),
-    "intensity": Augmentation(
-        {
-            "prob": 1.0,
-            "gaussian_noise_prob": 0.5,
-            "gaussian_noise_std": 0.03,
-            "shift_intensity_prob": 0.5,
-            "shift_intensity_offset": 0.1,
-            "contrast_prob": 0.5,
-            "contrast_range": (0.8, 1.2),
-        },
-        function=intensity.intensity,
-    ),
-    "cut_blur": Augmentation(
-        {
-            "prob": 0.2,
-            "length_ratio": (0.1, 0.4),
-            "down_ratio_range": (2.0, 8.0),
-            "downsample_z": False,
-        },
-        function=intensity.cut_blur,
-    ),
-    "motion_blur": Augmentation(
-        {"prob": 0.3, "sections": (1, 3), "kernel_size": 9}, function=intensity.motion_blur
-    ),
-    "cut_noise": Augmentation(
-        {"prob": 0.3, "length_ratio": (0.1, 0.4), "noise_scale": (0.05, 0.15)},
-        function=intensity.cut_noise,
-    ),
-    "missing_section": Augmentation(
-        {
-            "prob": 0.3,
-            "num_sections": 2,
-            "full_section_prob": 0.5,
-            "partial_ratio_range": (0.25, 0.75),
-            "fill_value_range": (0.0, 1.0),
-        },
-        function=intensity.missing_section,
-    ),
-    "cutout": Augmentation(
-        {"prob": 0.3, "num_holes": (1, 3), "hole_size": (4, 16, 16)}, function=intensity.cutout
-    ),
-}
+AUGMENTATIONS: dict[str, Augmentation] = {}
+
+
+def register_augmentation(name: str, entry: Augmentation) -> None:
+    """Add an augmentation to the end of the table, or replace the one of that name.
+
+    Raises:
+        ValueError: It has neither a function nor a warp, or both, or no knob `prob`.
+    """
+    if (entry.function is None) == (entry.warp is None):
+        raise ValueError(f"Augmentation '{name}' must have either a function or a warp.")
+    if "prob" not in entry.defaults or "enabled" in entry.defaults or name == "preset":
+        raise ValueError(
+            f"Augmentation '{name}' must have the knob prob, must leave enabled to the presets, "
+            "and must not be called preset."
+        )
+    AUGMENTATIONS[name] = entry
+
+
+_PACKAGE = "hydralv_tune.numerics.augmentation"
+_WARPS, _INTENSITY = f"{_PACKAGE}.warps", f"{_PACKAGE}.intensity"
+AUGMENTATIONS.update(
+    {
+        "copy_paste": Augmentation(
+            {"prob": 0.3, "max_obj_ratio": 0.05, "border": 1},
+            function=f"{_PACKAGE}.copy_paste:copy_paste",
+        ),
+        "flip": Augmentation({"prob": 0.5, "spatial_axis": (0, 1, 2)}, function=f"{_WARPS}:flip"),
+        "rotate": Augmentation({"prob": 0.5, "spatial_axes": (1, 2)}, function=f"{_WARPS}:rotate"),
+        "misalignment": Augmentation(
+            {"prob": 0.3, "displacement": 8, "rotate_ratio": 0.3}, warp=f"{_WARPS}:misalign"
+        ),
+        "elastic": Augmentation(
+            {"prob": 0.3, "sigma_range": (3.0, 6.0), "magnitude_range": (10.0, 20.0)},
+            warp=f"{_WARPS}:deform",
+        ),
+        "affine": Augmentation(
+            {
+                "prob": 0.5,
+                "rotate_range": (0.1, 0.1, 0.1),
+                "scale_range": (0.1, 0.1, 0.1),
+                "shear_range": (0.05, 0.05, 0.05),
+            },
+            warp=f"{_WARPS}:affine",
+        ),
+        "intensity": Augmentation(
+            {
+                "prob": 1.0,
+                "gaussian_noise_prob": 0.5,
+                "gaussian_noise_std": 0.03,
+                "shift_intensity_prob": 0.5,
+                "shift_intensity_offset": 0.1,
+                "contrast_prob": 0.5,
+                "contrast_range": (0.8, 1.2),
+            },
+            function=f"{_INTENSITY}:intensity",
+        ),
+        "cut_blur": Augmentation(
+            {
+                "prob": 0.2,
+                "length_ratio": (0.1, 0.4),
+                "down_ratio_range": (2.0, 8.0),
+                "downsample_z": False,
+            },
+            function=f"{_INTENSITY}:cut_blur",
+        ),
+        "motion_blur": Augmentation(
+            {"prob": 0.3, "sections": (1, 3), "kernel_size": 9},
+            function=f"{_INTENSITY}:motion_blur",
+        ),
+        "cut_noise": Augmentation(
+            {"prob": 0.3, "length_ratio": (0.1, 0.4), "noise_scale": (0.05, 0.15)},
+            function=f"{_INTENSITY}:cut_noise",
+        ),
+        "missing_section": Augmentation(
+            {
+                "prob": 0.3,
+                "num_sections": 2,
+                "full_section_prob": 0.5,
+                "partial_ratio_range": (0.25, 0.75),
+                "fill_value_range": (0.0, 1.0),
+            },
+            function=f"{_INTENSITY}:missing_section",
+        ),
+        "cutout": Augmentation(
+            {"prob": 0.3, "num_holes": (1, 3), "hole_size": (4, 16, 16)},
+            function=f"{_INTENSITY}:cutout",
+        ),
+    }
+)
 
 
 def resolve_preset(
@@ -178,55 +208,6 @@ def check_augmentation(name: str, knobs: Mapping[str, Any]) -> None:
             raise ValueError(f"{name}.{knob} is {value!r}, but must be {problem}.")
 
 
-def augment(patches: Patches, chosen: Mapping[str, Knobs], generator: torch.Generator) -> Patches:
-    """Return the batch after all chosen augmentations, each sample drawn on its own.
-
-    Warps of one sample are joined and read once. The same generator state gives the same result.
-
-    Args:
-        patches: The batch; it is left as it is.
-        chosen: Knobs by augmentation, from `resolve_preset`.
-        generator: A generator, best on the CPU: one on a GPU makes the host wait once a call.
-
-    Raises:
-        ValueError: Tensors that do not belong together, an unknown augmentation.
-    """
-    patches.check()
-    for name in chosen:
-        if name not in AUGMENTATIONS:
-            check_augmentation(name, {})
-    host = host_generator(generator)
-    joined = [
-        (augmentation.warp, {**augmentation.defaults, **chosen[name]})
-        for name, augmentation in AUGMENTATIONS.items()
-        if name in chosen and augmentation.warp is not None
-    ]
-    for name, augmentation in AUGMENTATIONS.items():
-        if name not in chosen:
-            continue
-        if augmentation.warp is None:
-            patches = augmentation.apply(patches, chosen[name], host)
-        elif joined:
-            patches, joined = _warped(patches, joined, host), []
-    return patches
-
-
-def _warped(
-    patches: Patches, steps: Sequence[tuple[Warp, Knobs]], generator: torch.Generator
-) -> Patches:
-    """Return the batch with all warps of a sample in one resampling."""
-    plan = [set(rows(generator, len(patches), knobs["prob"])) for _, knobs in steps]
-    touched = sorted(set().union(*plan))
-    if not touched:
-        return patches
-    where = warps.Coordinates.identity(patches, touched)
-    for index, row in enumerate(touched):
-        for (warp, knobs), drawn in zip(steps, plan, strict=True):
-            if row in drawn:
-                warp(where, index, knobs, generator)
-    return warps.resample(patches, where)
-
-
 def _never(knobs: Knobs) -> bool:
     """Return whether the knobs let nothing happen."""
     if knobs["prob"] == 0:
@@ -280,14 +261,3 @@ def _shape_problem(knob: str, value: Any, numbers: Sequence[float]) -> str | Non
     if knob == "down_ratio_range" and min(numbers) < 1:
         return "1 or more"
     return None
-
-
-__all__ = [
-    "AUGMENTATIONS",
-    "PRESETS",
-    "Augmentation",
-    "Patches",
-    "augment",
-    "check_augmentation",
-    "resolve_preset",
-]

@@ -1,12 +1,10 @@
 """Sum the losses of all tasks: which function scores which channel, balanced, at every depth.
 
-`LOSSES` is the table of names. A new loss is one function in `loss_functions.py` and one entry
-here. `MultiTaskLoss` scores a network's output against the targets of `targets.derive_targets`.
+`MultiTaskLoss` scores a network's output against the targets of `targets.derive_targets`.
 """
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,75 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hydralv_tune.numerics.losses import functions
 from hydralv_tune.numerics.losses.balancing import build_balancing
-from hydralv_tune.numerics.losses.functions import Loss
-
-LOSSES: dict[str, Loss] = {
-    "DiceLoss": functions.dice,
-    "DiceCELoss": functions.dice_ce,
-    "DiceFocalLoss": functions.dice_focal,
-    "TverskyLoss": functions.tversky,
-    "FocalLoss": functions.focal,
-    "BCEWithLogitsLoss": functions.bce_with_logits,
-    "WeightedBCEWithLogitsLoss": functions.bce_with_logits,
-    "SmoothL1Loss": functions.smooth_l1,
-    "MSELoss": functions.mean_squared,
-    "WeightedMSELoss": functions.mean_squared,
-    "L1Loss": functions.mean_absolute,
-    "WeightedMAELoss": functions.mean_absolute,
-}
-
-
-def loss_arguments(name: str) -> dict[str, Any]:
-    """Return the keyword arguments that a loss accepts, with their defaults.
-
-    Args:
-        name: A name of `LOSSES`.
-
-    Raises:
-        ValueError: An unknown loss.
-    """
-    return {
-        parameter.name: parameter.default
-        for parameter in inspect.signature(_known(name)).parameters.values()
-        if parameter.kind is inspect.Parameter.KEYWORD_ONLY
-    }
-
-
-def check_loss(name: str, kwargs: Mapping[str, Any]) -> None:
-    """Refuse a loss or arguments that would fail in training, by running it on a few voxels.
-
-    Args:
-        name: A name of `LOSSES`.
-        kwargs: Its keyword arguments.
-
-    Raises:
-        ValueError: An unknown loss or argument, or a value out of range.
-    """
-    accepted = loss_arguments(name)
-    unknown = sorted(set(kwargs) - set(accepted))
-    if unknown:
-        raise ValueError(
-            f"{name} takes no argument '{unknown[0]}'. Known: {', '.join(sorted(accepted))}."
-        )
-    for key, given in kwargs.items():
-        if isinstance(accepted[key], bool) and not isinstance(given, bool):
-            raise ValueError(f"{name}: {key} is {given!r}, but must be true or false.")
-    voxels = torch.zeros(1, 1, 1, 2, 2)
-    try:
-        value = LOSSES[name](voxels, voxels, torch.ones_like(voxels, dtype=torch.bool), **kwargs)
-    except TypeError as error:
-        raise ValueError(f"{name}: {error}") from error
-    if not value.isfinite():
-        raise ValueError(f"{name} is {value.item()} with {dict(kwargs)}; give finite numbers.")
-
-
-def _known(name: str) -> Loss:
-    """Return the function of a loss."""
-    if name not in LOSSES:
-        raise ValueError(f"Unknown loss '{name}'. Known: {', '.join(sorted(LOSSES))}.")
-    return LOSSES[name]
+from hydralv_tune.numerics.losses.registry import LOSSES, check_loss
 
 
 @dataclass(frozen=True)

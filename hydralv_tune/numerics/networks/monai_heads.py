@@ -12,7 +12,8 @@ from monai.networks.nets.mednext import MedNeXt
 from monai.networks.nets.unet import UNet
 from torch import Tensor, nn
 
-from hydralv_tune.numerics.networks.rsunet import Size3, check_divisible
+from hydralv_tune.numerics.networks.registry import Size3
+from hydralv_tune.numerics.networks.rsunet import check_divisible
 
 
 class HeadedBasicUNet(BasicUNet):

@@ -1,129 +1,103 @@
-"""Networks by name: `ARCHITECTURES` holds how each is built and what each accepts.
+"""Networks by name: an entry declares the keys it reads, and everything else follows from that.
 
-To add one, write a function that builds it from the keys of `model` and enter it there; the
-conformance tests run over the table. Every network takes (B, 1, Z, Y, X) and gives logits
-(B, 3, Z, Y, X); with deep supervision, while training, a list of them from fine to coarse.
+The checks here need no PyTorch, so a candidate is refused before it is imported. Every network
+takes (B, 1, Z, Y, X) and returns logits (B, 3, Z, Y, X); with deep supervision, in training mode,
+a list of them from fine to coarse. To add one, write a function that builds it from its keys and
+call `register_architecture`.
 """
 
 from __future__ import annotations
 
 import math
+import pkgutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import Tensor, nn
+if TYPE_CHECKING:
+    from torch import nn
 
-from hydralv_tune.numerics.networks.builders import (
-    Arguments,
-    Step,
-    basic_unet_path,
-    build_basic_unet,
-    build_mednext,
-    build_rsunet,
-    build_unet,
-    level_factors,
-    mednext_path,
-    rsunet_path,
-    unet_path,
-    whole_factor,
-)
-from hydralv_tune.numerics.networks.rsunet import Size3
+Size3 = tuple[int, int, int]
+Keys = Mapping[str, Any]
 
+FILTERS = (32, 64, 128, 256, 512)
 COMMON_KEYS = frozenset({"in_channels", "out_channels", "filters", "deep_supervision"})
-OWN_KEYS = frozenset(
-    {"dropout", "norm", "activation", "kernel_size", "strides", "num_res_units", "down_factors",
-     "upsample", "mednext_size", "mednext_kernel_size", "num_groups", "depth_2d", "kernel_2d"}
+OTHER_KEYS = frozenset(
+    {"architecture", "input_size", "output_size", "deep_supervision_weights", "loss_functions",
+     "loss_weights", "loss_kwargs", "multi_task_config", "loss_balancing",
+     "external_weights_path", "external_weights_key_prefix", "external_weights_strict"}
 )  # fmt: skip
-"""Keys of `model` that some architecture accepts and another refuses; None is not said."""
+"""Keys of a `model` block that do not determine the network."""
+
+NO_SUCH_PART = "it has no such part"
+NORMS = ("batch", "instance", "group", "none")
+ACTIVATIONS = ("relu", "leakyrelu", "elu", "prelu", "gelu", "swish", "mish")
+GROUPS = 8
+"""Groups of `norm: group` where `num_groups` is not set."""
+
+
+@dataclass(frozen=True)
+class Key:
+    """A key of `model` that an architecture reads.
+
+    Args:
+        default: Value used where the key is not set.
+        read: Function of (all keys, this key's name) that returns the checked value; it raises
+            `ValueError` naming key, value and rule.
+    """
+
+    default: Any
+    read: Callable[[Keys, str], Any]
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """How an architecture is built, what it accepts, and what it asks of a patch.
+    """How an architecture is built, which keys it reads, and which patches it can take.
 
     Args:
-        build: Function of the keys of `model` that gives the network.
-        arguments: Keys of `model` that have an effect, beyond `COMMON_KEYS`.
-        deep_supervision: Whether it can give logits of its coarser levels.
-        divisor: Function of the keys that gives what (z, y, x) of a patch must be multiples of.
-        path: Function of (keys, axis) that gives the layers from an output voxel back to the
-            image, on the way through the coarsest level.
-        heads: Start of the names of the modules that turn features into logits.
-        refusals: Why a key that others accept has no effect here.
+        build: Function of the checked keys that returns the network, or its `module:name`.
+        keys: Keys of `model` that it reads beyond `COMMON_KEYS`.
+        deep_supervision: Whether it can return logits of its coarser levels.
+        levels: How many levels it then returns logits of; None is one for each of `filters`.
+        divisor: Function of the checked keys that returns what the sides (z, y, x) of a patch must
+            be multiples of.
+        filters: Function that returns the checked widths of the levels.
+        heads: First parts of the names of the modules that turn features into logits.
+        refusals: Reason why a key that another architecture reads has no effect here.
+        checked_by_building: Whether only building the network tells if its keys fit together.
     """
 
-    build: Callable[[Arguments], nn.Module]
-    arguments: frozenset[str]
-    deep_supervision: bool
-    divisor: Callable[[Arguments], Size3]
-    path: Callable[[Arguments, int], list[Step]]
-    heads: tuple[str, ...]
+    build: Callable[[Keys], nn.Module] | str
+    keys: Mapping[str, Key] = field(default_factory=dict)
+    deep_supervision: bool = False
+    levels: int | None = None
+    divisor: Callable[[Keys], Size3] = lambda keys: (1, 1, 1)
+    filters: Callable[[Sequence[int]], tuple[int, ...]] = lambda filters: several_levels(filters)
+    heads: tuple[str, ...] = ()
     refusals: Mapping[str, str] = field(default_factory=dict)
+    checked_by_building: bool = True
 
 
-@dataclass(frozen=True)
-class WeightsReport:
-    """What of a state dict fits a network.
-
-    Args:
-        matched: Names of the network's tensors that the state dict gives.
-        missing: Names of the network's tensors that it does not give.
-        unexpected: Names in it that the network does not have.
-        mismatched: Names whose shapes differ, with both shapes.
-        share: Matched tensors over the network's tensors, 0 to 1.
-    """
-
-    matched: tuple[str, ...]
-    missing: tuple[str, ...]
-    unexpected: tuple[str, ...]
-    mismatched: tuple[str, ...]
-    share: float
-
-    def __str__(self) -> str:
-        """Return the share, and the first names of what does not fit."""
-        total = len(self.matched) + len(self.missing) + len(self.mismatched)
-        parts = [f"{len(self.matched)} of {total} tensors match ({self.share:.1%})"]
-        for title in ("missing", "mismatched", "unexpected"):
-            names = getattr(self, title)
-            if names:
-                more = f" and {len(names) - 4} more" if len(names) > 4 else ""
-                parts.append(f"{len(names)} {title}: {', '.join(names[:4])}{more}")
-        return "; ".join(parts)
+ARCHITECTURES: dict[str, Architecture] = {}
 
 
-def build_network(
-    name: str,
-    *,
-    in_channels: int = 1,
-    out_channels: int = 3,
-    filters: Sequence[int] = (32, 64, 128, 256, 512),
-    deep_supervision: bool = False,
-    **arguments: Any,
-) -> nn.Module:
-    """Return an untrained network.
-
-    Args:
-        name: A name of `ARCHITECTURES`.
-        in_channels: Channels of the image.
-        out_channels: Channels of the logits.
-        filters: Channels of each level, finest first.
-        deep_supervision: Whether to give a list of logits, fine to coarse, while training.
-        arguments: Further keys of `model`; None is not said, and the architecture's own default
-            counts.
+def register_architecture(name: str, entry: Architecture) -> None:
+    """Add an architecture to the table, or replace the one of that name.
 
     Raises:
-        ValueError: The name is unknown, a key has no effect here, or a value is impossible.
+        ValueError: A key of the entry means something else in a `model` block.
     """
-    keys = {"in_channels": in_channels, "out_channels": out_channels, "filters": tuple(filters),
-            "deep_supervision": deep_supervision, **_said(arguments)}  # fmt: skip
-    refused = ignored_keys(name, keys)
-    if refused:
-        raise ValueError("; ".join(refused.values()))
-    for key in ("in_channels", "out_channels"):
-        if keys[key] < 1:
-            raise ValueError(f"{key} is {keys[key]}, but at least 1 is due.")
-    return architecture(name).build(keys)
+    taken = sorted(set(entry.keys) & (COMMON_KEYS | OTHER_KEYS))
+    if taken:
+        raise ValueError(
+            f"Architecture '{name}' declares the key {taken[0]}, which every model has. Rename it."
+        )
+    ARCHITECTURES[name] = entry
+
+
+def own_keys() -> frozenset[str]:
+    """Return the keys of `model` that at least one architecture reads and another may not."""
+    return frozenset(key for entry in ARCHITECTURES.values() for key in entry.keys)
 
 
 def architecture(name: str) -> Architecture:
@@ -139,44 +113,85 @@ def architecture(name: str) -> Architecture:
     return ARCHITECTURES[name]
 
 
-def network_arguments(model: Arguments) -> dict[str, Any]:
+def build_network(name: str, **keys: Any) -> nn.Module:
+    """Return an untrained network.
+
+    Args:
+        name: A name of `ARCHITECTURES`.
+        keys: Keys of `model`: `in_channels` (1), `out_channels` (3), `filters` (channels of each
+            level, finest first), `deep_supervision` (False) and the architecture's own; None is
+            not set.
+
+    Raises:
+        ValueError: The name is unknown, a key has no effect here, or a value is impossible.
+    """
+    entry, checked = architecture(name), checked_keys(name, keys)
+    build = pkgutil.resolve_name(entry.build) if isinstance(entry.build, str) else entry.build
+    network: nn.Module = build(checked)
+    return network
+
+
+def checked_keys(name: str, model: Keys) -> dict[str, Any]:
+    """Return every key that the architecture reads, checked, with defaults where none is set.
+
+    Args:
+        name: A name of `ARCHITECTURES`.
+        model: Keys of the `model` block that determine the network.
+
+    Raises:
+        ValueError: The name is unknown, a key has no effect here, or a value is impossible.
+    """
+    entry, given = architecture(name), _set_keys(model)
+    refused = ignored_keys(name, given)
+    if refused:
+        raise ValueError("; ".join(refused.values()))
+    keys = {"in_channels": 1, "out_channels": 3, "filters": FILTERS, "deep_supervision": False,
+            **{key: declared.default for key, declared in entry.keys.items()}, **given}  # fmt: skip
+    for key in ("in_channels", "out_channels"):
+        if keys[key] < 1:
+            raise ValueError(f"{key} is {keys[key]}, but must be at least 1.")
+    keys["filters"] = entry.filters(keys["filters"])
+    return {**keys, **{key: declared.read(keys, key) for key, declared in entry.keys.items()}}
+
+
+def network_arguments(model: Keys) -> dict[str, Any]:
     """Return those keys of a `model` block that determine the network, as `build_network` takes.
 
     Args:
         model: The block as a mapping; losses, weights and the rest are left out.
     """
-    return _said({key: v for key, v in model.items() if key in COMMON_KEYS | OWN_KEYS})
+    return _set_keys({key: value for key, value in model.items() if key not in OTHER_KEYS})
 
 
-def ignored_keys(name: str, model: Arguments) -> dict[str, str]:
-    """Return, for each key said that has no effect on the architecture, a sentence with why.
+def ignored_keys(name: str, model: Keys) -> dict[str, str]:
+    """Return, for each key that is set but has no effect on the architecture, a sentence with why.
 
     Args:
         name: A name of `ARCHITECTURES`.
-        model: Keys of the `model` block; those that are None count as not said.
+        model: Keys of the `model` block; those that are None count as not set.
 
     Raises:
         ValueError: The name is unknown.
     """
-    entry = architecture(name)
+    entry, known = architecture(name), own_keys()
     refused = {}
-    for key, value in _said(model).items():
-        if key in COMMON_KEYS or key in entry.arguments:
+    for key, value in _set_keys(model).items():
+        if key in COMMON_KEYS or key in entry.keys or key in OTHER_KEYS:
             continue
-        if key in OWN_KEYS:
-            reason = entry.refusals.get(key, "it has no such part")
-            accepted = ", ".join(sorted(entry.arguments)) or "no further key"
+        if key in known:
+            reason = entry.refusals.get(key, NO_SUCH_PART)
+            accepted = ", ".join(sorted(entry.keys)) or "no further key"
             refused[key] = (
                 f"{key} is {value}, but it has no effect on {name}: {reason}. Accepted: {accepted}."
             )
-        elif key not in _OTHER_MODEL_KEYS:
-            refused[key] = f"Unknown key '{key}' of {name}. Known: {', '.join(sorted(OWN_KEYS))}."
+        else:
+            refused[key] = f"Unknown key '{key}' of {name}. Known: {', '.join(sorted(known))}."
     if model.get("deep_supervision") and not entry.deep_supervision:
         refused["deep_supervision"] = f"deep_supervision is true, but {name} has no coarser logits."
     return refused
 
 
-def divisor(name: str, model: Arguments) -> Size3:
+def divisor(name: str, model: Keys) -> Size3:
     """Return what (z, y, x) of a patch must be multiples of.
 
     Args:
@@ -186,10 +201,24 @@ def divisor(name: str, model: Arguments) -> Size3:
     Raises:
         ValueError: The name is unknown or a value is impossible.
     """
-    return architecture(name).divisor(_with_filters(model))
+    return architecture(name).divisor(checked_keys(name, network_arguments(model)))
 
 
-def check_patch_size(name: str, model: Arguments, patch_size: Sequence[int]) -> None:
+def supervised_levels(name: str, model: Keys) -> int:
+    """Return how many logits a network gives in training, from fine to coarse.
+
+    Args:
+        name: A name of `ARCHITECTURES`.
+        model: Keys of the `model` block.
+
+    Raises:
+        ValueError: The name is unknown or a value is impossible.
+    """
+    keys = checked_keys(name, network_arguments(model))
+    return (architecture(name).levels or len(keys["filters"])) if keys["deep_supervision"] else 1
+
+
+def check_patch_size(name: str, model: Keys, patch_size: Sequence[int]) -> None:
     """Refuse a patch that the architecture cannot take.
 
     Args:
@@ -214,170 +243,171 @@ def check_patch_size(name: str, model: Arguments, patch_size: Sequence[int]) -> 
         )
 
 
-def receptive_field(name: str, model: Arguments) -> Size3:
-    """Return how many voxels (z, y, x) one output voxel can see at most.
-
-    It is the theoretical bound through the coarsest level: every image voxel further than this
-    from another cannot influence the same prediction. Instance and group normalisation carry
-    one mean and one variance beyond it, which does not count here.
-
-    Args:
-        name: A name of `ARCHITECTURES`.
-        model: Keys of the `model` block.
+def several_levels(filters: Sequence[int]) -> tuple[int, ...]:
+    """Return the widths of the levels.
 
     Raises:
-        ValueError: The name is unknown or a value is impossible.
+        ValueError: There are fewer than two, or one is below 1.
     """
-    entry, keys = architecture(name), _with_filters(model)
-    z, y, x = (
-        _widest(entry.path(keys, axis), period) for axis, period in enumerate(entry.divisor(keys))
-    )
-    return z, y, x
-
-
-def parameter_count(network: nn.Module) -> int:
-    """Return the number of trained scalars."""
-    return sum(p.numel() for p in network.parameters() if p.requires_grad)
-
-
-def trunk_weights(name: str, network: nn.Module) -> list[Tensor]:
-    """Return the weights of the convolutions before the heads, first to last.
-
-    Args:
-        name: A name of `ARCHITECTURES`.
-        network: As `build_network` gives it for that name.
-
-    Raises:
-        ValueError: The name is unknown.
-    """
-    heads = architecture(name).heads
-    return [
-        module.weight
-        for key, module in network.named_modules()
-        if isinstance(module, nn.Conv3d | nn.ConvTranspose3d)
-        and not any(f"{key}.".startswith(f"{head}.") for head in heads)
-    ]
-
-
-def match_weights(
-    network: nn.Module, state_dict: Mapping[str, Any], *, prefix: str = "", strict: bool = True
-) -> WeightsReport:
-    """Load what fits into the network in place, and return what did and what did not.
-
-    Args:
-        network: Left as it is where an error is raised.
-        state_dict: Names to tensors.
-        prefix: Start of the names, cut off; names without it are unexpected.
-        strict: Whether every tensor of the network must be given.
-
-    Raises:
-        ValueError: Nothing matches; or, when strict, not everything does.
-    """
-    own = network.state_dict()
-    given = {
-        key[len(prefix) :]: value
-        for key, value in state_dict.items()
-        if key.startswith(prefix) and isinstance(value, Tensor)
-    }
-    fits = {key: v for key, v in given.items() if key in own and v.shape == own[key].shape}
-    report = WeightsReport(
-        matched=tuple(key for key in own if key in fits),
-        missing=tuple(key for key in own if key not in given),
-        unexpected=tuple(
-            key for key in state_dict
-            if not key.startswith(prefix) or key[len(prefix) :] not in own
-        ),
-        mismatched=tuple(
-            f"{key} {tuple(given[key].shape)} for {tuple(own[key].shape)}"
-            for key in own if key in given and key not in fits
-        ),
-        share=len(fits) / len(own) if own else 1.0,
-    )  # fmt: skip
-    if own and not fits:
-        raise ValueError(f"no weight fits the network: {report}.{_prefix_hint(own, state_dict)}")
-    if strict and report.share < 1:
+    widths = tuple(filters)
+    if len(widths) < 2 or min(widths) < 1:
         raise ValueError(
-            f"the weights fit the network only in part: {report}. Give the weights of this "
-            "architecture and width, or allow a partial match (external_weights_strict: false)."
+            f"filters is {list(widths)}, but must hold two levels or more of at least 1 channel. "
+            "Try [16, 32, 64]."
         )
-    before = {key: value.clone() for key, value in own.items()}
-    try:
-        network.load_state_dict({**own, **fits})
-    except RuntimeError as error:
-        network.load_state_dict(before)
-        raise ValueError(f"the weights do not fit the network: {error}") from error
-    return report
+    return widths
 
 
-_OTHER_MODEL_KEYS = frozenset(
-    {"architecture", "input_size", "output_size", "deep_supervision_weights", "loss_functions",
-     "loss_weights", "loss_kwargs", "multi_task_config", "loss_balancing",
-     "external_weights_path", "external_weights_key_prefix", "external_weights_strict"}
-)  # fmt: skip
-"""Keys of a `model` block that are none of the network's business."""
-
-
-def _said(arguments: Arguments) -> dict[str, Any]:
-    """Return the arguments that say something; a dropout of 0 says what every network does."""
+def _set_keys(model: Keys) -> dict[str, Any]:
+    """Return the keys that are set; a dropout of 0 is what every network has without it."""
     return {
         key: value
-        for key, value in arguments.items()
+        for key, value in model.items()
         if value is not None and not (key == "dropout" and value == 0)
     }
 
 
-def _with_filters(model: Arguments) -> dict[str, Any]:
-    """Return the keys that are said, with the default width where none is."""
-    return {"filters": (32, 64, 128, 256, 512), **_said(model)}
+def _size3(value: object, key: str) -> Size3:
+    """Return a size (z, y, x) from one number or three."""
+    sizes = [value] * 3 if isinstance(value, int) else value
+    if (
+        not isinstance(sizes, Sequence)
+        or len(sizes) != 3
+        or not all(isinstance(s, int) and s >= 1 for s in sizes)
+    ):
+        raise ValueError(
+            f"{key} is {value}, but must be a positive integer or three of them (z, y, x)."
+        )
+    z, y, x = sizes
+    return int(z), int(y), int(x)
 
 
-def _prefix_hint(own: Mapping[str, Any], state_dict: Mapping[str, Any]) -> str:
-    """Return a sentence that names the prefix under which the weights would fit, if any."""
-    for name in own:
-        for key in state_dict:
-            if key.endswith(name):
-                return f" Try the prefix '{key[: -len(name)]}'."
-    return " Is it another architecture?"
+def _odd_size3(keys: Keys, key: str) -> Size3:
+    """Return a kernel size (z, y, x), odd so that the shape is kept."""
+    size = _size3(keys[key], key)
+    if not all(s % 2 for s in size):
+        raise ValueError(f"{key} is {keys[key]}, but kernels must be odd. Try 3 or [1, 3, 3].")
+    return size
 
 
-def _widest(path: Sequence[Step], period: int) -> int:
-    """Return the most voxels of one axis that an output voxel sees, over its alignments."""
-    widest = 0
-    for start in range(period):
-        low = high = start
-        for kind, kernel, stride, padding in path:
-            if kind == "transposed":
-                low = -((kernel - 1 - padding - low) // stride)
-                high = (high + padding) // stride
-            else:
-                low, high = low * stride - padding, high * stride - padding + kernel - 1
-        widest = max(widest, high - low + 1)
-    return widest
+def one_of(*known: Any) -> Callable[[Keys, str], Any]:
+    """Return a reader that refuses a value outside those known."""
+
+    def read(keys: Keys, key: str) -> Any:
+        if keys[key] not in known:
+            raise ValueError(
+                f"Unknown {key} '{keys[key]}'. Known: {', '.join(str(value) for value in known)}."
+            )
+        return keys[key]
+
+    return read
 
 
+def _level_factors(keys: Keys, key: str) -> list[Size3]:
+    """Return the factors (z, y, x) between the levels; [1, 2, 2] each where none is set."""
+    steps = len(keys["filters"]) - 1
+    given = keys[key] or [[1, 2, 2]] * steps
+    if len(given) != steps:
+        raise ValueError(
+            f"{key} has {len(given)} entries, but filters {list(keys['filters'])} have {steps} "
+            "steps between levels. Give one entry for each, like [1, 2, 2]."
+        )
+    return [_size3(entry, f"{key}.{i}") for i, entry in enumerate(given)]
+
+
+def _share_below_1(keys: Keys, key: str) -> float:
+    """Return a share of channels."""
+    share = float(keys[key])
+    if not 0 <= share < 1:
+        raise ValueError(f"{key} is {share}, but must be a share from 0 to below 1.")
+    return share
+
+
+def _whole(least: int) -> Callable[[Keys, str], int]:
+    """Return a reader of a whole number from a least one."""
+
+    def read(keys: Keys, key: str) -> int:
+        if not isinstance(keys[key], int) or keys[key] < least:
+            raise ValueError(f"{key} is {keys[key]}, but must be a whole number from {least}.")
+        return int(keys[key])
+
+    return read
+
+
+def _levels_in_2d(keys: Keys, key: str) -> int:
+    """Return how many of the finest levels have another kernel."""
+    levels, fine = len(keys["filters"]), _whole(0)(keys, key)
+    if fine > levels:
+        raise ValueError(f"{key} is {fine}, but filters have {levels} levels. Try 1.")
+    return fine
+
+
+def group_count(channels: int, groups: int = GROUPS) -> int:
+    """Return the largest divisor of a number of channels that is at most `groups`."""
+    return max(count for count in range(1, min(groups, channels) + 1) if channels % count == 0)
+
+
+def _product(factors: Sequence[Size3]) -> Size3:
+    """Return the factor (z, y, x) from the finest to the coarsest level."""
+    z, y, x = (math.prod(f[axis] for f in factors) for axis in range(3))
+    return z, y, x
+
+
+def _five_or_six_even(filters: Sequence[int]) -> tuple[int, ...]:
+    """Return the six widths of BasicUNet: five levels and the last decoder's.
+
+    Five are completed by the first: PyTorch Connectomics repeats the last, so that the decoder
+    at full resolution is the widest layer of all.
+    """
+    widths = several_levels(filters)
+    if len(widths) not in (5, 6):
+        raise ValueError(
+            f"filters is {list(widths)}, but monai_basic_unet3d needs five levels, and may take "
+            "the last decoder's width as sixth. Try [16, 32, 64, 128, 256]."
+        )
+    odd = [f for f in widths[1:5] if f % 2]
+    if odd:
+        raise ValueError(f"filters {odd} are odd, but monai_basic_unet3d halves them. Add 1.")
+    return widths if len(widths) == 6 else (*widths, widths[0])
+
+
+def _five_doubled(filters: Sequence[int]) -> tuple[int, ...]:
+    """Return the widths of MedNeXt."""
+    widths = several_levels(filters)
+    doubled = tuple(widths[0] * 2**i for i in range(5))
+    if widths != doubled:
+        raise ValueError(
+            f"filters is {list(widths)}, but mednext has five levels and doubles its width. "
+            f"Try {list(doubled)}."
+        )
+    return widths
+
+
+_BUILDERS = "hydralv_tune.numerics.networks.builders"
 _NOT_MEDNEXT = "only mednext comes in sizes"
-_ONE_KERNEL = {
-    "depth_2d": "all its levels have the same kernel; rsunet's may differ",
-    "kernel_2d": "all its levels have the same kernel; rsunet's may differ",
-}
-ARCHITECTURES: dict[str, Architecture] = {
+_ONE_KERNEL = dict.fromkeys(
+    ("depth_2d", "kernel_2d"), "all its levels have the same kernel; rsunet's may differ"
+)
+_DROPOUT = Key(0.0, _share_below_1)
+_NUM_GROUPS = Key(GROUPS, _whole(1))
+_ACTIVATION = Key(None, one_of(None, *ACTIVATIONS))
+"""None is the activation of MONAI's own."""
+
+ARCHITECTURES.update({
     "rsunet": Architecture(
-        build=build_rsunet,
-        arguments=frozenset(
-            {
-                "dropout",
-                "norm",
-                "activation",
-                "kernel_size",
-                "down_factors",
-                "num_groups",
-                "depth_2d",
-                "kernel_2d",
-            }
-        ),
+        build=f"{_BUILDERS}:build_rsunet",
+        keys={
+            "dropout": _DROPOUT,
+            "norm": Key("batch", one_of(*NORMS)),
+            "activation": Key("relu", one_of(*ACTIVATIONS)),
+            "kernel_size": Key(3, _odd_size3),
+            "down_factors": Key(None, _level_factors),
+            "num_groups": _NUM_GROUPS,
+            "depth_2d": Key(0, _levels_in_2d),
+            "kernel_2d": Key((1, 3, 3), _odd_size3),
+        },
         deep_supervision=True,
-        divisor=lambda keys: whole_factor(level_factors(keys, "down_factors")),
-        path=rsunet_path,
+        divisor=lambda keys: _product(keys["down_factors"]),
         heads=("output_head", "ds_heads"),
         refusals={
             "strides": "it pools by down_factors instead",
@@ -386,13 +416,21 @@ ARCHITECTURES: dict[str, Architecture] = {
             "mednext_size": _NOT_MEDNEXT,
             "mednext_kernel_size": "kernel_size is its key",
         },
+        checked_by_building=False,
     ),
     "monai_basic_unet3d": Architecture(
-        build=build_basic_unet,
-        arguments=frozenset({"dropout", "norm", "activation", "upsample", "num_groups"}),
+        build=f"{_BUILDERS}:build_basic_unet",
+        keys={
+            "dropout": _DROPOUT,
+            "norm": Key("instance", one_of(*NORMS[:3])),
+            "activation": _ACTIVATION,
+            "upsample": Key("deconv", one_of("deconv", "nontrainable", "pixelshuffle")),
+            "num_groups": _NUM_GROUPS,
+        },
         deep_supervision=True,
+        levels=5,
         divisor=lambda keys: (16, 16, 16),
-        path=basic_unet_path,
+        filters=_five_or_six_even,
         heads=("final_conv", "ds_heads"),
         refusals={
             "kernel_size": "MONAI fixes its kernels at 3",
@@ -403,23 +441,21 @@ ARCHITECTURES: dict[str, Architecture] = {
             "mednext_kernel_size": _NOT_MEDNEXT,
             **_ONE_KERNEL,
         },
+        checked_by_building=False,
     ),
     "monai_unet": Architecture(
-        build=build_unet,
-        arguments=frozenset(
-            {
-                "dropout",
-                "norm",
-                "activation",
-                "kernel_size",
-                "strides",
-                "num_res_units",
-                "num_groups",
-            }
-        ),
+        build=f"{_BUILDERS}:build_unet",
+        keys={
+            "dropout": _DROPOUT,
+            "norm": Key("instance", one_of(*NORMS[:3])),
+            "activation": _ACTIVATION,
+            "kernel_size": Key(3, _odd_size3),
+            "strides": Key(None, _level_factors),
+            "num_res_units": Key(2, _whole(0)),
+            "num_groups": _NUM_GROUPS,
+        },
         deep_supervision=True,
-        divisor=lambda keys: whole_factor(level_factors(keys, "strides")),
-        path=unet_path,
+        divisor=lambda keys: _product(keys["strides"]),
         # Its last decoder gives logits itself.
         heads=("model.2", "ds_heads"),
         refusals={
@@ -429,13 +465,17 @@ ARCHITECTURES: dict[str, Architecture] = {
             "mednext_kernel_size": "kernel_size is its key",
             **_ONE_KERNEL,
         },
+        checked_by_building=False,
     ),
     "mednext": Architecture(
-        build=build_mednext,
-        arguments=frozenset({"mednext_size", "mednext_kernel_size"}),
+        build=f"{_BUILDERS}:build_mednext",
+        keys={
+            "mednext_size": Key("S", one_of("S", "B", "M", "L")),
+            "mednext_kernel_size": Key(3, one_of(3, 5, 7)),
+        },
         deep_supervision=True,
         divisor=lambda keys: (16, 16, 16),
-        path=mednext_path,
+        filters=_five_doubled,
         heads=("out_0", "out_blocks"),
         refusals={
             "dropout": "MedNeXt has no dropout",
@@ -449,5 +489,6 @@ ARCHITECTURES: dict[str, Architecture] = {
             "num_groups": "MedNeXt normalises each channel by itself, by definition",
             **_ONE_KERNEL,
         },
+        checked_by_building=False,
     ),
-}
+})  # fmt: skip

@@ -11,17 +11,7 @@ from monai.networks.layers.factories import Act
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-Size3 = tuple[int, int, int]
-
-NORMS = ("batch", "instance", "group", "none")
-ACTIVATIONS = ("relu", "leakyrelu", "elu", "prelu", "gelu", "swish", "mish")
-GROUPS = 8
-"""Groups of `norm: group` unless `num_groups` says otherwise."""
-
-
-def group_count(channels: int, groups: int = GROUPS) -> int:
-    """Return the largest divisor of a number of channels that is at most `groups`."""
-    return max(count for count in range(1, min(groups, channels) + 1) if channels % count == 0)
+from hydralv_tune.numerics.networks.registry import GROUPS, Size3, group_count
 
 
 def check_divisible(x: Tensor, divisor: Size3) -> None:
@@ -35,7 +25,7 @@ def check_divisible(x: Tensor, divisor: Size3) -> None:
         ValueError: A side is no multiple.
     """
     if x.ndim != 5:
-        raise ValueError(f"input has shape {tuple(x.shape)}, but (B, C, Z, Y, X) is due.")
+        raise ValueError(f"input has shape {tuple(x.shape)}, but must be (B, C, Z, Y, X).")
     if any(side % d for side, d in zip(x.shape[2:], divisor, strict=True)):
         raise ValueError(
             f"patch {tuple(x.shape[2:])} (z, y, x) does not fit the network, which needs "
@@ -214,8 +204,8 @@ class RSUNet(nn.Module):
         filters: Channels of each level, finest first; two levels or more.
         deep_supervision: Whether to give logits of the coarser levels while training.
         dropout: Share of channels dropped between the convolutions of each residual pair.
-        norm: One of `NORMS`.
-        activation: One of `ACTIVATIONS`.
+        norm: One of `registry.NORMS`.
+        activation: One of `registry.ACTIVATIONS`.
         down_factors: Pooling (z, y, x) between the levels.
         kernel_sizes: Size (z, y, x) of the convolutions of each level, odd.
         num_groups: Of `norm: group`; the largest divisor of the channels up to it.

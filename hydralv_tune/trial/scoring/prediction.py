@@ -19,12 +19,13 @@ from hydralv_tune.config.candidate import Candidate
 from hydralv_tune.config.errors import CheckpointError, ConfigError, InputError, TrialFailed
 from hydralv_tune.config.files import candidate_from_mapping
 from hydralv_tune.numerics.networks.registry import (
+    GROUPS,
     build_network,
     divisor,
-    match_weights,
+    group_count,
     network_arguments,
 )
-from hydralv_tune.numerics.networks.rsunet import GROUPS, group_count
+from hydralv_tune.numerics.networks.weights import match_weights
 from hydralv_tune.numerics.normalisation import Normalisation
 from hydralv_tune.numerics.test_time_augmentation import (
     Transform,
@@ -33,7 +34,11 @@ from hydralv_tune.numerics.test_time_augmentation import (
     ensemble,
     unfit_turn,
 )
-from hydralv_tune.trial.fitted_normalisation import fit_image, padded_normalisation
+from hydralv_tune.trial.fitted_normalisation import (
+    as_it_was_trained,
+    fit_image,
+    padded_normalisation,
+)
 
 Array = npt.NDArray[Any]
 Probabilities = npt.NDArray[np.float16]
@@ -119,7 +124,8 @@ def load_network(
             "Give best.ckpt of a trial."
         )
     try:
-        candidate = candidate_from_mapping(mapping, place=f"{path}: candidate", base={})
+        trained = as_it_was_trained(mapping)
+        candidate = candidate_from_mapping(trained, place=f"{path}: candidate", base={})
         if content.get("version") == 1:
             _check_groups(candidate, path)
         network = network_of(candidate)

@@ -20,9 +20,10 @@ from hydralv_tune.config.errors import (
     TrialInterrupted,
     as_input_error,
 )
-from hydralv_tune.numerics.augmentation.registry import augment, resolve_preset
+from hydralv_tune.numerics.augmentation.augment import augment
+from hydralv_tune.numerics.augmentation.registry import resolve_preset
 from hydralv_tune.numerics.losses.multi_task import LossResult, LossTerm, MultiTaskLoss
-from hydralv_tune.numerics.networks.registry import match_weights, trunk_weights
+from hydralv_tune.numerics.networks.weights import match_weights, trunk_weights
 from hydralv_tune.numerics.randomness import capture_random, restore_random, seeded
 from hydralv_tune.numerics.targets import derive_targets
 from hydralv_tune.trial.training.log import Clock, LossLog
