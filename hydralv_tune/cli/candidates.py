@@ -10,11 +10,13 @@ import typer
 from hydralv_tune.cli.console import format_value, print_facts, print_json, progress_bar, say
 from hydralv_tune.cli.options import (
     CandidateName,
+    IgnoreLabels,
     Images,
     Json,
     Labels,
     Masks,
     OneImage,
+    ScoredMasks,
     Settings,
     check_file_out,
     check_folder,
@@ -33,6 +35,8 @@ def train(
     out: Annotated[Path, path_option(help="Folder for checkpoint, record and tables.")],
     label: Labels = None,
     mask: Masks = None,
+    scored_mask: ScoredMasks = None,
+    ignore_label: IgnoreLabels = None,
     space: Annotated[
         str, typer.Option(help="Search space whose thresholds are swept, unless the candidate's.")
     ] = "hydra_lv",
@@ -52,7 +56,7 @@ def train(
     check_folder("--out", out)
     loaded = load_candidate(candidate, parse_overrides(settings or []))
     searched = load_space(space)
-    paths = volumes_given(image, label or [], mask or [])
+    paths = volumes_given(image, label or [], mask or [], scored_mask or [], ignore_label or [])
     if not label:
         raise InputError("train: --label is missing; training needs instance labels.")
 

@@ -14,12 +14,15 @@ import typer
 from hydralv_tune.artifacts.writing import write_atomically
 from hydralv_tune.cli.console import print_facts, print_json, print_rows, progress_bar, say
 from hydralv_tune.cli.options import (
+    IgnoreLabels,
     Images,
     Json,
     Labels,
     Masks,
     OneLabel,
     OneMask,
+    OneScoredMask,
+    ScoredMasks,
     Settings,
     check_file_out,
     check_folder,
@@ -57,6 +60,36 @@ def read_mask(path: str | None, shape: tuple[int, ...]) -> np.ndarray | None:
             "Give the mask of this very volume."
         )
     return mask
+
+
+def read_tissue(
+    path: str | None, shape: tuple[int, ...], scored: str | None = None
+) -> tuple[np.ndarray | None, np.ndarray | None]:
+    """Return where there is tissue, and where the truth is known if that is not the same.
+
+    A mask of annotated sections, given as the only one, is taken for where the truth is known,
+    which is said on stderr.
+
+    Args:
+        path: Of the mask, or None.
+        shape: Of the volume.
+        scored: Of the scored mask, or None.
+
+    Raises:
+        InputError: As for `read_mask`.
+    """
+    from hydralv_tune.data.truth import ANNOTATED_NOTE, annotated_sections, tissue_of
+
+    mask, known = read_mask(path, shape), read_mask(scored, shape)
+    if mask is None or known is not None or not annotated_sections(mask.any(axis=(1, 2))):
+        return mask, known
+    say(f"{path}: {ANNOTATED_NOTE}.")
+    return tissue_of(mask), mask
+
+
+def joined_masks(one: np.ndarray | None, other: np.ndarray | None) -> np.ndarray | None:
+    """Return where both masks are valid; None is everywhere."""
+    return other if one is None else one if other is None else one & other
 
 
 def phantom(
@@ -114,6 +147,8 @@ def inspect(
     image: Images,
     label: Labels = None,
     mask: Masks = None,
+    scored_mask: ScoredMasks = None,
+    ignore_label: IgnoreLabels = None,
     candidate: Annotated[
         str | None,
         typer.Option(help="Also say what this candidate would do with the data."),
@@ -133,7 +168,9 @@ def inspect(
     if out is not None:
         check_folder("--out", out)
     documents = []
-    for paths in volumes_given(image, label or [], mask or []):
+    for paths in volumes_given(
+        image, label or [], mask or [], scored_mask or [], ignore_label or []
+    ):
         volume = read_volume(paths)
         facts = {"image": paths.image, **characteristics(volume)}
         if candidate is not None or out is not None:
@@ -171,6 +208,8 @@ def score(
     prediction: Annotated[str, text_option(help="Segmentation to score.")],
     label: OneLabel,
     mask: OneMask = None,
+    scored_mask: OneScoredMask = None,
+    ignore_label: IgnoreLabels = None,
     json: Json = False,
 ) -> None:
     """Score a segmentation against its labels.
@@ -180,12 +219,12 @@ def score(
     from hydralv_tune.data.volumes import read_labels
     from hydralv_tune.numerics.metrics.scores import score_labels
 
-    truth = read_labels(label)
-    segmentation = read_labels(prediction)
+    ignored = ignore_label or []
+    truth = read_labels(label, ignored)
+    segmentation = read_labels(prediction, [one for one in ignored if one < 0])
+    inside = joined_masks(read_mask(mask, truth.shape), read_mask(scored_mask, truth.shape))
     with as_input_error(f"{prediction} against {label}"):
-        result = score_labels(
-            prediction=segmentation, truth=truth, mask=read_mask(mask, truth.shape)
-        )
+        result = score_labels(prediction=segmentation, truth=truth, mask=inside, ignore=ignored)
     if json:
         print_json(result.as_dict())
     else:
@@ -223,7 +262,7 @@ def decode(
     maps = read_probabilities(probabilities)
     with as_input_error(probabilities):
         labels = decode_labels(
-            step.name, maps, read_mask(mask, maps.shape[1:]), **step.decoder_arguments()
+            step.name, maps, read_tissue(mask, maps.shape[1:])[0], **step.decoder_arguments()
         )
     size, origin = agreed_placement(probabilities, mask if mask != NO_MASK else None)
     write_array(out, narrowed(out, labels), voxel_size_nm=size, origin_nm=origin)
@@ -238,6 +277,8 @@ def sweep(
     probabilities: Annotated[str, text_option(help="(3, Z, Y, X) probabilities.")],
     label: OneLabel,
     mask: OneMask = None,
+    scored_mask: OneScoredMask = None,
+    ignore_label: IgnoreLabels = None,
     space: Annotated[
         str, typer.Option(help="The search space whose decoding grid is swept.")
     ] = "hydra_lv",
@@ -253,24 +294,30 @@ def sweep(
     """
     from hydralv_tune.config.search_space_files import load_space
     from hydralv_tune.data.volumes import read_labels, read_probabilities
+    from hydralv_tune.numerics.metrics.contingency import split_unknown
     from hydralv_tune.trial.scoring.sweep.sweep import sweep as sweep_grid
 
     if out is not None:
         check_file_out("--out", out, (".yaml", ".yml"))
     loaded = load_space(space)
     maps = read_probabilities(probabilities)
-    truth = read_labels(label)
+    truth, unknown = split_unknown(
+        read_labels(label, ignore_label or []), label, ignore_label or []
+    )
     if truth.shape != maps.shape[1:]:
         raise InputError(
             f"{label} has shape {truth.shape}, but {probabilities} has {maps.shape[1:]} voxels. "
             "Give the labels of this very volume."
         )
+    tissue, known = read_tissue(mask, truth.shape, scored_mask)
+    known = joined_masks(known, None if unknown is None else ~unknown)
     with progress_bar("Sweep"), as_input_error(probabilities):
         result = sweep_grid(
             maps,
             truth,
-            read_mask(mask, truth.shape),
+            tissue,
             loaded.decoding,
+            scored_mask=known,
             objective=loaded.objective,
         )
     if out is not None:

@@ -76,11 +76,29 @@ Labels = Annotated[
 ]
 Masks = Annotated[
     list[str] | None,
-    text_option("--mask", help="Valid mask, one for each image; `none` where there is none."),
+    text_option(
+        "--mask",
+        help="Where there is tissue, one for each image; `none` where there is no mask.",
+    ),
+]
+ScoredMasks = Annotated[
+    list[str] | None,
+    text_option(
+        "--scored-mask", help="Where the truth is known, one for each image. Default: the mask."
+    ),
+]
+IgnoreLabels = Annotated[
+    list[int] | None,
+    typer.Option("--ignore-label", help="An id that means 'no label'. May be repeated."),
 ]
 OneImage = Annotated[str, text_option("--image", help=f"Image volume: {NAMES}.")]
 OneLabel = Annotated[str, text_option("--label", help=f"Instance labels: {NAMES}.")]
-OneMask = Annotated[str | None, text_option("--mask", help="Valid mask; the rest is ignored.")]
+OneMask = Annotated[
+    str | None, text_option("--mask", help="Where there is tissue; the rest is ignored.")
+]
+OneScoredMask = Annotated[
+    str | None, text_option("--scored-mask", help="Where the truth is known. Default: the mask.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print exactly one JSON document.")]
 Settings = Annotated[
     list[str] | None,
@@ -111,12 +129,16 @@ OptionalStorage = Annotated[
 
 
 def volumes_given(
-    images: Sequence[str], labels: Sequence[str], masks: Sequence[str]
+    images: Sequence[str],
+    labels: Sequence[str],
+    masks: Sequence[str],
+    scored_masks: Sequence[str],
+    ignore_labels: Sequence[int],
 ) -> list[VolumePaths]:
     """Return the volumes that options name; of several, say which files belong together."""
     from hydralv_tune.data.volumes import pairs, volume_paths
 
-    volumes = volume_paths(images, labels, masks)
+    volumes = volume_paths(images, labels, masks, scored_masks, ignore_labels)
     for line in pairs(volumes) if len(volumes) > 1 else ():
         say(line)
     return volumes

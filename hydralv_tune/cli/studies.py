@@ -10,11 +10,13 @@ import typer
 
 from hydralv_tune.cli.console import format_value, print_facts, print_json, say
 from hydralv_tune.cli.options import (
+    IgnoreLabels,
     Images,
     Json,
     Labels,
     Masks,
     OptionalStorage,
+    ScoredMasks,
     Settings,
     SpaceName,
     Storage,
@@ -56,6 +58,8 @@ def run(
     image: Images,
     label: Labels = None,
     mask: Masks = None,
+    scored_mask: ScoredMasks = None,
+    ignore_label: IgnoreLabels = None,
     study: OptionalStudy = None,
     storage: OptionalStorage = None,
     trials: Trials = None,
@@ -93,7 +97,7 @@ def run(
         raise InputError("run: --label is missing; a study needs instance labels to score against.")
     facts = _run(
         space,
-        volumes_given(image, label, mask or []),
+        volumes_given(image, label, mask or [], scored_mask or [], ignore_label or []),
         study=study,
         storage=storage,
         out=out,

@@ -55,6 +55,8 @@ def characteristics(volume: Volume) -> dict[str, Any]:
         "dtype": str(volume.image.dtype),
         "voxel_size_nm": None if volume.voxel_size_nm is None else list(volume.voxel_size_nm),
     }
+    if volume.note is not None:
+        warnings.append(f"{volume.note[0].upper()}{volume.note[1:]}.")
     facts |= _label_facts(volume, warnings)
     facts |= _image_facts(volume, warnings)
     _judge_voxel_size(volume.voxel_size_nm, warnings)

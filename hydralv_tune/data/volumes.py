@@ -9,7 +9,7 @@ import glob
 import hashlib
 import re
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -26,7 +26,14 @@ from hydralv_tune.data.formats.files import (
     read_voxel_size_nm,
     write_array,
 )
+from hydralv_tune.data.truth import (
+    ANNOTATED_NOTE,
+    annotated_sections,
+    known_labels,
+    tissue_of,
+)
 from hydralv_tune.data.voxel_size import VoxelSize
+from hydralv_tune.numerics.metrics.contingency import split_unknown
 from hydralv_tune.numerics.normalisation import Normalisation
 
 __all__ = [
@@ -62,7 +69,6 @@ UNIT_SIZE = (1.0, 1.0, 1.0)
 """The voxel size that tools write where they know none."""
 SAME_SIZE = 0.01
 """Relative difference up to which two voxel sizes are the same, rounded differently."""
-LARGEST_ID = np.iinfo(np.int32).max
 
 
 class Sections(Protocol):
@@ -83,13 +89,20 @@ class VolumePaths:
         name: What messages call it; unique within a study.
         image: File, or `file:dataset`.
         label: The same for the instance labels, or None.
-        mask: The same for the valid mask, or None where every voxel is valid.
+        mask: The same for the tissue mask, or None where there is tissue everywhere.
+        scored_mask: The same for where the truth is known, or None where the mask is.
+        ignore_labels: Ids of the label that mean "no label".
     """
 
     name: str
     image: str
     label: str | None = None
     mask: str | None = None
+    scored_mask: str | None = None
+    ignore_labels: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "ignore_labels", tuple(self.ignore_labels))
 
 
 @dataclass(frozen=True)
@@ -107,6 +120,9 @@ class Volume:
         normalisation: How its sections are normalised, fitted on the whole volume where this is a
             part of one; None until a candidate says how.
         origin_nm: Where its first voxel lies along z, y, x; None where the file does not say.
+        label_ids: The ids that labels 1, 2, … have in the file, where they are too large for
+            int32; None where labels are those of the file.
+        note: A sentence on how the masks were taken, else None.
     """
 
     name: str
@@ -117,27 +133,37 @@ class Volume:
     normalisation: Normalisation | None = None
     scored_mask: np.ndarray | None = None
     origin_nm: tuple[float, float, float] | None = None
+    label_ids: np.ndarray | None = None
+    note: str | None = None
 
     @property
     def where_scored(self) -> np.ndarray | None:
         """Return where losses and scores are taken: (Z, Y, X) bool, or None for everywhere."""
         return self.mask if self.scored_mask is None else self.scored_mask
 
+    def id_in_file(self, label: int) -> int:
+        """Return the id that a label of this volume has in its file."""
+        return label if self.label_ids is None else int(self.label_ids[label - 1])
+
     def fingerprint(self) -> str:
-        """Return 16 hex digits of a SHA-256 over shape, dtype and content of all three arrays.
+        """Return 16 hex digits of a SHA-256 over shape, dtype and content of the arrays.
 
         The dtype counts, since normalisation sees it; the name and the path do not, nor does the
         type of a mask, which is boolean in memory and anything on disk.
         """
         digest = hashlib.sha256()
-        for kind, array in (("image", self.image), ("label", self.label), ("mask", self.mask)):
+        arrays = {"image": self.image, "label": self.label, "mask": self.where_scored}
+        if self.scored_mask is not None and self.mask is not None:
+            arrays["tissue"] = self.mask
+        for kind, array in arrays.items():
             digest.update(kind.encode())
             if array is None:
                 continue
-            dtype = np.dtype(bool) if kind == "mask" else array.dtype
+            is_mask = kind in ("mask", "tissue")
+            dtype = np.dtype(bool) if is_mask else array.dtype
             digest.update(f"{array.shape}{dtype.str}".encode())
             for section in array:
-                values = section > 0 if kind == "mask" else section
+                values = section > 0 if is_mask else section
                 digest.update(np.ascontiguousarray(values).data)
         return digest.hexdigest()[:16]
 
@@ -146,6 +172,8 @@ def volume_paths(
     images: Sequence[str | Path],
     labels: Sequence[str | Path] = (),
     masks: Sequence[str | Path] = (),
+    scored_masks: Sequence[str | Path] = (),
+    ignore_labels: Sequence[int] = (),
 ) -> list[VolumePaths]:
     """Return one entry for each image, with `~` and globs expanded.
 
@@ -153,6 +181,8 @@ def volume_paths(
         images: Files, `file:dataset` or globs; a glob stands for its matches in natural order.
         labels: None at all, or as many as images, in the same order.
         masks: None at all, or as many as images, in the same order; `none` where one has no mask.
+        scored_masks: None at all, or as many as images, in the same order.
+        ignore_labels: Ids that mean "no label" in every label.
 
     Names that disagree within a volume, as `vol_1` and `vol_2`, are warned of.
 
@@ -161,10 +191,17 @@ def volume_paths(
     """
     image_files = _expand(images)
     label_files = _expand(labels)
-    mask_files = [None if mask == NO_MASK else mask for mask in _expand(masks)]
+    mask_files, scored_files = (
+        [None if mask == NO_MASK else mask for mask in _expand(given)]
+        for given in (masks, scored_masks)
+    )
     if not image_files:
         raise VolumeError("No image is given. Name at least one with --image.")
-    for option, files in (("--label", label_files), ("--mask", mask_files)):
+    for option, files in (
+        ("--label", label_files),
+        ("--mask", mask_files),
+        ("--scored-mask", scored_files),
+    ):
         if files and len(files) != len(image_files):
             some = ", ".join(str(file or NO_MASK) for file in files[:3])
             hint = f" '{option} {NO_MASK}' stands for no mask." if option == "--mask" else ""
@@ -179,6 +216,8 @@ def volume_paths(
             image=image,
             label=label_files[index] if label_files else None,
             mask=mask_files[index] if mask_files else None,
+            scored_mask=scored_files[index] if scored_files else None,
+            ignore_labels=tuple(ignore_labels),
         )
         for index, (name, image) in enumerate(zip(_names(image_files), image_files, strict=True))
     ]
@@ -209,30 +248,52 @@ def read_volume(paths: VolumePaths) -> Volume:
             file, the value, the rule and the next step.
     """
     image = read_array(paths.image, ndim=3)
-    label = None if paths.label is None else read_array(paths.label, ndim=3)
-    mask = None if paths.mask is None else read_array(paths.mask, ndim=3)
-    check_volume(paths, image, label, mask)
+    label, mask, scored = (
+        None if path is None else read_array(path, ndim=3)
+        for path in (paths.label, paths.mask, paths.scored_mask)
+    )
+    check_volume(paths, image, label, mask, scored)
+    unknown = ids = None
+    if label is not None:
+        label, unknown, ids = known_labels(label, paths.ignore_labels)
+    tissue = None if mask is None else mask > 0
+    known = None if scored is None else scored > 0
+    note = None
+    if tissue is not None and known is None and annotated_sections(tissue.any(axis=(1, 2))):
+        tissue, known, note = tissue_of(tissue), tissue, ANNOTATED_NOTE
+    if known is not None and tissue is not None:
+        known = known & tissue
+    if unknown is not None:
+        before = tissue if known is None else known
+        known = ~unknown if before is None else before & ~unknown
     size, origin = placement_of(paths)
-    return Volume(
+    volume = Volume(
         name=paths.name,
         image=image,
         label=label,
-        mask=None if mask is None else mask > 0,
+        mask=tissue,
         voxel_size_nm=size,
         origin_nm=origin,
+        scored_mask=known,
+        label_ids=ids,
+        note=note,
     )
+    check_truth(paths, label, volume.where_scored)
+    return volume
 
 
 def check_volume(
-    paths: VolumePaths, image: Sections, label: Sections | None, mask: Sections | None
-) -> None:
+    paths: VolumePaths, image: Sections, label: Sections | None, mask: Sections | None,
+    scored: Sections | None = None,
+) -> None:  # fmt: skip
     """Refuse a volume that breaks a rule; of one on disk, a section is in memory at a time.
 
     Args:
         paths: What messages name.
         image: (Z, Y, X).
         label: The same of the instance labels, where the paths name any.
-        mask: The same of the valid mask.
+        mask: The same of the tissue mask.
+        scored: The same of where the truth is known.
 
     Raises:
         VolumeError: As for `read_volume`.
@@ -241,42 +302,61 @@ def check_volume(
     if label is not None:
         assert paths.label is not None, "it was read from there"
         _check_shape(paths.label, "label", label.shape, paths.image, image.shape)
-        largest = _check_labels(paths.label, label)
-        if largest == 0:
+        if _check_labels(paths.label, label, paths.ignore_labels) == 0:
             raise VolumeError(
                 f"{paths.label}: the label has no labelled voxel; there is nothing to learn from. "
                 "Check the path and the dataset, or drop the volume."
             )
-        if largest > LARGEST_ID:
-            raise VolumeError(
-                f"{paths.label}: the largest label is {largest}, but ids must be at most "
-                f"{LARGEST_ID}. Renumber them, for example with "
-                "skimage.segmentation.relabel_sequential."
-            )
-    if mask is not None:
-        assert paths.mask is not None, "it was read from there"
-        _check_shape(paths.mask, "mask", mask.shape, paths.image, image.shape)
-        _check_mask(paths.mask, mask)
-        if label is not None and not any(
-            ((ids > 0) & (valid > 0)).any() for ids, valid in zip(label, mask, strict=True)
-        ):
-            raise VolumeError(
-                f"{paths.label}: the label has no labelled voxel inside the mask {paths.mask}, so "
-                "adapted Rand error is undefined. Check that both belong to this volume, or drop "
-                "it."
-            )
+    for kind, path, array in (
+        ("mask", paths.mask, mask), ("scored mask", paths.scored_mask, scored),
+    ):  # fmt: skip
+        if array is not None:
+            assert path is not None, "it was read from there"
+            _check_shape(path, kind, array.shape, paths.image, image.shape)
+            _check_mask(path, array)
 
 
-def read_labels(path: str | Path) -> np.ndarray:
+def check_truth(paths: VolumePaths, label: Sections | None, inside: Sections | None) -> None:
+    """Refuse a volume without a labelled voxel where it is scored.
+
+    Args:
+        paths: What messages name.
+        label: (Z, Y, X), 0 where nothing is known.
+        inside: (Z, Y, X), above 0 where it is scored, or None.
+
+    Raises:
+        VolumeError: There is none.
+    """
+    if label is None:
+        return
+    places = [None] * label.shape[0] if inside is None else inside
+    if any(
+        ((ids > 0) if valid is None else (ids > 0) & (valid > 0)).any()
+        for ids, valid in zip(label, places, strict=True)
+    ):
+        return
+    where = " and ".join(path for path in (paths.mask, paths.scored_mask) if path is not None)
+    place = f"inside the mask {where}" if where else "that is not ignored"
+    raise VolumeError(
+        f"{paths.label}: the label has no labelled voxel {place}, so adapted Rand error is "
+        "undefined. Check that both belong to this volume, or drop it."
+    )
+
+
+def read_labels(path: str | Path, ignore: Collection[int] = ()) -> np.ndarray:
     """Return instance labels (Z, Y, X) in the integer dtype of their file.
 
     Labels without any instance are returned as they are: a prediction may be empty.
 
+    Args:
+        path: File, or `file:dataset`.
+        ignore: Ids that mean "no label"; they are returned too.
+
     Raises:
-        VolumeError: They cannot be read, are not 3-D, not integers, or negative.
+        VolumeError: They cannot be read, are not 3-D, not integers, or negative and not ignored.
     """
     labels = read_array(path, ndim=3)
-    _check_labels(path, labels)
+    _check_labels(path, labels, ignore)
     return labels
 
 
@@ -295,7 +375,7 @@ def narrowed(path: str | Path, labels: np.ndarray) -> np.ndarray:
     return labels.astype(np.uint16 if fits else np.uint32)
 
 
-def _check_labels(path: str | Path, labels: Sections) -> int:
+def _check_labels(path: str | Path, labels: Sections, ignore: Collection[int] = ()) -> int:
     """Refuse labels that are no instance ids, and return the largest id."""
     kind = labels.dtype.kind
     if kind == "f":
@@ -316,15 +396,17 @@ def _check_labels(path: str | Path, labels: Sections) -> int:
         )
     smallest = largest = negative = 0
     for ids in labels:
-        largest = max(largest, int(ids.max()))
         if kind == "i" and int(ids.min()) < 0:
-            smallest = min(smallest, int(ids.min()))
-            negative += int(np.count_nonzero(ids < 0))
+            below = ids[(ids < 0) & ~np.isin(ids, [one for one in ignore if one < 0])]
+            negative += below.size
+            smallest = min(smallest, int(below.min(initial=0)))
+        known, _ = split_unknown(np.maximum(ids, ids.dtype.type(0)), "label", ignore)
+        largest = max(largest, int(known.max()))
     if negative:
         raise VolumeError(
             f"{path}: {negative} labels are negative (smallest {smallest}), but 0 is "
-            "background and ids are positive. Set what is to be ignored to 0 and leave it out "
-            "with a mask."
+            f"background and ids are positive. If {smallest} means 'no label', say so with "
+            f"--ignore-label {smallest}."
         )
     return largest
 

@@ -201,5 +201,5 @@ def ray_cluster(address: str | None, volumes: Sequence[Volume]) -> Iterator[Clus
 
 def _bytes(volume: Volume) -> int:
     """Return the bytes of a volume's arrays."""
-    arrays = (volume.image, volume.label, volume.mask)
+    arrays = (volume.image, volume.label, volume.mask, volume.scored_mask)
     return sum(array.nbytes for array in arrays if array is not None)

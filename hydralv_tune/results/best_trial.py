@@ -71,6 +71,8 @@ def volume_paths_of(entry: dict[str, Any]) -> VolumePaths:
         image=str(entry["image"]),
         label=entry.get("label"),
         mask=entry.get("mask"),
+        scored_mask=entry.get("scored_mask"),
+        ignore_labels=tuple(entry.get("ignore_labels") or ()),
     )
 
 

@@ -41,7 +41,7 @@ def draw_trial(
         image=volume.image,
         truth=volume.label,
         prediction=outcome.segmentations[0],
-        mask=volume.mask,
+        mask=volume.where_scored,
         path=out / "contact_sheet.png",
         title=f"{volume.name}: adapted Rand error "
         f"{outcome.metrics['adapted_rand_error']:.3f}, F1 {outcome.f1:.3f}",

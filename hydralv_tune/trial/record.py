@@ -39,6 +39,8 @@ def volume_facts(
                 "image": None if where is None else where.image,
                 "label": None if where is None else where.label,
                 "mask": None if where is None else where.mask,
+                "scored_mask": None if where is None else where.scored_mask,
+                "ignore_labels": [] if where is None else list(where.ignore_labels),
                 "shape": volume.image.shape,
                 "dtype": str(volume.image.dtype),
                 "voxel_size_nm": volume.voxel_size_nm,

@@ -147,6 +147,7 @@ def slab(volume: Volume, axis: int, start: int, stop: int) -> Volume:
         image=cut(volume.image),
         label=None if volume.label is None else cut(volume.label),
         mask=None if volume.mask is None else cut(volume.mask),
+        scored_mask=None if volume.scored_mask is None else cut(volume.scored_mask),
         normalisation=fitted,
     )
 

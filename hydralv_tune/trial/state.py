@@ -120,7 +120,7 @@ class TrialRun:
         self.device = device
         self.out = Path(spec.out)
         self.volumes = [*volumes, *held_out]
-        self.notes: list[str] = []
+        self.notes = [f"{v.name}: {v.note}" for v in self.volumes if v.note is not None]
         self.history: list[dict[str, Any]] = []
         self.best: dict[str, Any] = {}
         self.spent = {"evaluation": 0.0, "earlier": 0.0}

@@ -17,6 +17,7 @@ from hydralv_tune.artifacts.thumbnails import thumbnail
 from hydralv_tune.config.errors import HydraLVError, InputError
 from hydralv_tune.config.files import known_names
 from hydralv_tune.config.search_space import Parameter
+from hydralv_tune.data.volumes import Volume
 from hydralv_tune.numerics.formatting import number_of
 from hydralv_tune.numerics.metrics.instance_errors import InstanceError, bootstrap
 from hydralv_tune.numerics.metrics.scores import METRICS
@@ -335,20 +336,22 @@ def _cards(judgement: Judgement) -> dict[str, list[Card]]:
         if drawn < MOST_THUMBNAILS:
             picture = _picture(judgement, instance.part, instance.error, kind)
             drawn += 1
-        volume = judgement.parts[instance.part].volume.name
-        where = f" of {volume}" if len(judgement.parts) > 1 else ""
-        cards[kind].append(_card(instance.error, kind, where, picture))
+        volume = judgement.parts[instance.part].volume
+        where = f" of {volume.name}" if len(judgement.parts) > 1 else ""
+        cards[kind].append(_card(instance.error, kind, where, picture, volume))
     return {kind: own for kind, own in cards.items() if own}
 
 
-def _card(error: InstanceError, kind: str, where: str, picture: bytes | None) -> Card:
+def _card(
+    error: InstanceError, kind: str, where: str, picture: bytes | None, volume: Volume
+) -> Card:
     """Return the card of an instance."""
     segments = error.segment_ids
     if error.truth_id is None:
         title = f"Segment {segments[0]}{where}"
         details = "no instance of the truth makes up a tenth of it"
     else:
-        title = f"Instance {error.truth_id}{where}"
+        title = f"Instance {volume.id_in_file(error.truth_id)}{where}"
         shown = ", ".join(map(str, segments[:6])) + (" …" if len(segments) > 6 else "")
         plural = "s" if len(segments) > 1 else ""
         details = f"segment{plural} {shown}" if segments else "no segment touches it"

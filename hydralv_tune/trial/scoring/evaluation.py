@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -167,7 +167,10 @@ def _table(volume: Volume, segments: Array) -> ContingencyTable:
     """
     assert volume.label is not None, "checked by the split"
     with _as_failure():
-        return contingency_table(prediction=segments, truth=volume.label, mask=volume.where_scored)
+        table = contingency_table(prediction=segments, truth=volume.label, mask=volume.where_scored)
+    if volume.label_ids is None:
+        return table
+    return replace(table, truth_ids=volume.label_ids[table.truth_ids.astype(np.int64) - 1])
 
 
 def _figures(tables: Sequence[ContingencyTable]) -> dict[str, Any]:

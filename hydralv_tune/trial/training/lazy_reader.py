@@ -6,7 +6,7 @@ Only what a patch needs is read: from chunked HDF5 or Zarr, by a few threads, a 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import numpy as np
@@ -14,9 +14,17 @@ import numpy.typing as npt
 import torch
 
 from hydralv_tune.config.candidate import Data
+from hydralv_tune.data.truth import (
+    ANNOTATED_NOTE,
+    LazyKnown,
+    LazyLabels,
+    annotated_sections,
+    has_unknown,
+)
 from hydralv_tune.data.volumes import (
     Volume,
     VolumePaths,
+    check_truth,
     check_volume,
     first_voxel_size,
     open_lazy,
@@ -106,27 +114,6 @@ class Windowed:
             yield self.read((slice(z, z + 1), slice(0, height), slice(0, width)))[0]
 
 
-@dataclass(frozen=True)
-class AboveZero:
-    """Where an array that stays where it is lies above 0, as a mask is read.
-
-    Args:
-        array: An open file.
-    """
-
-    array: Any
-    dtype: np.dtype[Any] = field(default_factory=lambda: np.dtype(bool))
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Return the shape of the array."""
-        return tuple(self.array.shape)
-
-    def __getitem__(self, where: Any) -> Array:
-        """Return a part, in memory."""
-        return np.asarray(self.array[where]) > 0
-
-
 def windowed(array: Any) -> Windowed:
     """Return a whole array as a part of itself."""
     if isinstance(array, Windowed):
@@ -147,6 +134,9 @@ def as_lazy(volume: Volume) -> Volume:
         image=cast(Array, windowed(volume.image)),
         label=None if volume.label is None else cast(Array, windowed(volume.label)),
         mask=None if volume.mask is None else cast(Array, windowed(volume.mask)),
+        scored_mask=(
+            None if volume.scored_mask is None else cast(Array, windowed(volume.scored_mask))
+        ),
     )
 
 
@@ -159,14 +149,33 @@ def open_volume(paths: VolumePaths) -> Volume:
         VolumeError: A file cannot be read, or its content breaks a rule.
     """
     image = windowed(open_lazy(paths.image, ndim=3))
-    label, mask = (
+    label, mask, scored = (
         None if path is None else windowed(open_lazy(path, ndim=3))
-        for path in (paths.label, paths.mask)
+        for path in (paths.label, paths.mask, paths.scored_mask)
     )
-    check_volume(paths, image, label, mask)
+    check_volume(paths, image, label, mask, scored)
     volume = Volume(paths.name, cast(Array, image), voxel_size_nm=first_voxel_size(paths))
-    above = None if mask is None else replace(mask, array=AboveZero(mask.array))
-    return replace(volume, label=cast(Array, label), mask=cast(Array, above))
+    masks = tuple(part.array for part in (mask, scored) if part is not None)
+    tissue, note = mask, None
+    if mask is not None and scored is None:
+        occupied = np.array([bool((section > 0).any()) for section in mask])
+        if annotated_sections(occupied):
+            tissue, note = None, ANNOTATED_NOTE
+    labels = None if label is None else LazyLabels(label.array, paths.ignore_labels).with_ids()
+    ignoring = labels if labels is not None and has_unknown(labels) else None
+    separate = scored is not None or note is not None or ignoring is not None
+    known = windowed(LazyKnown(masks, ignoring)) if separate else None
+    above = None if tissue is None else windowed(LazyKnown((tissue.array,)))
+    volume = replace(
+        volume,
+        label=None if labels is None else cast(Array, windowed(labels)),
+        mask=cast(Array, above),
+        scored_mask=cast(Array, known),
+        label_ids=None if labels is None else labels.ids,
+        note=note,
+    )
+    check_truth(paths, volume.label, volume.where_scored)
+    return volume
 
 
 def read_or_open(paths: VolumePaths, limit_gb: float) -> Volume:
@@ -213,7 +222,7 @@ def truth_counts(volume: Volume) -> Iterator[int]:
     """Yield how many labelled voxels inside the mask each section has; they are read one by one."""
     if volume.label is None:
         return
-    masks = iter(volume.mask) if volume.mask is not None else None
+    masks = iter(volume.where_scored) if volume.where_scored is not None else None
     for section in volume.label:
         inside = section > 0
         if masks is not None:
@@ -246,13 +255,17 @@ def part_to_score(volume: Volume, data: Data) -> Volume:
     first = int(np.argmax(sums))
     box: Box = (slice(first, first + sections), slice(0, height), slice(0, width))
     name = volume.name if sections == depth else f"{volume.name}[z {first}:{first + sections}]"
-    mask = volume.mask
+    tissue, known = (
+        None if mask is None else cast(Windowed, mask).read(box) > 0
+        for mask in (volume.mask, volume.scored_mask)
+    )
     return replace(
         volume,
         name=name,
         image=cast(Windowed, volume.image).read(box),
         label=label.read(box),
-        mask=None if mask is None else cast(Windowed, mask).read(box) > 0,
+        mask=tissue,
+        scored_mask=known,
         normalisation=fitted_normalisation(volume, data).of_sections(first, first + sections),
     )
 
@@ -273,7 +286,7 @@ class LazySource:
         self.voxel_size_nm = known_voxel_size(data, volume)
         self.pad = data.pad_size
         self.pad_mode = PAD_MODES[data.pad_mode]
-        label, mask = cast(Windowed, volume.label), cast(Windowed | None, volume.mask)
+        label, mask = cast(Windowed, volume.label), cast(Windowed | None, volume.where_scored)
         self.places = find_sampling_locations(
             volume.name, label, mask, pad=data.pad_size, seed=seed
         )
@@ -311,7 +324,8 @@ class LazySource:
     def _read(self, start: Sequence[int], size: Sequence[int]) -> tuple[Array, ...]:
         """Return image, labels, distance and mask of one patch."""
         first = [s - p for s, p in zip(start, self.pad, strict=True)]
-        label, mask = cast(Windowed, self.volume.label), cast(Windowed | None, self.volume.mask)
+        label = cast(Windowed, self.volume.label)
+        mask = cast(Windowed | None, self.volume.where_scored)
         image = self._box(cast(Windowed, self.volume.image), first, size, None)
         wide_first = [f - h for f, h in zip(first, HALO, strict=True)]
         wide_size = [s + 2 * h for s, h in zip(size, HALO, strict=True)]

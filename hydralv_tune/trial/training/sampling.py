@@ -63,19 +63,18 @@ class ResidentVolume:
         assert label is not None, "checked by the split"
         with as_input_error(f"Volume '{volume.name}'"):
             distance = instance_edt(label, **distance_arguments(data, volume))
-        pad = data.pad_size
+        pad, inside = data.pad_size, volume.where_scored
         self.voxel_size_nm = known_voxel_size(data, volume)
         fitted = fitted_normalisation(volume, data)
         self.intensity_range = intensity_range(data.image_transform.normalize, fitted)
-        self.places = find_sampling_locations(volume.name, label, volume.mask, pad=pad, seed=seed)
+        self.places = find_sampling_locations(volume.name, label, inside, pad=pad, seed=seed)
         self.device = device
         self.image = upload(_padded(volume.image, pad, PAD_MODES[data.pad_mode]), device)
         self.label = upload(_padded(label.astype(np.int32), pad, None), device)
         self.distance = upload(_padded(distance, pad, None, OUTSIDE), device)
         self.mask: Tensor | None = None
-        if volume.mask is not None or any(pad):
-            everywhere = np.ones(label.shape, bool)
-            mask = everywhere if volume.mask is None else volume.mask
+        if inside is not None or any(pad):
+            mask = np.ones(label.shape, bool) if inside is None else inside
             self.mask = upload(_padded(mask, pad, None), device)
         self.normalisation = padded_normalisation(fitted, pad[0], data.pad_mode)
         self.per_section = {
