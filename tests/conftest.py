@@ -241,7 +241,7 @@ def finished_study(tmp_path_factory: pytest.TempPathFactory) -> FinishedStudy:
     from hydralv_tune.config.search_space import space_from_mapping
     from hydralv_tune.data.volumes import volume_paths, write_array
     from hydralv_tune.numerics.phantom.volume import make_phantom
-    from hydralv_tune.results.publish import publish_study, publish_trial_end
+    from hydralv_tune.results.publish import publish_study, publish_trial_change
     from hydralv_tune.study.driver import Driver
     from hydralv_tune.study.study import Study
     from hydralv_tune.study.trial_views import TrialResult
@@ -287,7 +287,7 @@ def finished_study(tmp_path_factory: pytest.TempPathFactory) -> FinishedStudy:
                 attributes["reason"] = "pruned at evaluation 1"
             else:
                 attributes["reason"] = "training: the loss is not a number <b>at step 3</b>"
-            publish_trial_end(driver, asked.number, state, attributes)
+            publish_trial_change(driver, asked.number, state, attributes)
             violation = None if state == "FAIL" else 0.0
             driver.tell(asked.number, TrialResult(state, value, violation, attributes))
     publish_study(study)

@@ -20,17 +20,29 @@ import pytest
 from hydralv_tune.artifacts.pictures import draw_losses
 from hydralv_tune.config.errors import InputError, StudyError
 from hydralv_tune.config.search_space import space_from_mapping
-from hydralv_tune.results.dashboard import Guard, make_dashboard, serve
-from hydralv_tune.results.publish import ARTIFACTS, ArtifactFolder, publish_study, publish_trial_end
+from hydralv_tune.results.dashboard import (
+    Guard,
+    _Handler,
+    _Server,
+    application,
+    make_dashboard,
+    serve,
+)
+from hydralv_tune.results.publish import (
+    ARTIFACTS,
+    ArtifactFolder,
+    publish_study,
+    publish_trial_change,
+)
 from hydralv_tune.study.driver import Driver
 from hydralv_tune.study.study import Study, open_readonly
 from hydralv_tune.study.trial_views import TrialResult
 
 
 @contextmanager
-def served(application: Any) -> Iterator[str]:
+def served(made: Any) -> Iterator[str]:
     """Serve a WSGI application and yield its address."""
-    with make_server("127.0.0.1", 0, application) as server:
+    with make_server("127.0.0.1", 0, made, _Server, _Handler) as server:
         thread = threading.Thread(target=server.serve_forever, daemon=True)
         thread.start()
         yield f"http://127.0.0.1:{server.server_port}"
@@ -211,7 +223,7 @@ def test_another_name_for_this_machine_is_refused(address: str) -> None:
 def test_writable_lets_its_own_pages_change_and_no_others() -> None:
     seen: list[str] = []
 
-    def application(environ: dict[str, Any], start_response: Any) -> list[bytes]:
+    def inner(environ: dict[str, Any], start_response: Any) -> list[bytes]:
         seen.append(environ["REQUEST_METHOD"])
         start_response("204 No Content", [("Access-Control-Allow-Origin", "*")])
         return [b""]
@@ -224,8 +236,8 @@ def test_writable_lets_its_own_pages_change_and_no_others() -> None:
         )
         return answered[0]
 
-    assert call(Guard(application))[0].startswith("405")
-    writable = Guard(application, writable=True)
+    assert call(Guard(inner))[0].startswith("405")
+    writable = Guard(inner, writable=True)
     assert call(writable, HTTP_ORIGIN="https://evil.example")[0].startswith("403")
     assert seen == []
     status, headers = call(writable, HTTP_ORIGIN="http://127.0.0.1:8080")
@@ -276,7 +288,7 @@ def test_a_study_in_postgresql_is_shown_and_its_password_is_not(
         folder = tmp_path / "trials" / str(asked.root)
         draw_losses([], folder / "losses.png")
         attributes = {"root": asked.root, "metrics": {"f1_iou50": 0.75, "missed": [3, 4]}}
-        publish_trial_end(driver, asked.number, "COMPLETE", attributes)
+        publish_trial_change(driver, asked.number, "COMPLETE", attributes)
         driver.tell(asked.number, TrialResult("COMPLETE", 0.2, 0.0, attributes))
     publish_study(study)
     study.close()
@@ -324,15 +336,21 @@ def fooled(tmp_path: Path) -> Study:
     return study
 
 
-def test_the_stock_dashboard_names_the_best_trial_that_status_names(fooled: Study) -> None:
+def test_both_dashboards_name_the_best_trial_that_status_names(
+    fooled: Study, chromium: Any
+) -> None:
     best = fooled.facts()["best"]
     assert (best["number"], best["value"], best["feasible"]) == (1, 0.148, True)
     assert [view.value for view in fooled.trials()] == [0.045, 0.148, 0.2]
-    with served(optuna_dashboard.wsgi(fooled.storage)) as address:
-        found = json.loads(ask(address, "GET", "/api/studies/1")[2])
-    assert [trial["number"] for trial in found["best_trials"]] == [1]
-    assert found["trials"][0]["constraints"] == [pytest.approx(0.33)]
-    assert found["trials"][1]["constraints"] == [pytest.approx(-0.14)]
+    for made in (optuna_dashboard.wsgi(fooled.storage), application([fooled])):
+        with served(made) as address:
+            found = json.loads(ask(address, "GET", "/api/studies/1")[2])
+            chromium.get(f"{address}/dashboard/studies/1")
+            text = until(lambda: _text_with(chromium, "number="))
+        assert [trial["number"] for trial in found["best_trials"]] == [1]
+        assert found["trials"][0]["constraints"] == [pytest.approx(0.33)]
+        assert found["trials"][1]["constraints"] == [pytest.approx(-0.14)]
+        assert "Best Trial (number=1)" in text
 
 
 def test_writable_really_writes(finished_study: Any, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from matplotlib.colors import to_rgb
-from matplotlib.image import imsave
+from PIL import Image, ImageDraw, ImageFont
 from scipy import ndimage
 from skimage.segmentation import find_boundaries
 
@@ -18,8 +18,14 @@ Array = npt.NDArray[Any]
 ZOOM_OUT = 1.7
 """Side of a plane over the largest extent of the instance."""
 
-QUALITY = 82
-"""Of the WebP: a strip takes some 5 kB, so that a report of a hundred stays small."""
+QUALITY = 80
+"""Of the WebP: a strip takes some 15 kB, so that a report of a hundred stays small."""
+
+PLANES, GAP = ("xy", "xz", "yz"), 3
+"""Names of the planes in their order, and pixels between them."""
+
+LONGEST_BAR = 0.4
+"""Share of a plane that the bar may take."""
 
 
 def thumbnail(
@@ -31,14 +37,15 @@ def thumbnail(
     segment_ids: Sequence[int],
     colour: str,
     voxel_size_nm: Sequence[float] | None = None,
-    side: int = 120,
+    side: int = 240,
     box: tuple[slice, ...] | None = None,
 ) -> bytes:
     """Return a WebP strip of the planes xy, xz and yz through an instance.
 
     The instance's truth is a solid line in `colour`, its segments a dashed white one, or one in
     `colour` where there is no truth; neighbours are outlined in faint white. Planes are
-    stretched so that a nanometre is as long either way.
+    stretched so that a nanometre is as long either way; each is labelled, and a bar in the first
+    shows a length.
 
     Args:
         image: (Z, Y, X).
@@ -72,12 +79,27 @@ def thumbnail(
         at = _coordinates(middle, through, extent_nm, size, side)
         strips += [
             _plane(image, truth, prediction, truth_ids, segment_ids, colour, at),
-            np.ones((side, 3, 3)),
+            np.ones((side, GAP, 3)),
         ]
     buffer = BytesIO()
-    picture = (np.concatenate(strips[:-1], axis=1) * 255).astype(np.uint8)
-    imsave(buffer, picture, format="webp", pil_kwargs={"quality": QUALITY})
+    picture = Image.fromarray((np.concatenate(strips[:-1], axis=1) * 255).astype(np.uint8))
+    _letter(picture, side, extent_nm, "voxels" if voxel_size_nm is None else "nm")
+    picture.save(buffer, format="webp", quality=QUALITY)
     return buffer.getvalue()
+
+
+def _letter(picture: Image.Image, side: int, extent_nm: float, unit: str) -> None:
+    """Write the names of the planes into a strip, and a bar with its length."""
+    draw, font = ImageDraw.Draw(picture), ImageFont.load_default(max(side // 16, 9))
+    for index, plane in enumerate(PLANES):
+        corner = (index * (side + GAP) + 6, 4)
+        draw.text(corner, plane, fill="white", font=font, stroke_width=2, stroke_fill="black")
+    steps = [base * 10.0**power for power in range(-2, 7) for base in (1, 2, 5)]
+    length = max(step for step in steps if step <= max(extent_nm * LONGEST_BAR, steps[0]))
+    right = 6 + length / extent_nm * side
+    draw.rectangle((6, side - 10, right, side - 7), fill="white", outline="black")
+    text = f"{length:g} {unit}"
+    draw.text((6, side - 28), text, fill="white", font=font, stroke_width=2, stroke_fill="black")
 
 
 def _coordinates(

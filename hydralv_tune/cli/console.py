@@ -38,9 +38,15 @@ def _finite(value: Any) -> Any:
     return value
 
 
-def print_json(document: Mapping[str, Any]) -> None:
-    """Print exactly one JSON document on stdout."""
-    sys.stdout.write(json.dumps(_finite(document), indent=2, default=str) + "\n")
+def print_json(document: Mapping[str, Any], *, one_line: bool = False) -> None:
+    """Print exactly one JSON document on stdout.
+
+    Args:
+        document: What is printed.
+        one_line: On one line, as programs read documents that follow each other.
+    """
+    indent = None if one_line else 2
+    sys.stdout.write(json.dumps(_finite(document), indent=indent, default=str) + "\n")
     sys.stdout.flush()
 
 

@@ -1,12 +1,14 @@
-"""The live view of a running study: a table on a terminal, one line per event elsewhere."""
+"""How a study goes, for people: a table on a terminal, one line an event elsewhere and in a log."""
 
 from __future__ import annotations
 
 import time
-from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from datetime import datetime
+from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from rich.console import Group
 from rich.live import Live
@@ -14,21 +16,17 @@ from rich.table import Table
 from rich.text import Text
 
 from hydralv_tune.cli.console import format_value, say, stderr
-from hydralv_tune.numerics.metrics.scores import HEADLINE
+from hydralv_tune.config.errors import HydraLVError
+from hydralv_tune.numerics.formatting import duration
 
-STATES = {
-    "trial_finished": "complete",
-    "trial_pruned": "pruned",
-    "trial_failed": "fail",
-}
+if TYPE_CHECKING:
+    from hydralv_tune.study.progress import RunningTrial, StudyProgress
 
-TOLD = {
-    "trial_started": ("warm_start", "architecture", "attempt", "params"),
-    "evaluation": ("step", "epoch", *HEADLINE, "seconds"),
-}
-"""The fields worth a line of a log; every field of the other events is."""
+REFRESH_S = 10.0
+"""Seconds after which the database is read again, for the trials of other drivers."""
 
-COLUMNS = ("trial", "recipe", "epoch", "evaluation", "loss", "error", "F1", "ETA", "GPU memory")
+ENDS = ("trial_finished", "trial_pruned", "trial_failed")
+COLUMNS = ("trial", "recipe", "epoch", "eval", "steps", "loss", "error", "F1", "left")
 
 
 class EventLike(Protocol):
@@ -43,16 +41,73 @@ class EventLike(Protocol):
 
 
 def event_line(event: EventLike) -> str:
-    """Return one event as a line for a log file.
+    """Return one event as a sentence.
 
     Args:
         event: What happened, to which trial.
     """
-    what = event.kind.replace("_", " ")
-    who = "" if event.number is None else f" {event.number}"
-    told = {name: event.fields.get(name) for name in TOLD.get(event.kind, tuple(event.fields))}
-    told = {name: value for name, value in told.items() if value is not None}
-    return f"{what}{who}" + (f": {format_value(told)}" if told else "")
+    fields = event.fields
+    trial = f"trial {event.number}"
+    if event.kind == "stage":
+        return str(fields["text"])
+    if event.kind == "trial_started":
+        recipe = fields.get("warm_start") or fields.get("architecture")
+        params = {key.split(".")[-1]: v for key, v in (fields.get("params") or {}).items()}
+        return f"{trial} starts" + "".join(
+            f", {part}"
+            for part in (recipe, format_value(params) if params else None)
+            if part is not None
+        )
+    if event.kind == "evaluation":
+        return (
+            f"{trial}: evaluation {_of(fields.get('step'), fields.get('evaluations'))}, "
+            + _list(
+                epoch=_of(fields.get("epoch"), fields.get("epochs")),
+                error=_figure(fields.get("adapted_rand_error")),
+                F1=_figure(fields.get("f1_iou50")),
+                loss=_figure((fields.get("losses") or {}).get("total")),
+            )
+        )
+    if event.kind == "trial_finished":
+        return f"{trial} complete: " + _list(
+            error=_figure(fields.get("adapted_rand_error")),
+            foreground=_figure(fields.get("adapted_rand_error_foreground")),
+            F1=_figure(fields.get("f1_iou50")),
+        )
+    if event.kind in ("trial_pruned", "trial_failed"):
+        return _ended(trial, fields, pruned=event.kind == "trial_pruned")
+    if event.kind == "retry":
+        return f"{trial} continues trial {fields.get('retry_of')}, attempt {fields.get('attempt')}"
+    return f"{event.kind}: {fields['reason']}" if fields.get("reason") else event.kind
+
+
+def _ended(trial: str, fields: Mapping[str, Any], *, pruned: bool) -> str:
+    """Return how a trial ended that is not complete."""
+    reason = str(fields.get("reason") or "no reason given")
+    if pruned:
+        return f"{trial} {reason if reason.startswith('pruned') else f'pruned: {reason}'}"
+    if reason.startswith("interrupted"):
+        place = _of(fields.get("epoch"), fields.get("epochs")).replace("/", " of ")
+        at = "" if place == "–" else f" at epoch {place}"
+        return f"{trial} saved{at}, goes on with the same command"
+    return f"{trial} failed: {reason}"
+
+
+def _list(**figures: str) -> str:
+    """Return what is known, with its names, in a row."""
+    return ", ".join(f"{name} {text}" for name, text in figures.items() if text != "–")
+
+
+def _figure(value: Any) -> str:
+    """Return a score with four digits after the point; a dash where it is not known."""
+    return "–" if value is None else format_value(float(value))
+
+
+def _of(done: Any, total: Any) -> str:
+    """Return `done/total`, as far as they are known."""
+    if done is None:
+        return "–"
+    return str(done) if total is None else f"{done}/{total}"
 
 
 def clock(seconds: float | None) -> str:
@@ -65,22 +120,35 @@ def clock(seconds: float | None) -> str:
 
 
 class LiveView:
-    """Show trials by state, the best score and each running trial, until it is left.
+    """Shows counts, the best trial and each running trial, until it is left.
+
+    Counts, best and time left are those of the database, so that a continued study shows what it
+    has; steps and losses come from the events of this run.
 
     Args:
         study: Name of the study.
         trials: Finished trials that the study aims at.
+        progress: Returns how the study stands; None before there is one.
+        log: File that each line goes to as well.
     """
 
-    def __init__(self, study: str, *, trials: int) -> None:
-        self._study = study
-        self._trials = trials
-        self._counts: Counter[str] = Counter()
-        self._running: dict[int, dict[str, Any]] = {}
-        self._best: dict[str, Any] | None = None
-        self._started = time.monotonic()
+    def __init__(
+        self,
+        study: str,
+        *,
+        trials: int,
+        progress: Callable[[], StudyProgress | None] = lambda: None,
+        log: Path | None = None,
+    ) -> None:
+        self._study, self._trials, self._log = study, trials, log
+        self._read_progress = progress
+        self._progress: StudyProgress | None = None
+        self._read_at = time.monotonic()
+        self._stage = ""
+        self._pending: list[str] = []
+        self._steps: dict[int, dict[str, Any]] = {}
         self._live = (
-            Live(self, console=stderr, refresh_per_second=2, transient=True)
+            Live(self, console=stderr, refresh_per_second=1, transient=True)
             if stderr.is_terminal
             else None
         )
@@ -107,81 +175,140 @@ class LiveView:
         Args:
             event: What happened, to which trial.
         """
-        if self._live is None or event.kind in (*STATES, "retry", "stopped", "waiting"):
-            say(event_line(event))
         number = -1 if event.number is None else event.number
-        if event.kind == "trial_started":
-            self._running[number] = dict(event.fields)
-        elif event.kind == "evaluation":
-            self._running.setdefault(number, {}).update(event.fields)
-        elif event.kind in STATES:
-            self._running.pop(number, None)
-            self._counts[STATES[event.kind]] += 1
-            self._keep_best(event)
+        changed = event.kind in (*ENDS, "trial_started", "evaluation")
+        if changed or time.monotonic() - self._read_at > REFRESH_S:
+            self._refresh()
+        if event.kind == "stage":
+            self._stage = str(event.fields["text"])
+        elif event.kind in ENDS:
+            self._steps.pop(number, None)
+        elif event.number is not None:
+            self._steps.setdefault(number, {}).update(event.fields)
+        if event.kind != "progress":
+            known = self._steps.get(number, {}) if event.kind == "evaluation" else event.fields
+            self._say(
+                event_line(_Known(event.kind, event.number, {**known, **event.fields})), event
+            )
 
-    def _keep_best(self, event: EventLike) -> None:
-        """Remember the event if no earlier trial of this run finished better."""
-        value = event.fields.get("value")
-        if event.kind != "trial_finished" or value is None:
-            return
-        if self._best is None or value < self._best["value"]:
-            self._best = {"number": event.number, **event.fields}
+    def _say(self, text: str, event: EventLike) -> None:
+        """Print a line with the clock and where the study stands, and write it into the log."""
+        line = f"{datetime.now():%H:%M:%S} {self._standing()}{text}"
+        self._pending.append(f"{datetime.now():%Y-%m-%d} {line}\n")
+        # A run that is refused while its volumes are read must leave no file behind.
+        if self._log is not None and event.kind != "stage":
+            with suppress(OSError), self._log.open("a", encoding="utf-8") as log:
+                log.writelines(self._pending)
+            self._pending.clear()
+        if self._live is None or event.kind in (*ENDS, "retry", "stopped", "waiting"):
+            say(line)
 
-    def _left_s(self) -> float | None:
-        """Return the seconds to the end of the budget at the pace so far."""
-        done = self._counts["complete"] + self._counts["pruned"]
-        if not done:
-            return None
-        pace = (time.monotonic() - self._started) / done
-        return max(self._trials - done, 0) * pace
+    def _standing(self) -> str:
+        """Return finished trials and the best one in brackets, once there is a study."""
+        now = self._progress
+        if now is None:
+            return ""
+        best = (
+            ""
+            if now.best is None
+            else f", best {_figure(now.best['value'])} trial {now.best['number']}"
+        )
+        return f"[{now.finished}/{now.target}{best}] "
+
+    def _refresh(self) -> None:
+        """Read how the study stands; what was read before stays where nothing answers."""
+        self._read_at = time.monotonic()
+        with suppress(HydraLVError):
+            self._progress = self._read_progress() or self._progress
 
     def __rich__(self) -> Group:
         """Return what stands on the terminal now."""
-        counts = {state: self._counts[state] for state in ("complete", "pruned", "fail")}
-        head = Text(
-            f"Study {self._study}: {format_value(counts)}, running {len(self._running)}, "
-            f"aim {self._trials}, {clock(time.monotonic() - self._started)} so far, "
-            f"{clock(self._left_s())} to go"
-        )
-        table = Table(box=None, pad_edge=False)
-        for name in COLUMNS:
-            table.add_column(name, justify="right")
-        for number, facts in sorted(self._running.items()):
-            table.add_row(str(number), *_cells(facts))
-        parts: list[Any] = [head, table]
-        if self._best is not None:
-            told = {name: self._best.get(name) for name in HEADLINE}
-            parts.append(Text(f"Best: trial {self._best['number']}, {format_value(told)}"))
-        parts.append(Text("Ctrl-C saves and stops; the same command goes on.", style="dim"))
-        return Group(*parts)
+        if self._progress is None:
+            return Group(Text(f"Study {self._study}: {self._stage or 'starting'}"))
+        hint = Text("Ctrl-C saves and stops; the same command continues.", style="dim")
+        return Group(progress_table(self._progress, self._steps), hint)
 
 
-def _cells(facts: Mapping[str, Any]) -> list[str]:
-    """Return the cells of one running trial."""
-    recipe = facts.get("warm_start") or facts.get("architecture")
-    memory = facts.get("gpu_memory_gb")
-    return [
-        "–" if recipe is None else str(recipe),
-        _of(facts.get("epoch"), facts.get("epochs")),
-        _of(facts.get("step"), facts.get("evaluations")),
-        format_value((facts.get("losses") or {}).get("total")),
-        format_value(facts.get("adapted_rand_error")),
-        format_value(facts.get("f1_iou50")),
-        clock(_left_s(facts)),
-        "–" if memory is None else f"{memory:.1f} GB",
+class _Known:
+    """An event with what was known before it."""
+
+    def __init__(self, kind: str, number: int | None, fields: Mapping[str, Any]) -> None:
+        self.kind, self.number, self.fields = kind, number, fields
+
+
+def progress_table(
+    progress: StudyProgress, steps: Mapping[int, Mapping[str, Any]] | None = None
+) -> Group:
+    """Return counts, best and running trials; it fits 80 columns, and 24 rows with few cut off.
+
+    Args:
+        progress: How the study stands.
+        steps: Steps, total and loss of the trials of this driver; without them each row says when
+            a trial was last heard of, and where it runs.
+    """
+    gone = (datetime.now() - progress.at).total_seconds()
+    left = None if progress.left_s is None else max(progress.left_s - gone, 0.0)
+    counts = ", ".join(f"{number} {name}" for name, number in progress.counts.items() if number)
+    to_go = "time left not known yet" if left is None else f"about {duration(left)} left"
+    parts: list[Any] = [
+        Text(
+            f"Study {progress.study}: {progress.finished} of {progress.target} finished, {to_go}",
+            style="bold",
+        ),
+        Text(counts or "no trial yet"),
+        best_line(progress.best, progress.guard_f1),
     ]
+    live = steps is not None
+    names = COLUMNS if live else (*COLUMNS[:4], *COLUMNS[6:], "heard", "host")
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
+    for name in names:
+        table.add_column(
+            name, justify="left" if name in ("recipe", "host") else "right", no_wrap=True
+        )
+    room = max(stderr.size.height - 8, 3) if stderr.is_terminal else len(progress.running)
+    for trial in progress.running[:room]:
+        table.add_row(*_cells(trial, (steps or {}).get(trial.number, {}) if live else None, gone))
+    if progress.running:
+        parts.append(table)
+    if len(progress.running) > room:
+        parts.append(Text(f"and {len(progress.running) - room} more trials running"))
+    return Group(*parts)
 
 
-def _left_s(facts: Mapping[str, Any]) -> float | None:
-    """Return the seconds to the end of a trial at its pace so far."""
-    epoch, epochs, seconds = (facts.get(name) for name in ("epoch", "epochs", "seconds"))
-    if not epoch or epochs is None or seconds is None:
-        return None
-    return float(seconds) / epoch * max(epochs - epoch, 0)
+def best_line(best: Mapping[str, Any] | None, guard_f1: float) -> Text:
+    """Return the best trial in a line, with a warning where it violates the guard."""
+    if best is None:
+        return Text("Best: no trial is complete yet")
+    figures = _list(
+        error=_figure(best.get("adapted_rand_error")),
+        foreground=_figure(best.get("adapted_rand_error_foreground")),
+        F1=_figure(best.get("f1_iou50")),
+    )
+    if best.get("feasible", True):
+        return Text(f"Best: trial {best['number']}, {figures}", style="green")
+    return Text(
+        f"Best: trial {best['number']}, {figures}; "
+        f"no trial meets the guard (F1 ≥ {guard_f1:g}) yet",
+        style="yellow",
+    )
 
 
-def _of(done: Any, total: Any) -> str:
-    """Return `done/total`, as far as they are known."""
-    if done is None:
-        return "–"
-    return str(done) if total is None else f"{done}/{total}"
+def _cells(trial: RunningTrial, steps: Mapping[str, Any] | None, gone: float) -> list[str]:
+    """Return the cells of a running trial."""
+    number = str(trial.number) if trial.root == trial.number else f"{trial.number} ({trial.root})"
+    left = None if trial.left_s is None else max(trial.left_s - gone, 0.0)
+    first = [
+        number,
+        (trial.recipe or "–")[:18],
+        _of(trial.epoch, trial.epochs),
+        _of(trial.evaluation, trial.evaluations),
+    ]
+    scores = [_figure(trial.value), _figure(trial.f1)]
+    if steps is None:
+        heard = "–" if trial.heard_s is None else f"{duration(trial.heard_s + gone)} ago"
+        return [*first, *scores, clock(left), heard, trial.host or "–"]
+    done, total, seconds = (steps.get(key) for key in ("done", "total", "seconds"))
+    if left is None and done and total and seconds:
+        left = seconds / done * (total - done)
+    loss = steps.get("loss", (steps.get("losses") or {}).get("total"))
+    return [*first, _of(done, total), _figure(loss), *scores, clock(left)]

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import getpass
+import shlex
+import socket
 import time
+import webbrowser
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from hydralv_tune.cli.console import format_value, print_facts, print_json, say
+from hydralv_tune.cli.console import format_value, print_facts, print_json, say, stdout
 from hydralv_tune.cli.options import (
     IgnoreLabels,
     Images,
@@ -19,18 +23,46 @@ from hydralv_tune.cli.options import (
     ScoredMasks,
     Settings,
     SpaceName,
-    Storage,
     check_folder,
     path_option,
     text_option,
     volumes_given,
 )
 from hydralv_tune.config.errors import InputError
+from hydralv_tune.config.paths import expanded, expanded_url
 
 if TYPE_CHECKING:
     from hydralv_tune.data.volumes import VolumePaths
+    from hydralv_tune.study.find import StudyAddress
+    from hydralv_tune.study.progress import StudyProgress
+    from hydralv_tune.study.study import Study
 
-StudyName = Annotated[str, typer.Option("--study", help="Name of the study.")]
+
+def _expanded_place(text: str) -> str:
+    """Return a folder or a storage URL with `~` and `$VARIABLES` expanded."""
+    return expanded_url(text) if "://" in text else expanded(text)
+
+
+Place = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="[FOLDER]",
+        help="Folder of the study, or its storage URL. Default: newest in runs/.",
+        parser=_expanded_place,
+    ),
+]
+Storage = Annotated[
+    str | None,
+    typer.Option(
+        "--storage",
+        help="sqlite:///FILE, or postgresql+psycopg://… Default: $OPTUNA_STORAGE",
+        parser=expanded_url,
+        metavar="URL",
+    ),
+]
+StudyName = Annotated[
+    str | None, typer.Option("--study", help="Name of the study, where there are several.")
+]
 OptionalStudy = Annotated[
     str | None, typer.Option("--study", help="Name of the study. Default: the space's name.")
 ]
@@ -46,6 +78,7 @@ CpusPerTrial = Annotated[
     int | None, typer.Option(min=1, help="CPU cores a trial takes. Default: all, divided fairly.")
 ]
 
+WATCH_EVERY_S = 5.0
 DEMO_SHAPE = (24, 128, 128)
 DEMO_INSTANCES = 14
 DEMO_TRIALS = 8
@@ -112,6 +145,8 @@ def run(
         warm_start_from=warm_start_from,
     )
     _show_facts(facts, json)
+    if not json:
+        _say_next(out or Path("runs") / facts["study"], facts["best"] is not None)
 
 
 def _run(
@@ -125,11 +160,8 @@ def _run(
     **options: Any,
 ) -> dict[str, Any]:
     """Run a study under the live view and return its facts; the best config is exported too."""
-    from hydralv_tune.cli.live_view import LiveView
     from hydralv_tune.config.files import parse_overrides
     from hydralv_tune.config.search_space_files import load_space, with_fixed
-    from hydralv_tune.launch.run import run_study
-    from hydralv_tune.results.publish import publish_study_end, publish_trial_end
 
     space = load_space(space_name)
     if settings:
@@ -139,7 +171,17 @@ def _run(
     folder = out or Path("runs") / name
     check_folder("--out", folder)
     url = storage or f"sqlite:///{folder / 'study.db'}"
-    with LiveView(name, trials=options["trials"] or space.budget.trials) as view:
+    say(f"Study {name} in {folder}: starting.")
+    # Imported only now: Ray, PyTorch and Optuna take seconds, and people wait for a first line.
+    from hydralv_tune.cli.live_view import LiveView
+    from hydralv_tune.launch.run import run_study
+    from hydralv_tune.results.publish import publish_study_end, publish_trial_change
+    from hydralv_tune.study.find import StudyAddress
+
+    trials = options["trials"] or space.budget.trials
+    reader = _ProgressReader(StudyAddress(url, name), trials)
+    log = folder / "run.log"
+    with reader, LiveView(name, trials=trials, progress=reader.read, log=log) as view:
         facts = run_study(
             space,
             volumes,
@@ -147,7 +189,8 @@ def _run(
             storage=url,
             out=folder,
             on_event=view.on_event,
-            on_trial_end=publish_trial_end,
+            on_trial_end=publish_trial_change,
+            on_trial_running=publish_trial_change,
             **options,
         )
     publish_study_end(url, name)
@@ -176,45 +219,108 @@ def _check_study_name(name: str, *, names_folder: bool) -> None:
         )
 
 
+class _ProgressReader:
+    """Reads how a study stands, from a connection of its own that opens once there is a study."""
+
+    def __init__(self, address: StudyAddress, target: int | None = None) -> None:
+        self._address, self._target = address, target
+        self._study: Study | None = None
+
+    def __enter__(self) -> _ProgressReader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._study is not None:
+            self._study.close()
+
+    def read(self) -> StudyProgress:
+        """Return how the study stands now.
+
+        Raises:
+            StudyError: There is no such study.
+            DatabaseAway: The database does not answer.
+        """
+        from hydralv_tune.study.progress import study_progress
+        from hydralv_tune.study.study import open_readonly
+
+        if self._study is None:
+            address = self._address
+            self._study = open_readonly(address.storage, address.name, address.folder)
+        return study_progress(self._study, self._target)
+
+    def facts(self) -> dict[str, Any]:
+        """Return what `status --json` prints; the study must have been read before."""
+        self.read()
+        assert self._study is not None
+        return self._study.facts()
+
+
 def _show_facts(facts: dict[str, Any], json: bool) -> None:
-    """Print what a study has reached."""
+    """Print what a study has reached, and what to do next."""
     if json:
         print_json(facts)
         return
     best = facts["best"]
-    rows = {key: value for key, value in facts.items() if key not in ("best", "trials")}
-    print_facts(f"Study {facts['study']}", {**rows, "trials": facts["trials"]})
     if best is None:
-        say("No trial has finished yet.")
+        say("No trial is complete yet.")
         return
-    print_facts(f"Best trial, number {best['number']}", best)
+    shown = {key: value for key, value in best.items() if key not in ("value", "warm_start")}
+    print_facts(f"Best trial of study {facts['study']}: {best['number']}", shown)
+    for warning in facts.get("warnings", ()):
+        say(f"warning: {warning}")
+
+
+def _say_next(folder: Path, best: bool) -> None:
+    """Say what to do now that a run is over."""
+    words = ["report", "export", "dashboard"] if best else ["status", "dashboard"]
+    outs = {"report": f" --out {folder / 'report'}", "export": f" --out {folder / 'best.yaml'}"}
+    say("Next:")
+    for word in words:
+        say(f"  hydralv-tune {word} {shlex.quote(str(folder))}{outs.get(word, '')}")
 
 
 def status(
-    storage: Storage,
-    study: StudyName,
+    place: Place = None,
+    storage: Storage = None,
+    study: StudyName = None,
     watch: Annotated[
-        bool, typer.Option("--watch", help="Print again every few seconds until interrupted.")
+        bool, typer.Option("--watch", help="Keep the table up to date until interrupted.")
     ] = False,
     json: Json = False,
 ) -> None:
-    """Say how a study stands; reads only.
+    """Show how a study stands, running or not; reads only.
 
-    Example: `hydralv-tune status --storage sqlite:///runs/smoke/study.db --study smoke`
+    Example: `hydralv-tune status runs/smoke`
     """
-    from hydralv_tune.study.study import facts_of
+    from rich.live import Live
 
-    while True:
-        _show_facts(facts_of(storage, study), json)
-        if not watch:
+    from hydralv_tune.cli.live_view import progress_table
+    from hydralv_tune.study.find import find_study
+
+    with _ProgressReader(find_study(place, storage=storage, study=study)) as reader:
+        if json:
+            print_json(reader.facts(), one_line=watch)
+            while watch:
+                time.sleep(WATCH_EVERY_S)
+                print_json(reader.facts(), one_line=True)
             return
-        time.sleep(5.0)
+        stdout.print(progress_table(reader.read())) if not watch else None
+        if not watch:
+            _show_facts(reader.facts(), json=False)
+            return
+        with Live(progress_table(reader.read()), console=stdout, auto_refresh=False) as live:
+            while True:
+                time.sleep(WATCH_EVERY_S)
+                live.update(progress_table(reader.read()), refresh=True)
 
 
 def export(
-    storage: Storage,
-    study: StudyName,
-    out: Annotated[Path, path_option(help="Where the best config goes.")],
+    place: Place = None,
+    storage: Storage = None,
+    study: StudyName = None,
+    out: Annotated[
+        Path | None, path_option(help="Where the best config goes. Default: FOLDER/best.yaml")
+    ] = None,
     format: Annotated[
         str, typer.Option(help="hydralv, pytc (today's PyTorch Connectomics) or pytc-2026-01.")
     ] = "hydralv",
@@ -223,60 +329,111 @@ def export(
     ] = None,
     json: Json = False,
 ) -> None:
-    """Write the best config, its checkpoint beside it, and say how to use them.
+    """Write the best config with its checkpoint, and print the commands that use them.
 
-    Example: `hydralv-tune export --storage sqlite:///runs/smoke/study.db --study smoke
-    --out runs/best.yaml`
+    Example: `hydralv-tune export runs/smoke --out runs/best.yaml`
     """
     from hydralv_tune.results.export.export import export_best
+    from hydralv_tune.study.find import find_study
 
-    check_folder("--out", out.parent)
+    target = _out_in(place, out, "best.yaml", "export --out")
+    check_folder("--out", target.parent)
     if table is not None:
         check_folder("--table", table.parent)
-    document = export_best(storage, study, out, format=format, table=table)
+    found = find_study(place, storage=storage, study=study)
+    document = export_best(
+        found.storage, found.name, target, format=format, table=table, folder=found.folder
+    )
     if json:
         print_json(document)
         return
-    print_facts("Exported", {k: v for k, v in document.items() if k != "commands"})
+    for warning in document["warnings"]:
+        say(f"warning: {warning}")
+    say(f"Config: {document['out']}")
+    say(f"Checkpoint: {document['checkpoint']}")
+    if "table" in document:
+        say(f"Table: {document['table']}")
     for command in document["commands"]:
         print(command)
 
 
+def _out_in(place: str | None, out: Path | None, name: str, option: str) -> Path:
+    """Return where a result goes: as said, or beside the study that its folder names."""
+    if out is not None:
+        return out
+    if place is None or "://" in place:
+        raise InputError(f"{option} is missing. Say where the result goes, as in --out {name}.")
+    return Path(place) / name
+
+
 def report(
-    storage: Storage,
-    study: StudyName,
-    out: Annotated[Path, path_option(help="Folder for index.html and report.md.")],
+    place: Place = None,
+    storage: Storage = None,
+    study: StudyName = None,
+    out: Annotated[
+        Path | None,
+        path_option(help="Folder for index.html and report.md. Default: FOLDER/report"),
+    ] = None,
     json: Json = False,
 ) -> None:
     """Write a self-contained page about a study.
 
-    Example: `hydralv-tune report --storage sqlite:///runs/smoke/study.db --study smoke
-    --out runs/report`
+    Example: `hydralv-tune report runs/smoke --out runs/report`
     """
     from hydralv_tune.results.report.report import write_report
+    from hydralv_tune.study.find import find_study
 
-    check_folder("--out", out)
-    page = write_report(storage, study, out)
+    target = _out_in(place, out, "report", "report --out")
+    check_folder("--out", target)
+    found = find_study(place, storage=storage, study=study)
+    page = write_report(found.storage, found.name, target, folder=found.folder)
+    with _ProgressReader(found) as reader:
+        warnings = reader.facts()["warnings"]
     if json:
-        print_json({"out": str(page)})
-    else:
-        say(f"Report: {page}")
+        print_json({"out": str(page), "warnings": warnings})
+        return
+    for warning in warnings:
+        say(f"warning: {warning}")
+    say(f"Report: {page}")
 
 
 def dashboard(
-    storage: Storage,
+    places: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[FOLDER]...", help="Folders of studies, or URLs.", parser=_expanded_place
+        ),
+    ] = None,
+    storage: Storage = None,
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port on 127.0.0.1.")] = 8080,
     writable: Annotated[
-        bool, typer.Option("--writable", help="Let the page rename, note and delete studies.")
+        bool,
+        typer.Option(
+            "--writable", help="Let the page end trials, write notes, rename and delete studies."
+        ),
+    ] = False,
+    open_page: Annotated[
+        bool, typer.Option("--open", help="Open the page in the browser of this machine.")
     ] = False,
 ) -> None:
-    """Open the Optuna dashboard on 127.0.0.1, for reading only unless told.
+    """Serve the Optuna dashboard on 127.0.0.1, for reading only unless --writable is given.
 
-    Example: `hydralv-tune dashboard --storage sqlite:///runs/smoke/study.db --port 8080`
+    Example: `hydralv-tune dashboard runs/smoke --port 8080`
     """
     from hydralv_tune.results.dashboard import serve
 
-    serve(storage, port=port, writable=writable, ready=lambda url: say(f"Dashboard: {url}"))
+    shown = [*(places or ()), *([storage] if storage is not None else [])]
+
+    def ready(url: str) -> None:
+        say(f"Dashboard: {url}")
+        say(
+            f"From another machine: ssh -N -L {port}:127.0.0.1:{port} "
+            f"{getpass.getuser()}@{socket.gethostname()}, then open {url}"
+        )
+        if open_page:
+            webbrowser.open(url)
+
+    serve(shown or [None], port=port, writable=writable, ready=ready)
 
 
 def demo(

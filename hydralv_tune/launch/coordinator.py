@@ -29,6 +29,8 @@ MAX_CONSECUTIVE_FAILURES = 12
 
 EventKind = Literal[
     "trial_started",
+    "stage",
+    "progress",
     "evaluation",
     "trial_finished",
     "trial_pruned",
@@ -37,6 +39,9 @@ EventKind = Literal[
     "waiting",
     "stopped",
 ]
+
+
+TrialHook = Callable[[Driver, int, str, Mapping[str, Any]], None]
 
 
 @dataclass(frozen=True)
@@ -74,6 +79,7 @@ class Coordinator:
         save_s: Seconds that workers get to save after a stop.
         on_event: Takes each event.
         on_trial_end: Called with driver, number, state and attributes before a trial is told.
+        on_trial_running: Called alike when a trial starts and after each of its evaluations.
         ray_is_alive: Whether Ray can still run anything.
     """
 
@@ -88,7 +94,8 @@ class Coordinator:
         timeout_s: float | None,
         save_s: float,
         on_event: Callable[[Event], None] | None,
-        on_trial_end: Callable[[Driver, int, str, Mapping[str, Any]], None] | None,
+        on_trial_end: TrialHook | None,
+        on_trial_running: TrialHook | None = None,
         ray_is_alive: Callable[[], bool] = lambda: True,
     ) -> None:
         self.driver, self.trials = driver, trials
@@ -101,7 +108,8 @@ class Coordinator:
         self._specification, self._slots = specification, slots
         self._gpus, self._save_s = gpus_per_trial, save_s
         self._deadline = time.monotonic() + timeout_s if timeout_s else math.inf
-        self._on_event, self._on_trial_end = on_event, on_trial_end
+        self._on_event = on_event
+        self._on_trial_end, self._on_trial_running = on_trial_end, on_trial_running
         self._ray_is_alive = ray_is_alive
         self._next_ask = self._next_poll = 0.0
         self._away_said = False
@@ -160,6 +168,11 @@ class Coordinator:
         kind = message["kind"]
         if kind == "started":
             live.where = {k: v for k, v in message.items() if k != "kind"}
+            self.driver.describe(live.asked.number, {"host": live.where.get("host")})
+            return "go"
+        if kind == "progress":
+            live.progress = {k: v for k, v in message.items() if k != "kind"}
+            self.emit("progress", live.asked.number, seconds=live.seconds, **live.progress)
             return "go"
         if kind == "evaluation":
             return self._evaluate(key, live, message)
@@ -274,6 +287,9 @@ class Coordinator:
             attempt=asked.attempt,
             **_plan(spec.get("candidate") or {}),
         )
+        self.driver.describe(asked.number, _plan(spec.get("candidate") or {}))
+        live.plan = {"warm_start": asked.warm_start, **_plan(spec.get("candidate") or {})}
+        self._publish(self._on_trial_running, live, "RUNNING", live.plan)
         return spec
 
     def _evaluate(
@@ -286,6 +302,14 @@ class Coordinator:
         metrics = message.get("metrics") or {}
         violation = guard_violation(
             message.get("best_f1_iou50", metrics.get("f1_iou50")), self.space.objective
+        )
+        self.driver.describe(
+            number,
+            {
+                "epoch": message.get("epoch"),
+                "f1_iou50": message.get("best_f1_iou50", metrics.get("f1_iou50")),
+                "spent_s": message.get("seconds"),
+            },
         )
         decision = self.driver.report(number, step, value, violation, message.get("best_folds"))
         fields = {k: v for k, v in message.items() if k not in ("kind", "metrics", "losses")}
@@ -304,6 +328,9 @@ class Coordinator:
                 **kept_of(message),
             )
             return "stop"
+        self._publish(
+            self._on_trial_running, live, "RUNNING", {**live.plan, **live.where, **message}
+        )
         return "go"
 
     def _finish(self, key: str, live: LiveTrial, record: dict[str, Any]) -> None:
@@ -348,11 +375,9 @@ class Coordinator:
     def _refused(self, key: str, live: LiveTrial) -> None:
         """Forget a trial that another driver has taken over."""
         self.live.pop(key, None)
-        self.emit(
-            "trial_failed",
-            live.asked.number,
-            reason="refused: another driver has taken the trial over",
-        )
+        reason = self.driver.reason_of(live.asked.number)
+        taken = "refused: another driver has taken the trial over"
+        self.emit("trial_failed", live.asked.number, reason=reason or taken)
 
     def _tell(
         self,
@@ -376,11 +401,7 @@ class Coordinator:
             "root": live.asked.root,
             **{k: v for k, v in attributes.items() if v is not None},
         }
-        if self._on_trial_end is not None:
-            try:
-                self._on_trial_end(self.driver, number, state, known)
-            except Exception as error:  # a picture or a note must not cost the result
-                warnings.warn(f"trial {number}: not published: {error!r}", stacklevel=2)
+        self._publish(self._on_trial_end, live, state, known)
         told = self.driver.tell(
             number,
             TrialResult(state, value, violation, {**known, "driver": self.driver.name}, retry),
@@ -398,9 +419,22 @@ class Coordinator:
             value=value,
             reason=known.get("reason"),
             kept=True if told == "kept" else None,
+            **live.reached(),
             **{name: metrics.get(name) for name in HEADLINE},
         )  # fmt: skip
         return True
+
+    def _publish(
+        self, hook: TrialHook | None, live: LiveTrial, state: str, known: Mapping[str, Any]
+    ) -> None:
+        """Call a hook with what is known of a trial; a picture or a note must not cost a result."""
+        if hook is None:
+            return
+        number = live.asked.number
+        try:
+            hook(self.driver, number, state, {"root": live.asked.root, **known})
+        except Exception as error:
+            warnings.warn(f"trial {number}: not published: {error!r}", stacklevel=2)
 
     def _budget_is_spent(self) -> bool:
         """Stop the run where the goal is reached or the GPU-hours are used up."""

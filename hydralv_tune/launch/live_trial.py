@@ -34,6 +34,8 @@ class LiveTrial:
         started: Clock when its worker said that it works.
         last: Its last evaluation.
         where: What its worker said of where it runs.
+        progress: Steps and loss that its worker said last.
+        plan: Its recipe and what it sets out to do: architecture, epochs, evaluations.
         kill_reason: Why its process is to be ended, once that is decided.
     """
 
@@ -42,7 +44,16 @@ class LiveTrial:
     started: float | None = None
     last: dict[str, Any] = field(default_factory=dict)
     where: dict[str, Any] = field(default_factory=dict)
+    progress: dict[str, Any] = field(default_factory=dict)
+    plan: dict[str, Any] = field(default_factory=dict)
     kill_reason: KillReason | None = None
+
+    def reached(self) -> dict[str, Any]:
+        """Return epoch and epochs that its training has reached, as far as they are known."""
+        epochs, epoch = self.plan.get("epochs"), self.last.get("epoch")
+        if epochs and self.progress.get("total"):
+            epoch = int(self.progress["done"] / self.progress["total"] * epochs)
+        return {"epoch": epoch, "epochs": epochs}
 
     @property
     def seconds(self) -> float:

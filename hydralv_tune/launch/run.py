@@ -23,7 +23,7 @@ from hydralv_tune.config.errors import HydraLVError
 from hydralv_tune.config.search_space import SearchSpace
 from hydralv_tune.data.volumes import Volume, VolumePaths
 from hydralv_tune.launch.cluster import Resources, check_before_ray, ray_cluster
-from hydralv_tune.launch.coordinator import Coordinator, Event
+from hydralv_tune.launch.coordinator import Coordinator, Event, TrialHook
 from hydralv_tune.launch.ray_adapters import (
     StudyScheduler,
     StudySearcher,
@@ -34,6 +34,7 @@ from hydralv_tune.launch.start import Start
 from hydralv_tune.launch.trial_folder import fetch_folder
 from hydralv_tune.launch.voxel_sizes import searchable
 from hydralv_tune.launch.worker import Reporter, TrialFunction
+from hydralv_tune.numerics.formatting import counted
 from hydralv_tune.study.database import DatabaseAway
 from hydralv_tune.study.driver import GRACE_S, HEARTBEAT_S, Driver
 from hydralv_tune.study.study import Study
@@ -42,10 +43,12 @@ from hydralv_tune.trial.training.lazy_reader import is_lazy, read_or_open
 from hydralv_tune.trial.training.sampling import check_patch_fits
 
 ENDLESS = 10**9
+ENDED_AT_ONCE = (
+    "Ended at once. What the running trials trained since their last evaluation is lost; the same "
+    "command goes on from there."
+)
 SAVE_S = 30.0
 SCRATCH, SCRATCH_KEPT_S = "hydralv-tune-", 24 * 3600.0
-
-TrialEndHook = Callable[[Driver, int, str, Mapping[str, Any]], None]
 
 
 class StudyInterrupted(HydraLVError):
@@ -77,7 +80,8 @@ def run_study(
     ray_address: str | None = None,
     trial_function: TrialFunction | None = None,
     on_event: Callable[[Event], None] | None = None,
-    on_trial_end: TrialEndHook | None = None,
+    on_trial_end: TrialHook | None = None,
+    on_trial_running: TrialHook | None = None,
     extend: bool = False,
     warm_start_from: str | None = None,
     checkpoints: str | None = None,
@@ -103,6 +107,7 @@ def run_study(
         trial_function: What a worker runs; `trial.run_trial` by default.
         on_event: Takes each event in the caller's thread.
         on_trial_end: Called with driver, number, state and attributes before each trial is told.
+        on_trial_running: Called alike when a trial starts and after each of its evaluations.
         extend: Accept a space that differs from the stored one.
         warm_start_from: Another study of the same storage whose fitting trials are learnt from.
         checkpoints: Path or URL (`s3://…`, `gs://…`) that the trials' folders are copied to, for
@@ -128,11 +133,13 @@ def run_study(
         space = searchable(space, volumes)
     start = Start(storage, study, space, out, extend, warm_start_from)
     start.check({})  # before volumes are read, which may take long
+    tell_stage(on_event, f"Reading {counted(len(volumes), 'volume')}.")
     read = [] if trial_function is not None else open_volumes(space, volumes)
     fingerprints = {volume.name: volume.fingerprint() for volume in read}
     start.check(fingerprints)
     interrupted: str | None = None
     opened: Study | None = None
+    tell_stage(on_event, f"Joining Ray at {ray_address}." if ray_address else "Starting Ray.")
     try:
         with ray_cluster(ray_address, [v for v in read if not is_lazy(v)]) as cluster:
             resources = Resources(gpus_per_trial, cpus_per_trial)
@@ -148,6 +155,7 @@ def run_study(
                     save_s=save_s,
                     on_event=on_event,
                     on_trial_end=on_trial_end,
+                    on_trial_running=on_trial_running,
                     ray_is_alive=cluster.is_alive,
                 )
                 cluster.last_words = coordinator.abandon
@@ -166,6 +174,12 @@ def run_study(
     if interrupted is not None:
         raise StudyInterrupted(interrupted, facts)
     return facts
+
+
+def tell_stage(on_event: Callable[[Event], None] | None, text: str) -> None:
+    """Say what takes time before the first trial."""
+    if on_event is not None:
+        on_event(Event("stage", None, {"text": text}))
 
 
 def _facts(study: Study, out: Path, checkpoints: str | None) -> dict[str, Any]:
@@ -320,6 +334,7 @@ def _real_trial(paths: Sequence[VolumePaths], volumes: Sequence[Volume]) -> Tria
                 for place, volume in zip(places, ray.get(shared), strict=True)
             ],
             should_stop=report.should_stop,
+            live=report.progress,
         )
         return {**record.as_mapping(), "record": str(record.path)}
 
@@ -334,7 +349,7 @@ def _signals(coordinator: Coordinator) -> Iterator[list[str]]:
     def handle(number: int, frame: FrameType | None) -> None:
         name = signal.Signals(number).name
         if received:
-            raise KeyboardInterrupt
+            raise KeyboardInterrupt(ENDED_AT_ONCE)
         received.append(f"Stopped by {name}")
         # Only noted here: an event printed from within a handler could meet a half-printed one.
         coordinator.stop_wanted = f"stopped by {name}"

@@ -11,7 +11,9 @@ import math
 import os
 import socket
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from datetime import datetime
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -78,6 +80,15 @@ class Reporter:
             self._store.check(self._number)
         self.check()
 
+    def progress(self, fields: Mapping[str, Any]) -> None:
+        """Send how far the training is between two evaluations.
+
+        Args:
+            fields: `done`, `total` (optimizer steps) and `loss`.
+        """
+        with self._claim.aside():
+            self._send({**plain(fields), "kind": "progress"})
+
     def check(self) -> None:
         """Raise `TrialInterrupted` if the trial is to end."""
         if self.should_stop():
@@ -124,7 +135,8 @@ def run_worker(
             started["hand_over"] = claim.note
         with claim.aside():
             send(started)
-        record = function(spec, Reporter(send, should_stop, claim, number, store))
+        with _log_of(folder, number):
+            record = function(spec, Reporter(send, should_stop, claim, number, store))
         if store is not None:
             store.push(number)
         last = {"kind": "final", "record": plain(dict(record))}
@@ -140,6 +152,23 @@ def run_worker(
     finally:
         claim.let_go()
     send(last)
+
+
+@contextmanager
+def _log_of(folder: Path, number: int) -> Iterator[None]:
+    """Send what the trial prints, warns and fails with to `log.txt` of its folder."""
+    try:
+        log = (folder / "log.txt").open("a", buffering=1, encoding="utf-8")
+    except OSError:
+        yield  # a full disk costs the log, and is met by the trial itself
+        return
+    with log, redirect_stdout(log), redirect_stderr(log):
+        print(f"{datetime.now():%Y-%m-%d %H:%M:%S} trial {number} on {socket.gethostname()}")
+        try:
+            yield
+        except BaseException:
+            traceback.print_exc()
+            raise
 
 
 def failure(error: Exception) -> dict[str, Any]:

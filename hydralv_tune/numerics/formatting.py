@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from hydralv_tune.numerics.metrics.scores import METRICS
@@ -39,12 +40,27 @@ def counted(number: int, word: str) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Return a time in the unit that people would use."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    if seconds < 5400:
-        return f"{seconds / 60:.0f} min"
-    return f"{seconds / 3600:.1f} h"
+    """Return a time as people say it: 45 s, 1 min 30 s, 2 h 5 min."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    minutes, rest = divmod(whole, 60)
+    if minutes < 10:
+        return f"{minutes} min {rest} s" if rest else f"{minutes} min"
+    if minutes < 60:
+        return f"{minutes} min"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if minutes else f"{hours} h"
+
+
+def millions(count: float) -> str:
+    """Return a count of parameters: 42.6 M, or as it is below ten thousand."""
+    return f"{count / 1e6:.1f} M" if count >= 1e6 else f"{count:,.0f}"
+
+
+def voxel_size(size_nm: Sequence[float]) -> str:
+    """Return the size of a voxel along z, y, x: 30×8×8."""
+    return "×".join(f"{side:g}" for side in size_nm)
 
 
 def objective_label(metric: str) -> str:

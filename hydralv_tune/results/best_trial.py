@@ -77,14 +77,19 @@ def volume_paths_of(entry: dict[str, Any]) -> VolumePaths:
 
 
 @contextmanager
-def load_best_trial(storage: str, name: str) -> Iterator[BestTrial]:
+def load_best_trial(storage: str, name: str, folder: Path | None = None) -> Iterator[BestTrial]:
     """Open a study for reading and yield its best trial.
+
+    Args:
+        storage: URL of the database.
+        name: Name of the study.
+        folder: Where its trials are now; where the database says so by default.
 
     Raises:
         StudyError: No such storage or study, or no trial is finished.
         InputError: The trial's folder or its record is gone.
     """
-    study = open_readonly(storage, name)
+    study = open_readonly(storage, name, folder)
     try:
         yield _best_trial_of(study)
     finally:

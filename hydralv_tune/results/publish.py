@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import uuid
-import warnings
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -15,14 +14,23 @@ from hydralv_tune.artifacts.records import TrialRecord, read_record
 from hydralv_tune.artifacts.writing import write_atomically
 from hydralv_tune.config.errors import HydraLVError
 from hydralv_tune.config.search_space import SearchSpace
-from hydralv_tune.numerics.formatting import figure, number_of, objective_label
+from hydralv_tune.numerics.formatting import duration, figure, number_of, objective_label
 from hydralv_tune.numerics.metrics.scores import METRICS, SUMMARY
 from hydralv_tune.study.database import database_errors
 from hydralv_tune.study.driver import Driver
 from hydralv_tune.study.study import Study, open_readonly
-from hydralv_tune.study.trial_views import TrialView, best_trial, count_states
+from hydralv_tune.study.trial_views import (
+    TrialView,
+    best_trial,
+    count_states,
+    seconds_left,
+    state_word,
+)
 
-ARTIFACTS = ("contact_sheet.png", "sweep.png", "losses.png", "best.ckpt", "config.yaml")
+PICTURES = ("contact_sheet.png", "sweep.png", "losses.png")
+"""Pictures of a trial's folder, which change while it runs."""
+
+ARTIFACTS = (*PICTURES, "best.ckpt", "config.yaml")
 """Files of a trial's folder that the dashboard offers."""
 
 COUNTS = ("missed", "split", "merged", "invented")
@@ -82,41 +90,42 @@ def artifact_folder(study: Study) -> ArtifactFolder | None:
     return None if study.out is None else ArtifactFolder(study.out / "artifacts")
 
 
-def publish_trial_end(
+def publish_trial_change(
     driver: Driver, number: int, state: str, attributes: Mapping[str, Any]
 ) -> None:
-    """Attach pictures, checkpoint and notes to a trial that has come to its end.
+    """Bring the pages of a trial and of the study up to date.
 
-    It is what `run_study` calls before it tells a trial. What cannot be attached is left out: a
-    note must not cost a result.
+    `run_study` calls it when a trial starts, at each of its evaluations, and before its end is
+    told. What cannot be written is left out: a note must not cost a result.
 
     Args:
-        driver: That has run the trial.
-        number: Of the trial.
-        state: `COMPLETE`, `PRUNED` or `FAIL`.
-        attributes: What is about to be told.
+        driver: The driver that runs the trial.
+        number: Number of the trial.
+        state: `RUNNING`, `COMPLETE`, `PRUNED` or `FAIL`.
+        attributes: What is known of it now: user attributes, or the fields of an evaluation.
     """
     study = driver.study
     if study.out is None:
         return
     folder = study.out / "trials" / str(int(attributes.get("root", number)))
-    # A note must not cost a result: what cannot be written now is left out.
     with suppress(HydraLVError, OSError), database_errors():
         publish_trial(study, number, state, folder, attributes)
-        publish_study(study)
+        if state != "RUNNING" or "step" not in attributes:
+            publish_study(study)
 
 
 def publish_trial(
     study: Study, number: int, state: str, folder: Path, attributes: Mapping[str, Any]
 ) -> None:
-    """Attach a trial's files and write its note.
+    """Attach the files of a trial and write its note.
 
     Args:
         study: An open study.
-        number: Of the trial; artifacts must be there before it is told.
-        state: How it ended.
-        folder: Of the trial.
-        attributes: `reason`, `metrics`, `losses`, `decoding`, `warm_start`, as they are told.
+        number: Number of the trial, which must not be finished: artifacts are refused then.
+        state: `RUNNING`, `COMPLETE`, `PRUNED` or `FAIL`.
+        folder: Folder of the trial.
+        attributes: `reason`, `metrics`, `losses`, `decoding`, `warm_start`; of a running trial
+            `step`, `evaluations`, `epoch`, `epochs`, `seconds`, `host` too.
 
     Raises:
         DatabaseAway: The database does not answer.
@@ -124,15 +133,17 @@ def publish_trial(
     """
     store = artifact_folder(study)
     if store is not None:
-        for name in ARTIFACTS:
-            if (folder / name).is_file():
-                study.attach(number, folder / name, store)
-    record = read_record(folder / "record.json") if (folder / "record.json").is_file() else None
+        names = PICTURES if state == "RUNNING" else ARTIFACTS
+        study.replace_artifacts(
+            number, [folder / n for n in names if (folder / n).is_file()], store
+        )
+    path = folder / "record.json"
+    record = read_record(path) if path.is_file() else None
     study.write_note(number, trial_note(number, state, attributes, record))
 
 
 def publish_study_end(storage: str, name: str) -> None:
-    """Write the note of a study once its run is over; it counts the last trial too."""
+    """Write the note of a study once its run is over, so that it counts the last trial too."""
     with suppress(HydraLVError, OSError), database_errors():
         study = open_readonly(storage, name)
         try:
@@ -142,11 +153,8 @@ def publish_study_end(storage: str, name: str) -> None:
 
 
 def publish_study(study: Study) -> None:
-    """Write the note of a study as it stands, and what its values are called."""
-    if study.optuna.metric_names is None:
-        with warnings.catch_warnings():  # the name is for the dashboard's axes alone
-            warnings.simplefilter("ignore")
-            study.optuna.set_metric_names([objective_label(study.space.objective.metric)])
+    """Write the note of a study as it stands, and the name of its objective."""
+    study.name_objective(objective_label(study.space.objective.metric))
     trials = study.trials()
     best = best_trial(trials)
     record = None
@@ -159,39 +167,39 @@ def publish_study(study: Study) -> None:
 def study_note(
     study: Study, space: SearchSpace, trials: list[TrialView], record: TrialRecord | None
 ) -> str:
-    """Return what a study is about, how it stands, and what to do next, as Markdown.
+    """Return what a study searches, how it stands and what to do next, as Markdown.
 
     Args:
         study: Its name and storage.
-        space: What it searches.
-        trials: As they stand.
-        record: Of the best trial, where there is one.
+        space: Its search space.
+        trials: All its trials.
+        record: Record of the best trial, if there is one.
     """
     count, best = count_states(trials), best_trial(trials)
     finished = count["complete"] + count["pruned"]
     budget = space.budget
     limits = [f"{budget.trials} trials"]
     if budget.timeout_s:
-        limits.append(f"{budget.timeout_s:g} s a run")
+        limits.append(f"{duration(budget.timeout_s)} a run")
     if budget.gpu_hours:
         limits.append(f"{budget.gpu_hours:g} GPU-hours")
     guard = space.objective.guard.f1_iou50
+    counts = ", ".join(f"{number} {state}" for state, number in count.items() if number)
     lines = [
         f"## {study.name}",
-        f"**Objective** {space.objective.metric}, smaller is better; a trial under F1 {guard:g} "
-        "violates the guard.",
+        f"**Objective** {space.objective.metric}, minimised. A trial with F1 below {guard:g} "
+        "violates the guard and ranks behind every trial that does not.",
         f"**Budget** {', '.join(limits)}.",
-        f"**So far** {finished} finished: "
-        + ", ".join(f"{number} {state}" for state, number in count.items() if number)
-        + ".",
+        f"**So far** {finished} finished: {counts or 'no trial yet'}.",
     ]
     if record is not None:
         lines.append(f"**Data** {_data(record)}.")
         lines.append(f"**Split** {record.split.get('sentence') or record.split.get('kind')}.")
     if best is not None:
         metrics = best.user_attrs.get("metrics") or {}
-        told = ", ".join(f"{METRICS[key].label} {figure(metrics.get(key))}" for key in SUMMARY)
-        lines.append(f"**Best so far** trial {best.number}: {told}.")
+        figures = ", ".join(f"{METRICS[key].label} {figure(metrics.get(key))}" for key in SUMMARY)
+        guarded = "" if best.is_feasible else " It violates the guard; no trial meets it yet."
+        lines.append(f"**Best so far** trial {best.number}: {figures}.{guarded}")
     lines.append(f"**Next** {_next(study, best, finished, space)}")
     return "\n\n".join(lines) + "\n"
 
@@ -206,36 +214,40 @@ def _data(record: TrialRecord) -> str:
 
 
 def _next(study: Study, best: TrialView | None, finished: int, space: SearchSpace) -> str:
-    """Return what a user would do now."""
+    """Return what to do now."""
     options = f"--storage {study.storage} --study {study.name}"
     if best is None:
-        return "wait for the first trial; `hydralv-tune status` says how it stands."
+        return f"wait for the first trial. `hydralv-tune status {options}` says how it stands."
     if not best.is_feasible:
         return (
-            "no trial meets the guard yet. Look at the contact sheets; `trials/overfit_check.yaml` "
-            "says within minutes whether the network can learn the volume at all."
+            "look at the contact sheets: no trial meets the guard yet. Training "
+            "`overfit_check` shows within minutes whether the network can learn the volume."
         )
     report = f"`hydralv-tune report {options} --out report` says what limits the score."
     if finished < space.budget.trials:
-        return f"running `hydralv-tune run` again continues it. {report}"
-    return f"`hydralv-tune export {options} --out best.yaml` takes the best one away. {report}"
+        return f"run the same command again to continue. {report}"
+    return (
+        f"`hydralv-tune export {options} --out best.yaml` writes the best configuration. {report}"
+    )
 
 
 def trial_note(
     number: int, state: str, attributes: Mapping[str, Any], record: TrialRecord | None
 ) -> str:
-    """Return what became of a trial, as Markdown.
+    """Return how a trial goes or how it ended, as Markdown.
 
     Args:
-        number: Of the trial.
-        state: How it ended.
-        attributes: `reason`, `metrics`, `losses`, `decoding`, `warm_start`.
-        record: What it left, where there is something.
+        number: Number of the trial.
+        state: `RUNNING`, `COMPLETE`, `PRUNED` or `FAIL`.
+        attributes: As in `publish_trial`.
+        record: What it left in its folder, if anything.
     """
-    lines = [f"## Trial {number}: {state.lower()}"]
-    for key in ("reason", "warm_start"):
+    lines = [f"## Trial {number}: {state_word(state, attributes.get('reason'))}"]
+    if state == "RUNNING":
+        lines.append(_progress(attributes))
+    for key, title in (("reason", "reason"), ("warm_start", "recipe")):
         if attributes.get(key):
-            lines.append(f"**{key.replace('_', ' ')}** {_plain(attributes[key])}")
+            lines.append(f"**{title}** {_plain(attributes[key])}")
     metrics = attributes.get("metrics") or (record.metrics if record else {})
     if metrics:
         lines.append(_table([(METRICS[key].label, figure(metrics.get(key))) for key in SUMMARY]))
@@ -252,9 +264,25 @@ def trial_note(
     if losses:
         lines += ["**Losses**", _table([(f"`{k}`", figure(v)) for k, v in losses.items()])]
     if record is not None:
-        lines += ["**Verdict**", "\n".join(f"- {_plain(line)}" for line in record.verdicts)]
+        lines += ["**Findings**", "\n".join(f"- {_plain(line)}" for line in record.verdicts)]
         lines += [f"> {_plain(note)}" for note in record.notes]
     return "\n\n".join(line for line in lines if line) + "\n"
+
+
+def _progress(attributes: Mapping[str, Any]) -> str:
+    """Return how far a running trial is, how long it still needs, and where it runs."""
+    parts = []
+    for done, whole, word in (("epoch", "epochs", "epoch"), ("step", "evaluations", "evaluation")):
+        if attributes.get(done) is not None:
+            of = f" of {attributes[whole]}" if attributes.get(whole) else ""
+            parts.append(f"{word} {attributes[done]}{of}")
+    if (left := seconds_left(attributes)) is not None:
+        parts.append(f"{duration(left)} left")
+    if attributes.get("host"):
+        parts.append(f"on {attributes['host']}")
+    if "root" in attributes:
+        parts.append(f"folder trials/{attributes['root']}")
+    return f"**Progress** {', '.join(parts)}." if parts else ""
 
 
 def _threshold(value: Any) -> str:

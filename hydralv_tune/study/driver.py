@@ -189,6 +189,28 @@ class Driver:
             self._keep({"kind": "report", **kept})
             return "go"
 
+    def describe(self, number: int, attributes: Mapping[str, Any]) -> None:
+        """Store short user attributes of a running trial, for whoever watches the study.
+
+        They must not cost a result: a database that does not answer is left alone.
+
+        Args:
+            number: The trial.
+            attributes: Plain scalars; None is left out.
+        """
+        trial = self._live.get(number)
+        known = {key: value for key, value in attributes.items() if value is not None}
+        if trial is not None and known:
+            with contextlib.suppress(DatabaseAway, UpdateFinishedTrialError), self._database():
+                set_attributes(self.study.rdb, trial._trial_id, known)
+
+    def reason_of(self, number: int) -> str | None:
+        """Return why a trial ended that the database has taken away, where that is stored."""
+        with contextlib.suppress(DatabaseAway), self._database():
+            frozen = trial_by_number(self.study.optuna, number)
+            return None if frozen is None else frozen.user_attrs.get("reason")
+        return None
+
     def tell(self, number: int, outcome: TrialResult) -> Literal["told", "kept", "refused"]:
         """End a trial in the database, or keep its result until that answers.
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+import json
+import warnings
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +25,7 @@ from hydralv_tune.study.database import (
     require_tables,
 )
 from hydralv_tune.study.distributions import (
+    distribution_of,
     elsewhere,
     imported_trial,
     require_comparable,
@@ -38,8 +42,15 @@ from hydralv_tune.study.trial_views import (
     best_trial,
     count_states,
     describe_best,
+    guard_warnings,
     violation_of,
 )
+
+FEWEST_FOR_IMPORTANCE = 20
+"""COMPLETE trials under which it is too early to say which parameter matters."""
+
+ARTIFACTS = "artifacts:"
+"""Start of the system attributes in which Optuna keeps the artifacts of a trial."""
 
 SPACE, OUT, VOLUMES, IDENTITY = "space", "out", "volumes", "identity"
 
@@ -190,6 +201,7 @@ class Study:
             "trials": count_states(trials),
             "best": describe_best(best),
             "best_config": str(config) if config is not None and config.is_file() else None,
+            "warnings": guard_warnings(best, self.space.objective.guard.f1_iou50),
         }
 
     def table(self) -> pd.DataFrame:
@@ -233,24 +245,25 @@ class Study:
             self.optuna.set_user_attr(key, value)
 
     def importances(self) -> dict[str, float]:
-        """Return the share of the objective's spread that each parameter explains, largest first.
+        """Return how much each parameter matters for a good value, as shares, largest first.
 
-        Empty while there is too little to say: under four finished trials, or all alike.
+        By PED-ANOVA over the COMPLETE trials, as the Optuna dashboard computes it. Empty while
+        there are fewer than `FEWEST_FOR_IMPORTANCE`, or where all are alike.
         """
         complete = [t for t in self.trials() if t.state == "COMPLETE"]
-        if len(complete) < 4 or len({t.value for t in complete}) < 2:
+        if len(complete) < FEWEST_FOR_IMPORTANCE or len({t.value for t in complete}) < 2:
             return {}
-        shared = set.intersection(*(set(t.params) for t in complete))
-        moving = sorted(k for k in shared if len({str(t.params[k]) for t in complete}) > 1)
-        if not moving:
-            return {}
+        evaluator = optuna.importance.PedAnovaImportanceEvaluator()
         return dict(
             optuna.importance.get_param_importances(
-                self.optuna,
-                evaluator=optuna.importance.FanovaImportanceEvaluator(seed=0),
-                params=moving,
+                self.optuna, evaluator=evaluator, target=lambda trial: float(trial.values[0])
             )
         )
+
+    def kind_of(self, name: str) -> str:
+        """Return what Optuna calls the distribution of a parameter that is searched now."""
+        parameter = self.space.parameters.get(name)
+        return "" if parameter is None else type(distribution_of(parameter)).__name__
 
     def attach(self, number: int | None, path: Path, store: Any) -> str:
         """Store a file as an artifact of a trial, or of the study, and return its id.
@@ -279,6 +292,37 @@ class Study:
                 raise StudyError(
                     f"Trial {number} of study '{self.name}' is finished; it takes no more files."
                 ) from None
+
+    def replace_artifacts(self, number: int, paths: Sequence[Path], store: Any) -> None:
+        """Store files as artifacts of a trial; those of the same names give way.
+
+        Args:
+            number: The trial.
+            paths: The files.
+            store: Has `write(id, file)` and `remove(id)`.
+
+        Raises:
+            DatabaseAway: Try again later.
+            StudyError: There is no such trial, or it is finished.
+        """
+        frozen = trial_by_number(self.optuna, number)
+        attributes = {} if frozen is None else frozen.system_attrs
+        for key, value in attributes.items():
+            old = json.loads(value) if key.startswith(ARTIFACTS) else None
+            if frozen is not None and old and old["filename"] in {path.name for path in paths}:
+                with database_errors():
+                    self.rdb.set_trial_system_attr(frozen._trial_id, key, "null")
+                with contextlib.suppress(OSError):
+                    store.remove(old["artifact_id"])
+        for path in paths:
+            self.attach(number, path, store)
+
+    def name_objective(self, label: str) -> None:
+        """Give the values of the study a name, for the axes of the dashboard."""
+        if self.optuna.metric_names is None:
+            with warnings.catch_warnings(), database_errors():
+                warnings.simplefilter("ignore")  # Optuna calls the method experimental
+                self.optuna.set_metric_names([label])
 
     def write_note(self, number: int | None, text: str) -> None:
         """Write the note that the dashboard shows of a trial, or of the study.

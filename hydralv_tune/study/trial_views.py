@@ -173,6 +173,39 @@ def describe_best(trial: TrialView | None) -> dict[str, Any] | None:
     }
 
 
+def guard_warnings(best: TrialView | None, guard_f1: float) -> list[str]:
+    """Return a warning where the best trial violates the guard, since then every trial does."""
+    if best is None or best.is_feasible:
+        return []
+    f1 = (best.user_attrs.get("metrics") or {}).get("f1_iou50")
+    reached = "" if f1 is None else f" (F1 {f1:.3f})"
+    return [
+        f"no trial meets the guard of F1 ≥ {guard_f1:g}; trial {best.number} "
+        f"comes nearest{reached}. "
+        "Look at its contact sheet first: adapted Rand error does not see false positives."
+    ]
+
+
+def state_word(state: str, reason: str | None = None) -> str:
+    """Return the state of a trial in a word for people: an interruption is no failure."""
+    if state == "FAIL":
+        first = (reason or "").partition(":")[0]
+        return first if first in ("interrupted", "orphaned") else "failed"
+    return state.lower()
+
+
+def seconds_left(progress: Mapping[str, Any]) -> float | None:
+    """Return the seconds that a running trial still needs at its pace so far; None where unknown.
+
+    Args:
+        progress: `epoch`, `epochs` and `seconds`, as far as they are known.
+    """
+    epoch, epochs, seconds = (progress.get(name) for name in ("epoch", "epochs", "seconds"))
+    if not epoch or epochs is None or seconds is None:
+        return None
+    return float(seconds) / float(epoch) * max(float(epochs) - float(epoch), 0.0)
+
+
 def gpu_hours(trials: Iterable[TrialView]) -> float:
     """Return the GPU-hours of all trials, the running and the failed ones included."""
     return sum(t.seconds * float(t.user_attrs.get("gpus") or 0.0) for t in trials) / 3600

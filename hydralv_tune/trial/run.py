@@ -39,6 +39,7 @@ def run_trial(
     report: Report,
     volumes: Sequence[Volume] | None = None,
     progress: Progress | None = None,
+    live: Callable[[Mapping[str, Any]], None] | None = None,
     should_stop: Callable[[], bool] | None = None,
 ) -> TrialRecord:
     """Train, evaluate and record one trial, and return its record.
@@ -52,6 +53,7 @@ def run_trial(
         report: Told each evaluation; what it raises ends the trial and passes through.
         volumes: Already read; read from the spec's paths without.
         progress: Told optimizer steps done and in all.
+        live: Told every few seconds of training: steps `done`, `total`, and the mean `loss`.
         should_stop: Asked before each step; the trial then saves its state and raises.
 
     Raises:
@@ -90,7 +92,7 @@ def run_trial(
                 report(_evaluation(row))
             while not run.is_trained:
                 with stage("training"):
-                    run.train(stop, progress)
+                    run.train(stop, progress, live)
                 with stage("evaluation"):
                     row = run.evaluate()
                 report(_evaluation(row))

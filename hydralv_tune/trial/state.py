@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -49,6 +50,9 @@ from hydralv_tune.trial.training.lazy_reader import (
 )
 from hydralv_tune.trial.training.loop import Trainer, check_stopping, load_external_weights
 from hydralv_tune.trial.training.sampling import PatchSampler, ResidentVolume, Source
+
+LIVE_EVERY_S = 3.0
+"""Seconds between two lines of progress; a driver that is far away needs no more."""
 
 DRAWING_SHARE = 0.05
 """The share of the training time that drawing may take while a trial trains."""
@@ -129,6 +133,7 @@ class TrialRun:
         self._ranking = spec.ranking
         self._outcome: Outcome | None = None
         self._drawing_s = FIRST_DRAWING_S
+        self._shown_at = -math.inf
         self._monitor: Monitor | None = None
         check_stopping(self.candidate)
         self.fingerprints = [volume.fingerprint() for volume in self.volumes]
@@ -255,7 +260,10 @@ class TrialRun:
         self._record("running").write()
 
     def train(
-        self, should_stop: Callable[[], bool], progress: Callable[[int, int], None] | None
+        self,
+        should_stop: Callable[[], bool],
+        progress: Callable[[int, int], None] | None,
+        live: Callable[[Mapping[str, Any]], None] | None = None,
     ) -> None:
         """Train every fold up to the next evaluation.
 
@@ -267,8 +275,14 @@ class TrialRun:
         whole = self.plan.steps * len(self.folds)
 
         def show(_: int) -> None:
+            done = sum(fold.trainer.step for fold in self.folds)
             if progress is not None:
-                progress(sum(fold.trainer.step for fold in self.folds), whole)
+                progress(done, whole)
+            if live is not None and time.monotonic() - self._shown_at > LIVE_EVERY_S:
+                self._shown_at = time.monotonic()
+                logs = [fold.trainer.log for fold in self.folds if fold.trainer.log.count]
+                loss = logs[-1].total_so_far() if logs else None
+                live({"done": done, "total": whole, "loss": loss})
 
         try:
             for fold in self.folds:

@@ -22,6 +22,7 @@ from hydralv_tune.results.best_trial import BestTrial, load_best_trial
 from hydralv_tune.results.export.pytc import PEER_FORMATS, peer_config, peer_weights
 from hydralv_tune.results.export.pytc_blocks import PeerData
 from hydralv_tune.study.study import open_readonly
+from hydralv_tune.study.trial_views import guard_warnings
 from hydralv_tune.trial.scoring.prediction import load_network
 
 FORMATS = ("hydralv", *PEER_FORMATS)
@@ -36,6 +37,7 @@ def export_best(
     *,
     format: str = "hydralv",
     table: Path | None = None,
+    folder: Path | None = None,
 ) -> dict[str, Any]:
     """Write the best configuration and its checkpoint, and return where and how to use them.
 
@@ -45,9 +47,10 @@ def export_best(
         out: The YAML file; the checkpoint goes beside it under the same stem.
         format: One of `FORMATS`.
         table: Also write all trials here, as CSV or Parquet by its suffix.
+        folder: Where the trials of the study are now; where the database says so by default.
 
     Returns:
-        `out`, `checkpoint`, `commands`, and `table` where it was asked for.
+        `out`, `checkpoint`, `commands`, `warnings`, and `table` where it was asked for.
 
     Raises:
         StudyError: No such storage or study, or no trial is finished.
@@ -62,9 +65,11 @@ def export_best(
         )
     if table is not None:
         _check_table(Path(table))
-    with load_best_trial(storage, study) as best:
+    with load_best_trial(storage, study, folder) as best:
         write = _export_own if format == "hydralv" else _export_peer
         document = write(best, out, format)
+        guard = best.study.space.objective.guard.f1_iou50
+        document["warnings"] = guard_warnings(best.view, guard)
     if table is not None:
         document["table"] = str(write_table(storage, study, Path(table)))
     return document
@@ -140,7 +145,7 @@ def _head_lines(best: BestTrial) -> list[str]:
         f"Split: {record.split.get('sentence') or record.split.get('kind')}.",
     ]
     if not view.is_feasible:
-        lines.append("ATTENTION: no trial met the guard on F1; this one came nearest.")
+        lines.append("WARNING: no trial meets the guard on F1; this one comes nearest.")
     for entry in record.volumes:
         where = entry.get("image") or "named by data.val_image"
         lines.append(

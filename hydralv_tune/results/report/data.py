@@ -1,15 +1,16 @@
-"""What a report says, gathered once and rendered twice: as a page and as Markdown."""
+"""What a report says, gathered once for both of its forms."""
 
 from __future__ import annotations
 
 import base64
+import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime
-from pathlib import Path
 from typing import Any
 
-import pandas as pd
+import numpy as np
 
 from hydralv_tune.artifacts.pictures import COLOURS
 from hydralv_tune.artifacts.records import TrialRecord, read_record
@@ -22,8 +23,21 @@ from hydralv_tune.numerics.formatting import number_of
 from hydralv_tune.numerics.metrics.instance_errors import InstanceError, bootstrap
 from hydralv_tune.numerics.metrics.scores import METRICS
 from hydralv_tune.results.best_trial import BestTrial
+from hydralv_tune.results.report.findings import (
+    Change,
+    Ranks,
+    Stopped,
+    changes,
+    early_ranks,
+    stopped,
+)
 from hydralv_tune.results.report.limits import Limit, Target, kind_of, limits, plan_targets
-from hydralv_tune.results.scored_volumes import Judgement, judge_all, scored_volumes
+from hydralv_tune.results.scored_volumes import (
+    Judgement,
+    ScoredVolume,
+    judge_all,
+    scored_volumes,
+)
 from hydralv_tune.study.trial_views import TrialView, count_states
 
 MOST_THUMBNAILS = 400
@@ -68,6 +82,7 @@ class Card:
     worth_foreground: float
     iou: float
     details: str
+    place: str
     picture: bytes | None
 
     @property
@@ -80,12 +95,19 @@ class Card:
 
 @dataclass(frozen=True)
 class Axis:
-    """One axis of the sweep: the winner's value, its plateau, and what was tried."""
+    """One axis of the sweep: the winner's value, its plateau, and what was tried.
 
+    `edge` is `low` or `high` where the winner stands at that end of what was tried, and more lies
+    beyond; `values` are the values tried.
+    """
+
+    name: str
     label: str
     winner: str
     plateau: str
     tried: str
+    edge: str
+    values: Sequence[Any]
 
 
 @dataclass(frozen=True)
@@ -105,16 +127,19 @@ class ReportData:
     searched: Sequence[tuple[str, str, str]]
     importances: Mapping[str, float]
     comparison: Sequence[Comparison]
-    baseline_number: int | None
+    baseline: TrialView | None
+    differences: Sequence[tuple[str, str, str]]
+    changes: Sequence[Change]
+    ranks: Ranks | None
+    stopped: Stopped | None
     targets: Sequence[Target]
     limits: Sequence[Limit]
     axes: Sequence[Axis]
     points: Sequence[tuple[str, str, Mapping[str, Any]]]
-    table: pd.DataFrame | None
     cards: Mapping[str, list[Card]]
     sizes_found: Sequence[int]
     sizes_lost: Sequence[int]
-    contact_sheet: bytes | None
+    pictures: Mapping[str, bytes]
     notes: Sequence[str] = field(default_factory=list)
 
     @property
@@ -142,8 +167,8 @@ def gather(best: BestTrial) -> ReportData:
     except (InputError, ValueError) as error:
         notes.append(f"The instances are not shown one by one: {error}")
     objective = study.space.objective
-    table = _sweep_table(best.folder, notes)
-    number, baseline = _baseline(best, trials, notes)
+    baseline = _baseline(best, trials)
+    compared = None if baseline is None or baseline.number == best.view.number else baseline
     return ReportData(
         study=study.name,
         storage=study.storage,
@@ -157,40 +182,37 @@ def gather(best: BestTrial) -> ReportData:
         intervals={} if judgement is None else bootstrap(judgement.table),
         searched=_searched(best),
         importances=study.importances(),
-        comparison=compare(baseline, record.metrics) if baseline else [],
-        baseline_number=number,
+        comparison=[] if compared is None else compare(_metrics_of(best, compared), record.metrics),
+        baseline=baseline,
+        differences=_differences(compared, best.view),
+        changes=changes(compared, best.view, trials),
+        ranks=early_ranks(trials),
+        stopped=stopped(trials),
         targets=plan_targets(record.metrics, record.losses),
         limits=[] if judgement is None else _limits(judgement, objective.metric),
         axes=_axes(record.sweep or {}, best),
         points=_points(record.sweep or {}),
-        table=table,
         cards={} if judgement is None else _cards(judgement),
         sizes_found=_sizes(judgement, found=True),
         sizes_lost=_sizes(judgement, found=False),
-        contact_sheet=_bytes(best.folder / "contact_sheet.png"),
+        pictures=_pictures(best, compared),
         notes=notes,
     )
 
 
-def _bytes(path: Path) -> bytes | None:
-    """Return the content of a file, or None where there is none."""
-    return path.read_bytes() if path.is_file() else None
+def _pictures(best: BestTrial, compared: TrialView | None) -> dict[str, bytes]:
+    """Return the pictures that the trials left, by the names they have in the report."""
+    folder = None if compared is None else best.study.folder_of(compared)
+    places = {
+        "contact_sheet.png": best.folder / "contact_sheet.png",
+        "sweep.png": best.folder / "sweep.png",
+        **({} if folder is None else {"baseline.png": folder / "contact_sheet.png"}),
+    }
+    return {name: path.read_bytes() for name, path in places.items() if path.is_file()}
 
 
-def _sweep_table(folder: Path, notes: list[str]) -> pd.DataFrame | None:
-    """Return the table of all threshold combinations of the best trial."""
-    path = folder / "sweep.parquet"
-    try:
-        return pd.read_parquet(path)
-    except (OSError, ValueError) as error:
-        notes.append(f"The threshold plateau is not drawn: {path.name} cannot be read ({error}).")
-        return None
-
-
-def _baseline(
-    best: BestTrial, trials: Sequence[TrialView], notes: list[str]
-) -> tuple[int | None, Mapping[str, Any] | None]:
-    """Return number and figures of the trial that the best one is compared with.
+def _baseline(best: BestTrial, trials: Sequence[TrialView]) -> TrialView | None:
+    """Return the trial that the best one is compared with.
 
     It is the warm start called `baseline`, else that of the space's base, else the first warm
     start, else the first finished trial.
@@ -199,17 +221,32 @@ def _baseline(
     wanted = ["baseline", best.study.space.base, *best.study.space.warm_starts]
     by_recipe = {t.user_attrs.get("warm_start"): t for t in reversed(done)}
     chosen = next((by_recipe[name] for name in wanted if name in by_recipe), None)
-    chosen = chosen or (done[0] if done else None)
-    if chosen is None or chosen.number == best.view.number:
-        return (None, None) if chosen is None else (chosen.number, None)
-    folder = best.study.folder_of(chosen)
-    metrics = chosen.user_attrs.get("metrics")
-    if folder is not None and (folder / "record.json").is_file():
-        try:
-            metrics = read_record(folder / "record.json").metrics or metrics
-        except HydraLVError as error:
-            notes.append(f"The baseline's record: {error}")
-    return chosen.number, metrics
+    return chosen or (done[0] if done else None)
+
+
+def _metrics_of(best: BestTrial, trial: TrialView) -> Mapping[str, Any]:
+    """Return the figures of a trial, from its record where that can be read."""
+    folder = best.study.folder_of(trial)
+    if folder is not None:
+        with suppress(HydraLVError, OSError):
+            return read_record(folder / "record.json").metrics
+    return trial.user_attrs.get("metrics") or {}
+
+
+def _differences(compared: TrialView | None, best: TrialView) -> list[tuple[str, str, str]]:
+    """Return key, baseline's value and best trial's value of what was searched and differs."""
+    if compared is None:
+        return []
+    rows = []
+    for name, key in (("recipe", "warm_start"), ("parameters", "parameters")):
+        before, after = compared.user_attrs.get(key), best.user_attrs.get(key)
+        if before != after:
+            rows.append((name, _shown(before), _shown(after)))
+    for key in sorted({*compared.params, *best.params}):
+        pair = compared.params.get(key), best.params.get(key)
+        if pair[0] != pair[1]:
+            rows.append((key, _shown(pair[0]), _shown(pair[1])))
+    return rows
 
 
 def compare(baseline: Mapping[str, Any], best: Mapping[str, Any]) -> list[Comparison]:
@@ -273,7 +310,7 @@ def _limits(judgement: Judgement, metric: str) -> list[Limit]:
 
 
 def _points(sweep: Mapping[str, Any]) -> list[tuple[str, str, Mapping[str, Any]]]:
-    """Return the three combinations worth a look, with what each is."""
+    """Return the three combinations to look at, with what each is."""
     named = (
         ("winner", "smallest error among those near the best F1"),
         ("best_by_f1", "highest F1"),
@@ -293,9 +330,28 @@ def _axes(sweep: Mapping[str, Any], best: BestTrial) -> list[Axis]:
         value = arguments.get(key)
         if part and isinstance(value, list | tuple):
             value = value[part == "foreground"]
-        tried = grid.axes.get(name, ())
-        rows.append(Axis(_axis(name), _limit(value), _listed(flat), _listed(tried)))
+        tried = list(grid.axes.get(name, ()))
+        rows.append(
+            Axis(name, _axis(name), _limit(value), _listed(flat), _listed(tried),
+                 _edge(key, value, tried), tried)
+        )  # fmt: skip
     return rows
+
+
+BOUNDS = {"binary_threshold": (0.0, 1.0), "contour_threshold": (0.0, 1.0),
+          "distance_threshold": (-1.0, 1.0)}  # fmt: skip
+"""Values outside which a threshold lets everything pass, or nothing."""
+
+
+def _edge(key: str, value: Any, tried: Sequence[Any]) -> str:
+    """Return at which end of what was tried a value stands, if there is more beyond it."""
+    known = [float(v) for v in tried if v is not None and np.isfinite(v)]
+    if value is None or not np.isfinite(value) or len(known) < 2:
+        return ""
+    low, high = BOUNDS.get(key, (0.0, np.inf))
+    if value <= min(known) and value > low:
+        return "low"
+    return "high" if value >= max(known) and value < high else ""
 
 
 def _axis(name: str) -> str:
@@ -325,7 +381,7 @@ def _sizes(judgement: Judgement | None, *, found: bool) -> list[int]:
 
 
 def _cards(judgement: Judgement) -> dict[str, list[Card]]:
-    """Return the wrong instances by kind, dearest first."""
+    """Return the wrong instances by kind, the most costly first."""
     cards: dict[str, list[Card]] = {kind: [] for kind in KINDS}
     drawn = 0
     for instance, joined in zip(judgement.instances, judgement.joined, strict=True):
@@ -336,14 +392,32 @@ def _cards(judgement: Judgement) -> dict[str, list[Card]]:
         if drawn < MOST_THUMBNAILS:
             picture = _picture(judgement, instance.part, instance.error, kind)
             drawn += 1
-        volume = judgement.parts[instance.part].volume
-        where = f" of {volume.name}" if len(judgement.parts) > 1 else ""
-        cards[kind].append(_card(instance.error, kind, where, picture, volume))
+        scored = judgement.parts[instance.part]
+        where = f" of {scored.volume.name}" if len(judgement.parts) > 1 else ""
+        place = place_of(scored, instance.error)
+        cards[kind].append(_card(instance.error, kind, where, place, picture, scored.volume))
     return {kind: own for kind, own in cards.items() if own}
 
 
+def place_of(scored: ScoredVolume, error: InstanceError) -> str:
+    """Return where an instance lies in its volume: z, y, x of the middle of its box."""
+    truths, segments = scored.boxes
+    invented = error.truth_id is None
+    box = segments[error.segment_ids[0]] if invented else truths[error.truth_id or 0]
+    middle = {axis: (s.start + s.stop - 1) // 2 for axis, s in zip("zyx", box, strict=True)}
+    # A slab counts its sections from its own first one; people look them up in the whole volume.
+    if slab := re.search(r"\[([zyx]) (\d+):\d+\]$", scored.volume.name):
+        middle[slab[1]] += int(slab[2])
+    return ", ".join(f"{axis} {at}" for axis, at in middle.items())
+
+
 def _card(
-    error: InstanceError, kind: str, where: str, picture: bytes | None, volume: Volume
+    error: InstanceError,
+    kind: str,
+    where: str,
+    place: str,
+    picture: bytes | None,
+    volume: Volume,
 ) -> Card:
     """Return the card of an instance."""
     segments = error.segment_ids
@@ -364,6 +438,7 @@ def _card(
         worth_foreground=error.worth_foreground,
         iou=error.iou,
         details=details,
+        place=place,
         picture=picture,
     )
 

@@ -9,29 +9,22 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import plotly.graph_objects as go
 from plotly.io import to_html
+from plotly.subplots import make_subplots
 
 from hydralv_tune.artifacts.pictures import COLOURS
-from hydralv_tune.config.candidate import DecodingStep
 from hydralv_tune.config.search_space import SearchSpace
 from hydralv_tune.numerics.formatting import objective_label
-from hydralv_tune.numerics.metrics.scores import METRICS
+from hydralv_tune.results.report.findings import parameters_of
 from hydralv_tune.study.trial_views import TrialView
 
-INK, FAINT, GRID, ACCENT = "#1c2430", "#8a94a3", "#e7eaef", "#0072B2"
+INK, FAINT, GRID, ACCENT = "#1c2430", "#5f6b7a", "#e7eaef", "#0072B2"
 STATES = {
     "COMPLETE": ("circle", ACCENT),
     "PRUNED": ("x-thin-open", "#7d8896"),
     "INFEASIBLE": ("circle-open", "#D55E00"),
 }
-AXES = (
-    "binary_threshold", "contour_threshold", "distance_threshold", "min_seed_size",
-    "min_instance_size",
-)  # fmt: skip
-"""Starts of the sweep's axes among its columns."""
-
 AXIS_PIXELS = 118
 """Width of one axis of the parallel coordinates; narrower, and its labels overlap."""
 
@@ -49,7 +42,7 @@ def as_html(figure: go.Figure, name: str) -> str:
 
 
 def _styled(figure: go.Figure, *, height: int, x: str = "", y: str = "") -> go.Figure:
-    """Return the figure in the report's dress."""
+    """Return the figure with the fonts, margins and grid of the report."""
     figure.update_layout(
         height=height,
         margin={"l": 52, "r": 12, "t": 14, "b": 44},
@@ -87,7 +80,7 @@ def history(trials: Sequence[TrialView], metric: str) -> go.Figure:
                 x=[hours[t.number] * factor for t in own],
                 y=[_value(t) for t in own],
                 mode="markers",
-                name={"INFEASIBLE": "F1 under the guard"}.get(state, state.lower()),
+                name={"INFEASIBLE": "violates the guard"}.get(state, state.lower()),
                 marker={"symbol": symbol, "color": colour, "size": 9, "line": {"width": 2}},
                 hovertext=[_hover(t) for t in own],
                 hoverinfo="text",
@@ -248,83 +241,48 @@ def importances(shares: Mapping[str, float]) -> go.Figure:
     return figure
 
 
-def plateau(table: pd.DataFrame, rows: str, columns: str, metric: str, winner: Any) -> go.Figure:
-    """Return the best value over two axes of the sweep, with the winner's place marked.
+def cost(trials: Sequence[TrialView], metric: str) -> go.Figure | None:
+    """Return the objective against the time spent and the size of the network.
 
-    Args:
-        table: Every combination.
-        rows: Axis down.
-        columns: Axis across.
-        metric: Column that is shown.
-        winner: Values of the winner on both axes, (row, column).
+    None where fewer than two complete trials have a value.
     """
-    within = table[table["within_guard"]] if "within_guard" in table else table
-    pick = "max" if METRICS[metric].direction == "higher" else "min"
-    best = within.groupby([rows, columns])[metric].agg(pick).unstack()
-    across = [_threshold(v) for v in best.columns]
-    down = [_threshold(v) for v in best.index]
-    figure = go.Figure(
-        go.Heatmap(
-            z=best.to_numpy(float),
-            x=across,
-            y=down,
-            colorscale="Viridis",
-            reversescale=pick == "min",
-            colorbar={"title": None, "thickness": 12, "len": 0.9},
-            hovertemplate=f"{rows} %{{y}}<br>{columns} %{{x}}<br>%{{z:.4f}}<extra></extra>",
-        )
-    )
-    figure.add_scatter(
-        x=[_threshold(winner[1])],
-        y=[_threshold(winner[0])],
-        mode="markers",
-        marker={"symbol": "star", "size": 15, "color": "white", "line": {"color": INK, "width": 1}},
-        hoverinfo="skip",
-        showlegend=False,
-    )
-    figure.update_xaxes(type="category")
-    figure.update_yaxes(type="category")
-    return _styled(figure, height=330, x=axis_label(columns), y=axis_label(rows))
-
-
-def plateau_of(table: pd.DataFrame | None, metric: str, step: DecodingStep) -> go.Figure | None:
-    """Return the plateau over the two axes that matter most, or None where too few move.
-
-    An axis matters by the spread of the best value along it, as in the sweep's own heat-map.
-    """
-    if table is None or metric not in table:
+    done = [t for t in trials if t.state == "COMPLETE" and t.value is not None]
+    if len(done) < 2:
         return None
-    within = table[table["within_guard"]] if "within_guard" in table else table
-    pick = "max" if METRICS[metric].direction == "higher" else "min"
-    names = [n for n in table.columns if n.startswith(AXES) and within[n].nunique() > 1]
-    if len(names) < 2:
-        return None
-    spread = {n: float(np.ptp(within.groupby(n)[metric].agg(pick).to_numpy())) for n in names}
-    rows, columns = sorted(names, key=lambda name: -spread[name])[:2]
-    arguments = step.decoder_arguments()
-    return plateau(
-        table, rows, columns, metric, (_argument(arguments, rows), _argument(arguments, columns))
-    )
-
-
-def _argument(arguments: Mapping[str, Any], name: str) -> Any:
-    """Return the winner's value on an axis."""
-    key, _, part = name.partition(".")
-    value = arguments.get(key)
-    return value[part == "foreground"] if part and isinstance(value, list | tuple) else value
-
-
-def axis_label(name: str) -> str:
-    """Return the name of an axis of the sweep in words: `binary_threshold.seed`, binary, seed."""
-    name, _, part = name.partition(".")
-    word = name.replace("_threshold", "").replace("_", " ")
-    return f"{word}, {part}" if part else word
-
-
-def _threshold(value: Any) -> str:
-    """Return a threshold as a tick; infinity is off."""
-    number = np.inf if value is None else float(value)
-    return "off" if not np.isfinite(number) else f"{number:g}"
+    on_gpu = any(float(t.user_attrs.get("gpus") or 0) for t in done)
+    hours = [
+        t.seconds * (float(t.user_attrs.get("gpus") or 0) if on_gpu else 1) / 3600 for t in done
+    ]
+    scale, unit = (1.0, "hours") if max(hours) >= 1 else (60.0, "minutes")
+    unit = f"GPU-{unit}" if on_gpu else f"{unit} of training"
+    columns = [(unit, [value * scale for value in hours])]
+    sizes = [parameters_of(trial) for trial in done]
+    if len(set(sizes)) > 1 and None not in sizes:
+        columns.append(("parameters, millions", [(size or 0) / 1e6 for size in sizes]))
+    figure = make_subplots(rows=1, cols=len(columns), shared_yaxes=True, horizontal_spacing=0.06)
+    for column, (_, values) in enumerate(columns, start=1):
+        for state, (symbol, colour) in STATES.items():
+            own = [i for i, trial in enumerate(done) if _state(trial) == state]
+            if own:
+                figure.add_scatter(
+                    x=[values[i] for i in own],
+                    y=[done[i].value for i in own],
+                    mode="markers",
+                    name={"INFEASIBLE": "violates the guard"}.get(state, state.lower()),
+                    marker={"symbol": symbol, "color": colour, "size": 9, "line": {"width": 2}},
+                    hovertext=[_hover(done[i]) for i in own],
+                    hoverinfo="text",
+                    showlegend=column == 1,
+                    row=1,
+                    col=column,
+                )
+    _styled(figure, height=320, y=objective_label(metric))
+    for column, (title, _) in enumerate(columns, start=1):
+        figure.update_xaxes(title={"text": title}, rangemode="tozero", row=1, col=column)
+        if column > 1:
+            figure.update_yaxes(title={"text": ""}, row=1, col=column)
+    figure.update_layout(showlegend=True)
+    return figure
 
 
 def sizes(found: Sequence[int], lost: Sequence[int]) -> go.Figure:

@@ -56,7 +56,7 @@ class Target:
 
 @dataclass(frozen=True)
 class Limit:
-    """One thing that costs score.
+    """One kind of fault, and what correcting it would gain.
 
     Args:
         kind: `missed`, `split`, `merged`, `shrunken`, `swollen`, `invented`, or `loose`: matched,
@@ -97,19 +97,20 @@ REMEDIES: Mapping[str, tuple[str, str]] = {
     ),
     "shrunken": (
         "They were found, but only their core. The foreground thresholds are as low as the guard "
-        "lets them be, so the probabilities themselves must rise at the rim: make a missed voxel "
-        "dearer than an invented one.",
+        "allows, so the probabilities must rise at the rim: raise the weight of false negatives "
+        "over false positives.",
         "foreground_weighted",
     ),
     "swollen": (
-        "They were found, but reach beyond the truth, which adapted Rand error cannot see. "
-        "Minimise its foreground form, or make an invented voxel dearer than a missed one.",
+        "They were found, but reach beyond the truth, which adapted Rand error does not see. "
+        "Minimise its foreground form, or raise the weight of false positives over false "
+        "negatives.",
         "plan_focal",
     ),
     "invented": (
-        "Segments where the label has nothing. Adapted Rand error cannot see them, the foreground "
-        "form and F1 can. Look at them first: some may be instances that nobody labelled. If not, "
-        "make an invented voxel dearer than a missed one.",
+        "Segments where the label has nothing (false positives). Adapted Rand error does not see "
+        "them; the foreground form and F1 do. Look at them first: some may be instances that "
+        "nobody labelled. If not, raise the weight of false positives over false negatives.",
         "plan_focal",
     ),
 }
@@ -155,7 +156,7 @@ def limits(
     metric: str,
     recipes: Sequence[str],
 ) -> list[Limit]:
-    """Return what costs score, the dearest first.
+    """Return what costs score, the most costly first.
 
     Args:
         table: Overlaps inside the mask.
@@ -195,7 +196,7 @@ def _loose(table: ContingencyTable, matched: Sequence[InstanceError]) -> tuple[s
     )
     if covered < within:
         return (
-            f"{text}The rim is missing: make a missed voxel dearer than an invented one.",
+            f"{text}The rim is missing: raise the weight of false negatives.",
             "foreground_weighted",
         )
-    return f"{text}The rim is too wide: make an invented voxel dearer.", "plan_focal"
+    return f"{text}The rim is too wide: raise the weight of false positives.", "plan_focal"

@@ -9,33 +9,17 @@ from typing import Any
 
 import jinja2
 from markupsafe import Markup
-from plotly.offline import get_plotlyjs
 
 from hydralv_tune.artifacts.records import provenance
 from hydralv_tune.artifacts.writing import write_atomically
-from hydralv_tune.numerics.formatting import figure, number_of, signed
+from hydralv_tune.numerics.formatting import figure, signed
 from hydralv_tune.results.best_trial import load_best_trial
-from hydralv_tune.results.report import figures
-from hydralv_tune.results.report.data import KIND_COLOURS, ReportData, figure_names, gather
-from hydralv_tune.results.report.limits import Limit
-from hydralv_tune.results.report.markdown import as_markdown
-from hydralv_tune.results.report.sentences import (
-    all_trials,
-    commands,
-    headline,
-    history_lead,
-    instances_lead,
-    lead,
-    limits_lead,
-    plateau_lead,
-    provenance_rows,
-    tiles,
-    verdict_bar,
-)
+from hydralv_tune.results.report import sentences
+from hydralv_tune.results.report.data import KIND_COLOURS, ReportData, gather
 
-TEMPLATE = Path(__file__).with_name("template.html")
-
+TEMPLATES = Path(__file__).parent
 SECTIONS = (
+    ("next", "Do next"),
     ("limits", "What limits it"),
     ("targets", "Targets"),
     ("history", "Search"),
@@ -46,81 +30,107 @@ SECTIONS = (
 )
 
 
-def write_report(storage: str, study: str, out: Path) -> Path:
+def write_report(storage: str, study: str, out: Path, *, folder: Path | None = None) -> Path:
     """Write `index.html`, `report.md` and its pictures into a folder; return the page's path.
 
     Args:
-        storage: Of the study.
-        study: Its name.
-        out: The folder.
+        storage: URL of the database.
+        study: Name of the study.
+        out: The folder of the report.
+        folder: Where the trials of the study are now; where the database says so by default.
 
     Raises:
         StudyError: No such storage or study, or no trial is finished.
         InputError: The best trial's record is gone.
     """
     out = Path(out)
-    with load_best_trial(storage, study) as best:
+    with load_best_trial(storage, study, folder) as best:
         data = gather(best)
-        page = render(data)
-        text, pictures = as_markdown(data)
-    for name, content in pictures.items():
+        page, text = render(data), render_markdown(data)
+    for name, content in {**data.pictures, **card_pictures(data)}.items():
         write_atomically(out / name, content)
     write_atomically(out / "report.md", text.encode())
     return write_atomically(out / "index.html", page.encode())
 
 
+def card_pictures(data: ReportData) -> dict[str, bytes]:
+    """Return the pictures of the wrong instances, by the names they have in the Markdown."""
+    return {
+        picture_name(kind, number): card.picture
+        for kind, cards in data.cards.items()
+        for number, card in enumerate(cards)
+        if card.picture is not None
+    }
+
+
+def picture_name(kind: str, number: int) -> str:
+    """Return the file name of the picture of an instance."""
+    return f"instances/{kind}_{number:03d}.webp"
+
+
 def render(data: ReportData) -> str:
     """Return the page."""
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
+    from plotly.offline import get_plotlyjs
+
     figures, width = _figures(data)
-    sections = [pair for pair in SECTIONS if pair[0] != "limits" or data.limits]
-    return template.render(
-        data=data,
+    most = max((limit.worth for limit in data.limits), default=0.0)
+    return _template("page.html.j2", autoescape=True).render(
+        **_facts(data),
         plotly=Markup(get_plotlyjs().replace("</script", "<\\/script")),
         figures={name: Markup(text) for name, text in figures.items()},
         parallel_width=width,
-        sections=sections,
+        sections=[pair for pair in SECTIONS if pair[0] != "limits" or data.limits],
         colours=KIND_COLOURS,
-        headline=headline(data),
-        lead=lead(data),
-        tiles=tiles(data),
-        bar=verdict_bar(data),
-        limits_lead=limits_lead(data),
-        limit_width=lambda limit: _share(limit, data),
-        history_lead=history_lead(data),
-        plateau_lead=plateau_lead(data),
-        instances_lead=instances_lead(data),
-        rows=all_trials(data),
-        plain_figures=[
-            (label, number_of(data.metrics.get(key))) for key, label, _ in figure_names()
-        ],
-        sheet=_image(data.contact_sheet),
-        commands=commands(data),
-        provenance=provenance_rows(data),
-        version=(provenance()["package"] or {}).get("version"),
-        figure=figure,
-        signed=signed,
+        limit_width=lambda limit: 100.0 * max(limit.worth, 0.0) / most if most > 0 else 0.0,
+        images={name: _data_url(content) for name, content in data.pictures.items()},
     )
 
 
-def _share(limit: Limit, data: ReportData) -> float:
-    """Return a limit's worth in percent of the dearest one's."""
-    most = max((entry.worth for entry in data.limits), default=0.0)
-    return 100.0 * max(limit.worth, 0.0) / most if most > 0 else 0.0
+def render_markdown(data: ReportData) -> str:
+    """Return the Markdown."""
+    text = _template("report.md.j2", autoescape=False).render(
+        **_facts(data), picture_name=picture_name
+    )
+    lines = [line.rstrip() for line in text.splitlines()]
+    kept = [line for line, before in zip(lines, ["", *lines[:-1]], strict=True) if line or before]
+    return "\n".join(kept).strip() + "\n"
 
 
-def _image(content: bytes | None) -> str | None:
+def _facts(data: ReportData) -> dict[str, Any]:
+    """Return what both templates fill in."""
+    return {
+        "data": data,
+        "say": sentences,
+        "figure": figure,
+        "signed": signed,
+        "best_so_far": sentences.best_so_far(data),
+        "plain_figures": sentences.all_figures(data),
+        "version": (provenance()["package"] or {}).get("version"),
+    }
+
+
+def _template(name: str, *, autoescape: bool) -> jinja2.Template:
+    """Return one of the two templates."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES),
+        autoescape=autoescape,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["cell"] = lambda text: " ".join(str(text).split()).replace("|", "\\|")
+    return environment.get_template(name)
+
+
+def _data_url(content: bytes) -> str:
     """Return a PNG as a data URL."""
-    if content is None:
-        return None
     return "data:image/png;base64," + base64.b64encode(content).decode()
 
 
 def _figures(data: ReportData) -> tuple[Mapping[str, str], int]:
     """Return the figures that there is something to draw of, and the parallel ones' width."""
+    from hydralv_tune.results.report import figures
+
     drawn: dict[str, Any] = {"history": figures.history(data.trials, data.metric)}
     width = 0
     parallel = figures.parallel_coordinates(data.trials, data.best.study.space, data.metric)
@@ -132,9 +142,8 @@ def _figures(data: ReportData) -> tuple[Mapping[str, str], int]:
         drawn["curves"] = figures.curves(data.record.history)
     if data.sizes_found or data.sizes_lost:
         drawn["sizes"] = figures.sizes(data.sizes_found, data.sizes_lost)
-    plateau = figures.plateau_of(data.table, data.metric, data.best.step)
-    if plateau is not None:
-        drawn["plateau"] = plateau
-    names = ("history", "parallel", "importances", "curves", "sizes", "plateau")
+    if (cost := figures.cost(data.trials, data.metric)) is not None:
+        drawn["cost"] = cost
+    names = ("history", "parallel", "importances", "curves", "sizes", "cost")
     texts = {name: figures.as_html(drawn[name], name) if name in drawn else "" for name in names}
     return texts, width

@@ -1,17 +1,27 @@
-"""The sentences of a report."""
+"""The sentences and the commands of a report, for both of its forms."""
 
 from __future__ import annotations
 
+import math
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any
 
 from hydralv_tune.artifacts.pictures import COLOURS
-from hydralv_tune.numerics.formatting import counted, duration, figure, number_of, objective_label
-from hydralv_tune.results.report.data import KIND_COLOURS, ReportData
+from hydralv_tune.numerics.formatting import (
+    counted,
+    duration,
+    figure,
+    millions,
+    number_of,
+    objective_label,
+    voxel_size,
+)
+from hydralv_tune.results.report.data import KIND_COLOURS, ReportData, figure_names
 from hydralv_tune.results.report.limits import STILL_LEARNING
-from hydralv_tune.study.trial_views import TrialView
+from hydralv_tune.study.trial_views import TrialView, state_word
 
 BAD_ERROR = 0.2
 """Adapted Rand error under which losses above the plan's no longer matter most."""
@@ -22,7 +32,7 @@ KIND_WORDS = {
     "merged": "merged with a neighbour",
     "shrunken": "found only in part",
     "swollen": "swollen beyond their outline",
-    "invented": "invented",
+    "invented": "invented (false positive)",
     "loose": "matched, but with a loose outline",
 }
 
@@ -70,7 +80,7 @@ def lead(data: ReportData) -> str:
         parts.append(f"{sentence[0].upper()}{sentence[1:]}.")
     if not data.best.view.is_feasible:
         parts.append(
-            f"Attention: no trial met the guard of F1 ≥ {data.guard_f1:g}; this one came nearest."
+            f"Warning: no trial meets the guard of F1 ≥ {data.guard_f1:g}; this one comes nearest."
         )
     return " ".join(parts)
 
@@ -82,7 +92,7 @@ def tiles(data: ReportData) -> list[tuple[str, str, str]]:
     return [
         ("adapted Rand error", figure(metrics.get("adapted_rand_error")),
          interval(data, "adapted_rand_error")),
-        ("its foreground form", figure(metrics.get("adapted_rand_error_foreground")),
+        ("foreground form of it", figure(metrics.get("adapted_rand_error_foreground")),
          interval(data, "adapted_rand_error_foreground")),
         ("F1 at IoU 0.5", figure(metrics.get("f1_iou50")), interval(data, "f1_iou50")),
         ("trials", str(sum(count.values())),
@@ -118,15 +128,11 @@ def limits_lead(data: ReportData) -> str:
     first = data.limits[0]
     learning = still_learning(data)
     if first.worth <= 0:
-        return f"{learning}Nothing that can be mended instance by instance costs error now."
-    little = number_of(data.metrics.get("adapted_rand_error"))
-    most = (
-        "What little is lost, is lost" if little is not None and little < 0.02 else "Most is lost"
-    )
+        return f"{learning}No single kind of fault costs error now."
     return (
-        f"{learning}{most} by {counted(first.count, 'instance')} {KIND_WORDS[first.kind]}. "
-        "Each bar says by how much the error would fall if all of that kind fitted exactly and "
-        "nothing else changed."
+        f"{learning}Most of the remaining error comes from {counted(first.count, 'instance')} "
+        f"{KIND_WORDS[first.kind]}. Each bar shows by how much the error would fall if all "
+        "instances of that kind fitted exactly and nothing else changed."
     )
 
 
@@ -137,9 +143,9 @@ def still_learning(data: ReportData) -> str:
     if loss is None or error is None or loss < STILL_LEARNING or error < BAD_ERROR:
         return ""
     return (
-        f"The network has not learned the volume yet: its total loss is {loss:.2f}, wanted under "
-        "0.2. First see with trials/overfit_check.yaml whether it can at all, then train longer "
-        "(trials/plan_quick_win.yaml). "
+        f"The network has not learned the volume yet: its total loss is {loss:.2f}; the target is "
+        "below 0.2. Check with the recipe overfit_check that it can, then train longer "
+        "(plan_quick_win). "
     )
 
 
@@ -147,27 +153,30 @@ def history_lead(data: ReportData) -> str:
     """Return how the search went, in a sentence."""
     count = data.counts
     parts = [f"{count['complete']} complete, {count['pruned']} pruned early"]
-    if count["fail"]:
-        parts.append(f"{count['fail']} failed")
+    interrupted = sum(trial.user_attrs.get("retry") == "free" for trial in data.trials)
+    if count["fail"] > interrupted:
+        parts.append(f"{count['fail'] - interrupted} failed")
+    if interrupted:
+        parts.append(f"{interrupted} interrupted and continued")
     if count["running"] or count["waiting"]:
         parts.append(f"{count['running']} running and {count['waiting']} waiting")
     return (
-        f"{', '.join(parts)}. A trial under F1 {data.guard_f1:g} violates the study's guard and "
-        "counts behind every other."
+        f"{', '.join(parts)}. A trial with F1 below {data.guard_f1:g} violates the guard and ranks "
+        "behind every trial that does not."
     )
 
 
 def plateau_lead(data: ReportData) -> str:
-    """Return how flat it is around the winner, in a sentence."""
+    """Return how flat the score is around the best thresholds, in a sentence."""
     sweep: Mapping[str, Any] = data.record.sweep or {}
     if not sweep:
         return "The sweep of the best trial is not recorded."
     seconds = float(sweep.get("seconds") or 0.0)
     text = (
         f"{int(sweep['combinations']):,} combinations were scored exactly in {seconds:.1f} s. "
-        f"{int(sweep.get('plateau_width') or 1):,} of them are as good as the winner; a threshold "
-        "in the middle of a flat region carries over to new data better than one at its edge. "
-        "Gaps are combinations too far below the best F1."
+        f"{int(sweep.get('plateau_width') or 1):,} of them are as good as the best one. A "
+        "threshold in the middle of a flat region carries over to new data better than one at "
+        "its edge."
     )
     return text + (f" {sweep['thinned']}." if sweep.get("thinned") else "")
 
@@ -179,10 +188,28 @@ def instances_lead(data: ReportData) -> str:
     if not data.cards:
         return "Every instance matches at IoU 0.5, and nothing is split, merged or invented."
     return (
-        f"{counted(data.wrong, 'instance')} with something wrong, dearest first: planes xy, xz and "
-        "yz, truth in colour, prediction dashed in white (in colour where there is no truth). "
-        "Worth is how much error mending this one alone would take away."
+        f"{counted(data.wrong, 'instance')} with a fault, the most costly first. Truth is drawn in "
+        "colour, the prediction dashed in white (in colour where there is no truth). The gain is "
+        "what the error would fall by if this instance alone were correct. Click a picture to "
+        "enlarge it."
     )
+
+
+def all_figures(data: ReportData) -> list[tuple[str, float | None]]:
+    """Return every figure of the best trial with its name."""
+    return [(label, number_of(data.metrics.get(key))) for key, label, _ in figure_names()]
+
+
+def best_so_far(data: ReportData) -> list[tuple[str, int, str]]:
+    """Return when the best value fell, which trial brought it, and the value."""
+    rows: list[tuple[str, int, str]] = []
+    best = math.inf
+    done = [t for t in data.trials if t.state == "COMPLETE" and t.finished and t.is_feasible]
+    for trial in sorted(done, key=lambda t: (t.finished or datetime.max, t.number)):
+        if trial.value is not None and trial.value < best:
+            best = trial.value
+            rows.append((f"{trial.finished:%Y-%m-%d %H:%M}", trial.number, figure(best)))
+    return rows
 
 
 def all_trials(data: ReportData) -> list[TrialRow]:
@@ -193,9 +220,9 @@ def all_trials(data: ReportData) -> list[TrialRow]:
 def _row(trial: TrialView) -> TrialRow:
     """Return the row of a trial."""
     metrics = trial.user_attrs.get("metrics") or {}
-    state = trial.state.lower()
+    state = state_word(trial.state, trial.user_attrs.get("reason"))
     if trial.state == "COMPLETE" and not trial.is_feasible:
-        state = "complete, under the guard"
+        state = "complete, violates the guard"
     notes = [trial.user_attrs.get("warm_start"), trial.user_attrs.get("reason")]
     value = trial.value
     if value is None and trial.intermediate:
@@ -210,15 +237,236 @@ def _row(trial: TrialView) -> TrialRow:
     )
 
 
+def study_words(data: ReportData) -> list[str]:
+    """Return how a command names the study; the storage's password is never in it."""
+    folder = data.best.study.out
+    if folder is not None and (folder / "study.db").is_file():
+        return [str(folder)]
+    return ["--storage", data.storage, "--study", data.study]
+
+
+def command(*words: Any) -> str:
+    """Return a command as a shell takes it."""
+    return shlex.join(["hydralv-tune", *map(str, words)])
+
+
 def commands(data: ReportData) -> str:
-    """Return the commands that use the study; the storage's password is never in it."""
-    options = ["--storage", data.storage, "--study", data.study]
-    rows = [
-        ["hydralv-tune", "export", *options, "--out", "best.yaml"],
-        ["hydralv-tune", "dashboard", "--storage", data.storage],
-        ["hydralv-tune", "status", *options],
+    """Return the commands that use the study."""
+    named = study_words(data)
+    shown = named if named[0] != "--storage" else named[:2]
+    return "\n".join(
+        (
+            command("export", *named, "--out", "best.yaml"),
+            command("dashboard", *shown),
+            command("status", *named),
+        )
+    )
+
+
+def volume_words(data: ReportData) -> list[str]:
+    """Return the options that name every volume of the study."""
+    return [
+        word
+        for volume in data.best.volumes
+        for option in ("image", "label", "mask")
+        if (path := getattr(volume, option))
+        for word in (f"--{option}", path)
     ]
-    return "\n".join(shlex.join(row) for row in rows)
+
+
+def _run_again(data: ReportData, *words: Any) -> str:
+    """Return the command that continues the study."""
+    study = data.best.study
+    out = ["--out", str(study.out)] if study.out is not None else []
+    storage = [] if study_words(data)[0] != "--storage" else ["--storage", data.storage]
+    return command(
+        "run", study.space.name, *volume_words(data), "--study", data.study, *storage, *out, *words
+    )
+
+
+@dataclass(frozen=True)
+class NextStep:
+    """One thing to do next: what, why, and what to copy."""
+
+    title: str
+    why: str
+    text: str
+
+
+def next_steps(data: ReportData) -> list[NextStep]:
+    """Return what to do next, the most useful first; empty where nothing is left to gain here."""
+    steps = [*_first_steps(data), *_edge_steps(data)]
+    for limit in [entry for entry in data.limits if entry.worth >= WORTH_A_STEP][:2]:
+        steps.append(
+            NextStep(
+                f"Try the recipe {limit.recipe} against what is {KIND_WORDS[limit.kind]}",
+                f"{counted(limit.count, 'instance')}; without that fault the error would be "
+                f"{limit.error:.3f}. {limit.text}",
+                command(
+                    "train", limit.recipe, *volume_words(data), "--out", f"runs/{limit.recipe}"
+                ),
+            )
+        )
+    steps += _budget_steps(data)
+    if data.record.split.get("kind") in (None, "none"):
+        steps.append(
+            NextStep(
+                "Score a volume that it was not trained on",
+                "The best trial was trained and scored on the same voxels, so its figures are "
+                "optimistic. Hold a part out, or use another labelled volume.",
+                command("run", data.best.study.space.name, *volume_words(data),
+                        "--set", "data.split.kind=holdout", "--study", f"{data.study}_holdout"),
+            )
+        )  # fmt: skip
+    return steps
+
+
+WORTH_A_STEP = 0.005
+"""Error under which correcting a kind of fault is not worth a training."""
+
+
+def _first_steps(data: ReportData) -> list[NextStep]:
+    """Return what comes before anything else: no trial meets the guard, or nothing is learned."""
+    if data.best.view.is_feasible and not still_learning(data):
+        return []
+    why = still_learning(data) or "No trial meets the guard, so there is nothing to tune yet."
+    words = ("train", "overfit_check", *volume_words(data), "--out", "runs/overfit_check")
+    return [NextStep("Check that the network can learn the volume", why.strip(), command(*words))]
+
+
+def _edge_steps(data: ReportData) -> list[NextStep]:
+    """Return the axes and parameters whose best value stands at the end of what was tried."""
+    steps = []
+    for axis in (axis for axis in data.axes if axis.edge):
+        name, _, part = axis.name.partition(".")
+        values = ", ".join(map(str, _widened(axis.values, axis.edge)))
+        line = f"{name}: {{{part}: [{values}]}}" if part else f"{name}: [{values}]"
+        end = "smallest" if axis.edge == "low" else "largest"
+        steps.append(
+            NextStep(
+                f"Widen the threshold {axis.label}",
+                f"The best value, {axis.winner}, is the {end} that was tried. Paste this into the "
+                "search space, and run with --extend.",
+                f"decoding:\n  grid:\n    {line}",
+            )
+        )
+    for key, parameter in data.best.study.space.parameters.items():
+        ends, value = parameter.float_ or parameter.int_, data.best.view.params.get(key)
+        if ends is None or not isinstance(value, int | float):
+            continue
+        place = _place_in(value, ends, log=parameter.log)
+        if 0.03 < place < 0.97 or ends[0] == ends[1]:
+            continue
+        factor = 3.0 if parameter.log else 0.0
+        width = float(ends[1]) - float(ends[0])
+        low, high = float(ends[0]), float(ends[1])
+        if place <= 0.03:
+            low = low / factor if factor else max(low - width / 2, 0.0)
+        else:
+            high = high * factor if factor else high + width / 2
+        kind = "float" if parameter.float_ is not None else "int"
+        log = ", log: true" if parameter.log else ""
+        steps.append(
+            NextStep(
+                f"Widen the range of {key}",
+                f"The best value, {value:.3g}, is at the end of {ends[0]:g} to {ends[1]:g}. Paste "
+                "this into the search space, and run with --extend.",
+                f"parameters:\n  {key}: {{{kind}: [{low:g}, {high:g}]{log}}}",
+            )
+        )
+    return steps
+
+
+def _widened(values: Sequence[Any], edge: str) -> list[Any]:
+    """Return the values of an axis with one more beyond an end, a step away."""
+    known = sorted(float(v) for v in values if v is not None)
+    step = known[1] - known[0] if edge == "low" else known[-1] - known[-2]
+    more = known[0] - step if edge == "low" else known[-1] + step
+    whole = all(float(v).is_integer() and abs(v) >= 1 for v in known if v)
+    shown = [int(v) if whole else round(v, 4) for v in sorted({*known, max(more, -1.0)})]
+    return [*shown, *("null" for v in values if v is None)]
+
+
+def _place_in(value: float, ends: Sequence[float], *, log: bool) -> float:
+    """Return where a value lies between two ends, 0 to 1, on the scale that is searched."""
+    low, high = float(ends[0]), float(ends[1])
+    if log:
+        low, high, value = math.log(low), math.log(high), math.log(value)
+    return 0.5 if high == low else (value - low) / (high - low)
+
+
+def _budget_steps(data: ReportData) -> list[NextStep]:
+    """Return whether more trials, or shorter ones, are worth their time."""
+    steps = []
+    finished = [t for t in data.trials if t.state in ("COMPLETE", "PRUNED") and not t.is_imported]
+    later = sum(t.number > data.best.view.number for t in finished)
+    if len(finished) >= 4 and later < len(finished) / 3:
+        more = len(finished) + max(len(finished) // 2, 4)
+        steps.append(
+            NextStep(
+                "Run more trials",
+                f"The best trial is among the last third of {len(finished)}; the search was still "
+                "improving.",
+                _run_again(data, "--trials", more),
+            )
+        )
+    if data.ranks is not None and data.ranks.half_would_do:
+        epochs = max(data.best.candidate.optimization.max_epochs // 2, 1)
+        steps.append(
+            NextStep(
+                "Search with half the training",
+                f"{ranks_sentence(data)} A new study can try twice as many candidates in the time.",
+                command("run", data.best.study.space.name, *volume_words(data), "--study",
+                        f"{data.study}_short", "--set", f"optimization.max_epochs={epochs}",
+                        "--learn-from", study_words(data)[0] if len(study_words(data)) == 1
+                        else data.storage),
+            )
+        )  # fmt: skip
+    return steps
+
+
+def ranks_sentence(data: ReportData) -> str:
+    """Return whether early evaluations rank trials as the last one does."""
+    ranks = data.ranks
+    if ranks is None:
+        return ""
+    place = {1: "first", 2: "second", 3: "third"}.get(ranks.rank, f"number {ranks.rank}")
+    return (
+        f"Half way through training, the ranks of {ranks.trials} complete trials agreed with the "
+        f"final ones by ρ = {ranks.half:.2f} (Spearman), and the best trial was {place}."
+    )
+
+
+def stopped_sentence(data: ReportData) -> str:
+    """Return who was stopped early and where they stood."""
+    gone = data.stopped
+    if gone is None:
+        return ""
+    ahead = (
+        "none of them stood" if gone.ahead == 0 else f"{counted(gone.ahead, 'trial')} of them stood"
+    )
+    return (
+        f"{counted(gone.count, 'trial')} stopped early, at evaluation {gone.evaluation} (median); "
+        f"{ahead} better than the median of the complete trials at that evaluation."
+    )
+
+
+def changes_lead(data: ReportData) -> str:
+    """Return how the path from the baseline to the best trial was made."""
+    if not data.changes:
+        return (
+            "There are too few complete trials to say what each change bought; it takes twelve, or "
+            "one change only."
+        )
+    guessed = sum(change.trained is None for change in data.changes)
+    note = (
+        "Every step was trained."
+        if not guessed
+        else f"{counted(guessed, 'value')} estimated by a random forest over the complete trials."
+    )
+    return (
+        f"One change at a time from the baseline to the best trial, the largest gain first. {note}"
+    )
 
 
 def provenance_rows(data: ReportData) -> list[tuple[str, str]]:
@@ -228,7 +476,7 @@ def provenance_rows(data: ReportData) -> list[tuple[str, str]]:
     for entry in record.volumes:
         shape = " × ".join(str(side) for side in entry.get("shape") or ())
         size = entry.get("voxel_size_nm")
-        nm = " × ".join(f"{side:g}" for side in size) + " nm" if size else "voxel size unknown"
+        nm = f"{voxel_size(size)} nm" if size else "voxel size unknown"
         rows.append(
             (f"volume {entry.get('name')}",
              f"{entry.get('image')}, {shape}, {nm}, fingerprint {entry.get('fingerprint')}")
@@ -242,7 +490,8 @@ def provenance_rows(data: ReportData) -> list[tuple[str, str]]:
     rows.append(("machine", f"{host.get('name')}, {host.get('processor')}, {host.get('system')}"))
     training = record.training
     rows.append(
-        ("training", f"{training.get('parameters', 0):,} parameters, {training.get('steps_done')} "
+        ("training", f"{millions(training.get('parameters', 0))} parameters, "
+                     f"{training.get('steps_done')} "
                      f"steps of {training.get('effective_batch')} patches, seed {record.seed}")
     )  # fmt: skip
     return rows

@@ -124,6 +124,13 @@ class LossLog:
             self.count = 0
         return dict(zip(self.names, self.last.cpu().tolist(), strict=True))
 
+    def total_so_far(self) -> float | None:
+        """Return the mean total since the last call of `means`; None before the first step.
+
+        The host waits for the device.
+        """
+        return float(self.sums[0] / self.count) if self.count else None
+
     def state_dict(self) -> dict[str, Any]:
         """Return what a checkpoint keeps."""
         return {

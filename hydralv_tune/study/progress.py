@@ -1,0 +1,178 @@
+"""How a study stands now, from its database alone: counts, best, running trials, time left."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any
+
+import sqlalchemy
+from optuna.trial import TrialState
+
+from hydralv_tune.study.database import database_errors
+from hydralv_tune.study.study import Study
+from hydralv_tune.study.trial_views import (
+    TrialView,
+    best_trial,
+    count_states,
+    describe_best,
+    seconds_left,
+)
+
+
+@dataclass(frozen=True)
+class RunningTrial:
+    """One trial that runs.
+
+    Args:
+        number: Number of the trial.
+        root: Number of its first attempt, which names its folder.
+        recipe: Recipe or architecture, where that is known.
+        epoch: Epochs done at the last evaluation.
+        epochs: Epochs in all.
+        evaluation: Evaluations done.
+        evaluations: Evaluations in all.
+        value: Objective of its best checkpoint so far.
+        f1: F1 at IoU 0.5 of that checkpoint.
+        left_s: Seconds that it still needs; None before the first evaluation.
+        heard_s: Seconds since its driver's last sign of life; None where there was none.
+        host: Machine that it runs on.
+    """
+
+    number: int
+    root: int
+    recipe: str | None
+    epoch: int | None
+    epochs: int | None
+    evaluation: int
+    evaluations: int | None
+    value: float | None
+    f1: float | None
+    left_s: float | None
+    heard_s: float | None
+    host: str | None
+
+
+@dataclass(frozen=True)
+class StudyProgress:
+    """A study at one moment.
+
+    Args:
+        study: Name of the study.
+        target: Finished trials that it aims at.
+        counts: Trials by state; interrupted ones, which go on, stand apart from the failed.
+        best: As `describe_best` gives it.
+        running: The running trials.
+        left_s: Seconds until the target is reached; None where no trial says how long one takes.
+        guard_f1: F1 at IoU 0.5 under which a trial violates the guard.
+        at: When this was read.
+    """
+
+    study: str
+    target: int
+    counts: Mapping[str, int]
+    best: Mapping[str, Any] | None
+    running: Sequence[RunningTrial]
+    left_s: float | None
+    guard_f1: float
+    at: datetime = field(default_factory=datetime.now)
+
+    @property
+    def finished(self) -> int:
+        """Return how many trials are complete or pruned."""
+        return self.counts["complete"] + self.counts["pruned"]
+
+
+def study_progress(study: Study, target: int | None = None) -> StudyProgress:
+    """Return how a study stands.
+
+    Args:
+        study: An open study.
+        target: Finished trials that it aims at; the budget of its space by default.
+
+    Raises:
+        DatabaseAway: The database does not answer.
+    """
+    views, now = study.trials(), datetime.now()
+    aim = target or study.space.budget.trials
+    ages = _heartbeat_ages(study)
+    running = [_running(v, ages.get(v.number), now) for v in views if v.state == "RUNNING"]
+    counts = count_states(views)
+    interrupted = sum(view.user_attrs.get("retry") == "free" for view in views)
+    counts["fail"] -= interrupted
+    return StudyProgress(
+        study=study.name,
+        target=aim,
+        counts={**counts, "interrupted": interrupted},
+        best=describe_best(best_trial(views)),
+        running=running,
+        left_s=time_left(views, running, aim),
+        guard_f1=study.space.objective.guard.f1_iou50,
+        at=now,
+    )
+
+
+def _running(view: TrialView, heard_s: float | None, now: datetime) -> RunningTrial:
+    """Return a running trial."""
+    known = view.user_attrs
+    left = seconds_left({**known, "seconds": known.get("spent_s")})
+    if left is not None and view.started is not None:
+        # The time since the evaluation is gone too, or the clock would stand still until the next.
+        since = (now - view.started).total_seconds() - float(known["spent_s"])
+        left = max(left - max(since, 0.0), 0.0)
+    recipe = known.get("warm_start") or known.get("architecture")
+    return RunningTrial(
+        number=view.number,
+        root=view.root,
+        recipe=None if recipe is None else str(recipe),
+        epoch=known.get("epoch"),
+        epochs=known.get("epochs"),
+        evaluation=max(view.intermediate, default=0),
+        evaluations=known.get("evaluations"),
+        value=view.intermediate[max(view.intermediate)] if view.intermediate else None,
+        f1=known.get("f1_iou50"),
+        left_s=left,
+        heard_s=heard_s,
+        host=known.get("host"),
+    )
+
+
+def time_left(
+    views: Sequence[TrialView], running: Sequence[RunningTrial], target: int
+) -> float | None:
+    """Return the seconds until so many trials are finished, on as many places as are taken now.
+
+    What the running trials still need, and what those that are missing beside them will take, is
+    shared by the places. None where no trial says how long one takes.
+    """
+    finished = [v for v in views if v.state in ("COMPLETE", "PRUNED") and not v.is_imported]
+    usual = sum(view.seconds for view in finished) / len(finished) if finished else None
+    rest = [usual if trial.left_s is None else trial.left_s for trial in running]
+    missing = max(target - len(finished) - len(running), 0)
+    if missing:
+        rest += [usual] * missing
+    if any(seconds is None for seconds in rest):
+        return None
+    return sum(seconds for seconds in rest if seconds is not None) / max(len(running), 1)
+
+
+def _heartbeat_ages(study: Study) -> dict[int, float]:
+    """Return the seconds since each running trial's sign of life, by the database's clock."""
+    beats = sqlalchemy.table(
+        "trial_heartbeats",
+        sqlalchemy.column("trial_id"),
+        sqlalchemy.column("heartbeat", sqlalchemy.DateTime),
+    )
+    numbers = {t._trial_id: t.number for t in study.frozen() if t.state == TrialState.RUNNING}
+    if not numbers:
+        return {}
+    query = sqlalchemy.select(beats.c.trial_id, beats.c.heartbeat, sqlalchemy.func.now()).where(
+        beats.c.trial_id.in_(list(numbers))
+    )
+    with database_errors(), study.rdb.engine.connect() as connection:
+        rows = connection.execute(query).all()
+    return {
+        numbers[trial]: (at.replace(tzinfo=None) - beat.replace(tzinfo=None)).total_seconds()
+        for trial, beat, at in rows
+    }
