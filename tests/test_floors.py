@@ -18,6 +18,7 @@ FLOORS = (
     "study",
     "launch",
     "results",
+    "api",
     "cli",
 )
 GROUND = FLOORS[0]

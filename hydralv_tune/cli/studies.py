@@ -161,11 +161,9 @@ def _run(
 ) -> dict[str, Any]:
     """Run a study under the live view and return its facts; the best config is exported too."""
     from hydralv_tune.config.files import parse_overrides
-    from hydralv_tune.config.search_space_files import load_space, with_fixed
+    from hydralv_tune.config.search_space_files import load_space
 
-    space = load_space(space_name)
-    if settings:
-        space = with_fixed(space, parse_overrides(settings))
+    space = load_space(space_name, parse_overrides(settings))
     name = space.name if study is None else study
     _check_study_name(name, names_folder=out is None)
     folder = out or Path("runs") / name

@@ -210,16 +210,17 @@ def parse_overrides(settings: Iterable[str]) -> dict[str, Any]:
     return result
 
 
-def decoding_step(decoder: str, arguments: Mapping[str, Any]) -> DecodingStep:
+def decoding_step(decoder: str, arguments: Mapping[str, Any], place: str = "--set") -> DecodingStep:
     """Return a checked decoding step.
 
     Args:
         decoder: A name of the table of decoders.
         arguments: Of the decoder; what is left out takes its default.
+        place: Where they came from, for the message.
 
     Raises:
         ConfigError: The decoder or an argument is unknown, or a value breaks its rule.
     """
-    step = validated(DecodingStep, {"name": decoder, "kwargs": dict(arguments)}, "--set")
-    check_decoding_step(step, "--set", "")
+    step = validated(DecodingStep, {"name": decoder, "kwargs": dict(arguments)}, place)
+    check_decoding_step(step, place, "")
     return step

@@ -18,8 +18,12 @@ from hydralv_tune.config.validation import check_keys
 from hydralv_tune.config.yaml_io import read_yaml_mapping
 
 
-def load_space(name_or_path: str | Path) -> SearchSpace:
+def load_space(name_or_path: str | Path, overrides: Mapping[str, Any] | None = None) -> SearchSpace:
     """Return the space of a file, or of a bare name in `search_spaces/`, every rule checked.
+
+    Args:
+        name_or_path: The file or the name.
+        overrides: A partial candidate that holds for every trial, as `parse_overrides` returns it.
 
     Raises:
         ConfigError: There is no such file, or it breaks a rule.
@@ -37,7 +41,7 @@ def load_space(name_or_path: str | Path) -> SearchSpace:
             recipes[name] = read_yaml_mapping(file)
     space = space.model_copy(update={"recipes": recipes})
     check_space(space, place)
-    return space
+    return with_fixed(space, overrides) if overrides else space
 
 
 def with_fixed(

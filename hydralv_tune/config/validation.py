@@ -14,6 +14,7 @@ from typing import Any, NoReturn, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from hydralv_tune.config.errors import ConfigError
+from hydralv_tune.config.plugins import load_plugins
 
 M = TypeVar("M", bound=BaseModel)
 
@@ -249,6 +250,7 @@ def validated(model: type[M], mapping: Mapping[str, Any], place: str) -> M:
     Raises:
         ConfigError: The first key that breaks a rule, with value, rule and nearest name.
     """
+    load_plugins()
     check_keys(mapping, model, place)
     try:
         return model.model_validate(dict(mapping))

@@ -20,6 +20,7 @@ from ray import tune
 
 from hydralv_tune.artifacts.checkpoint_store import file_system, trial_name
 from hydralv_tune.config.errors import HydraLVError
+from hydralv_tune.config.plugins import registrations
 from hydralv_tune.config.search_space import SearchSpace
 from hydralv_tune.data.volumes import Volume, VolumePaths
 from hydralv_tune.launch.cluster import Resources, check_before_ray, ray_cluster
@@ -319,13 +320,16 @@ def _real_trial(paths: Sequence[VolumePaths], volumes: Sequence[Volume]) -> Tria
     """
     places = list(paths)
     shared = ray.put([None if is_lazy(volume) else volume for volume in volumes])
+    registered = registrations()
 
     def function(spec: dict[str, Any], report: Reporter) -> Mapping[str, Any]:
         import ray
 
+        from hydralv_tune.config.plugins import register_again
         from hydralv_tune.trial.run import TrialSpec, run_trial
         from hydralv_tune.trial.training.lazy_reader import open_volume
 
+        register_again(registered)
         record = run_trial(
             TrialSpec.from_mapping(spec),
             report,

@@ -45,7 +45,7 @@ def augment(patches: Patches, chosen: Mapping[str, Knobs], generator: torch.Gene
         if name not in chosen:
             continue
         if augmentation.warp is None:
-            patches = apply_one(augmentation, patches, chosen[name], host)
+            patches = augmentation.apply(patches, chosen[name], host)
         elif joined:
             patches, joined = _warped(patches, joined, host), []
     return patches
@@ -70,14 +70,7 @@ def _warped(
 def apply_one(
     augmentation: Augmentation, patches: Patches, knobs: Knobs, generator: torch.Generator
 ) -> Patches:
-    """Return the batch after one augmentation, defaults standing in for knobs that are not set.
-
-    Args:
-        augmentation: An entry of `AUGMENTATIONS`.
-        patches: The batch; it is left as it is.
-        knobs: Some or all of its knobs.
-        generator: A generator, best on the CPU.
-    """
+    """Return the batch after one augmentation, defaults standing in for knobs that are not set."""
     full, host = {**augmentation.defaults, **knobs}, host_generator(generator)
     if augmentation.warp is not None:
         return _warped(patches, [(augmentation.resolved(), full)], host)

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    import torch
+
     from hydralv_tune.numerics.augmentation.patches import Patches
 
 Knobs = Mapping[str, Any]
@@ -36,6 +38,18 @@ class Augmentation:
     function: Callable[..., Patches] | str | None = None
     warp: Callable[..., None] | str | None = None
 
+    def apply(self, patches: Patches, knobs: Knobs, generator: torch.Generator) -> Patches:
+        """Return the batch with this augmentation alone.
+
+        Args:
+            patches: The batch.
+            knobs: Some or all of the knobs; the defaults stand in for the rest.
+            generator: A generator, best on the CPU.
+        """
+        from hydralv_tune.numerics.augmentation.augment import apply_one
+
+        return apply_one(self, patches, knobs, generator)
+
     def resolved(self) -> Callable[..., Any]:
         """Return the function, or the warp."""
         chosen = self.warp if self.function is None else self.function
@@ -48,6 +62,10 @@ AUGMENTATIONS: dict[str, Augmentation] = {}
 
 def register_augmentation(name: str, entry: Augmentation) -> None:
     """Add an augmentation to the end of the table, or replace the one of that name.
+
+    Args:
+        name: What `data.augmentation` calls it.
+        entry: Its knobs and its function.
 
     Raises:
         ValueError: It has neither a function nor a warp, or both, or no knob `prob`.

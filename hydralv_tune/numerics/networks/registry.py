@@ -84,6 +84,10 @@ ARCHITECTURES: dict[str, Architecture] = {}
 def register_architecture(name: str, entry: Architecture) -> None:
     """Add an architecture to the table, or replace the one of that name.
 
+    Args:
+        name: What `model.architecture` calls it.
+        entry: How it is built and what it reads.
+
     Raises:
         ValueError: A key of the entry means something else in a `model` block.
     """

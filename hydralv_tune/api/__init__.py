@@ -1,0 +1,1 @@
+"""What `import hydralv_tune` gives to scripts and notebooks: arrays in, arrays out."""
