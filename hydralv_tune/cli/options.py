@@ -176,16 +176,18 @@ def check_file_out(
         InputError: The suffix is another, a folder of that name exists, the folder cannot be
             written, or the file is one of the inputs.
     """
+    from hydralv_tune.data.formats import SUFFIXES, suffix_of
     from hydralv_tune.data.formats.files import locate
 
     location = locate(path)
     file = location.path
-    if file.suffix.lower() not in suffixes:
+    if location.url is not None or suffix_of(file) not in suffixes:
         raise InputError(
             f"{option}: {path} ends with '{file.suffix}', but must end with one of "
             f"{', '.join(suffixes)}. Name the file so."
         )
-    if file.is_dir() and file.suffix.lower() != ".zarr":
+    kind = SUFFIXES.get(suffix_of(file))
+    if file.is_dir() and not (kind is not None and kind.marks):
         raise InputError(f"{option}: {path} is a folder, but must be a file. Name a file in it.")
     check_folder(option, file.parent)
     for given in inputs:

@@ -9,8 +9,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+
+from hydralv_tune.config.errors import InputError
+
+IMPORT_NAMES = {"pynrrd": "nrrd"}
 
 
 @dataclass(frozen=True)
@@ -23,6 +28,7 @@ class Format:
         suffixes: What its names end with, in lower case.
         magic: (offset, bytes) that its files have; one of them is enough.
         marks: Files that make a folder one of this format; one of them is enough.
+        marks_optional: Whether a folder of such a name is one without them too.
         has_datasets: Whether `file:dataset` names an array in it.
         writable: Whether it can be written.
         package: What must be installed beside this package to read it; None where nothing.
@@ -33,13 +39,24 @@ class Format:
     suffixes: tuple[str, ...]
     magic: tuple[tuple[int, bytes], ...] = ()
     marks: tuple[str, ...] = ()
+    marks_optional: bool = False
     has_datasets: bool = False
     writable: bool = False
     package: str | None = None
 
     @property
     def code(self) -> Any:
-        """Return the module that reads and writes it, imported on first use."""
+        """Return the module that reads and writes it, imported on first use.
+
+        Raises:
+            InputError: The package that it needs is not installed.
+        """
+        package = self.package
+        if package is not None and find_spec(IMPORT_NAMES.get(package, package)) is None:
+            raise InputError(
+                f"{self.name} needs the package {package}, which is not installed. Install it: "
+                f"pip install {package}"
+            )
         return import_module(f"{__name__}.{self.module}")
 
 
@@ -64,12 +81,45 @@ FORMATS = (
     Format(
         "Zarr",
         "zarr",
-        (".zarr",),
+        # A name that ends with .ome.zarr is written as OME-Zarr, any other as one array.
+        (".zarr", ".ome.zarr"),
         marks=("zarr.json", ".zarray", ".zgroup"),
         has_datasets=True,
         writable=True,
     ),
+    Format(
+        "N5",
+        "n5",
+        (".n5",),
+        marks=("attributes.json",),
+        marks_optional=True,
+        has_datasets=True,
+        package="tensorstore",
+    ),
+    Format(
+        "precomputed",
+        "precomputed",
+        (".precomputed",),
+        marks=("info",),
+        has_datasets=True,
+        writable=True,
+        package="tensorstore",
+    ),
+    Format(
+        "NIfTI",
+        "nifti",
+        (".nii", ".nii.gz"),
+        magic=((344, b"n+1\0"), (344, b"ni1\0"), (4, b"n+2\0"), (0, b"\x1f\x8b")),
+        package="nibabel",
+    ),
+    Format(
+        "MRC", "mrc", (".mrc", ".rec", ".map", ".st"), magic=((208, b"MAP "),), package="mrcfile"
+    ),
+    Format("NRRD", "nrrd", (".nrrd", ".nhdr"), magic=((0, b"NRRD"),), package="pynrrd"),
+    Format("folder of sections", "sections", ()),
 )
+FOLDER_OF_SECTIONS = FORMATS[-1]
+PRECOMPUTED = next(kind for kind in FORMATS if kind.name == "precomputed")
 SUFFIXES = {suffix: kind for kind in FORMATS for suffix in kind.suffixes}
 WRITABLE = tuple(suffix for suffix, kind in SUFFIXES.items() if kind.writable)
 NAMES = f"{', '.join(kind.name for kind in FORMATS[:-1])} or {FORMATS[-1].name}"

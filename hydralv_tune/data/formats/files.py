@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import uuid
 import warnings
@@ -14,8 +15,17 @@ import numpy as np
 
 from hydralv_tune.config.errors import VolumeError
 from hydralv_tune.config.paths import expanded
-from hydralv_tune.data.formats import FORMATS, SUFFIXES, WRITABLE, Format, suffix_of
+from hydralv_tune.data.formats import (
+    FOLDER_OF_SECTIONS,
+    FORMATS,
+    PRECOMPUTED,
+    SUFFIXES,
+    WRITABLE,
+    Format,
+    suffix_of,
+)
 from hydralv_tune.data.formats.interface import (
+    PRECOMPUTED_SCHEME,
     UNREADABLE,
     LazyArray,
     Location,
@@ -37,6 +47,8 @@ __all__ = [
     "read_voxel_size_nm",
     "write_array",
 ]
+LOCAL_URL = re.compile(r"^(?:precomputed://file://|file://|precomputed://(?=[/~.]))(.+)$")
+REMOTE_URL = re.compile(r"^(precomputed://)?((?:https?|gs|s3)://.+)$")
 HEAD_BYTES = 4096 + 8
 """Read to tell formats apart."""
 
@@ -45,8 +57,22 @@ def locate(path: str | Path) -> Location:
     """Split `file:dataset`, and expand `~` and `$VARIABLES`.
 
     A colon counts only after a known suffix, so that other colons in a path stay what they are.
+    `precomputed://URL` is a volume elsewhere, `file://` and `precomputed://file://` one here.
+
+    Raises:
+        VolumeError: A URL whose format is not said.
     """
-    text = expanded(path)
+    text = os.fspath(path)
+    local = LOCAL_URL.match(text)
+    if local is None and (found := REMOTE_URL.match(text)) is not None:
+        if not found.group(1):
+            raise VolumeError(
+                f"{text}: of what is not on this machine, precomputed volumes alone are read. Say "
+                f"{PRECOMPUTED_SCHEME}{text} where it is one, or copy it here."
+            )
+        url = found.group(2)
+        return Location(Path(url.partition("://")[2]), url=url)
+    text = expanded(text if local is None else local.group(1))
     if ":" in text and not os.path.exists(text):
         file, _, dataset = text.rpartition(":")
         if suffix_of(Path(file)) in SUFFIXES:
@@ -153,7 +179,7 @@ def create_array(
         VolumeError: As for `write_array`; the older file is untouched.
     """
     location = locate(path)
-    kind = SUFFIXES.get(suffix_of(location.path))
+    kind = None if location.url else SUFFIXES.get(suffix_of(location.path))
     if kind is None or not kind.writable:
         raise VolumeError(
             f"{location}: '{location.path.suffix}' is no known format to write. Known suffixes: "
@@ -191,7 +217,7 @@ def _replacing(path: Path, *, keep: bool) -> Iterator[Path]:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     # The suffix stays last: the libraries look at it.
-    temporary = path.with_name(f".{path.stem}.{uuid.uuid4().hex[:8]}{path.suffix}")
+    temporary = path.with_name(f".{uuid.uuid4().hex[:8]}.{path.name}")
     try:
         if keep and path.is_dir():
             shutil.copytree(path, temporary)
@@ -201,7 +227,7 @@ def _replacing(path: Path, *, keep: bool) -> Iterator[Path]:
         if path.is_dir():
             # A folder cannot be replaced in one step; the old one is moved aside, not deleted,
             # until the new one is in place.
-            old = path.with_name(f".{path.stem}.{uuid.uuid4().hex[:8]}.old{path.suffix}")
+            old = path.with_name(f".{uuid.uuid4().hex[:8]}.old.{path.name}")
             path.rename(old)
             temporary.rename(path)
             shutil.rmtree(old)
@@ -229,6 +255,8 @@ def _format_of(location: Location) -> Format:
         VolumeError: It is missing, cannot be opened, or is of no known format.
     """
     path = location.path
+    if location.url is not None:
+        return PRECOMPUTED
     if not path.exists():
         near = sorted(p.name for p in path.parent.glob("*") if suffix_of(p) in SUFFIXES)
         there = f" In that folder: {', '.join(near[:5])}." if near else ""
@@ -238,14 +266,19 @@ def _format_of(location: Location) -> Format:
         for kind in FORMATS:
             if any((path / mark).exists() for mark in kind.marks):
                 return kind
+        if known is not None and known.marks_optional:
+            return known
+        if known is None and FOLDER_OF_SECTIONS.code.holds_sections(path):
+            return FOLDER_OF_SECTIONS
         if known is None:
             raise VolumeError(
-                f"{location}: this is a folder, neither a Zarr array nor a Zarr group. Name a file."
+                f"{location}: this is a folder without pictures and without the metadata of Zarr, "
+                "N5 or precomputed. Name a file, or such a folder."
             )
         raise VolumeError(
             f"{location}: this folder has no {known.name} metadata "
-            f"({', '.join(known.marks)}); it is empty or was copied in part. Copy it again, or "
-            "name another."
+            f"({', '.join(known.marks) or 'it is a file'}); it is empty or was copied in part. "
+            "Copy it again, or name another."
         )
     try:
         with path.open("rb") as file:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+import warnings
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from hydralv_tune.config.errors import VolumeError
 from hydralv_tune.data.voxel_size import UNKNOWN, Placement, VoxelSize
 
 DEFAULT_DATASET = "main"
+PRECOMPUTED_SCHEME = "precomputed://"
 Names = tuple[str, ...]
 
 # What the libraries raise on broken files, found by truncating and garbling them.
@@ -48,12 +50,21 @@ UNNAMED = "?"
 
 @dataclass(frozen=True)
 class Location:
-    """A file or folder, and the dataset in it where one is named."""
+    """A file or folder, and the dataset in it where one is named.
+
+    Args:
+        path: On this machine; of a URL, its part behind the scheme.
+        dataset: The array in it, or the key of a scale.
+        url: Of a precomputed volume that is elsewhere.
+    """
 
     path: Path
     dataset: str | None = None
+    url: str | None = None
 
     def __str__(self) -> str:
+        if self.url is not None:
+            return f"{PRECOMPUTED_SCHEME}{self.url}"
         return str(self.path) if self.dataset is None else f"{self.path}:{self.dataset}"
 
 
@@ -244,6 +255,12 @@ def _order(
     if ndim is not None and 0 < len(unnamed) <= len(missing):
         for i, name in zip(unnamed, missing[-len(unnamed) :], strict=True):
             names[i] = name
+    if ndim is not None and "z" not in names and "t" in names and shape[names.index("t")] > 1:
+        names[names.index("t")] = "z"
+        warnings.warn(
+            f"{location}: its axes are {spelled}: time (t) is read as z, since there is no z.",
+            stacklevel=2,
+        )
     if ndim is None:
         rest = [i for i, n in enumerate(names) if n not in ("z", "y", "x") and shape[i] != 1]
         return (*rest, *(names.index(name) for name in "zyx" if name in names))
@@ -302,17 +319,17 @@ def choose_dataset(location: Location, names: list[str]) -> str:
 
 def unreadable(place: object, error: BaseException) -> VolumeError:
     """Return the error for a file that its library cannot read, with what can be done about it."""
-    reason = (" ".join(str(error).split()) or type(error).__name__)[:200]
-    lower = reason.lower()
-    if isinstance(error, OSError) and error.errno is not None and error.strerror:
-        return VolumeError(
-            f"{place}: cannot be read ({error.strerror}). Check the path, its permissions and the "
-            "disk."
-        )
+    whole = " ".join(str(error).split()) or type(error).__name__
+    reason, lower = whole[:200], whole.lower()
     if any(word in lower for word in ("unable to lock file", "already open for", "file is locked")):
         return VolumeError(
             f"{place}: another program holds the file open for writing, or ended without closing "
             "it. Close it there, or copy the file once it is written."
+        )
+    if isinstance(error, OSError) and error.errno is not None and error.strerror:
+        return VolumeError(
+            f"{place}: cannot be read ({error.strerror}). Check the path, its permissions and the "
+            "disk."
         )
     if isinstance(error, ImportError | NotImplementedError) or any(
         word in lower

@@ -1,17 +1,22 @@
-"""The metadata of OME-Zarr groups: axes, scales and translations of each level."""
+"""OME-Zarr groups: axes, scales and translations of each level; pyramids are written as 0.4."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from hydralv_tune.config.errors import VolumeError
-from hydralv_tune.data.formats.interface import Names, axis_letters
+from hydralv_tune.data.formats.interface import Location, Names, Target, axis_letters
 from hydralv_tune.data.voxel_size import Placement, in_nm, nm_of, unknown_unit
 
+SMALLEST_LEVEL = 256
+"""Voxels of the longest side of a pyramid's coarsest level."""
+SLAB = 64
+"""Sections of a level that are in memory while the next one is made."""
 BEFORE_AXES = ("t", "c", "z", "y", "x")
 """Of the versions 0.1 and 0.2, which name none."""
 
@@ -113,11 +118,10 @@ def _placement(
     scale, offset = np.ones(len(axes)), np.zeros(len(axes))
     for transformation in (one for step in steps for one in step):
         kind = transformation.get("type")
-        values = np.asarray(transformation.get(str(kind), 1 if kind == "identity" else None), float)
-        if kind not in ("identity", "scale", "translation") or values.shape not in (
-            (),
-            scale.shape,
-        ):
+        if kind == "identity":
+            continue
+        values = np.asarray(transformation.get(str(kind), ()), dtype=float)
+        if kind not in ("scale", "translation") or values.shape != scale.shape:
             raise VolumeError(
                 f"{location}: its coordinate transformation {dict(transformation)} is not "
                 "understood; known are identity, scale and translation, with a number for each "
@@ -137,3 +141,101 @@ def _placement(
         in_nm(offset[space], known, positive=False) if offset.any() else None,
         tuple(notes[:1]),
     )
+
+
+@contextmanager
+def create_image(
+    location: Location,
+    shape: tuple[int, ...],
+    dtype: np.dtype[Any],
+    chunks: tuple[int, ...] | None,
+    placement: Placement,
+) -> Iterator[Target]:
+    """Give level 0 of a new image to write to; its pyramid and its metadata follow at the end.
+
+    Integers of more than 8 bits are labels: each level takes every other voxel, and viewers are
+    told so. With a dataset, `labels/NAME` becomes one of the labels of the image that is there.
+
+    Args:
+        location: `PATH.ome.zarr`, or a group in it.
+        shape: (Z, Y, X), or channels first.
+        dtype: Of the image.
+        chunks: Of level 0; those of the others are the same.
+        placement: Of its voxels; without a size, the scale is 1 and has no unit.
+    """
+    import zarr
+
+    root = zarr.open_group(location.path, mode="a", zarr_format=2)
+    group = root.require_group(location.dataset) if location.dataset else root
+    blocks = chunks or shape
+    options = {"chunks": blocks, "chunk_key_encoding": {"name": "v2", "separator": "/"}}
+    level = group.create_array("0", shape=shape, dtype=dtype, overwrite=True, **options)
+    yield level
+    size = placement.voxel_size_nm or (1.0, 1.0, 1.0)
+    steps: list[tuple[int, ...]] = [(1, 1, 1)]
+    number = 0
+    while max(level.shape[-2:]) > SMALLEST_LEVEL:
+        # Sections are thicker than pixels: z is halved once the pixels are as large.
+        grown = [s * f for s, f in zip(size, steps[-1], strict=True)]
+        step = (2 if grown[0] <= grown[2] else 1, 2, 2)
+        number += 1
+        level = _halved(group, level, str(number), step, options)
+        steps.append(tuple(a * b for a, b in zip(steps[-1], step, strict=True)))
+    is_label = np.dtype(dtype).kind in "iu" and (np.dtype(dtype).itemsize > 1 or location.dataset)
+    group.attrs.update(_metadata(location, len(shape), placement, steps))
+    if is_label:
+        group.attrs["image-label"] = {"version": "0.4"}
+    parent, _, name = (location.dataset or "").rpartition("/")
+    if parent.rpartition("/")[2] == "labels":
+        holder = root[parent]
+        names = [*holder.attrs.get("labels", [])]
+        holder.attrs["labels"] = names if name in names else [*names, name]
+
+
+def _halved(
+    group: Any, level: Any, name: str, step: tuple[int, int, int], options: Mapping[str, Any]
+) -> Any:
+    """Write the next level, every other voxel of the one before, and return it."""
+    z, y, x = step
+    shape = (*level.shape[:-3], *(-(-n // s) for n, s in zip(level.shape[-3:], step, strict=True)))
+    following = group.create_array(name, shape=shape, dtype=level.dtype, overwrite=True, **options)
+    for start in range(0, shape[-3], SLAB):
+        stop = min(start + SLAB, shape[-3])
+        part = level[..., start * z : stop * z, :, :][..., ::z, ::y, ::x]
+        following[..., start:stop, :, :] = part
+    return following
+
+
+def _metadata(
+    location: Location, axes: int, placement: Placement, steps: list[tuple[int, ...]]
+) -> dict[str, Any]:
+    """Return `multiscales` of version 0.4."""
+    known = placement.voxel_size_nm is not None
+    unit = {"unit": "nanometer"} if known else {}
+    named = [{"name": name, "type": "space", **unit} for name in "zyx"]
+    if axes == 4:
+        named.insert(0, {"name": "c", "type": "channel"})
+    size, front = placement.voxel_size_nm or (1.0, 1.0, 1.0), [1.0] * (axes - 3)
+    moved: list[dict[str, Any]] = []
+    if placement.origin_nm is not None and known:
+        origin = [0.0] * (axes - 3) + list(placement.origin_nm)
+        moved = [{"type": "translation", "translation": origin}]
+    datasets = [
+        {
+            "path": str(level),
+            "coordinateTransformations": [
+                {
+                    "type": "scale",
+                    "scale": front + [s * f for s, f in zip(size, step, strict=True)],
+                },
+                *moved,
+            ],
+        }
+        for level, step in enumerate(steps)
+    ]
+    name = location.dataset or "image"
+    return {
+        "multiscales": [
+            {"version": "0.4", "name": name, "axes": named, "datasets": datasets, "type": "nearest"}
+        ]
+    }

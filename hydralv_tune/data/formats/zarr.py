@@ -21,9 +21,10 @@ from hydralv_tune.data.formats.interface import (
     axis_letters,
     choose_dataset,
 )
-from hydralv_tune.data.formats.ome_zarr import Level, level_of, levels_of
+from hydralv_tune.data.formats.ome_zarr import Level, create_image, level_of, levels_of
 from hydralv_tune.data.voxel_size import Placement, placement_from
 
+OME_SUFFIX = ".ome.zarr"
 MARKS = ("zarr.json", ".zarray", ".zgroup")
 
 
@@ -65,6 +66,10 @@ def create(
     placement: Placement,
 ) -> Iterator[Target]:
     """Give an array to write to, alone or in a group whose other arrays stay."""
+    if location.path.name.endswith(OME_SUFFIX):
+        with create_image(location, shape, dtype, chunks, placement) as target:
+            yield target
+        return
     options = {
         "shape": shape,
         "dtype": dtype,

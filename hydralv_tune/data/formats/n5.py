@@ -1,0 +1,131 @@
+"""N5: arrays by name or by path, their axes x, y, z as N5 counts them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hydralv_tune.config.errors import VolumeError
+from hydralv_tune.data.formats.interface import (
+    UNNAMED,
+    Location,
+    Names,
+    Stored,
+    axis_letters,
+    choose_dataset,
+)
+from hydralv_tune.data.formats.tensors import Tensors
+from hydralv_tune.data.voxel_size import Placement, in_nm, nm_of, units_of, unknown_unit
+
+MARK = "attributes.json"
+
+
+def open_stored(location: Location) -> Stored:
+    """Open an array: the one that is named, the finest level of a pyramid, or the only one.
+
+    Raises:
+        VolumeError: There is none of that name, several are there, or the order of its axes is not
+            understood. tensorstore raises what else it cannot read.
+    """
+    folder = location.path / (location.dataset or "")
+    if "dataType" not in _attributes(folder):
+        folder = location.path / _choose(location, folder)
+    attributes = _attributes(folder)
+    array = Tensors({"driver": "n5", "kvstore": {"driver": "file", "path": f"{folder}/"}})
+    axes = _axes(location, attributes, len(array.shape))
+    return Stored(array, axes, _placement(folder), array.chunks)
+
+
+def _attributes(folder: Path) -> Mapping[str, Any]:
+    """Return the attributes of a group or an array; empty where there are none."""
+    file = folder / MARK
+    content = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} holds no mapping")
+    return content
+
+
+def _choose(location: Location, folder: Path) -> str:
+    """Return the array that a group stands for: its level s0, `main`, or the only one."""
+    if not folder.is_dir():
+        choose_dataset(location, sorted(_arrays(location.path)))
+    if "dataType" in _attributes(folder / "s0"):
+        return (folder / "s0").relative_to(location.path).as_posix()
+    names = sorted(_arrays(location.path, folder))
+    return choose_dataset(Location(location.path), names)
+
+
+def _arrays(root: Path, folder: Path | None = None) -> Iterator[str]:
+    """Yield the names of the arrays in a group; blocks of arrays are not looked into."""
+    for inner in sorted((folder or root).iterdir()):
+        if inner.is_dir():
+            if "dataType" in _attributes(inner):
+                yield inner.relative_to(root).as_posix()
+            else:
+                yield from _arrays(root, inner)
+
+
+def _axes(location: Location, attributes: Mapping[str, Any], count: int) -> Names:
+    """Return the axes in N5's order, x first; a list that ends with x is in the order of C."""
+    transform = attributes.get("transform")
+    named = attributes.get("axes", transform.get("axes") if isinstance(transform, dict) else None)
+    letters = axis_letters(named) if isinstance(named, list) else None
+    if letters is None:
+        return (*"xyz", *[UNNAMED] * (count - 3))[:count]
+    if letters[-1] == "x":
+        letters = letters[::-1]
+    if letters[0] != "x" or len(letters) != count:
+        raise VolumeError(
+            f"{location}: its axes are called {', '.join(letters)} for {count} axes, and x is "
+            "neither the first nor the last, so their order is not known. Save them as x, y, z."
+        )
+    return letters
+
+
+def _placement(folder: Path) -> Placement:
+    """Return what an array, or else a group that holds it, says of its voxels.
+
+    `downsamplingFactors` of a level multiply a `pixelResolution`, as in the n5-viewer, and whatever
+    a group above states; a `resolution` of the level itself is its own, as Paintera writes it.
+    """
+    own = _attributes(folder)
+    factors = np.asarray(own.get("downsamplingFactors", [1, 1, 1]), dtype=float)
+    for place in (folder, *folder.parents[:3]):
+        attributes = _attributes(place)
+        transform, pixel = attributes.get("transform"), attributes.get("pixelResolution")
+        if isinstance(transform, dict) and {"axes", "scale"} <= set(transform):
+            order = [list(map(str.lower, transform["axes"])).index(a) for a in "zyx"]
+            units = units_of([transform.get("units", [None] * 3)[i] for i in order], 3)
+            offsets = transform.get("translate", [0, 0, 0])
+            return Placement(
+                in_nm([transform["scale"][i] for i in order], units),
+                in_nm([offsets[i] for i in order], units, positive=False),
+            )
+        if pixel is not None:
+            sizes, unit = (
+                (pixel.get("dimensions"), pixel.get("unit", "um"))
+                if isinstance(pixel, dict)
+                else (pixel, "um")
+            )
+            values = np.asarray(sizes, dtype=float)[:3] * factors[:3]
+            return _placed(values, attributes, unit)
+        if "resolution" in attributes:
+            unit = attributes.get("units", attributes.get("unit", "nm"))
+            unit = unit[0] if isinstance(unit, list) else unit
+            factor = 1.0 if place == folder else factors[:3]
+            values = np.asarray(attributes["resolution"], dtype=float)[:3] * factor
+            return _placed(values, attributes, unit)
+    return Placement()
+
+
+def _placed(values: np.ndarray, attributes: Mapping[str, Any], unit: Any) -> Placement:
+    """Return the placement of sizes along x, y, z, and of the offset beside them."""
+    nm = [nm_of(unit)] * 3
+    notes = () if nm[0] is not None else (unknown_unit(unit),)
+    offset = attributes.get("offset")
+    origin = None if offset is None else in_nm(list(offset)[:3][::-1], nm, positive=False)
+    return Placement(in_nm(values[::-1], nm), origin, notes)

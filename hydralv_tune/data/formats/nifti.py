@@ -1,0 +1,53 @@
+"""NIfTI: axes and size by its affine, values scaled as the header says."""
+
+from __future__ import annotations
+
+import nibabel
+import numpy as np
+
+from hydralv_tune.config.errors import VolumeError
+from hydralv_tune.data.formats.interface import UNNAMED, Location, Stored
+from hydralv_tune.data.voxel_size import Placement, in_nm, nm_of, unknown_unit
+
+ALIGNED = 1e-3
+"""Share of a voxel by which an axis may lean."""
+
+
+def open_stored(location: Location) -> Stored:
+    """Open an image; its axes are called as the affine turns them.
+
+    Raises:
+        VolumeError: It lies askew, is no NIfTI but a packed file, or has an axis of more kinds.
+            nibabel raises what else it cannot read.
+    """
+    name = location.path.name.lower()
+    if not name.endswith((".nii", ".nii.gz", ".hdr", ".img")):
+        raise VolumeError(
+            f"{location}: a packed file, or NIfTI of another name. Unpack it, or name it .nii.gz."
+        )
+    image = nibabel.load(location.path)
+    header, count = image.header, len(image.shape)
+    directions, origins = image.affine[:3, :3], image.affine[:3, 3]
+    sizes = np.linalg.norm(directions, axis=0)
+    axes = list("xyz"[:count])
+    if (sizes > 0).all() and count >= 3:
+        unit = np.abs(directions) / sizes
+        places = unit.argmax(axis=0)
+        if sorted(places) != [0, 1, 2] or np.abs(unit.max(axis=0) - 1).max() > ALIGNED:
+            raise VolumeError(
+                f"{location}: it lies askew in its space (affine "
+                f"{np.round(directions, 4).tolist()}). Resample it along its axes."
+            )
+        axes = ["xyz"[i] for i in places]
+    axes += ["t", "c", *[UNNAMED] * 3][: max(count - 3, 0)]
+    unit_name = header.get_xyzt_units()[0]
+    nm = [nm_of(unit_name)] * 3
+    known = header["pixdim"][1:4].all() and unit_name != "unknown"
+    by_axis = dict(zip(axes, sizes, strict=False))
+    notes = () if nm[0] is not None or unit_name == "unknown" else (unknown_unit(unit_name),)
+    placement = Placement(
+        in_nm([by_axis.get(a, 0) for a in "zyx"], nm) if known else None,
+        in_nm(origins[::-1], nm, positive=False) if known else None,
+        notes,
+    )
+    return Stored(image.dataobj, tuple(axes), placement)

@@ -1,0 +1,154 @@
+"""Neuroglancer's precomputed volumes, on disk or in a public bucket: scales, offsets, x first."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+
+from hydralv_tune.config.errors import VolumeError
+from hydralv_tune.data.formats.interface import Location, Stored, Target
+from hydralv_tune.data.formats.tensors import Tensors
+from hydralv_tune.data.voxel_size import Placement, in_nm
+
+BLOCK = (64, 64, 64)
+DRIVER = "neuroglancer_precomputed"
+
+
+def open_stored(location: Location) -> Stored:
+    """Open the finest scale, or the one whose key is named as the dataset.
+
+    Raises:
+        VolumeError: There is no such scale. tensorstore raises what else it cannot read.
+    """
+    scales = _information(location)["scales"]
+    keys = [str(scale["key"]) for scale in scales]
+    if location.dataset is not None and location.dataset not in keys:
+        raise VolumeError(
+            f"{location}: there is no scale '{location.dataset}'. It has: {', '.join(keys)}."
+        )
+    index = 0 if location.dataset is None else keys.index(location.dataset)
+    array = Tensors({"driver": DRIVER, "kvstore": _store(location), "scale_index": index})
+    scale = scales[index]
+    size = in_nm(scale["resolution"][::-1], [1.0] * 3)
+    offset = scale.get("voxel_offset", [0, 0, 0])
+    origin = None
+    if size is not None:
+        places = [o * s for o, s in zip(offset[::-1], size, strict=True)]
+        origin = in_nm(places, [1.0] * 3, positive=False)
+    return Stored(array, ("x", "y", "z", "c"), Placement(size, origin), array.chunks)
+
+
+@contextmanager
+def create(
+    location: Location,
+    shape: tuple[int, ...],
+    dtype: np.dtype[Any],
+    chunks: tuple[int, ...] | None,
+    placement: Placement,
+) -> Iterator[Target]:
+    """Give a volume to write to: a segmentation where it has integers, else an image.
+
+    Its voxel size is 1 nm where none is known, since the format must have one; its origin is
+    rounded to whole voxels.
+    """
+    import tensorstore
+
+    if len(shape) not in (3, 4):
+        raise VolumeError(
+            f"{location}: shape {shape}, but precomputed holds (Z, Y, X) or channels."
+        )
+    segmentation = dtype.kind in "iu" and len(shape) == 3
+    stored = _stored_type(dtype) if segmentation else np.dtype(np.float32)
+    size = placement.voxel_size_nm or (1.0, 1.0, 1.0)
+    origin = placement.origin_nm or (0.0, 0.0, 0.0)
+    wide = stored.itemsize >= 4 and segmentation
+    scale: dict[str, Any] = {
+        "size": list(shape[:-4:-1]),
+        "resolution": list(size[::-1]),
+        "voxel_offset": [round(o / s) for o, s in zip(origin[::-1], size[::-1], strict=True)],
+        "chunk_size": list(BLOCK),
+        "encoding": "compressed_segmentation" if wide else "raw",
+    }
+    if wide:
+        scale["compressed_segmentation_block_size"] = [8, 8, 8]
+    location.path.mkdir(parents=True)
+    store = tensorstore.open(
+        {
+            "driver": DRIVER,
+            "kvstore": {"driver": "file", "path": f"{location.path}/"},
+            "multiscale_metadata": {
+                "type": "segmentation" if segmentation else "image",
+                "data_type": stored.name,
+                "num_channels": shape[0] if len(shape) == 4 else 1,
+            },
+            "scale_metadata": scale,
+        },
+        create=True,
+        open=True,
+    ).result()
+    yield _Writer(store[tensorstore.d[:].translate_to[0]], shape, stored)
+
+
+def _stored_type(dtype: np.dtype[Any]) -> np.dtype[Any]:
+    """Return the unsigned type that neuroglancer shows segmentations in."""
+    return np.dtype(np.uint64 if dtype.itemsize == 8 else np.uint32)
+
+
+class _Writer:
+    """Takes boxes in z, y, x and writes them as x, y, z.
+
+    Args:
+        store: Of tensorstore, (x, y, z, c).
+        shape: (Z, Y, X), or channels first.
+        dtype: That it is stored in.
+    """
+
+    def __init__(self, store: Any, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
+        self._store, self._shape, self._dtype = store, shape, dtype
+
+    def __setitem__(self, box: Any, values: np.ndarray) -> None:
+        """Write a box."""
+        parts = list(box) if isinstance(box, tuple) else [box]
+        parts = [part for part in parts if part is not Ellipsis]
+        parts += [slice(None)] * (len(self._shape) - len(parts))
+        where = [slice(*p.indices(n)) for p, n in zip(parts, self._shape, strict=True)]
+        block = np.broadcast_to(values, [s.stop - s.start for s in where]).astype(self._dtype)
+        if block.ndim == 3:
+            where, block = [slice(0, 1), *where], block[None]
+        self._store[tuple(where[::-1])].write(block.T).result()
+
+
+def _store(location: Location) -> Mapping[str, Any] | str:
+    """Return the key-value store of tensorstore for a folder or a URL."""
+    if location.url is None:
+        return {"driver": "file", "path": f"{location.path}/"}
+    return f"{location.url.rstrip('/')}/"
+
+
+def _information(location: Location) -> Mapping[str, Any]:
+    """Return the content of `info`."""
+    import tensorstore
+
+    store = tensorstore.KvStore.open(_store(location)).result()
+    content = store.read("info").result()
+    if content.state != "value":
+        raise VolumeError(
+            f"{location}: there is no file 'info' in it, so it is no precomputed volume. Check the "
+            "path."
+        )
+    information = json.loads(bytes(content.value))
+    if information.get("type") not in ("image", "segmentation") or not information.get("scales"):
+        raise VolumeError(
+            f"{location}: its info is of type {information.get('type')!r}, not an image or a "
+            "segmentation. Name the folder of a volume."
+        )
+    return dict(information)
+
+
+def chunk_aligned(shape: Sequence[int]) -> tuple[int, ...]:
+    """Return the box (z, y, x) that is whole blocks of this format."""
+    return tuple(min(n, b) for n, b in zip(shape, BLOCK, strict=True))

@@ -1,0 +1,507 @@
+"""Every format in and out, against files and readers that are not ours."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import struct
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import h5py
+import mrcfile
+import nibabel
+import nrrd
+import numpy as np
+import pytest
+import tensorstore
+import tifffile
+import yaozarrs
+import zarr
+from PIL import Image
+
+from hydralv_tune.config.errors import InputError, VolumeError
+from hydralv_tune.data.formats import FORMATS
+from hydralv_tune.data.formats.files import create_array, open_lazy, read_array, write_array
+
+SHAPE = (5, 12, 17)
+SIZE = (30.0, 8.0, 8.5)
+ORIGIN = (300.0, -16.0, 85.0)
+
+
+def values(dtype: Any = np.uint8, shape: tuple[int, ...] = SHAPE) -> np.ndarray:
+    """Return an array in which every axis can be told from every other."""
+    return np.random.default_rng(0).integers(0, 250, shape).astype(dtype)
+
+
+# Each writes (Z, Y, X) uint16 of SIZE as the format's own users do, and returns what to open.
+
+
+def hdf5(folder: Path, array: np.ndarray) -> str:
+    """As CREMI writes its volumes."""
+    with h5py.File(folder / "cremi.hdf", "w") as file:
+        file["volumes/raw"] = array
+        file["volumes/raw"].attrs["resolution"] = SIZE
+        file["volumes/raw"].attrs["offset"] = ORIGIN
+    return str(folder / "cremi.hdf")
+
+
+def tiff(folder: Path, array: np.ndarray) -> str:
+    """As Fiji saves a calibrated stack."""
+    z, y, x = SIZE
+    metadata = {"axes": "ZYX", "spacing": z, "unit": "nm"} | {
+        f"{axis}origin": -o / s for axis, o, s in zip("zyx", ORIGIN, SIZE, strict=True)
+    }
+    tifffile.imwrite(
+        folder / "fiji.tif", array, imagej=True, resolution=(1 / x, 1 / y), metadata=metadata
+    )
+    return str(folder / "fiji.tif")
+
+
+def ome_zarr(folder: Path, array: np.ndarray, version: str = "0.4") -> str:
+    """As ome-zarr-py writes an image with time and channels of length 1."""
+    group = zarr.open_group(folder / "i.zarr", mode="w", zarr_format=2 if version == "0.4" else 3)
+    group.create_array("s0", data=array[None, None])
+    micrometres = [value / 1000 for value in SIZE]
+    moved = [0, 0, *(value / 1000 for value in ORIGIN)]
+    image = {
+        "version": version,
+        "axes": [{"name": "t", "type": "time"}, {"name": "c", "type": "channel"}]
+        + [{"name": name, "type": "space", "unit": "micrometer"} for name in "zyx"],
+        "datasets": [
+            {
+                "path": "s0",
+                "coordinateTransformations": [
+                    {"type": "scale", "scale": [1, 1, 1, 2, 0.5]},
+                    {"type": "translation", "translation": [0, 0, 0, 0, 0]},
+                ],
+            }
+        ],
+        "coordinateTransformations": [
+            {"type": "scale", "scale": [1, 1, *np.divide(micrometres, [1, 2, 0.5])]},
+            {"type": "translation", "translation": moved},
+        ],
+    }
+    group.attrs.update(
+        {"multiscales": [image]}
+        if version == "0.4"
+        else {"ome": {"version": version, "multiscales": [image]}}
+    )
+    return str(folder / "i.zarr")
+
+
+def ome_zarr_5(folder: Path, array: np.ndarray) -> str:
+    """The same in version 0.5."""
+    return ome_zarr(folder, array, "0.5")
+
+
+def xarray_zarr(folder: Path, array: np.ndarray) -> str:
+    """As xarray writes an array whose axes are in another order."""
+    made = zarr.create_array(folder / "x.zarr", data=array.transpose(2, 0, 1), zarr_format=2)
+    made.attrs.update(
+        {
+            "_ARRAY_DIMENSIONS": ["x", "z", "y"],
+            "resolution": [SIZE[2], SIZE[0], SIZE[1]],
+            "offset": [ORIGIN[2], ORIGIN[0], ORIGIN[1]],
+            "units": "nm",
+        }
+    )
+    return str(folder / "x.zarr")
+
+
+def n5(folder: Path, array: np.ndarray) -> str:
+    """By the letter of the N5 specification: one gzipped block, big-endian, x fastest."""
+    level = folder / "v.n5" / "volumes" / "raw" / "s0"
+    (level / "0" / "0").mkdir(parents=True)
+    dimensions = list(array.shape[::-1])
+    (level / "attributes.json").write_text(
+        json.dumps(
+            {
+                "dimensions": dimensions,
+                "blockSize": dimensions,
+                "dataType": "uint16",
+                "compression": {"type": "gzip"},
+                "resolution": SIZE[::-1],
+                "offset": ORIGIN[::-1],
+                "units": ["nm"] * 3,
+            }
+        )
+    )
+    head = struct.pack(">HHIII", 0, 3, *dimensions)
+    (level / "0" / "0" / "0").write_bytes(head + gzip.compress(array.astype(">u2").tobytes()))
+    return f"{folder / 'v.n5'}:volumes/raw"
+
+
+def precomputed(folder: Path, array: np.ndarray) -> str:
+    """By the letter of the precomputed specification: one raw chunk, x fastest."""
+    offset = [round(o / s) for o, s in zip(ORIGIN[::-1], SIZE[::-1], strict=True)]
+    size = list(array.shape[::-1])
+    scale = {
+        "key": "8_8_30",
+        "size": size,
+        "resolution": SIZE[::-1],
+        "voxel_offset": offset,
+        "chunk_sizes": [size],
+        "encoding": "raw",
+    }
+    root = folder / "hydra"
+    (root / "8_8_30").mkdir(parents=True)
+    info = {"type": "image", "data_type": "uint16", "num_channels": 1, "scales": [scale]}
+    (root / "info").write_text(json.dumps(info))
+    name = "_".join(f"{o}-{o + n}" for o, n in zip(offset, size, strict=True))
+    (root / "8_8_30" / name).write_bytes(array.astype("<u2").tobytes())
+    return f"precomputed://file://{root}"
+
+
+def nifti(folder: Path, array: np.ndarray) -> str:
+    """As nibabel saves an image in micrometres."""
+    affine = np.diag([*np.divide(SIZE[::-1], 1000), 1])
+    affine[:3, 3] = np.divide(ORIGIN[::-1], 1000)
+    image = nibabel.Nifti1Image(array.T, affine)
+    image.header.set_xyzt_units("micron", "sec")
+    nibabel.save(image, folder / "v.nii.gz")
+    return str(folder / "v.nii.gz")
+
+
+def mrc(folder: Path, array: np.ndarray) -> str:
+    """As mrcfile writes a volume in angstrom."""
+    with mrcfile.new(folder / "v.mrc") as file:
+        file.set_data(array)
+        file.set_volume()
+        file.voxel_size = tuple(10 * value for value in SIZE[::-1])
+        for axis, value in zip("zyx", ORIGIN, strict=True):
+            file.header.origin[axis] = 10 * value
+    return str(folder / "v.mrc")
+
+
+def nrrd_(folder: Path, array: np.ndarray) -> str:
+    """As pynrrd writes a volume with a space."""
+    header = {
+        "space dimension": 3,
+        "space directions": np.diag(SIZE[::-1]),
+        "space origin": ORIGIN[::-1],
+        "space units": ["nm"] * 3,
+        "kinds": ["domain"] * 3,
+    }
+    nrrd.write(str(folder / "v.nrrd"), array.T, header)
+    return str(folder / "v.nrrd")
+
+
+WRITERS = [
+    *(hdf5, tiff, ome_zarr, ome_zarr_5, xarray_zarr, n5, precomputed, nifti, mrc, nrrd_),
+]
+
+
+@pytest.mark.parametrize("write", WRITERS)
+def test_a_file_of_another_program_is_read_with_size_and_origin(
+    tmp_path: Path, write: Callable[[Path, np.ndarray], str]
+) -> None:
+    array = values(np.uint16)
+    with open_lazy(write(tmp_path, array), ndim=3) as lazy:
+        assert (lazy.shape, lazy.dtype) == (array.shape, array.dtype)
+        np.testing.assert_array_equal(lazy[...], array)
+        np.testing.assert_array_equal(lazy[1:4, 3:9, 5], array[1:4, 3:9, 5])
+        np.testing.assert_array_equal(lazy[-1], array[-1])
+        assert lazy.voxel_size_nm == pytest.approx(SIZE, rel=1e-6)
+        assert lazy.origin_nm == pytest.approx(ORIGIN, rel=1e-6)
+
+
+@pytest.mark.parametrize("suffix", [".png", ".tif", ".bmp"])
+def test_a_folder_of_sections_is_a_stack(tmp_path: Path, suffix: str) -> None:
+    array = values()
+    for z, section in enumerate(array):
+        Image.fromarray(section).save(tmp_path / f"em_{8 + z}{suffix}")
+    (tmp_path / "notes.txt").write_text("8 nm")
+    np.testing.assert_array_equal(read_array(tmp_path, ndim=3), array)
+
+
+@pytest.mark.parametrize(
+    ("names", "word"),
+    [
+        (["a_1.png", "a_2.png", "a_4.png", "a_5.png", "a_6.png"], "one is missing"),
+        (["c0_1.png", "c0_2.png", "c0_3.png", "c1_1.png", "c1_2.png"], "do not rise together"),
+        (["a_1.png", "b_2.png", "a_3.png", "a_4.png", "a_5.png"], "differ in more than numbers"),
+        (["a_1.png", "a_2.png", "a_3.png", "a_4.png", "a_5.tif"], "several kinds"),
+    ],
+)
+def test_sections_whose_order_is_not_known_are_refused(
+    tmp_path: Path, names: list[str], word: str
+) -> None:
+    for name, section in zip(names, values(), strict=True):
+        Image.fromarray(section).save(tmp_path / name)
+    with pytest.raises(VolumeError, match=word):
+        read_array(tmp_path, ndim=3)
+
+
+def test_sections_that_differ_or_have_colours_are_refused(tmp_path: Path) -> None:
+    for z, section in enumerate(values()):
+        Image.fromarray(section).save(tmp_path / f"{z}.png")
+    Image.fromarray(values()[0][:-1]).save(tmp_path / "3.png")
+    with pytest.raises(VolumeError, match=r"3\.png.*must be alike"):
+        read_array(tmp_path, ndim=3)
+    Image.fromarray(values(shape=(9, 9, 3)), "RGB").save(tmp_path / "0.png")
+    with pytest.raises(VolumeError, match=r"0\.png.*mode RGB"):
+        read_array(tmp_path, ndim=3)
+
+
+# What is written, read by libraries that are not ours.
+
+OUT = ["o.h5", "o.tif", "o.zarr", "o.ome.zarr", "o.precomputed"]
+
+
+@pytest.mark.parametrize("name", OUT)
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.uint32, np.uint64, np.float32])
+def test_box_by_box_is_as_at_once_and_carries_size_and_origin(
+    tmp_path: Path, name: str, dtype: Any
+) -> None:
+    array = values(dtype, (20, 150, 70))
+    size, origin = (30.0, 8.0, 8.0), (300.0, 16.0, -80.0)
+    with create_array(
+        tmp_path / name, array.shape, dtype, voxel_size_nm=size, origin_nm=origin
+    ) as out:
+        for z in range(0, 20, 16):
+            for y in range(0, 150, 128):
+                box = np.s_[z : z + 16, y : y + 128, :]
+                out[box] = array[box]
+    with open_lazy(tmp_path / name, ndim=3) as lazy:
+        np.testing.assert_array_equal(lazy[...], array)
+        assert lazy.voxel_size_nm == size
+        if not (name == "o.precomputed" and dtype == np.uint64):
+            assert lazy.origin_nm == origin
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_fiji_finds_the_size_in_a_tiff(tmp_path: Path) -> None:
+    write_array(tmp_path / "s.tif", values(np.uint16), voxel_size_nm=SIZE)
+    with tifffile.TiffFile(tmp_path / "s.tif") as file:
+        assert file.is_imagej
+        assert file.imagej_metadata is not None
+        assert (file.imagej_metadata["slices"], file.imagej_metadata["unit"]) == (SHAPE[0], "nm")
+        assert file.imagej_metadata["spacing"] == SIZE[0]
+        x = file.pages.first.tags["XResolution"].value
+        assert x[1] / x[0] == pytest.approx(SIZE[2])
+        np.testing.assert_array_equal(file.asarray(), values(np.uint16))
+
+
+def test_an_ome_zarr_of_labels_is_valid_and_its_levels_lie_on_each_other(tmp_path: Path) -> None:
+    labels = values(np.uint32, (24, 700, 600))
+    path = tmp_path / "seg.ome.zarr"
+    write_array(path, labels, voxel_size_nm=(30, 8, 8), origin_nm=(60, 0, 8))
+    yaozarrs.validate_zarr_store(str(path))
+    group = zarr.open_group(path, mode="r")
+    assert group.attrs["image-label"]
+    levels = group.attrs["multiscales"][0]["datasets"]
+    assert [level["coordinateTransformations"][0]["scale"] for level in levels] == [
+        [30, 8, 8],
+        [30, 16, 16],
+        [30, 32, 32],
+    ]
+    np.testing.assert_array_equal(group["1"][...], labels[:, ::2, ::2])
+    np.testing.assert_array_equal(group["2"][...], labels[:, ::4, ::4])
+    with open_lazy(f"{path}:1") as level:
+        assert (level.voxel_size_nm, level.origin_nm) == ((30, 16, 16), (60, 0, 8))
+
+
+def test_labels_go_beside_the_image_of_an_ome_zarr(tmp_path: Path) -> None:
+    path = tmp_path / "im.ome.zarr"
+    write_array(path, values(), voxel_size_nm=SIZE)
+    write_array(f"{path}:labels/vesicles", values(np.uint16), voxel_size_nm=SIZE)
+    yaozarrs.validate_zarr_store(str(path))
+    assert zarr.open_group(path / "labels", mode="r").attrs["labels"] == ["vesicles"]
+    np.testing.assert_array_equal(read_array(path), values())
+    np.testing.assert_array_equal(read_array(f"{path}:labels/vesicles"), values(np.uint16))
+
+
+@pytest.mark.parametrize("dtype", [np.uint16, np.int32, np.uint64])
+def test_a_precomputed_segmentation_is_one_to_tensorstore(tmp_path: Path, dtype: Any) -> None:
+    labels = values(dtype, (20, 70, 90))
+    path = tmp_path / "seg.precomputed"
+    write_array(path, labels, voxel_size_nm=(30, 8, 8), origin_nm=(90, 80, 8))
+    information = json.loads((path / "info").read_text())
+    scale = information["scales"][0]
+    assert information["type"] == "segmentation"
+    assert scale["resolution"] == [8, 8, 30]
+    assert scale["voxel_offset"] == [1, 10, 3]
+    store = tensorstore.open(
+        {"driver": "neuroglancer_precomputed", "kvstore": f"file://{path}/"}
+    ).result()
+    read = store[1:91, 10:80, 3:23, 0].read().result()
+    np.testing.assert_array_equal(read.T, labels)
+
+
+def test_probabilities_keep_their_channels(tmp_path: Path) -> None:
+    maps = values(np.float32, (3, *SHAPE)) / 250
+    for name in OUT:
+        write_array(tmp_path / name, maps, voxel_size_nm=SIZE)
+        with open_lazy(tmp_path / name, ndim=4) as lazy:
+            np.testing.assert_array_equal(lazy[...], maps)
+            assert lazy.voxel_size_nm == SIZE
+
+
+# What a file says of itself is heeded or refused.
+
+
+def refusal(path: object, ndim: int = 3) -> str:
+    """Return the message with which a file is refused."""
+    with pytest.raises(VolumeError) as caught:
+        read_array(str(path), ndim=ndim)
+    assert "damaged" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "shape", "word"),
+    [
+        ({"photometric": "rgb"}, (16, 16, 3), "colour"),
+        ({"photometric": "rgb"}, (5, 16, 16, 3), "colour"),
+        ({"imagej": True, "metadata": {"axes": "CYX"}}, (3, 16, 16), "channels"),
+        ({"imagej": True, "metadata": {"axes": "TZCYX"}}, (2, 5, 1, 16, 16), "time points"),
+        ({"ome": True, "metadata": {"axes": "CZYX"}}, (2, 5, 16, 16), "channels"),
+        ({"photometric": "minisblack"}, (16, 16), "stack of sections"),
+        ({"photometric": "minisblack", "extratags": [(274, 3, 1, 3, True)]}, (5, 9, 9), "upright"),
+    ],
+)
+def test_a_tiff_that_is_no_volume_is_refused_as_what_it_is(
+    tmp_path: Path, options: dict[str, Any], shape: tuple[int, ...], word: str
+) -> None:
+    tifffile.imwrite(tmp_path / "v.tif", values(shape=shape), **options)
+    assert word in refusal(tmp_path / "v.tif")
+
+
+def test_pages_of_other_shapes_and_second_series_are_refused(tmp_path: Path) -> None:
+    with tifffile.TiffWriter(tmp_path / "two.tif") as file:
+        file.write(values(), photometric="minisblack")
+        file.write(values(shape=(5, 9, 9)), photometric="minisblack")
+    assert "2 images" in refusal(tmp_path / "two.tif")
+    with tifffile.TiffWriter(tmp_path / "types.tif") as file:
+        for dtype in (np.uint8, np.uint8, np.uint16):
+            file.write(values(dtype, (9, 9)), photometric="minisblack", metadata=None)
+    assert "different shape or type" in refusal(tmp_path / "types.tif")
+
+
+def test_time_that_stands_for_z_is_read_with_a_word(tmp_path: Path) -> None:
+    tifffile.imwrite(tmp_path / "t.tif", values(), imagej=True, metadata={"axes": "TYX"})
+    with pytest.warns(UserWarning, match="time"):
+        np.testing.assert_array_equal(read_array(tmp_path / "t.tif", ndim=3), values())
+
+
+def test_axistags_of_ilastik_order_the_axes(tmp_path: Path) -> None:
+    keys = "xzyc"
+    with h5py.File(tmp_path / "i.h5", "w") as file:
+        file["exported_data"] = values().transpose(2, 0, 1)[..., None]
+        tags = [{"key": key, "typeFlags": 2, "resolution": 0} for key in keys]
+        file["exported_data"].attrs["axistags"] = json.dumps({"axes": tags})
+    np.testing.assert_array_equal(read_array(tmp_path / "i.h5", ndim=3), values())
+    maps = values(np.float32, (3, *SHAPE)) / 250
+    with h5py.File(tmp_path / "p.h5", "w") as file:
+        file["exported_data"] = np.moveaxis(maps, 0, -1)
+        tags = [{"key": key, "typeFlags": 2, "resolution": 0} for key in "zyxc"]
+        file["exported_data"].attrs["axistags"] = json.dumps({"axes": tags})
+    np.testing.assert_array_equal(read_array(tmp_path / "p.h5", ndim=4), maps)
+    assert "channels" in refusal(tmp_path / "p.h5")
+
+
+@pytest.mark.parametrize(
+    "transformation",
+    [
+        {"type": "affine", "affine": [[1, 0, 0, 0]]},
+        {"type": "scale", "path": "s"},
+        {"type": "scale", "scale": [1, 1, 1]},
+        {"type": "rotation"},
+    ],
+)
+def test_a_transformation_that_is_not_understood_is_refused(
+    tmp_path: Path, transformation: dict[str, Any]
+) -> None:
+    path = Path(ome_zarr(tmp_path, values()))
+    group = zarr.open_group(path)
+    image = dict(group.attrs["multiscales"][0])
+    image["coordinateTransformations"] = [transformation]
+    group.attrs["multiscales"] = [image]
+    assert "not understood" in refusal(path)
+
+
+def test_two_images_of_one_group_are_refused_by_name(tmp_path: Path) -> None:
+    path = Path(ome_zarr(tmp_path, values()))
+    group = zarr.open_group(path)
+    group.attrs["multiscales"] = [*group.attrs["multiscales"], *group.attrs["multiscales"]]
+    assert "2 images" in refusal(path)
+    np.testing.assert_array_equal(read_array(f"{path}:s0", ndim=3), values())
+
+
+def test_a_level_is_found_by_its_path_too(tmp_path: Path) -> None:
+    path = Path(ome_zarr(tmp_path, values()))
+    with open_lazy(path / "s0", ndim=3) as lazy:
+        assert lazy.voxel_size_nm == pytest.approx(SIZE)
+        np.testing.assert_array_equal(lazy[...], values())
+
+
+def test_a_virtual_dataset_whose_source_is_gone_is_refused(tmp_path: Path) -> None:
+    with h5py.File(tmp_path / "part.h5", "w") as file:
+        file["d"] = values()
+    layout = h5py.VirtualLayout(SHAPE, np.uint8)
+    layout[...] = h5py.VirtualSource("part.h5", "d", SHAPE)
+    with h5py.File(tmp_path / "v.h5", "w") as file:
+        file.create_virtual_dataset("main", layout)
+    np.testing.assert_array_equal(read_array(tmp_path / "v.h5"), values())
+    (tmp_path / "part.h5").unlink()
+    assert "part.h5, which is missing" in refusal(tmp_path / "v.h5")
+
+
+def test_a_file_that_is_being_written_says_so(tmp_path: Path) -> None:
+    path = tmp_path / "v.h5"
+    write_array(path, values())
+    hold = (
+        f"import h5py, sys; f = h5py.File({str(path)!r}, 'a'); print('open', flush=True); input()"
+    )
+    program = subprocess.Popen(
+        [sys.executable, "-c", hold], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert program.stdout is not None
+    assert program.stdout.readline() == "open\n"
+    assert "another program" in refusal(path)
+    program.communicate("\n")
+    np.testing.assert_array_equal(read_array(tmp_path / "v.h5"), values())
+
+
+def test_old_bytes_of_imod_are_not_signed(tmp_path: Path) -> None:
+    with mrcfile.new(tmp_path / "v.mrc") as file:
+        file.set_data(values().view(np.int8))
+    content = bytearray((tmp_path / "v.mrc").read_bytes())
+    content[152:160] = struct.pack("<ii", 1146047817, 0)
+    (tmp_path / "v.mrc").write_bytes(content)
+    np.testing.assert_array_equal(read_array(tmp_path / "v.mrc"), values())
+
+
+def test_an_mrc_whose_columns_are_z_is_turned(tmp_path: Path) -> None:
+    with mrcfile.new(tmp_path / "v.mrc") as file:
+        file.set_data(values().transpose(2, 1, 0))
+        file.header.mapc, file.header.mapr, file.header.maps = 3, 2, 1
+    np.testing.assert_array_equal(read_array(tmp_path / "v.mrc", ndim=3), values())
+
+
+def test_a_nifti_that_lies_askew_is_refused(tmp_path: Path) -> None:
+    affine = np.eye(4)
+    affine[:2, :2] = [[0.8, -0.6], [0.6, 0.8]]
+    nibabel.save(nibabel.Nifti1Image(values().T, affine), tmp_path / "v.nii")
+    assert "askew" in refusal(tmp_path / "v.nii")
+
+
+def test_a_packed_file_of_another_kind_is_no_nifti(tmp_path: Path) -> None:
+    (tmp_path / "v.h5.gz").write_bytes(gzip.compress(b"anything"))
+    assert "Unpack" in refusal(tmp_path / "v.h5.gz")
+
+
+def test_a_url_without_its_format_says_which_is_read(tmp_path: Path) -> None:
+    assert "precomputed://https://" in refusal("https://example.org/volume")
+
+
+def test_a_format_without_its_package_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hydralv_tune.data.formats.find_spec", lambda name: None)
+    for kind in FORMATS:
+        if kind.package is not None:
+            with pytest.raises(InputError, match=f"pip install {kind.package}"):
+                _ = kind.code
