@@ -109,7 +109,10 @@ def test_peer_export_names_what_it_cannot_say_and_the_score_under_its_flood(
     mapping = yaml.safe_load(text)
     assert "&id" not in text
     model = mapping["default"]["model"] if format == "pytc" else mapping["model"]
-    assert model["external_weights_path"] == "p.ckpt"
+    assert model["external_weights_path"] == str(tmp_path / "p.ckpt")
+    assert all(str(tmp_path / "p.yaml") in command for command in document["commands"])
+    assert "its weights go over" in head[0]
+    assert document["portable"]
     assert model["external_weights_key_prefix"] == "model."
 
 
@@ -122,7 +125,8 @@ def test_peer_export_of_todays_schema_has_no_key_that_its_example_lacks(
     # Fields of that tool's own classes which the example leaves at their defaults.
     further = {
         "default.data.augmentation", "train.optimization.optimizer", "train.optimization.ema",
-        "train.monitor.early_stopping",
+        "train.monitor.early_stopping", "default.optimization",
+        "default.inference.test_time_augmentation",
     }  # fmt: skip
     new = {key for key in keys_of(ours) - keys_of(example)
            if not any(key.startswith(f"{place}.") for place in further)}  # fmt: skip
@@ -200,7 +204,7 @@ def test_weights_survive_the_way_to_that_tool_and_back(
     vectors = np.load(shared_data / "pytc-rsunet" / f"{kind}.npz")
     network = build_network("rsunet", filters=(4, 8, 16), deep_supervision=kind == "deep")
     match_weights(network, theirs["state_dict"], prefix="model.")
-    torch.save(peer_weights(network), tmp_path / "best.ckpt")
+    torch.save(peer_weights(network, heads=kind == "deep"), tmp_path / "best.ckpt")
     ours = torch.load(tmp_path / "best.ckpt", weights_only=True)
     assert set(ours["state_dict"]) == set(theirs["state_dict"])
     again = build_network("rsunet", filters=(4, 8, 16), deep_supervision=kind == "deep").eval()

@@ -16,7 +16,7 @@ from typing import Any
 
 import typer
 
-from hydralv_tune.cli import candidates, configurations, data, studies
+from hydralv_tune.cli import candidates, configurations, data, importing, studies
 from hydralv_tune.cli.console import say
 from hydralv_tune.config.errors import HydraLVError, InputError
 from hydralv_tune.config.secrets import mask_passwords
@@ -56,6 +56,7 @@ COMMANDS: dict[str, dict[str, Callable[..., None]]] = {
     "Configurations": {
         "check": configurations.check,
         "list": configurations.list_,
+        "import": importing.import_configuration,
     },
     "One candidate": {
         "train": candidates.train,

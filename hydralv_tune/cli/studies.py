@@ -325,6 +325,30 @@ def export(
     table: Annotated[
         Path | None, path_option(help="Also write all trials to this CSV or Parquet file.")
     ] = None,
+    trial: Annotated[
+        int | None, typer.Option(min=0, help="Another trial than the best, by its number.")
+    ] = None,
+    best_portable: Annotated[
+        bool,
+        typer.Option(
+            "--best-portable", help="The best trial whose network PyTorch Connectomics has."
+        ),
+    ] = False,
+    write_normalised: Annotated[
+        bool,
+        typer.Option(
+            "--write-normalised",
+            help="For PyTorch Connectomics: write images standardised by section beside.",
+        ),
+    ] = False,
+    scikit_image_026: Annotated[
+        bool | None,
+        typer.Option(
+            "--scikit-image-026/--scikit-image-before-026",
+            help="Which scikit-image PyTorch Connectomics runs with: it decides whether segments "
+            "of exactly min_instance_size voxels are dropped there.",
+        ),
+    ] = None,
     json: Json = False,
 ) -> None:
     """Write the best config with its checkpoint, and print the commands that use them.
@@ -338,9 +362,20 @@ def export(
     check_folder("--out", target.parent)
     if table is not None:
         check_folder("--table", table.parent)
+    if trial is not None and best_portable:
+        raise InputError("export: --trial and --best-portable name two trials. Give one of them.")
     found = find_study(place, storage=storage, study=study)
     document = export_best(
-        found.storage, found.name, target, format=format, table=table, folder=found.folder
+        found.storage,
+        found.name,
+        target,
+        format=format,
+        table=table,
+        folder=found.folder,
+        trial=trial,
+        portable=best_portable,
+        write_normalised=write_normalised,
+        scikit_image_026=scikit_image_026,
     )
     if json:
         print_json(document)

@@ -6,6 +6,7 @@ themselves stand in `candidate.py`.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping
 from copy import deepcopy
 from difflib import get_close_matches
@@ -162,8 +163,30 @@ def load_candidate(
         ConfigError: There is no such file, or it or an override breaks a rule.
     """
     path = find_file(str(name_or_path), "trials")
-    candidate = candidate_from_mapping(read_yaml_mapping(path), place=shown_path(path))
+    candidate = candidate_from_mapping(_own_keys(path), place=shown_path(path))
     return with_overrides(candidate, overrides) if overrides else candidate
+
+
+def _own_keys(path: Path) -> dict[str, Any]:
+    """Return the mapping of a file; a PyTorch Connectomics configuration is taken over first.
+
+    What that leaves out and a result may depend on is warned of, in one message.
+    """
+    mapping = read_yaml_mapping(path)
+    # That module builds candidates itself.
+    from hydralv_tune.config.pytc_files import is_peer_file, read_peer_file
+    from hydralv_tune.config.pytc_import import import_peer
+
+    if not is_peer_file(mapping):
+        return mapping
+    imported = import_peer(read_peer_file(path), place=shown_path(path), folder=path.parent)
+    if imported.left_out:
+        listed = "".join(f"\n- {entry}" for entry in imported.left_out)
+        warnings.warn(
+            f"{shown_path(path)} is a PyTorch Connectomics configuration; left out:{listed}",
+            stacklevel=3,
+        )
+    return imported.candidate
 
 
 def with_overrides(

@@ -12,9 +12,10 @@ from hydralv_tune.artifacts.records import TrialRecord, has_checkpoint, read_rec
 from hydralv_tune.config.candidate import Candidate, DecodingStep
 from hydralv_tune.config.errors import InputError, StudyError
 from hydralv_tune.config.files import candidate_from_mapping, decoding_step
+from hydralv_tune.config.pytc_portability import obstacles
 from hydralv_tune.data.volumes import VolumePaths
 from hydralv_tune.study.study import Study, open_readonly
-from hydralv_tune.study.trial_views import TrialView, count_states
+from hydralv_tune.study.trial_views import TrialView, best_trial, count_states
 
 
 @dataclass(frozen=True)
@@ -77,13 +78,22 @@ def volume_paths_of(entry: dict[str, Any]) -> VolumePaths:
 
 
 @contextmanager
-def load_best_trial(storage: str, name: str, folder: Path | None = None) -> Iterator[BestTrial]:
+def load_best_trial(
+    storage: str,
+    name: str,
+    folder: Path | None = None,
+    *,
+    number: int | None = None,
+    portable: bool = False,
+) -> Iterator[BestTrial]:
     """Open a study for reading and yield its best trial.
 
     Args:
         storage: URL of the database.
         name: Name of the study.
         folder: Where its trials are now; where the database says so by default.
+        number: Of the trial to take instead of the best.
+        portable: Whether to take the best of those whose network PyTorch Connectomics has.
 
     Raises:
         StudyError: No such storage or study, or no trial is finished.
@@ -91,14 +101,41 @@ def load_best_trial(storage: str, name: str, folder: Path | None = None) -> Iter
     """
     study = open_readonly(storage, name, folder)
     try:
-        yield _best_trial_of(study)
+        yield _chosen_trial(study, number, portable)
     finally:
         study.close()
 
 
-def _best_trial_of(study: Study) -> BestTrial:
-    """Return the best trial of an open study."""
+def best_portable(study: Study) -> TrialView | None:
+    """Return the best finished trial whose network PyTorch Connectomics has, or None."""
+    return best_trial([view for view in study.trials() if _goes_over(study, view)])
+
+
+def _goes_over(study: Study, view: TrialView) -> bool:
+    """Return whether the network of a trial, as its record has it, exists in that tool."""
+    folder = study.folder_of(view)
+    if view.state != "COMPLETE" or folder is None or not (folder / "record.json").is_file():
+        return False
+    config = read_record(folder / "record.json").config
+    return not obstacles(candidate_from_mapping(config, place=str(folder), base={}))
+
+
+def _chosen_trial(study: Study, number: int | None, portable: bool) -> BestTrial:
+    """Return the best trial of an open study, or the one asked for."""
     view = study.best()
+    if portable:
+        view = best_portable(study)
+        if view is None:
+            raise InputError(
+                f"export --best-portable: no finished trial of study '{study.name}' has a network "
+                "that PyTorch Connectomics has. Put `export: pytc` into the search space."
+            )
+    if number is not None:
+        found = {trial.number: trial for trial in study.trials() if trial.state == "COMPLETE"}
+        if number not in found:
+            known = ", ".join(map(str, sorted(found))) or "none"
+            raise InputError(f"export --trial: {number} is no finished trial. Known: {known}.")
+        view = found[number]
     if view is None:
         counts = count_states(study.trials())
         told = ", ".join(f"{number} {state}" for state, number in counts.items() if number)

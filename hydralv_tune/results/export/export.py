@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import io
+import os
 import shlex
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +18,16 @@ from hydralv_tune.artifacts.writing import write_atomically
 from hydralv_tune.config.candidate import Candidate
 from hydralv_tune.config.errors import InputError, as_input_error, unknown_name
 from hydralv_tune.config.files import baseline, candidate_from_mapping
+from hydralv_tune.config.pytc_portability import obstacles
 from hydralv_tune.config.yaml_io import dump_yaml
+from hydralv_tune.data.volumes import VolumePaths, read_volume, write_array
 from hydralv_tune.numerics.metrics.scores import SUMMARY
-from hydralv_tune.results.best_trial import BestTrial, load_best_trial
+from hydralv_tune.results.best_trial import BestTrial, best_portable, load_best_trial
 from hydralv_tune.results.export.pytc import PEER_FORMATS, peer_config, peer_weights
-from hydralv_tune.results.export.pytc_blocks import PeerData
+from hydralv_tune.results.export.pytc_blocks import PeerData, deeply_supervised
 from hydralv_tune.study.study import open_readonly
 from hydralv_tune.study.trial_views import guard_warnings
+from hydralv_tune.trial.fitted_normalisation import fit_image
 from hydralv_tune.trial.scoring.prediction import load_network
 
 FORMATS = ("hydralv", *PEER_FORMATS)
@@ -38,6 +43,10 @@ def export_best(
     format: str = "hydralv",
     table: Path | None = None,
     folder: Path | None = None,
+    trial: int | None = None,
+    portable: bool = False,
+    write_normalised: bool = False,
+    scikit_image_026: bool | None = None,
 ) -> dict[str, Any]:
     """Write the best configuration and its checkpoint, and return where and how to use them.
 
@@ -48,9 +57,15 @@ def export_best(
         format: One of `FORMATS`.
         table: Also write all trials here, as CSV or Parquet by its suffix.
         folder: Where the trials of the study are now; where the database says so by default.
+        trial: Number of the trial to export instead of the best.
+        portable: Export the best trial whose network PyTorch Connectomics has.
+        write_normalised: For that tool, write the images standardised section by section beside.
+        scikit_image_026: Whether that tool runs with scikit-image 0.26 or later, which drops
+            segments of exactly `min_instance_size` voxels; None: today's format does.
 
     Returns:
-        `out`, `checkpoint`, `commands`, `warnings`, and `table` where it was asked for.
+        `out`, `checkpoint`, `commands`, `warnings`, and `table` where it was asked for; for
+        PyTorch Connectomics also `portable`, whether its segmentation is the same, and `left_out`.
 
     Raises:
         StudyError: No such storage or study, or no trial is finished.
@@ -65,9 +80,12 @@ def export_best(
         )
     if table is not None:
         _check_table(Path(table))
-    with load_best_trial(storage, study, folder) as best:
-        write = _export_own if format == "hydralv" else _export_peer
-        document = write(best, out, format)
+    with load_best_trial(storage, study, folder, number=trial, portable=portable) as best:
+        if format == "hydralv":
+            document = _export_own(best, out)
+        else:
+            newer = format == "pytc" if scikit_image_026 is None else scikit_image_026
+            document = _export_peer(best, out, format, write_normalised, newer)
         guard = best.study.space.objective.guard.f1_iou50
         document["warnings"] = guard_warnings(best.view, guard)
     if table is not None:
@@ -75,7 +93,7 @@ def export_best(
     return document
 
 
-def _export_own(best: BestTrial, out: Path, format: str) -> dict[str, Any]:
+def _export_own(best: BestTrial, out: Path) -> dict[str, Any]:
     """Write a candidate like those of `trials/`, so that `train` of it repeats the score."""
     checkpoint = out.with_suffix(".ckpt")
     content = load_checkpoint(best.checkpoint)
@@ -231,33 +249,95 @@ def _setting(value: Any) -> str:
     return "null" if value is None else str(value)
 
 
-def _export_peer(best: BestTrial, out: Path, format: str) -> dict[str, Any]:
+def _export_peer(
+    best: BestTrial, out: Path, format: str, write_normalised: bool, drops_exact_size: bool
+) -> dict[str, Any]:
     """Write a configuration for PyTorch Connectomics and weights as it takes them."""
-    weights = out.with_suffix(".ckpt")
-    network, _ = load_network(best.checkpoint)
+    weights = out.with_suffix(".ckpt").absolute()
+    against = obstacles(best.candidate)
+    by_section = best.candidate.data.image_transform.normalize == "z_section"
+    normalised = write_normalised and by_section
     data = PeerData(
-        volumes=best.volumes,
+        volumes=_normalised_volumes(best, out) if normalised else _absolute(best.volumes),
         voxel_size_nm=best.voxel_size_nm,
-        weights=weights.name,
+        weights=str(weights) if not against else None,
         experiment=f"{best.study.name}_trial_{best.view.number}",
         description=f"exported by hydralv-tune, study {best.study.name}, trial {best.view.number}",
+        normalised=normalised,
+        drops_exact_size=drops_exact_size,
     )
     with as_input_error(f"export --format {format}"):
         config = peer_config(best.candidate, best.step, data, schema=format)
-    lines = _head_lines(best)
+    lines = _portable_lines(best, against, by_section and not normalised)
+    lines += ["", *_head_lines(best)]
     lines += ["", *_volume_flood_lines(best)]
     lines += ["", "What PyTorch Connectomics cannot be told, and so does otherwise:"]
     lines += [f"- {note}" for note in config.notes] or ["- nothing"]
-    lines += ["", f"Weights: {weights.name}, tensors under state_dict with the prefix 'model.'."]
+    if not against:
+        lines += ["", f"Weights: {weights}, tensors under state_dict with the prefix 'model.'."]
+        network, _ = load_network(best.checkpoint)
+        _write_weights(weights, peer_weights(network, heads=deeply_supervised(best.candidate)))
     lines += ["Its loader does not check decoder names or arguments; this export did."]
-    _write_weights(weights, peer_weights(network))
     write_atomically(out, (_comments(lines) + dump_yaml(config.mapping)).encode())
-    command = shlex.join(["python", "scripts/main.py", "--config", str(out)])
+    command = shlex.join(["python", "scripts/main.py", "--config", str(out.absolute())])
+    test = [f"{command} --mode test"] if not against else []
     return {
         "out": str(out),
-        "checkpoint": str(weights),
-        "commands": [f"{command} --mode test", f"{command} --mode train"],
+        "checkpoint": str(weights) if not against else None,
+        "commands": [*test, f"{command} --mode train"],
+        "portable": not against and not (by_section and not normalised),
+        "left_out": list(config.notes),
     }
+
+
+def _portable_lines(best: BestTrial, against: list[str], by_section: bool) -> list[str]:
+    """Return, first of all, whether that tool gives this segmentation, and what to do if not."""
+    if by_section and not against:
+        return [
+            "ATTENTION: PyTorch Connectomics gives another segmentation: it cannot standardise "
+            "sections (data.image_transform.normalize z_section). Its weights go over; export with "
+            "--write-normalised to write the images as this network sees them."
+        ]
+    if not against:
+        return ["PyTorch Connectomics has this network: its weights go over."]
+    lines = [
+        "ATTENTION: PyTorch Connectomics cannot give this segmentation: it lacks this network, so "
+        "no weights are written and the scores below are not its own.",
+        *(f"- {sentence}" for sentence in against),
+    ]
+    other = best_portable(best.study)
+    if other is None:
+        hint = "No finished trial can go over. Put `export: pytc` into the search space."
+    else:
+        hint = f"The best trial that can go over is {other.number}: export --best-portable."
+    return [*lines, hint]
+
+
+def _absolute(volumes: list[VolumePaths]) -> list[VolumePaths]:
+    """Return the volumes with absolute paths, so that the commands run from any folder."""
+    return [
+        replace(
+            volume,
+            **{
+                key: os.path.abspath(path)
+                for key in ("image", "label", "mask")
+                if (path := getattr(volume, key))
+            },
+        )
+        for volume in volumes
+    ]
+
+
+def _normalised_volumes(best: BestTrial, out: Path) -> list[VolumePaths]:
+    """Write each image as the network sees it, standardised by section, and return the volumes."""
+    written = []
+    for index, volume in enumerate(_absolute(best.volumes)):
+        image = read_volume(VolumePaths(name=volume.name, image=volume.image)).image
+        fitted = fit_image(image, best.candidate.data)
+        path = out.with_name(f"{out.stem}.normalised_{index}.h5").absolute()
+        write_array(path, fitted.apply(image))
+        written.append(replace(volume, image=str(path)))
+    return written
 
 
 def _volume_flood_lines(best: BestTrial) -> list[str]:

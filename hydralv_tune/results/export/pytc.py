@@ -14,18 +14,23 @@ from typing import Any
 from torch import Tensor, nn
 
 from hydralv_tune.config.candidate import Candidate, DecodingStep
+from hydralv_tune.config.pytc_portability import obstacles
 from hydralv_tune.numerics.watershed.decoders import decoder_arguments
 from hydralv_tune.results.export.pytc_blocks import (
     PeerData,
     augmentation_blocks,
     data_block,
+    deeply_supervised,
     depth_weights,
     listed,
     loss_entries,
+    monai_block,
     monitor_block,
     network_block,
     optimization_block,
     paths_of,
+    rsunet_block,
+    with_numbers,
     with_ranges,
 )
 
@@ -40,6 +45,8 @@ DECODERS = {
     "decode_distance_watershed": "decode_distance_watershed",
 }
 NORMALISATIONS = {"0-1": "0-1", "z_volume": "normal", "z_section": "normal", "none": "none"}
+BLENDINGS = {"gaussian": "distance_transform", "constant": "constant"}
+"""Its own `bump` shrinks the logits tenfold where a single window reaches the rim."""
 LATER_KNOBS = ("full_section_prob", "partial_ratio_range", "fill_value_range")
 """Of `missing_section`: today's schema has them, January's had not."""
 
@@ -47,10 +54,18 @@ OURS_ALONE = (
     "system.cpu_threads", "system.training.num_cpus", "system.inference.num_cpus",
     "model.external_weights_strict", "model.mednext_kernel_size",
     "model.loss_kwargs", "data.sampling", "data.split", "data.memory_limit_gb",
-    "data.use_preloaded_cache", "data.label_transform.edt_voxel_size", "monitor.evaluation",
+    "data.use_preloaded_cache", "data.label_transform.edt_voxel_size",
+    "data.image_transform.fill", "monitor.evaluation",
     "test.decoding_grid",
 )  # fmt: skip
 """Keys of ours that the plan's schema refuses; those that matter are told by `_notes`."""
+
+
+OUR_NETWORK_KEYS = (
+    "norm", "activation", "down_factors", "num_groups", "depth_2d", "kernel_2d", "kernel_size",
+    "strides", "num_res_units", "upsample", "mednext_size", "mednext_kernel_size",
+)  # fmt: skip
+"""Keys of `model` that are written anew under that tool's names."""
 
 
 @dataclass(frozen=True)
@@ -61,10 +76,19 @@ class PeerConfig:
     notes: tuple[str, ...]
 
 
-def peer_weights(network: nn.Module) -> dict[str, dict[str, Tensor]]:
-    """Return a network's weights as that tool's `external_weights_path` takes them."""
-    tensors = {PREFIX + k: v.detach().cpu().clone() for k, v in network.state_dict().items()}
-    return {"state_dict": tensors}
+def peer_weights(network: nn.Module, *, heads: bool = True) -> dict[str, dict[str, Tensor]]:
+    """Return a network's weights as that tool's `external_weights_path` takes them.
+
+    Args:
+        network: As trained here.
+        heads: Whether the heads of the coarser levels go too.
+    """
+    kept = {
+        key: value
+        for key, value in network.state_dict().items()
+        if heads or not key.startswith("ds_heads.")
+    }
+    return {"state_dict": {PREFIX + k: v.detach().cpu().clone() for k, v in kept.items()}}
 
 
 def peer_config(
@@ -89,8 +113,12 @@ def peer_config(
     return PeerConfig(json.loads(json.dumps(build(candidate, step, data, notes))), tuple(notes))
 
 
-def peer_step(step: DecodingStep) -> dict[str, Any]:
+def peer_step(step: DecodingStep, *, drops_exact_size: bool = False) -> dict[str, Any]:
     """Return a decoding step under that tool's name and arguments.
+
+    Args:
+        step: Of ours.
+        drops_exact_size: Whether it drops segments of exactly `min_instance_size` voxels too.
 
     Raises:
         ValueError: It has no such decoder, or the arguments are not the decoder's.
@@ -116,6 +144,10 @@ def peer_step(step: DecodingStep) -> dict[str, Any]:
             continue
         pair = isinstance(value, list | tuple)
         kwargs[key] = [OFF if entry is None else entry for entry in value] if pair else value
+    if drops_exact_size:
+        kwargs["min_instance_size"] = max(kwargs["min_instance_size"] - 1, 0)
+    if not kwargs["min_instance_size"]:
+        del kwargs["min_instance_size"]
     return {"name": DECODERS[step.name], "kwargs": kwargs}
 
 
@@ -123,6 +155,9 @@ def _notes(candidate: Candidate, step: DecodingStep, data: PeerData) -> list[str
     """Return what neither schema can express."""
     model, told = candidate.model, candidate.data
     notes = []
+    against = obstacles(candidate)
+    if against:
+        notes.append("The weights are NOT loadable there: " + " ".join(against))
     if any(volume.mask for volume in data.volumes):
         notes.append("The loss counted inside the mask alone; there it counts everywhere.")
     if step.decoder_arguments().get("flood", "support") == "support" and (
@@ -136,10 +171,15 @@ def _notes(candidate: Candidate, step: DecodingStep, data: PeerData) -> list[str
         f"{told.sampling.foreground_share:.0%} of the patches were centred on an instance; there "
         "patches are centred on any voxel of the mask."
     )
-    if told.image_transform.normalize == "z_section":
+    if data.normalised:
         notes.append(
-            "Images were standardised section by section; there per crop. Standardise the sections "
-            "of your volume first, or scores will differ."
+            "The images were written standardised section by section, as the network sees them; "
+            "do the same to every further volume."
+        )
+    elif told.image_transform.normalize == "z_section":
+        notes.append(
+            "Images were standardised section by section, which cannot be said there: the "
+            "segmentation differs. export --write-normalised writes the images so."
         )
     else:
         notes.append("Images were normalised over the volume in training too; there per crop.")
@@ -149,24 +189,37 @@ def _notes(candidate: Candidate, step: DecodingStep, data: PeerData) -> list[str
         notes.append(f"The split ({told.split.kind}) is not carried over: it trains on all.")
     if model.architecture == "rsunet" and model.dropout:
         notes.append(f"dropout {model.dropout}: its RSUNet has none.")
-    if model.architecture == "rsunet" and model.kernel_size not in (None, 3, (3, 3, 3)):
-        notes.append(f"kernel_size {model.kernel_size}: its RSUNet has 3 alone.")
-    if model.architecture == "mednext":
+    if model.deep_supervision and not deeply_supervised(candidate):
         notes.append(
-            "Its MedNeXt is another package than MONAI's: the weights beside this file are NOT "
-            "loadable there and are not named in it."
+            "deep_supervision is off: there it needs an RSUNet of at most 5 levels. It changes "
+            "training alone."
         )
-    elif model.architecture != "rsunet":
+    if model.norm == "none" and model.architecture == "rsunet":
+        notes.append("norm none: training without a norm may need a smaller rate there too.")
+    if candidate.optimization.scheduler.warmup_epochs:
         notes.append(
-            "The weights carry the names of MONAI's own network; that tool wraps it, so compare "
-            "the names before you trust its loader, which skips what does not match."
+            "Its cosine starts at epoch 0, ours after the warm-up: at the end of the warm-up its "
+            "rate is already below the highest."
+        )
+    size = step.decoder_arguments().get("min_instance_size", 0)
+    if size:
+        notes.append(
+            f"Segments of exactly {size} voxels (min_instance_size) are kept here. That tool keeps "
+            "them with scikit-image before 0.26 and drops them from 0.26 on; this file is for "
+            + ("0.26 and later (one voxel less is written)." if data.drops_exact_size
+               else "earlier ones. export --scikit-image-026 says otherwise.")
+        )  # fmt: skip
+    window = candidate.inference.sliding_window
+    if window.blending == "gaussian":
+        notes.append(
+            "Windows were blended by a Gaussian; today's tool has none, so distance_transform, the "
+            "closest, is written. It blends logits, ours probabilities: they differ a little "
+            "between windows."
         )
     if model.loss_balancing.strategy == "uncertainty":
         notes.append("Uncertainty balancing: check that its optimizer is given those parameters.")
     if candidate.optimization.scheduler.name == "constant":
         notes.append("The constant schedule is written as a cosine that ends where it starts.")
-    if candidate.inference.test_time_augmentation.ensemble_mode == "min":
-        notes.append("ensemble_mode min has no counterpart; mean is written.")
     return notes
 
 
@@ -181,7 +234,7 @@ def _model(candidate: Candidate, data: PeerData, notes: list[str]) -> dict[str, 
         "input_size": patch,
         "output_size": patch,
     }
-    if model.architecture != "mednext":
+    if data.weights is not None and not obstacles(candidate):
         block |= {"external_weights_path": data.weights, "external_weights_key_prefix": PREFIX}
     balancing = model.loss_balancing
     strategy = None if balancing.strategy == "none" else balancing.strategy
@@ -194,7 +247,7 @@ def _model(candidate: Candidate, data: PeerData, notes: list[str]) -> dict[str, 
         if strategy == "gradnorm"
         else {}
     )
-    loss: dict[str, Any] = {"deep_supervision": model.deep_supervision}
+    loss: dict[str, Any] = {"deep_supervision": deeply_supervised(candidate)}
     weights = depth_weights(candidate)
     if weights is not None:
         loss["deep_supervision_weights"] = weights
@@ -215,7 +268,7 @@ def _head_data(candidate: Candidate, data: PeerData, notes: list[str]) -> dict[s
         },
         "data_transform": {"pad_size": list(told.pad_size), "pad_mode": told.pad_mode},
         "image_transform": {
-            "normalize": NORMALISATIONS[transform.normalize],
+            "normalize": "none" if data.normalised else NORMALISATIONS[transform.normalize],
             "clip_percentile_low": transform.clip_percentile_low,
             "clip_percentile_high": transform.clip_percentile_high,
         },
@@ -229,7 +282,7 @@ def _head_data(candidate: Candidate, data: PeerData, notes: list[str]) -> dict[s
     }
 
 
-def _head_inference(candidate: Candidate) -> dict[str, Any]:
+def _head_inference(candidate: Candidate, data: PeerData) -> dict[str, Any]:
     """Return today's `inference` block."""
     window = candidate.inference.sliding_window
     test_time = candidate.inference.test_time_augmentation
@@ -238,12 +291,13 @@ def _head_inference(candidate: Candidate) -> dict[str, Any]:
         if getattr(test_time, key) is not None:
             augmented[key] = listed(getattr(test_time, key))
     mode = test_time.ensemble_mode
-    augmented["ensemble_mode"] = "mean" if mode == "min" else mode
+    augmented["ensemble_mode"] = mode
+    augmented["apply_mask"] = paths_of(data, "mask") is not None
     return {
         "window": {
             "window_size": list(window.window_size or candidate.data.patch_size),
             "overlap": window.overlap,
-            "blending": "bump" if window.blending == "gaussian" else window.blending,
+            "blending": BLENDINGS[window.blending],
         },
         "model": {
             "channel_activations": [
@@ -266,8 +320,9 @@ def _head(
             "system": {"seed": candidate.system.seed, "num_gpus": 1, "num_workers": 4},
             "model": _model(candidate, data, notes),
             "data": _head_data(candidate, data, notes),
-            "inference": _head_inference(candidate),
-            "decoding": {"steps": [peer_step(step)]},
+            "inference": _head_inference(candidate, data),
+            "optimization": {"precision": candidate.optimization.precision},
+            "decoding": {"steps": [peer_step(step, drops_exact_size=data.drops_exact_size)]},
             "evaluation": {"enabled": True, "metrics": ["adapted_rand"]},
         },
         "train": {
@@ -287,29 +342,38 @@ def _plan(
     for key in OURS_ALONE:
         _drop(mapping, key.split("."))
     model = mapping["model"]
+    for key in OUR_NETWORK_KEYS:
+        model.pop(key, None)
     if model["architecture"] == "rsunet":
-        for key in ("norm", "activation", "down_factors"):
-            model[f"rsunet_{key}"] = model.pop(key)
-    if candidate.model.mednext_kernel_size:
-        model["mednext_kernel_size"] = candidate.model.mednext_kernel_size
+        model |= {f"rsunet_{key}": v for key, v in rsunet_block(candidate.model).items()}
+    elif model["architecture"] == "mednext":
+        model["mednext_size"] = candidate.model.mednext_size or "S"
+        model["mednext_kernel_size"] = candidate.model.mednext_kernel_size or 3
+    else:
+        model |= monai_block(candidate.model)
+    model["deep_supervision"] = deeply_supervised(candidate)
+    patch = list(candidate.data.patch_size)
+    model |= {"input_size": patch, "output_size": patch}
     terms = [dict(kwargs) for kwargs in candidate.model.loss_kwargs]
-    if any(term.pop("foreground_weight", None) is not None for term in terms):
+    # A list, so that none is left out once one is found.
+    if any([term.pop("foreground_weight", None) is not None for term in terms]):  # noqa: C419
         notes.append("foreground_weight of a loss is not carried over.")
     model["loss_kwargs"] = terms or [{} for _ in candidate.model.loss_functions]
     model["deep_supervision_weights"] = depth_weights(candidate)
     if candidate.model.loss_balancing.strategy == "none":
         # `none` was an error there; nothing at all means none.
         del model["loss_balancing"]["strategy"]
-    if model["architecture"] != "mednext":
+    if data.weights is not None and not obstacles(candidate):
         model |= {"external_weights_path": data.weights, "external_weights_key_prefix": PREFIX}
-    mapping["data"]["image_transform"]["normalize"] = NORMALISATIONS[
-        candidate.data.image_transform.normalize
-    ]
+    transform = mapping["data"]["image_transform"]
+    transform["normalize"] = (
+        "none" if data.normalised else NORMALISATIONS[candidate.data.image_transform.normalize]
+    )
     mapping["data"] |= {f"train_{key}": value for key, value in data_block(data).items()}
     augmentations = augmentation_blocks(candidate, notes)
     for key in LATER_KNOBS:
         augmentations.get("missing_section", {}).pop(key, None)
-    mapping["data"]["augmentation"] = {"preset": "some", **augmentations}
+    mapping["data"]["augmentation"] = {"preset": "some", **with_numbers(augmentations)}
     mapping["optimization"] = optimization_block(candidate, head=False)
     mapping["monitor"] = {
         "detect_anomaly": candidate.monitor.detect_anomaly,
@@ -321,9 +385,16 @@ def _plan(
             "Test-time flips over axis 0 turned the channels around in that version: "
             "check the flip axes, or leave them out."
         )
+    mapping["inference"]["test_time_augmentation"]["apply_mask"] = (
+        paths_of(data, "mask") is not None
+    )
     mapping["test"] = {
-        "data": {f"test_{key}": value for key, value in data_block(data).items()},
-        "decoding": [peer_step(step)],
+        # That version reads the transform of its test images here and nowhere else.
+        "data": {
+            **{f"test_{key}": value for key, value in data_block(data).items()},
+            "image_transform": dict(transform),
+        },
+        "decoding": [peer_step(step, drops_exact_size=data.drops_exact_size)],
         "evaluation": {"enabled": True, "metrics": ["adapted_rand"]},
     }
     mapping |= {"experiment_name": data.experiment, "description": data.description}

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from hydralv_tune.config.candidate import Candidate
+from hydralv_tune.config.candidate import Candidate, Model
 from hydralv_tune.data.volumes import VolumePaths
 from hydralv_tune.numerics.augmentation.registry import AUGMENTATIONS, resolve_preset
+from hydralv_tune.numerics.networks.registry import GROUPS, group_count
 
 PEER_AUGMENTATIONS: dict[str, tuple[str, ...]] = {
     "flip": ("prob", "spatial_axis"),
@@ -30,6 +32,15 @@ PEER_AUGMENTATIONS: dict[str, tuple[str, ...]] = {
 }  # fmt: skip
 """The augmentations that tool knows and the knobs we share with it."""
 
+SINGLE_IN_JANUARY = {
+    "cut_blur": ("length_ratio",),
+    "cut_noise": ("length_ratio", "noise_scale"),
+    "motion_blur": ("sections",),
+    "missing_section": ("num_sections",),
+}
+"""Knobs that are pairs here and one number in the schema of January 2026."""
+PEER_LEVELS = 5
+"""Its RSUNet has four heads beside the output, so deep supervision fails with more levels."""
 DEFAULT_ON = ("flip", "rotate", "intensity")
 """What that tool does unless it is switched off."""
 
@@ -41,16 +52,21 @@ class PeerData:
     Args:
         volumes: Where the volumes of the study lie.
         voxel_size_nm: (z, y, x), where known.
-        weights: Path of the weights, as the configuration names it.
+        weights: Path of the weights, as the configuration names it; None where they cannot go.
         experiment: Name of the experiment.
         description: One line.
+        normalised: Whether the images are written as the network sees them.
+        drops_exact_size: Whether its scikit-image (0.26 or later) drops segments of exactly
+            `min_instance_size` voxels.
     """
 
     volumes: Sequence[VolumePaths]
     voxel_size_nm: Sequence[float] | None
-    weights: str
+    weights: str | None
     experiment: str
     description: str
+    normalised: bool = False
+    drops_exact_size: bool = False
 
 
 def augmentation_blocks(candidate: Candidate, notes: list[str]) -> dict[str, Any]:
@@ -86,6 +102,16 @@ def with_ranges(blocks: dict[str, Any]) -> dict[str, Any]:
     return blocks
 
 
+def with_numbers(blocks: dict[str, Any]) -> dict[str, Any]:
+    """Return the blocks with single numbers where January's schema has no pairs: the upper one."""
+    for name, knobs in SINGLE_IN_JANUARY.items():
+        block = blocks.get(name, {})
+        for knob in knobs:
+            if isinstance(block.get(knob), list):
+                block[knob] = block[knob][-1]
+    return blocks
+
+
 def listed(value: Any) -> Any:
     """Return tuples as lists."""
     return [listed(entry) for entry in value] if isinstance(value, list | tuple) else value
@@ -98,11 +124,11 @@ def depth_weights(candidate: Candidate) -> list[float] | None:
     ours, which go from fine to coarse, are turned around after the first.
     """
     model = candidate.model
-    if not model.deep_supervision:
+    if not deeply_supervised(candidate):
         return None
     levels = len(model.filters)
     weights = list(model.deep_supervision_weights or [0.5**level for level in range(levels)])
-    return weights[:1] + weights[:0:-1] if model.architecture == "rsunet" else weights
+    return weights[:1] + weights[:0:-1]
 
 
 def loss_entries(candidate: Candidate, notes: list[str]) -> list[dict[str, Any]]:
@@ -129,31 +155,78 @@ def loss_entries(candidate: Candidate, notes: list[str]) -> list[dict[str, Any]]
     return entries
 
 
-def network_block(candidate: Candidate) -> dict[str, Any]:
-    """Return the `arch` block and the block of the architecture."""
+def deeply_supervised(candidate: Candidate) -> bool:
+    """Return whether that tool can train the coarser levels too: its RSUNet of up to 5 levels."""
     model = candidate.model
-    block: dict[str, Any]
-    if model.architecture == "rsunet":
-        factors = model.down_factors or [[1, 2, 2]] * (len(model.filters) - 1)
-        block = {
-            "width": list(model.filters),
-            "norm": model.norm or "batch",
-            "activation": model.activation or "relu",
-            "down_factors": listed(factors),
-            "depth_2d": 0,
+    return (
+        model.deep_supervision
+        and model.architecture == "rsunet"
+        and len(model.filters) <= PEER_LEVELS
+    )
+
+
+def rsunet_block(model: Model) -> dict[str, Any]:
+    """Return the keys of its RSUNet, without their prefix.
+
+    Its instance norm learns nothing, so ours goes as group norm with a channel in each group; its
+    kernels are 3 but in the first `depth_2d` levels, which may be all of them.
+    """
+    block: dict[str, Any] = {"norm": model.norm or "batch"}
+    if model.norm == "instance":
+        block |= {"norm": "group", "num_groups": max(model.filters)}
+    elif model.norm == "group":
+        block["num_groups"] = model.num_groups or GROUPS
+    factors = model.down_factors or [[1, 2, 2]] * (len(model.filters) - 1)
+    block |= {"activation": model.activation or "relu", "down_factors": listed(factors)}
+    kernel = model.kernel_size or 3
+    kernels = [kernel] * 3 if isinstance(kernel, int) else list(kernel)
+    if kernels != [3, 3, 3]:
+        return {**block, "depth_2d": len(model.filters), "kernel_2d": kernels}
+    if model.depth_2d:
+        return {
+            **block,
+            "depth_2d": model.depth_2d,
+            "kernel_2d": list(model.kernel_2d or (1, 3, 3)),
         }
+    return {**block, "depth_2d": 0}
+
+
+def monai_block(model: Model) -> dict[str, Any]:
+    """Return the keys of its MONAI networks: what is said nowhere else is said here."""
+    basic = model.architecture == "monai_basic_unet3d"
+    filters = list(model.filters)
+    if basic and len(filters) == 5:
+        # That tool repeats the last width, MONAI's way here is the first.
+        filters.append(filters[0])
+    block: dict[str, Any] = {"filters": filters, "norm": model.norm or "instance"}
+    block["dropout"] = model.dropout or 0.0
+    units = 2 if model.num_res_units is None else model.num_res_units
+    if model.norm == "group":
+        logits = [model.out_channels] if not basic and units else []
+        common = math.gcd(*filters, *logits)
+        block["num_groups"] = group_count(common, model.num_groups or GROUPS)
+    if basic:
+        block["activation"] = model.activation or "relu"
+        block["upsample"] = model.upsample or "deconv"
+        return block
+    kernel = model.kernel_size or 3
+    block["num_res_units"] = units
+    block["kernel_size"] = kernel if isinstance(kernel, int) else kernel[0]
+    return block
+
+
+def network_block(candidate: Candidate) -> dict[str, Any]:
+    """Return today's `arch` block and the block of the architecture."""
+    model = candidate.model
+    if model.architecture == "rsunet":
+        block = {"width": list(model.filters), **rsunet_block(model)}
         return {"arch": {"type": "rsunet"}, "rsunet": block}
     if model.architecture == "mednext":
         block = {"size": model.mednext_size or "S", "kernel_size": model.mednext_kernel_size or 3}
         return {"arch": {"type": "mednext"}, "mednext": block}
-    # MONAI's own defaults, which are ours, stand where the candidate says nothing.
-    block = {"filters": list(model.filters), "norm": model.norm or "instance"}
-    block["dropout"] = model.dropout or 0.0
-    for key, name in (("activation",) * 2, ("num_res_units",) * 2, ("kernel_size",) * 2,
-                      ("strides",) * 2, ("upsample", "upsample_mode")):  # fmt: skip
-        value = getattr(model, key)
-        if value is not None:
-            block[name] = listed(value)
+    block = monai_block(model)
+    if "upsample" in block:
+        block["upsample_mode"] = block.pop("upsample")
     return {"arch": {"type": model.architecture}, "monai": block}
 
 
