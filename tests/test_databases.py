@@ -2,25 +2,34 @@
 
 from __future__ import annotations
 
+import itertools
 import os
+import random
 import shutil
 import sqlite3
 import subprocess
 import sys
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import optuna
 import pytest
+import sqlalchemy
+from optuna.trial import TrialState
 from study_checks import make_space
 
 from hydralv_tune.config.errors import InputError, StudyError
 from hydralv_tune.launch.start import Start
+from hydralv_tune.study.database import DatabaseAway
 from hydralv_tune.study.driver import Driver
 from hydralv_tune.study.find import STORAGE_VARIABLE, find_study
-from hydralv_tune.study.storage_url import masked, parse_storage, without_secrets
+from hydralv_tune.study.storage_url import masked, parse_storage, sqlite_file, without_secrets
 from hydralv_tune.study.study import Study, open_all, open_readonly
 from hydralv_tune.study.study_folder import owner_of
-from hydralv_tune.study.trial_views import TrialResult
+from hydralv_tune.study.trial_views import Asked, TrialResult, count_states
 
 
 def content(database: Path) -> str:
@@ -187,3 +196,228 @@ def test_a_database_of_another_optuna_says_how_to_upgrade_a_copy_of_it(tmp_path:
         connection.execute("UPDATE alembic_version SET version_num = 'v9.9.9.z'")
     with pytest.raises(StudyError, match="newer"):
         open_readonly(f"sqlite:///{database}", "s")
+
+
+LR_KEY = "optimization.optimizer.lr"
+
+
+class FakeTrial:
+    """A trial of milliseconds that keeps its place in its folder and logs every step it makes."""
+
+    STEPS = 4
+
+    def __init__(self, asked: Asked, out: Path) -> None:
+        self.number, self.error = asked.number, float(asked.params[LR_KEY])
+        self.folder = out / "trials" / str(asked.root)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        place = self.folder / "step"
+        self.step = int(place.read_text()) if place.exists() else 0
+
+    def advance(self, driver: Driver) -> bool:
+        """Make one step or end, and return whether the trial is over."""
+        if self.step == self.STEPS:
+            driver.tell(self.number, TrialResult("COMPLETE", self.error, -0.3, {}))
+            return True
+        self.step += 1
+        with (self.folder / "steps.log").open("a") as log:
+            log.write(f"{self.step}\n")
+        (self.folder / "step").write_text(str(self.step))
+        return driver.report(self.number, self.step, self.error + 1 / self.step) == "refused"
+
+
+def drive(driver: Driver, out: Path, target: int, meddle: Callable[[], None], at: int) -> None:
+    """Run two trials at a time until the study is done or gone; meddle at one moment."""
+    live: dict[int, FakeTrial] = {}
+    deadline = time.monotonic() + 60.0
+    for turn in itertools.count():
+        assert time.monotonic() < deadline, "the driver neither ends nor goes on"
+        if turn == at:
+            meddle()
+        with suppress(DatabaseAway):
+            for number in driver.poll():
+                live.pop(number, None)
+        if driver.gone is not None:
+            return
+        if len(live) < 2:
+            try:
+                trial = driver.ask(target)
+            except DatabaseAway:
+                time.sleep(0.05)
+                continue
+            if trial == "done" and not live:
+                return
+            if isinstance(trial, Asked):
+                live[trial.number] = FakeTrial(trial, out)
+        for number in list(live):
+            if live[number].advance(driver):
+                del live[number]
+
+
+class Meddler:
+    """What others do to the database of a running study, one method each.
+
+    Args:
+        storage: Of the study `s`.
+        space: That it searches.
+        folder: For copies.
+    """
+
+    def __init__(self, storage: str, folder: Path) -> None:
+        self.storage, self.folder = storage, folder
+        self.url = parse_storage(storage)
+        self.path = sqlite_file(self.url)
+        self.later: threading.Timer | None = None
+        if self.path is not None:
+            shutil.copy(self.path, folder / "early.db")
+
+    def _study(self) -> optuna.Study:
+        return optuna.load_study(study_name="s", storage=self._optuna())
+
+    def _optuna(self) -> str:
+        return self.url.render_as_string(hide_password=False)
+
+    def _run(self, *statements: str) -> None:
+        engine = sqlalchemy.create_engine(self.url)
+        with engine.begin() as connection:
+            for statement in statements:
+                connection.execute(sqlalchemy.text(statement))
+        engine.dispose()
+
+    def delete_the_study(self) -> None:
+        optuna.delete_study(study_name="s", storage=self._optuna())
+
+    def put_another_study_in_its_place(self) -> None:
+        self.delete_the_study()
+        theirs = optuna.create_study(
+            study_name="s", storage=self._optuna(), directions=["maximize", "minimize"]
+        )
+        theirs.enqueue_trial({"x": 1})
+
+    def enqueue_what_cannot_be(self) -> None:
+        study = self._study()
+        for params in ({LR_KEY: 5.0}, {LR_KEY: "fast"}, {LR_KEY: None}, {"x": 1}, {LR_KEY: [1]}):
+            study.enqueue_trial(params)
+
+    def fail_a_running_trial(self) -> None:
+        for trial in self._study().get_trials(states=(TrialState.RUNNING,))[:1]:
+            self._study().tell(trial.number, state=TrialState.FAIL)
+
+    def ask_and_never_tell(self) -> None:
+        self._study().ask()
+
+    def add_a_finished_trial(self) -> None:
+        distribution = optuna.distributions.FloatDistribution(1e-5, 1e-1, log=True)
+        self._study().add_trial(
+            optuna.trial.create_trial(
+                value=0.0, params={LR_KEY: 1e-3}, distributions={LR_KEY: distribution}
+            )
+        )
+
+    def run_another_study_beside_it(self) -> None:
+        theirs = optuna.create_study(study_name="theirs", storage=self._optuna())
+        theirs.optimize(lambda trial: trial.suggest_float("x", 0, 1), n_trials=2)
+
+    def make_it_read_only_for_a_moment(self) -> None:
+        name = self.url.database
+        if self.path is not None:
+            other = sqlite3.connect(self.path, check_same_thread=False, timeout=20)
+            other.execute("BEGIN EXCLUSIVE")
+            self.later = threading.Timer(1.0, other.close)
+        else:
+            quoted = f'ALTER DATABASE "{name}" SET default_transaction_read_only ='
+            self._run(f"{quoted} on")
+            self._run(f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = "
+                      f"'{name}' AND pid <> pg_backend_pid()")  # fmt: skip
+            undo = ("SET TRANSACTION READ WRITE", f"{quoted} off")
+            self.later = threading.Timer(1.0, lambda: self._run(*undo))
+        self.later.start()
+
+    def remove_the_file(self) -> None:
+        assert self.path is not None
+        self.path.unlink()
+
+    def replace_the_file(self) -> None:
+        assert self.path is not None
+        (self.folder / "early.db").replace(self.path)
+
+    def copy_an_older_state_over_it(self) -> None:
+        assert self.path is not None
+        shutil.copy(self.folder / "early.db", self.path)
+
+
+EVERYWHERE = (
+    "delete_the_study", "put_another_study_in_its_place",
+    "enqueue_what_cannot_be", "fail_a_running_trial", "ask_and_never_tell", "add_a_finished_trial",
+    "run_another_study_beside_it", "make_it_read_only_for_a_moment",
+)  # fmt: skip
+ON_FILES = ("remove_the_file", "replace_the_file", "copy_an_older_state_over_it")
+ENDS = {
+    "delete_the_study", "put_another_study_in_its_place", *ON_FILES,
+}  # fmt: skip
+"""After these the study cannot simply go on."""
+
+
+def chaos(storage: str, folder: Path, what: str, seed: int) -> str:
+    """Meddle with a study at a random moment, start it again, and check; return how it ended."""
+    target, out = 5, folder / "out"
+    start = Start(storage, "s", make_space(), out)
+    study = start.open({})
+    meddler = Meddler(storage, folder)
+    at = random.Random(seed).randrange(22)
+    try:
+        with Driver(study, out=out) as driver:
+            drive(driver, out, target, getattr(meddler, what), at)
+            gone = driver.gone_reason
+    finally:
+        study.close()
+        if meddler.later is not None:
+            meddler.later.join()
+    if gone is not None:
+        assert what in ENDS, gone
+        assert "recover" in gone
+    before = content(meddler.path) if what == "put_another_study_in_its_place" and (
+        meddler.path is not None) else None  # fmt: skip
+    refusal, again = "", None
+    try:
+        start.check({})
+        again = start.open({})
+    except StudyError as error:
+        refusal = str(error)
+    if before is not None and meddler.path is not None:
+        assert content(meddler.path) == before, "what is another's was written into"
+    if again is None:
+        assert what in ENDS, refusal
+        return "refused"
+    with Driver(again, out=out) as driver:
+        drive(driver, out, target, lambda: None, -1)
+        assert driver.gone is None
+    trials = again.trials()
+    counts = count_states(trials)
+    assert counts["complete"] == target, counts
+    assert counts["running"] == counts["waiting"] == 0, counts
+    again.close()
+    for log in (out / "trials").glob("*/steps.log"):
+        steps = log.read_text().split()
+        assert steps == sorted(set(steps)), f"{what}: a step was made twice: {log.parent} {steps}"
+    for trial in trials:
+        if "enqueued by hand" in trial.user_attrs.get("reason", ""):
+            assert trial.state == "FAIL"
+            assert "retry_of" not in trial.user_attrs
+    return "finished"
+
+
+@pytest.mark.parametrize("what", EVERYWHERE)
+def test_what_others_do_to_a_running_study_ends_in_order_or_does_no_harm(
+    storage: str, tmp_path: Path, what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hydralv_tune.study.storage_url.BUSY_TIMEOUT_S", 0.2)
+    assert chaos(storage, tmp_path, what, seed=len(what)) == (
+        "refused" if what in ENDS else "finished"
+    )
+
+
+@pytest.mark.parametrize("what", ON_FILES)
+def test_a_file_that_goes_away_under_a_running_study_ends_it_in_order(
+    tmp_path: Path, what: str
+) -> None:
+    chaos(f"sqlite:///{tmp_path / 'study.db'}", tmp_path, what, seed=3)

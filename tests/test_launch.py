@@ -70,10 +70,9 @@ def test_one_study_tells_every_end_as_it_was(fake_study: Any) -> None:
     assert counts["complete"] + counts["pruned"] == 6
     assert counts["running"] == 0
     for root, words in ((0, "objective is nan"), (2, "timeout"), (3, "a value that cannot work")):
-        if root in by_root:
-            assert by_root[root].state == "FAIL"
-            assert words in by_root[root].user_attrs["reason"]
-            assert by_root[root].value is None
+        assert by_root[root].state == "FAIL"
+        assert words in by_root[root].user_attrs["reason"]
+        assert by_root[root].value is None
     assert trials[1].state == "FAIL"
     assert "process died" in trials[1].user_attrs["reason"]
     assert by_root[1].attempt == 2

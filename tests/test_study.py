@@ -71,7 +71,8 @@ def abandon(driver: Driver) -> None:
     driver._stop.set()
     for number in driver.live:
         trial = driver._live[number]
-        trial.set_user_attr("owner", {**own_process(), "start": "1", "identity": "gone"})
+        gone = {"owner": {**own_process(), "start": "1", "identity": "gone"}}
+        set_attributes(driver.study.rdb, trial._trial_id, gone)
     driver._live.clear()
 
 

@@ -18,7 +18,7 @@ from hydralv_tune.config.errors import ConfigError, HydraLVError
 from hydralv_tune.config.search_space import SearchSpace, guard_violation, objective_value
 from hydralv_tune.launch.live_trial import LiveTrial, kept_of
 from hydralv_tune.numerics.metrics.scores import HEADLINE
-from hydralv_tune.study.database import DatabaseAway
+from hydralv_tune.study.database import DatabaseAway, StudyGone
 from hydralv_tune.study.driver import Driver
 from hydralv_tune.study.trial_views import Asked, TrialResult, count_states, gpu_hours
 
@@ -134,9 +134,13 @@ class Coordinator:
             self._away(error)
             self._next_ask = now + AWAY_RETRY_S
             return "wait"
+        except StudyGone as error:
+            self.driver.gone = self.driver.gone or error
+            asked = "done"
         self._away_said = False
         if asked == "done":
-            self._say_if_exhausted()
+            if not self._stop_if_gone():
+                self._say_if_exhausted()
             return "done"
         if asked == "wait":
             self._next_ask = now + ASK_EVERY_S
@@ -215,6 +219,7 @@ class Coordinator:
             StudyFailed: Ray died.
         """
         now = time.monotonic()
+        self._stop_if_gone()
         if self._stop_without_ray():
             self.abandon()
             raise StudyFailed(RAY_DIED)
@@ -241,6 +246,14 @@ class Coordinator:
             self.stop_reason = reason
             self._stop_deadline = time.monotonic() + self._save_s
             self.emit("stopped", None, reason=reason)
+
+    def _stop_if_gone(self) -> bool:
+        """Stop the run where the study is gone from its database, and return whether it is."""
+        reason = self.driver.gone_reason
+        if reason is not None and self.failure is None:
+            self.failure = StudyFailed(reason)
+            self.stop("the study is gone from its database")
+        return reason is not None
 
     def _stop_without_ray(self) -> bool:
         """Stop the run where Ray died, and return whether it did."""

@@ -288,7 +288,9 @@ def _specification(
 
     def specification(asked: Asked) -> dict[str, Any]:
         overrides: Mapping[str, Any] = {}
-        if asked.warm_start is not None:
+        if asked.overrides is not None:
+            overrides = asked.overrides
+        elif asked.warm_start is not None:
             overrides = space.warm_start(asked.warm_start).overrides
         candidate = space.candidate(asked.params, overrides).as_mapping()
         # What decides the score stands in the candidate, so that its file alone repeats it.

@@ -13,7 +13,13 @@ from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
 from hydralv_tune.study.study import Study, view_of
-from hydralv_tune.study.trial_views import CONSTRAINTS, TrialView, best_trial, violation_of
+from hydralv_tune.study.trial_views import (
+    CONSTRAINTS,
+    TrialView,
+    best_trial,
+    figures_of,
+    violation_of,
+)
 
 SPAN = 10**9
 """Ids of the second storage begin here, those of the third at twice that, and so on."""
@@ -24,7 +30,6 @@ LONGEST = 80
 HIDDEN = {"pid", "root", "owner", "driver", "record", "checkpoint", "cuda_visible_devices", "retry"}
 """User attributes that nobody compares trials by."""
 
-COUNTS = ("missed", "split", "merged", "invented")
 OF_A_TRIAL = re.compile(r"^(dashboard:(?:artifacts:)?)(\d+)(:.*)$", re.S)
 STOPPED = "stopped from the dashboard"
 
@@ -35,18 +40,7 @@ def short_attributes(view: TrialView) -> dict[str, Any]:
     Studies of the first version kept whole mappings as user attributes; their figures are read
     from those.
     """
-    attributes = view.user_attrs
-    metrics, training = attributes.get("metrics") or {}, attributes.get("training") or {}
-    known = {
-        "f1_iou50": metrics.get("f1_iou50"),
-        "error_foreground": metrics.get("adapted_rand_error_foreground"),
-        **{name: _count(metrics.get(name)) for name in COUNTS},
-        "recipe": attributes.get("warm_start"),
-        "epochs": attributes.get("epoch", training.get("epochs_done")),
-        "minutes": round(view.seconds / 60, 2) if view.started else None,
-        "gpu_hours": _gpu_hours(view),
-        "state_reason": attributes.get("reason"),
-    }
+    attributes, known = view.user_attrs, figures_of(view)
     given = {key: value for key, value in attributes.items() if key not in HIDDEN}
     shown = {**known, **given}
     renamed = ("warm_start", "reason", "seconds", "gpus", "epoch")
@@ -75,17 +69,6 @@ def shared_and_all_distributions(
             shared = names if shared is None else shared & names
     rows = sorted(every.items())
     return [row for row in rows if row[0] in (shared or ())], rows
-
-
-def _count(value: Any) -> int | None:
-    """Return the length of a list of ids, or a count as it is."""
-    return len(value) if isinstance(value, list) else value
-
-
-def _gpu_hours(view: TrialView) -> float | None:
-    """Return the GPU-hours of a trial; None where it is not known on how many GPUs it ran."""
-    gpus = view.user_attrs.get("gpus")
-    return None if gpus is None else round(view.seconds * float(gpus) / 3600, 4)
 
 
 def _delegated(name: str) -> Callable[..., Any]:

@@ -16,18 +16,71 @@ from sqlalchemy import exc as sqlalchemy_errors
 
 from hydralv_tune.config.errors import HydraLVError, StudyError, unknown_name
 from hydralv_tune.study.mutex import MutexLost
+from hydralv_tune.study.optuna_private import NOT_FOUND
 from hydralv_tune.study.storage_url import engine_options, masked, reason_of, sqlite_file
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
+
+
+MOVED_TABLES = re.compile(r"no such (table|column)|(relation|column) .* does not exist")
+READ_ONLY = re.compile(r"readonly database|read-only (transaction|file system)", re.IGNORECASE)
 
 
 class DatabaseAway(HydraLVError):
     """The database does not answer right now; what was to be told waits in the journal."""
 
 
+class StudyGone(HydraLVError):
+    """The study was deleted, or its database removed, replaced or changed, while it was open.
+
+    Args:
+        what: Of the study or its database, in words that follow "Study 's' in STORAGE".
+        text: The whole message.
+    """
+
+    def __init__(self, what: str, text: str | None = None) -> None:
+        super().__init__(text or what)
+        self.what = what
+
+
+class DatabaseFile:
+    """Notices when the SQLite file of an open study is removed or replaced by another.
+
+    Connections that are open go on reading and writing a file that nobody can find any more.
+
+    Args:
+        url: Of the database; one on a server is never found changed.
+    """
+
+    def __init__(self, url: sqlalchemy.engine.URL) -> None:
+        self._path = sqlite_file(url)
+        self._opened = self._identity()
+
+    def _identity(self) -> tuple[int, int] | None:
+        """Return what tells the file from any other in its place."""
+        if self._path is None:
+            return None
+        try:
+            status = self._path.stat()
+        except FileNotFoundError:
+            return None
+        except OSError:  # a shared folder that does not answer: nothing is known
+            return self._opened
+        return status.st_dev, status.st_ino
+
+    def check(self) -> None:
+        """Raise `StudyGone` where the file is not the one that was opened."""
+        now = self._identity()
+        if now != self._opened:
+            raise StudyGone("was removed" if now is None else "was replaced by another file")
+
+
 @contextlib.contextmanager
 def database_errors() -> Iterator[None]:
-    """Turn what a lost connection or a locked file raises into `DatabaseAway`."""
+    """Turn what a lost connection or a locked file raises into `DatabaseAway`.
+
+    What a deleted study or changed tables raise becomes `StudyGone`.
+    """
     lost = (
         sqlalchemy_errors.OperationalError,
         sqlalchemy_errors.InterfaceError,
@@ -38,12 +91,20 @@ def database_errors() -> Iterator[None]:
         yield
     except MutexLost as error:
         raise DatabaseAway(str(error)) from None
-    except StorageInternalError as error:
-        if isinstance(error.__cause__, lost):
-            raise DatabaseAway(reason_of(error.__cause__)) from None
+    except (KeyError, ValueError) as error:
+        if error.args != (NOT_FOUND,):
+            raise
+        raise StudyGone("was deleted") from None
+    except (StorageInternalError, sqlalchemy_errors.SQLAlchemyError) as error:
+        cause = error.__cause__ if isinstance(error, StorageInternalError) else error
+        reason = reason_of(cause) if cause is not None else str(error)
+        if MOVED_TABLES.search(reason):
+            raise StudyGone(f"has other tables now ({reason})") from None
+        if READ_ONLY.search(reason):
+            raise DatabaseAway(f"it is read-only; let this user write it ({reason})") from None
+        if isinstance(cause, lost):
+            raise DatabaseAway(reason) from None
         raise
-    except lost as error:
-        raise DatabaseAway(reason_of(error)) from None
 
 
 def open_storage(url: sqlalchemy.engine.URL, *, create: bool) -> RDBStorage:

@@ -18,7 +18,13 @@ from hydralv_tune.config.search_space import (
     objective_value,
 )
 from hydralv_tune.study.optuna_private import contains
-from hydralv_tune.study.trial_views import CONSTRAINTS, OBJECTIVE, ranked_value
+from hydralv_tune.study.trial_views import (
+    CONSTRAINTS,
+    OBJECTIVE,
+    PREFIX,
+    attributes_of,
+    ranked_value,
+)
 
 
 def distribution_of(parameter: Parameter) -> BaseDistribution:
@@ -31,6 +37,22 @@ def distribution_of(parameter: Parameter) -> BaseDistribution:
             low, high, log=parameter.log, step=parameter.step or 1
         )
     return optuna.distributions.CategoricalDistribution(parameter.choices)
+
+
+def misfit(space: SearchSpace, params: Mapping[str, Any]) -> str | None:
+    """Return why parameters are none of a space, or None where they may be.
+
+    Args:
+        space: What is searched.
+        params: Encoded values of some of its keys, as they were enqueued.
+    """
+    for key, value in params.items():
+        parameter = space.parameters.get(key)
+        if parameter is None:
+            return f"{key} is not searched by this study"
+        if not contains(distribution_of(parameter), value):
+            return f"{key} is {value!r}, but it must be {parameter.allowed()}"
+    return None
 
 
 def suggest(space: SearchSpace, trial: optuna.Trial) -> dict[str, Any]:
@@ -109,7 +131,7 @@ def imported_trial(
         space: Of this study.
         recipe: The partial candidate that it set beside its parameters, if any.
     """
-    metrics = trial.user_attrs.get("metrics")
+    metrics = attributes_of(trial).get("metrics")
     if trial.state not in (TrialState.COMPLETE, TrialState.PRUNED) or not metrics:
         return None
     params: dict[str, Any] = {}
@@ -133,8 +155,9 @@ def imported_trial(
         value=ranked_value(value, violation, space.objective.metric),
         params=params,
         distributions=distributions,
-        user_attrs={"imported_from": label, "metrics": metrics},
         system_attrs={
+            f"{PREFIX}imported_from": label,
+            f"{PREFIX}metrics": metrics,
             OBJECTIVE: value,
             **({} if violation is None else {CONSTRAINTS: [violation]}),
         },

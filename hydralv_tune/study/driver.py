@@ -8,6 +8,7 @@ import threading
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,12 +17,14 @@ import sqlalchemy
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, TrialState
 
-from hydralv_tune.study.database import DatabaseAway, database_errors
-from hydralv_tune.study.distributions import distribution_of, suggest
+from hydralv_tune.study.database import DatabaseAway, DatabaseFile, StudyGone, database_errors
+from hydralv_tune.study.distributions import distribution_of, misfit, suggest
 from hydralv_tune.study.journal import PREFIX, SUFFIX, Journal, journals_in
 from hydralv_tune.study.mutex import StudyMutex
 from hydralv_tune.study.optuna_private import (
     claim_waiting,
+    count_trials,
+    enqueue,
     set_attributes,
     store_evaluation,
     trial_id,
@@ -29,17 +32,20 @@ from hydralv_tune.study.optuna_private import (
 )
 from hydralv_tune.study.pruners import make_pruner
 from hydralv_tune.study.samplers import make_sampler, sampler_entry
-from hydralv_tune.study.study import Study, trial_by_number
+from hydralv_tune.study.study import Study, trial_by_number, view_of
 from hydralv_tune.study.trial_views import (
     CONSTRAINTS,
     FOLD_VALUES,
     OBJECTIVE,
+    OVERRIDES,
     VIOLATIONS,
     Asked,
     TrialResult,
     TrialView,
+    attributes_of,
     count_states,
     duplicate_of,
+    figures_of,
     is_surely_dead,
     missing_successors,
     own_process,
@@ -81,6 +87,10 @@ class Driver:
         self.out = out
         self._mutex = StudyMutex(study.rdb.engine.url, study.name)
         self._live: dict[int, optuna.Trial] = {}
+        self.gone: StudyGone | None = None
+        """Why the study can never be asked again; None while it can."""
+        self._file = DatabaseFile(study.rdb.engine.url)
+        self._study_identity, self._trials_seen = study.identity, 0
         self._journal = Journal(out / f"{PREFIX}{self.identity}{SUFFIX}")
         # Both monotonic: when the database last answered, and since when without a long pause.
         self._answered_at, self._answering_since = -math.inf, math.inf
@@ -98,7 +108,7 @@ class Driver:
     def __exit__(self, *_: object) -> None:
         self._stop.set()
         self._thread.join(timeout=5.0)
-        with contextlib.suppress(DatabaseAway):
+        with contextlib.suppress(DatabaseAway, StudyGone):
             self.poll()
         self._mutex.close()
 
@@ -106,6 +116,18 @@ class Driver:
     def live(self) -> frozenset[int]:
         """Return the numbers of the trials that this driver answers for."""
         return frozenset(self._live)
+
+    @property
+    def gone_reason(self) -> str | None:
+        """Return what became of the study and what to do, or None while it is there."""
+        if self.gone is None:
+            return None
+        return (
+            f"Study '{self.study.name}' in {self.study.storage} {self.gone.what} while it ran. Its "
+            f"trials are in {self.out / 'trials'}. To go on with what the database holds now, run "
+            f"the same command again; to make the study again from its trials, first run "
+            f"`hydralv-tune recover {self.out}`."
+        )
 
     @property
     def waiting_results(self) -> int:
@@ -124,9 +146,13 @@ class Driver:
         before = set(self._live)
         try:
             with self._database(), self._mutex:
+                self._check_identity()
                 self._flush()
                 self.reconcile()
+                self._fail_misfits()
                 return self._next_trial(target)
+        except StudyGone:
+            return "done"
         except (DatabaseAway, UpdateFinishedTrialError) as error:
             # Nobody will run a trial that was claimed just before: it is to be found an orphan.
             for number in set(self._live) - before:
@@ -181,7 +207,7 @@ class Driver:
                 # Fresh: `trial.should_prune` would look at what it has reported by itself.
                 frozen = self.study.rdb.get_trial(trial_id(trial))
                 return "prune" if self._pruner.prune(self.study.optuna, frozen) else "go"
-        except UpdateFinishedTrialError:
+        except (UpdateFinishedTrialError, StudyGone):
             self._live.pop(number, None)
             return "refused"
         except DatabaseAway:
@@ -225,6 +251,9 @@ class Driver:
                 if told and outcome.state == "FAIL":
                     self.reconcile()
                 return "told" if told else "refused"
+        except StudyGone:
+            self._live.pop(number, None)
+            return "refused"
         except DatabaseAway:
             self._keep({"kind": "tell", "number": number, "outcome": outcome.as_mapping()})
             return "kept"
@@ -235,7 +264,8 @@ class Driver:
         Raises:
             DatabaseAway: Try again later.
         """
-        with self._database():
+        states: dict[int, TrialState] = {}
+        with contextlib.suppress(StudyGone), self._database():
             self._flush()
             states = {trial.number: trial.state for trial in self.study.frozen()}
             self._answered()
@@ -261,13 +291,55 @@ class Driver:
 
     @contextlib.contextmanager
     def _database(self) -> Iterator[None]:
-        """Turn a database that does not answer into `DatabaseAway`, and remember that it was."""
+        """Turn a database that does not answer into `DatabaseAway`, and remember that it was.
+
+        Raises:
+            DatabaseAway: Try again later.
+            StudyGone: The study is not there any more, and never will be for this driver.
+        """
         try:
-            with database_errors():
-                yield
-        except DatabaseAway:
-            self._answered_at = -math.inf
+            if self.gone is not None:
+                raise self.gone
+            self._file.check()
+            try:
+                with database_errors():
+                    yield
+            except DatabaseAway:
+                self._answered_at = -math.inf
+                self._file.check()  # that may be why
+                raise
+        except StudyGone as error:
+            self.gone = error
             raise
+
+    def _check_identity(self) -> None:
+        """Raise `StudyGone` where the database holds another study of the name, or an older copy.
+
+        A file that is copied over the open one keeps its identity on the disk.
+        """
+        if self.study.identity != self._study_identity:
+            raise StudyGone("was replaced by another study of the same name")
+        count = count_trials(self.study.optuna)
+        if count < self._trials_seen:
+            raise StudyGone(
+                f"was replaced by an older copy: {self._trials_seen - count} trials less"
+            )
+        self._trials_seen = count
+
+    def _fail_misfits(self) -> None:
+        """Fail what somebody enqueued by hand with values that the space does not have.
+
+        Optuna would take some of them as they are and end this process over others.
+        """
+        for trial in waiting_trials(self.study.optuna):
+            reason = misfit(self.space, trial.system_attrs.get("fixed_params") or {})
+            if reason is None or {"retry_of", "warm_start"} & set(attributes_of(trial)):
+                continue
+            claimed = claim_waiting(self.study.optuna, trial)
+            if claimed is not None:
+                told = f"enqueued by hand: {reason}. Enqueue it again with a value of the space."
+                set_attributes(self.study.rdb, trial_id(trial), {"reason": told, "retry": "no"})
+                self.study.optuna.tell(trial.number, state=TrialState.FAIL)
 
     def _answered(self) -> None:
         """Take in that the database answers."""
@@ -293,11 +365,11 @@ class Driver:
         for view in missing_successors(views, retries=self.space.budget.retries):
             # One that was killed while it was being asked for has only part of its parameters.
             params = view.params if "owner" in view.user_attrs else view.requested
-            self.study.optuna.enqueue_trial(dict(params), user_attrs=successor_attributes(view))
+            enqueue(self.study.optuna, params, successor_attributes(view))
 
     def _orphaned(self, trial: FrozenTrial, age_s: float | None) -> str | None:
         """Return why nobody works on a RUNNING trial any more, or None where somebody does."""
-        owner = trial.user_attrs.get("owner")
+        owner = attributes_of(trial).get("owner")
         if owner is None or owner.get("identity") == self.identity:
             return "orphaned: its driver died while it asked for the trial"
         if is_surely_dead(owner):
@@ -311,7 +383,7 @@ class Driver:
 
     def _fail_orphan(self, trial: FrozenTrial, reason: str) -> None:
         """Tell an orphan as FAIL; whatever was asked for on purpose is asked for again."""
-        wanted = "owner" in trial.user_attrs or bool(trial.system_attrs.get("fixed_params"))
+        wanted = "owner" in attributes_of(trial) or bool(trial.system_attrs.get("fixed_params"))
         attributes = {"reason": reason, "retry": "free" if wanted else "no"}
         with contextlib.suppress(UpdateFinishedTrialError):
             set_attributes(self.study.rdb, trial_id(trial), attributes)
@@ -326,7 +398,7 @@ class Driver:
         trial = self._waiting_retry() or study.ask()
         self.study.rdb.record_heartbeat(trial_id(trial))
         params = suggest(self.space, trial)
-        attributes = dict(trial.user_attrs)
+        attributes = attributes_of(self.study.rdb.get_trial(trial_id(trial)))
         warm_start = attributes.get("warm_start")
         retry_of = attributes.get("retry_of")
         earlier = duplicate_of(params, warm_start, trials, number=trial.number)
@@ -349,6 +421,7 @@ class Driver:
             retry_of=retry_of,
             params=params,
             warm_start=warm_start,
+            overrides=attributes.get(OVERRIDES),
         )
 
     def _waiting_retry(self) -> optuna.Trial | None:
@@ -358,7 +431,7 @@ class Driver:
         then stay behind recipes that have not begun, and in a small budget for ever.
         """
         for trial in waiting_trials(self.study.optuna):
-            if "retry_of" in trial.user_attrs:
+            if "retry_of" in attributes_of(trial):
                 with contextlib.suppress(UpdateFinishedTrialError):
                     claimed = claim_waiting(self.study.optuna, trial)
                     if claimed is not None:
@@ -399,7 +472,7 @@ class Driver:
         """End a trial if the database still has it RUNNING and owned by this driver."""
         study = self.study.optuna
         frozen = trial_by_number(study, number)
-        owner = (frozen.user_attrs.get("owner") or {}) if frozen is not None else {}
+        owner = (attributes_of(frozen).get("owner") or {}) if frozen is not None else {}
         if (
             frozen is None
             or frozen.state != TrialState.RUNNING
@@ -409,7 +482,10 @@ class Driver:
             return False
         retry = {"retry": outcome.retry} if outcome.state == "FAIL" else {}
         try:
-            set_attributes(self.study.rdb, trial_id(frozen), {**outcome.attributes, **retry})
+            known = {**outcome.attributes, **retry}
+            view = view_of(frozen)
+            figures = figures_of(replace(view, user_attrs={**view.user_attrs, **known}))
+            set_attributes(self.study.rdb, trial_id(frozen), known, figures)
             system: dict[str, Any] = {}
             if outcome.violation is not None and math.isfinite(outcome.violation):
                 system[CONSTRAINTS] = [float(outcome.violation)]

@@ -19,6 +19,8 @@ from optuna.storages._rdb.storage import _create_scoped_session
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
+from hydralv_tune.study.trial_views import PREFIX
+
 PRIVATE_NAMES: tuple[tuple[Any, tuple[str, ...]], ...] = (
     (
         RDBStorage,
@@ -26,14 +28,19 @@ PRIVATE_NAMES: tuple[tuple[Any, tuple[str, ...]], ...] = (
     ),
     (models.StudyModel, ("study_id", "study_name", "directions")),
     (models.StudyDirectionModel, ("direction", "objective")),
-    (models.StudyUserAttributeModel, ("study_id", "key", "value_json")),
+    (models.StudySystemAttributeModel, ("study_id", "key", "value_json")),
     (models.TrialModel, ("find_or_raise_by_id",)),
-    (models.TrialUserAttributeModel, ("find_by_trial_and_key",)),
+    (models.TrialSystemAttributeModel, ("find_by_trial_and_key",)),
     (models.TrialHeartbeatModel, ("trial_id", "heartbeat")),
+    (models, ("NOT_FOUND_MSG",)),
     (BaseDistribution, ("_contains",)),
     (optuna.samplers.CmaEsSampler, ("_split_optimizer_str", "_restore_optimizer")),
 )
 """Private names, or public names of private classes, by owner."""
+
+
+NOT_FOUND = models.NOT_FOUND_MSG
+"""What Optuna says where a study or a trial is not in the database any more."""
 
 
 def trial_id(trial: FrozenTrial | optuna.Trial) -> int:
@@ -45,12 +52,12 @@ def contains(distribution: BaseDistribution, value: Any) -> bool:
     """Return whether a distribution can yield a value."""
     try:
         return distribution._contains(distribution.to_internal_repr(value))
-    except ValueError:
+    except (ValueError, TypeError):
         return False
 
 
 def create_study(storage: RDBStorage, name: str, attributes: Mapping[str, Any]) -> None:
-    """Make a study that minimises, with its user attributes, in one transaction.
+    """Make a study that minimises, with its attributes, in one transaction.
 
     Optuna takes several. A study without a search space is then never one of ours half made, but
     another program's.
@@ -67,25 +74,35 @@ def create_study(storage: RDBStorage, name: str, attributes: Mapping[str, Any]) 
         session.flush()
         for key, value in attributes.items():
             session.add(
-                models.StudyUserAttributeModel(
-                    study_id=study.study_id, key=key, value_json=json.dumps(value)
+                models.StudySystemAttributeModel(
+                    study_id=study.study_id, key=f"{PREFIX}{key}", value_json=json.dumps(value)
                 )
             )
 
 
-def set_attributes(storage: RDBStorage, trial_id: int, attributes: Mapping[str, Any]) -> None:
-    """Store user attributes of a trial in one transaction; Optuna itself takes one for each.
+def set_attributes(
+    storage: RDBStorage,
+    trial_id: int,
+    attributes: Mapping[str, Any],
+    figures: Mapping[str, Any] | None = None,
+) -> None:
+    """Store attributes of a trial in one transaction; Optuna itself takes one for each.
 
     Args:
         storage: That holds the trial.
         trial_id: Of a trial that is not finished.
-        attributes: Plain JSON types by name.
+        attributes: Plain JSON types by name; kept as `trial_views.attributes_of` reads them.
+        figures: Short figures for user attributes.
 
     Raises:
         UpdateFinishedTrialError: The trial is finished.
     """
     with _create_scoped_session(storage.scoped_session, True) as session:
         for key, value in attributes.items():
+            storage._set_trial_attr_without_commit(
+                session, models.TrialSystemAttributeModel, trial_id, f"{PREFIX}{key}", value
+            )
+        for key, value in (figures or {}).items():
             storage._set_trial_attr_without_commit(
                 session, models.TrialUserAttributeModel, trial_id, key, value
             )
@@ -101,7 +118,7 @@ def store_evaluation(
         trial_id: Of a trial that is not finished.
         step: Evaluation, from 1.
         value: Objective so far.
-        beside: What each user attribute of that name holds of this step, as `VIOLATIONS` does;
+        beside: What each attribute of that name holds of this step, as `VIOLATIONS` does;
             None is left out.
 
     Raises:
@@ -109,16 +126,50 @@ def store_evaluation(
     """
     with _create_scoped_session(storage.scoped_session, True) as session:
         storage._set_trial_intermediate_value_without_commit(session, trial_id, step, value)
-        model = models.TrialUserAttributeModel
+        model = models.TrialSystemAttributeModel
         trial = models.TrialModel.find_or_raise_by_id(trial_id, session)
         for key, of_step in beside.items():
             if of_step is None:
                 continue
-            stored = model.find_by_trial_and_key(trial, key, session)
+            name = f"{PREFIX}{key}"
+            stored = model.find_by_trial_and_key(trial, name, session)
             known = {} if stored is None else json.loads(str(stored.value_json))
             storage._set_trial_attr_without_commit(
-                session, model, trial_id, key, {**known, str(step): of_step}
+                session, model, trial_id, name, {**known, str(step): of_step}
             )
+
+
+def count_trials(study: optuna.Study) -> int:
+    """Return how many trials a study has, fresh from the database."""
+    return study._storage.get_n_trials(study._study_id)
+
+
+def study_attributes(study: optuna.Study) -> dict[str, Any]:
+    """Return what a study keeps: user attributes, and system attributes of ours."""
+    system = study._storage.get_study_system_attrs(study._study_id)
+    own = {k.removeprefix(PREFIX): v for k, v in system.items() if k.startswith(PREFIX)}
+    return {**study.user_attrs, **own}
+
+
+def set_study_attribute(study: optuna.Study, key: str, value: Any) -> None:
+    """Store what no page shows of a study, as `study_attributes` reads it."""
+    study._storage.set_study_system_attr(study._study_id, f"{PREFIX}{key}", value)
+
+
+def enqueue(study: optuna.Study, params: Mapping[str, Any], attributes: Mapping[str, Any]) -> None:
+    """Enqueue a trial with parameters and attributes, as `Study.enqueue_trial` does.
+
+    Args:
+        study: That the trial is for.
+        params: Encoded values; the sampler chooses the others.
+        attributes: As `trial_views.attributes_of` reads them.
+    """
+    own = {f"{PREFIX}{key}": value for key, value in attributes.items()}
+    study.add_trial(
+        optuna.trial.create_trial(
+            state=TrialState.WAITING, system_attrs={"fixed_params": dict(params), **own}
+        )
+    )
 
 
 def waiting_trials(study: optuna.Study) -> list[FrozenTrial]:

@@ -14,7 +14,14 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from hydralv_tune.config.errors import InputError, unknown_name
 from hydralv_tune.config.search_space import Pruner
-from hydralv_tune.study.trial_views import BEHIND, FOLD_VALUES, VIOLATIONS, rank, violation_of
+from hydralv_tune.study.trial_views import (
+    BEHIND,
+    FOLD_VALUES,
+    VIOLATIONS,
+    attributes_of,
+    rank,
+    violation_of,
+)
 
 if TYPE_CHECKING:
     import optuna
@@ -98,7 +105,7 @@ class _RankedStudy:
 
 def _ranked(trial: FrozenTrial) -> FrozenTrial:
     """Return a trial whose evaluations that violate the guard come after all that do not."""
-    violations = trial.user_attrs.get(VIOLATIONS)
+    violations = attributes_of(trial).get(VIOLATIONS)
     if not violations:
         return trial
     shown = copy(trial)
@@ -128,7 +135,7 @@ class _OverFolds:
 
         step = trial.last_step
         complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-        own = [other for other in complete if FOLD_VALUES in other.user_attrs]
+        own = [other for other in complete if FOLD_VALUES in attributes_of(other)]
         if step is None or step < self._warmup or len(own) < max(self._startup, 1):
             return False
         first = min(own, key=lambda t: rank(violation_of(t), t.value, t.number))
@@ -141,9 +148,9 @@ class _OverFolds:
 
 def _of_folds(trial: FrozenTrial, step: int) -> FrozenTrial:
     """Return a trial whose intermediate values are those of its folds at one evaluation."""
-    over = (trial.user_attrs.get(VIOLATIONS) or {}).get(str(step), 0.0)
+    over = (attributes_of(trial).get(VIOLATIONS) or {}).get(str(step), 0.0)
     behind = BEHIND + over if over > 0 else 0.0
-    values = (trial.user_attrs.get(FOLD_VALUES) or {}).get(str(step), [])
+    values = (attributes_of(trial).get(FOLD_VALUES) or {}).get(str(step), [])
     shown = copy(trial)
     shown.intermediate_values = {fold: value + behind for fold, value in enumerate(values)}
     return shown

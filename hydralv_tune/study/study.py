@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from hydralv_tune.config.errors import StudyError
 from hydralv_tune.config.search_space import SearchSpace, space_from_mapping
 from hydralv_tune.study.database import (
     DatabaseAway,
+    StudyGone,
     database_errors,
     has_tables,
     load_named,
@@ -32,13 +35,21 @@ from hydralv_tune.study.distributions import (
     require_compatible,
 )
 from hydralv_tune.study.mutex import StudyMutex
-from hydralv_tune.study.optuna_private import create_study, owner_of_note
+from hydralv_tune.study.optuna_private import (
+    create_study,
+    enqueue,
+    owner_of_note,
+    set_study_attribute,
+    study_attributes,
+)
 from hydralv_tune.study.storage_url import engine_options, masked, parse_storage, probe, sqlite_file
 from hydralv_tune.study.study_folder import holds_results, owner_of
 from hydralv_tune.study.trial_views import (
     FINISHED,
     OBJECTIVE,
+    OVERRIDES,
     TrialView,
+    attributes_of,
     best_trial,
     count_states,
     describe_best,
@@ -122,7 +133,7 @@ class Study:
     def space(self) -> SearchSpace:
         """Return the space that the study searches."""
         if self._space is None:
-            self._space = space_from_mapping(self.optuna.user_attrs[SPACE])
+            self._space = space_from_mapping(self._attributes()[SPACE])
         return self._space
 
     @property
@@ -132,7 +143,7 @@ class Study:
         It may have been moved or copied with its SQLite file; then the folder that the file lies in
         is taken, if that is marked as this study's.
         """
-        text = self.optuna.user_attrs.get(OUT)
+        text = self._attributes().get(OUT)
         if not text:
             return None
         if self._located is None or self._located[0] != text:
@@ -154,7 +165,12 @@ class Study:
     @property
     def identity(self) -> str | None:
         """Return what tells the study from any other, of the same name too; None before its run."""
-        return self.optuna.user_attrs.get(IDENTITY)
+        return self._attributes().get(IDENTITY)
+
+    def _attributes(self) -> dict[str, Any]:
+        """Return what the database keeps of the study."""
+        with self._errors():
+            return study_attributes(self.optuna)
 
     def folder_of(self, trial: TrialView) -> Path | None:
         """Return the folder that holds all attempts of a trial.
@@ -169,8 +185,18 @@ class Study:
         Raises:
             DatabaseAway: The database does not answer right now.
         """
-        with database_errors():
+        with self._errors():
             return self.optuna.get_trials(deepcopy=False)
+
+    @contextmanager
+    def _errors(self) -> Iterator[None]:
+        """Turn errors of the database into ours, with the name of the study."""
+        try:
+            with database_errors():
+                yield
+        except StudyGone as error:
+            place = f"Study '{self.name}' in {self.storage}"
+            raise StudyGone(error.what, f"{place} {error.what}.") from None
 
     def trials(self) -> list[TrialView]:
         """Return all trials, in order of their numbers."""
@@ -241,7 +267,11 @@ class Study:
             key: Name of the user attribute.
             value: Plain JSON types.
         """
-        if self.optuna.user_attrs.get(key) != value:
+        if self._attributes().get(key) == value:
+            return
+        if key == SPACE:
+            set_study_attribute(self.optuna, key, value)
+        else:
             self.optuna.set_user_attr(key, value)
 
     def importances(self) -> dict[str, float]:
@@ -378,7 +408,10 @@ class Study:
 
         None where the space has dropped the recipe since.
         """
-        name = trial.user_attrs.get("warm_start")
+        attributes = attributes_of(trial)
+        if OVERRIDES in attributes:
+            return dict(attributes[OVERRIDES])
+        name = attributes.get("warm_start")
         return {} if name is None else self.space.recipes.get(name)
 
     def check_space(self, space: SearchSpace, *, extend: bool) -> None:
@@ -391,7 +424,7 @@ class Study:
         Raises:
             StudyError: It has changed.
         """
-        stored = self.optuna.user_attrs.get(SPACE)
+        stored = self._attributes().get(SPACE)
         if stored is None or stored == space.as_mapping():
             return
         before = space_from_mapping(stored)
@@ -421,7 +454,7 @@ class Study:
         Raises:
             StudyError: The volumes are others than before.
         """
-        stored = self.optuna.user_attrs.get(VOLUMES)
+        stored = self._attributes().get(VOLUMES)
         if fingerprints and stored is not None and stored != dict(fingerprints):
             changed = sorted(set(stored.items()) ^ set(fingerprints.items()))
             names = ", ".join(dict.fromkeys(name for name, _ in changed))
@@ -436,13 +469,51 @@ class Study:
         if fingerprints:
             self.remember(VOLUMES, dict(fingerprints))
 
+    def enqueue(self, name: str, candidate: Mapping[str, Any]) -> int:
+        """Enqueue a candidate, and return the number of its trial; the study may be running.
+
+        Args:
+            name: What its trial is called by, like a recipe.
+            candidate: Partial or whole. What it sets beside the searched keys holds for its trial.
+
+        Raises:
+            ConfigError: A searched key has a value that the space does not have, or the candidate
+                breaks a rule.
+            StudyError: The study has it already.
+        """
+        space = self.space.model_copy(
+            update={"recipes": {**self.space.recipes, name: dict(candidate)}}
+        )
+        start = space.warm_start(name)
+        space.candidate(start.params, start.overrides)
+        mutex = StudyMutex(self.rdb.engine.url, self.name)
+        try:
+            with self._errors(), mutex:
+                for trial in self.trials():
+                    params = trial.params or trial.requested
+                    same = trial.user_attrs.get(OVERRIDES) == start.overrides
+                    if same and dict(params) == start.params and not trial.is_imported:
+                        raise StudyError(
+                            f"{name}: trial {trial.number} of study '{self.name}' is that "
+                            f"candidate already; it is {trial.state.lower()}."
+                        )
+                taken = {trial.user_attrs.get("warm_start") for trial in self.trials()}
+                free = (f"{name}-{count}" if count > 1 else name for count in itertools.count(1))
+                shown = next(label for label in free if label not in taken)
+                enqueue(
+                    self.optuna, start.params, {"warm_start": shown, OVERRIDES: start.overrides}
+                )
+                return max(trial.number for trial in self.frozen())
+        finally:
+            mutex.close()
+
     def _enqueue_warm_starts(self) -> None:
         """Enqueue every recipe of the space that is not in the study yet."""
-        known = {trial.user_attrs.get("warm_start") for trial in self.frozen()}
+        known = {attributes_of(trial).get("warm_start") for trial in self.frozen()}
         for name in self.space.warm_starts:
             if name not in known:
                 start = self.space.warm_start(name)
-                self.optuna.enqueue_trial(dict(start.params), user_attrs={"warm_start": name})
+                enqueue(self.optuna, start.params, {"warm_start": name})
 
 
 def open_readonly(storage: str, name: str, folder: Path | None = None) -> Study:
@@ -514,7 +585,7 @@ def open_all(storage: str) -> list[Study]:
     if not names:
         raise StudyError(f"--storage: {masked(url)} holds no study. Start one with `run`.")
     found = [optuna.load_study(study_name=name, storage=rdb) for name in names]
-    return [Study(rdb, study, masked(url)) for study in found if SPACE in study.user_attrs]
+    return [Study(rdb, study, masked(url)) for study in found if SPACE in study_attributes(study)]
 
 
 def load_ours(storage: RDBStorage, name: str, shown: str) -> optuna.Study:
@@ -524,7 +595,7 @@ def load_ours(storage: RDBStorage, name: str, shown: str) -> optuna.Study:
         StudyError: There is no study of that name, or another program made it.
     """
     study = load_named(storage, name, shown)
-    if SPACE not in study.user_attrs:
+    if SPACE not in study_attributes(study):
         directions = ", ".join(direction.name.lower() for direction in study.directions)
         raise StudyError(
             f"--study: study '{name}' in {shown} was not made by hydralv-tune: no search space is "
@@ -556,12 +627,14 @@ def trial_by_number(study: optuna.Study, number: int) -> FrozenTrial | None:
 
 def view_of(trial: FrozenTrial) -> TrialView:
     """Return a trial as a frozen view."""
+    attributes = attributes_of(trial)
     return TrialView(
         number=trial.number,
         state=trial.state.name,
         value=trial.system_attrs.get(OBJECTIVE, trial.value) if trial.values else None,
         params=trial.params,
-        user_attrs=trial.user_attrs,
+        user_attrs=attributes,
+        is_foreign=trial.state.is_finished() and not {"owner", "metrics"} & set(attributes),
         intermediate=trial.intermediate_values,
         violation=violation_of(trial),
         started=trial.datetime_start,

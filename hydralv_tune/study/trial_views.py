@@ -42,10 +42,35 @@ MAX_RESTARTS = 20
 
 
 VIOLATIONS = "violations"
-"""User attribute of a trial: by how much the guard was violated at each evaluation, by step."""
+"""Attribute of a trial: by how much the guard was violated at each evaluation, by step."""
 
 FOLD_VALUES = "fold_values"
-"""User attribute of a cross-validated trial: the objective of each fold, by step."""
+"""Attribute of a cross-validated trial: the objective of each fold, by step."""
+
+
+OVERRIDES = "overrides"
+"""Attribute of a trial: the partial candidate that was enqueued for it."""
+
+LONGEST_FIGURE = 80
+"""Characters of a user attribute that still fit a row of the dashboard's table."""
+
+PREFIX = "hydralv_tune:"
+"""Of the system attributes in which a trial or a study keeps what nobody sorts or plots."""
+
+
+def attributes_of(trial: FrozenTrial) -> dict[str, Any]:
+    """Return what a trial keeps beside its values.
+
+    The user attributes are short figures that people sort and plot by; all else stands in system
+    attributes, since a page shows every user attribute in full. Studies of the first version have
+    all in user attributes.
+    """
+    own = {
+        key.removeprefix(PREFIX): value
+        for key, value in trial.system_attrs.items()
+        if key.startswith(PREFIX)
+    }
+    return {**trial.user_attrs, **own}
 
 
 @dataclass(frozen=True)
@@ -57,13 +82,15 @@ class TrialView:
         state: `COMPLETE`, `PRUNED`, `FAIL`, `RUNNING` or `WAITING`.
         value: The objective, minimised; None where there is none.
         params: Searched values, lists as JSON text (`space.encode`).
-        user_attrs: `reason`, `driver`, `host`, `device`, `seconds`, `checkpoint`, `metrics`,
-            `decoding`, `losses`, `sweep` and what else was recorded.
+        user_attrs: From `attributes_of`: `reason`, `driver`, `host`, `device`, `seconds`,
+            `checkpoint`, `metrics`, `decoding`, `losses`, `sweep` and what else was recorded.
         intermediate: Objective so far at each evaluation, by step.
         violation: By how much the study's guard is violated; 0 or less is feasible; None where
             it was never known.
         started: Start in local time.
         finished: End in local time.
+        requested: Encoded values that it was enqueued with.
+        is_foreign: Whether another program added it, finished, to this study.
     """
 
     number: int
@@ -76,6 +103,7 @@ class TrialView:
     started: datetime | None
     finished: datetime | None
     requested: Mapping[str, Any] = field(default_factory=dict)
+    is_foreign: bool = False
 
     @property
     def root(self) -> int:
@@ -111,11 +139,12 @@ class TrialView:
 def count_states(trials: Iterable[TrialView]) -> dict[str, int]:
     """Return how many trials are in each state, under the names of the contract.
 
-    Trials imported from another study are not counted: this study did not run them.
+    Trials imported from another study, or added by another program, are not counted: this study
+    did not run them.
     """
     counts = dict.fromkeys(("complete", "pruned", "fail", "running", "waiting"), 0)
     for trial in trials:
-        if not trial.is_imported:
+        if not (trial.is_imported or (trial.is_foreign and trial.state in FINISHED)):
             counts[trial.state.lower()] += 1
     return counts
 
@@ -126,7 +155,7 @@ def best_trial(trials: Iterable[TrialView]) -> TrialView | None:
     Any feasible trial is better than one that violates the guard; among those that violate it,
     the one nearest to it is best.
     """
-    complete = [t for t in trials if t.state == "COMPLETE" and not t.is_imported]
+    complete = [t for t in trials if t.state == "COMPLETE" and not (t.is_imported or t.is_foreign)]
     return min(complete, key=lambda t: rank(t.violation, t.value, t.number), default=None)
 
 
@@ -206,6 +235,28 @@ def seconds_left(progress: Mapping[str, Any]) -> float | None:
     return float(seconds) / float(epoch) * max(float(epochs) - float(epoch), 0.0)
 
 
+def figures_of(trial: TrialView) -> dict[str, Any]:
+    """Return the short figures of a trial that people sort and plot by, where they are known."""
+    attributes = trial.user_attrs
+    metrics, gpus = attributes.get("metrics") or {}, attributes.get("gpus")
+    figures = {
+        "f1_iou50": metrics.get("f1_iou50"),
+        "error_foreground": metrics.get("adapted_rand_error_foreground"),
+        **{name: _count(metrics.get(name)) for name in ("missed", "split", "merged", "invented")},
+        "recipe": attributes.get("warm_start"),
+        "epochs": attributes.get("epoch") or (attributes.get("training") or {}).get("epochs_done"),
+        "minutes": round(trial.seconds / 60, 2),
+        "gpu_hours": None if gpus is None else round(trial.seconds * gpus / 3600, 4),
+        "state_reason": str(attributes.get("reason") or "")[:LONGEST_FIGURE] or None,
+    }
+    return {name: value for name, value in figures.items() if value is not None}
+
+
+def _count(ids: Any) -> Any:
+    """Return the length of a list of ids, or a count as it is."""
+    return len(ids) if isinstance(ids, list) else ids
+
+
 def gpu_hours(trials: Iterable[TrialView]) -> float:
     """Return the GPU-hours of all trials, the running and the failed ones included."""
     return sum(t.seconds * float(t.user_attrs.get("gpus") or 0.0) for t in trials) / 3600
@@ -238,8 +289,9 @@ def successor_attributes(trial: TrialView) -> dict[str, Any]:
         "restarts": int(trial.user_attrs.get("restarts", 0))
         + (trial.user_attrs.get("retry") == "free"),
     }
-    if "warm_start" in trial.user_attrs:
-        attributes["warm_start"] = trial.user_attrs["warm_start"]
+    for key in ("warm_start", OVERRIDES):
+        if key in trial.user_attrs:
+            attributes[key] = trial.user_attrs[key]
     return attributes
 
 
@@ -355,6 +407,7 @@ class Asked:
         retry_of: Number of the attempt before, if any.
         params: Encoded values of the active parameters.
         warm_start: Recipe it comes from, if any.
+        overrides: Partial candidate beside the parameters, of a candidate that was enqueued.
     """
 
     number: int
@@ -363,6 +416,7 @@ class Asked:
     retry_of: int | None
     params: Mapping[str, Any]
     warm_start: str | None
+    overrides: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True)
