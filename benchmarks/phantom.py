@@ -9,7 +9,6 @@ scaled to that budget. All figures are of the volume trained on, as the plan's a
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -20,6 +19,7 @@ from hydralv_tune.artifacts.records import TrialRecord
 from hydralv_tune.config.search_space_files import load_space
 from hydralv_tune.config.validation import merged
 from hydralv_tune.data.volumes import Volume
+from hydralv_tune.numerics.cores import usable_cores
 from hydralv_tune.numerics.phantom.volume import make_phantom
 
 CROP = (slice(8, 32), slice(60, 220), slice(180, 340))
@@ -106,7 +106,7 @@ def main() -> None:
     """Train each recipe, and print its figures beside their targets."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--minutes", type=float, default=20.0)
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--threads", type=int, default=usable_cores())
     parser.add_argument("--recipes", nargs="*", default=list(RECIPES), choices=list(RECIPES))
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)

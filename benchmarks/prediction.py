@@ -8,7 +8,6 @@ at a time and no mask, which is how PyTorch Connectomics predicts.
 from __future__ import annotations
 
 import argparse
-import os
 import time
 from collections.abc import Callable
 
@@ -17,6 +16,7 @@ import torch
 from monai.inferers.utils import sliding_window_inference
 
 from hydralv_tune.config.candidate import Candidate
+from hydralv_tune.numerics.cores import usable_cores
 from hydralv_tune.numerics.normalisation import normalise
 from hydralv_tune.numerics.phantom.volume import Phantom, make_phantom
 from hydralv_tune.numerics.test_time_augmentation import activate
@@ -31,7 +31,7 @@ def main() -> None:
     parser.add_argument(
         "--shape", nargs=3, type=int, default=(51, 516, 516), metavar=("Z", "Y", "X")
     )
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--threads", type=int, default=usable_cores())
     arguments = parser.parse_args()
     z, y, x = arguments.shape
     instances = max(1, 51 * z * y * x // (51 * 516 * 516))

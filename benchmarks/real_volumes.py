@@ -9,7 +9,6 @@ so its score is optimistic in them alone; the score of the trained half uses the
 from __future__ import annotations
 
 import argparse
-import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from hydralv_tune.config.search_space import SearchSpace
 from hydralv_tune.config.search_space_files import load_space
 from hydralv_tune.config.validation import merged
 from hydralv_tune.data.volumes import Volume, read_volume, volume_paths
+from hydralv_tune.numerics.cores import usable_cores
 from hydralv_tune.numerics.metrics import scores
 from hydralv_tune.numerics.watershed.decoders import decode
 from hydralv_tune.trial.fitted_normalisation import fitted_normalisation
@@ -57,7 +57,7 @@ def main() -> None:
     """Print the scores of both halves of each volume that is there."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--minutes", type=float, default=10.0)
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--threads", type=int, default=usable_cores())
     parser.add_argument("--volumes", nargs="*", default=list(VOLUMES), choices=list(VOLUMES))
     default = Path(__file__).parents[2] / "shared" / "data"
     parser.add_argument("--data", type=Path, default=default)

@@ -17,7 +17,6 @@ import argparse
 import heapq
 import math
 import multiprocessing
-import os
 import statistics
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -32,6 +31,7 @@ import pandas as pd
 
 from hydralv_tune.config.search_space import Pruner, Sampler, SearchSpace
 from hydralv_tune.config.search_space_files import load_space
+from hydralv_tune.numerics.cores import usable_cores
 from hydralv_tune.study.distributions import suggest
 from hydralv_tune.study.pruners import make_pruner
 from hydralv_tune.study.samplers import make_sampler
@@ -403,7 +403,7 @@ def main() -> None:
     """Simulate, print, and draw where asked."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, default=40)
-    parser.add_argument("--processes", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--processes", type=int, default=usable_cores())
     parser.add_argument("--variants", action="store_true", help="other samplers and pruners too")
     parser.add_argument("--plot", type=Path, help="file to draw into")
     arguments = parser.parse_args()

@@ -21,6 +21,8 @@ from typing import Any
 
 import numpy as np
 
+from hydralv_tune.numerics.cores import usable_cores
+
 CONTOUR = "decode_instance_binary_contour_distance"
 AXES: dict[str, list[Any]] = {
     "binary_threshold.seed": [0.3, 0.4, 0.5, 0.6, 0.7],
@@ -191,7 +193,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         load = os.getloadavg()[0]
-        print(f"{len(os.sched_getaffinity(0))} cores, load average before {load:.1f}", flush=True)
+        print(f"{usable_cores()} cores, load average before {load:.1f}", flush=True)
         make_volume(folder, arguments.label, arguments.mask)
         cold = apart(folder, {"masked": True, "flood": "support", "axes": {}},
                      NUMBA_CACHE_DIR=str(folder / "numba"))  # fmt: skip

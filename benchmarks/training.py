@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import multiprocessing
-import os
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -38,6 +37,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from hydralv_tune.config.candidate import Candidate
 from hydralv_tune.config.files import load_candidate
 from hydralv_tune.data.volumes import Volume
+from hydralv_tune.numerics.cores import usable_cores
 from hydralv_tune.numerics.phantom.volume import make_phantom
 from hydralv_tune.numerics.randomness import seeded
 from hydralv_tune.numerics.targets import binary_target, instance_boundary, instance_edt
@@ -57,7 +57,7 @@ def main() -> None:
     """Print the figures of the CPU and, where there is one, of the GPU."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=40)
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--threads", type=int, default=usable_cores())
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     smoke = {"data": {"augmentation": {"preset": "all", **_unsaid()}}}

@@ -414,7 +414,7 @@ ELSEWHERE = {
     "monitor.early_stopping.mode": "it has one value",
     "monitor.evaluation.sweep_time_share": "it acts in the sweep",
     **{f"model.{key}": "conformance/test_architectures" for entry in ARCHITECTURES.values()
-       for key in entry.arguments},
+       for key in entry.keys},
 }  # fmt: skip
 
 
@@ -564,6 +564,68 @@ def test_out_of_memory_halves_the_micro_batch_and_keeps_the_effective_one() -> N
     assert training.patches == 24
     assert "micro-batch 8 lowered to 4, accumulation raised from 1 to 2" in training.notes[0]
     assert "micro-batch 4 lowered to 2, accumulation raised from 2 to 4" in training.notes[1]
+
+
+class HungryBackward(torch.autograd.Function):
+    """An identity whose gradient does not fit in memory where a batch is large."""
+
+    @staticmethod
+    def forward(context: Any, x: torch.Tensor) -> torch.Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(context: Any, gradient: torch.Tensor) -> torch.Tensor:
+        if gradient.shape[0] > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return gradient
+
+
+class HungryWhenLearning(Hungry):
+    """A network whose backward pass runs out of memory."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = HungryBackward.apply(self.convolution(x))
+        return result
+
+
+def hungry_optimizer(training: Trainer) -> None:
+    """Let the optimizer run out of memory until micro-batches hold two patches."""
+    step = training.optimizer.step
+
+    def hungry() -> None:
+        if training.plan.batch_size > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        step()
+
+    training.optimizer.step = hungry  # type: ignore[method-assign, assignment]
+
+
+@pytest.mark.parametrize("where", ["forward", "backward", "optimizer"])
+def test_wherever_a_step_runs_out_of_memory_the_next_try_ends_where_small_batches_do(
+    where: str,
+) -> None:
+    def trained(batch: int, accumulate: int, most: int) -> Trainer:
+        chosen = candidate(
+            system={"training": {"batch_size": batch}},
+            data={"iter_num_per_epoch": 32},
+            optimization={"accumulate_grad_batches": accumulate},
+        )
+        network = HungryWhenLearning(most) if where == "backward" else Hungry(most)
+        torch.manual_seed(0)
+        torch.nn.init.normal_(network.convolution.weight)
+        training = trainer(chosen, network)
+        if where == "optimizer":
+            hungry_optimizer(training)
+        training.run_to(2)
+        return training
+
+    small = trained(2, 4, most=100)
+    large = trained(8, 1, most=2 if where == "forward" else 100)
+    assert (large.plan.batch_size, large.plan.accumulate) == (2, 4)
+    assert len(large.notes) == 2
+    assert "out of memory at step 1: micro-batch 8 lowered to 4" in large.notes[0]
+    assert large.patches == small.patches == 16
+    assert large.optimizer.state_dict()["state"][0]["step"] == 2
 
 
 class HungryLater(Hungry):

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import multiprocessing
-import os
 import tempfile
 import time
 from collections.abc import Iterator
@@ -25,6 +24,7 @@ from hydralv_tune.config.errors import TrialFailed, TrialInterrupted
 from hydralv_tune.config.search_space import SearchSpace
 from hydralv_tune.config.search_space_files import load_space
 from hydralv_tune.data.volumes import Volume
+from hydralv_tune.numerics.cores import usable_cores
 from hydralv_tune.numerics.metrics import scores
 from hydralv_tune.numerics.phantom.volume import make_phantom
 from hydralv_tune.numerics.watershed.decoders import decode
@@ -124,7 +124,7 @@ def _thresholds(space: SearchSpace, volume: Volume, checkpoint: str) -> pd.DataF
 def main() -> None:
     """Train what the tables lack, and write them after each trial."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--processes", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--processes", type=int, default=usable_cores())
     processes = parser.parse_args().processes
     space = load_space(HERE / "space.yaml")
     curves = [pd.read_csv(CURVES)] if CURVES.exists() else []

@@ -26,6 +26,7 @@ import torch
 
 from hydralv_tune.artifacts.writing import flush_folder, write_atomically
 from hydralv_tune.config.errors import CheckpointError, InputError
+from hydralv_tune.numerics.cores import usable_cores
 from hydralv_tune.numerics.metrics.scores import SUMMARY
 
 FORMAT = "hydralv_tune"
@@ -171,7 +172,7 @@ def provenance() -> dict[str, Any]:
             "name": platform.node(),
             "system": platform.platform(),
             "processor": _processor(),
-            "cores": len(os.sched_getaffinity(0)),
+            "cores": usable_cores(),
         },
     }
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import shutil
 import sys
@@ -14,6 +13,7 @@ import psutil
 import torch
 
 from hydralv_tune.config.errors import InputError
+from hydralv_tune.numerics.cores import usable_cores
 
 PACKAGES = ("torch", "optuna", "ray", "monai", "numpy", "scikit-image", "numba", "sqlalchemy")
 LEAST_DISK_GB = 5.0
@@ -42,7 +42,7 @@ def examine(storage: str | None) -> dict[str, Any]:
         **_versions(missing),
         "cuda": torch.version.cuda or "none in this build of torch",
         "gpus": gpus,
-        "cpu_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None,
+        "cpu_cores": usable_cores(),
         "memory_free_gb": round(memory, 1),
         "disk_free_gb": round(disk, 1),
     }

@@ -20,6 +20,7 @@ from ray._private import services
 from hydralv_tune.config.errors import InputError
 from hydralv_tune.data.volumes import Volume
 from hydralv_tune.launch.coordinator import RAY_DIED
+from hydralv_tune.numerics.cores import usable_cores
 
 RESOURCES_EVERY_S = 3.0
 WATCH_EVERY_S = 1.0
@@ -83,7 +84,7 @@ def check_before_ray(
         InputError: Nobody answers at the address, or this machine holds no single trial.
     """
     if address is None:
-        gpus, cpus = torch.cuda.device_count(), len(os.sched_getaffinity(0))
+        gpus, cpus = torch.cuda.device_count(), usable_cores()
         if (gpus_per_trial or 0.0) > gpus or (cpus_per_trial or 1) > cpus:
             raise InputError(
                 f"run: a trial takes {cpus_per_trial or 1} CPU cores and {gpus_per_trial or 0:g} "

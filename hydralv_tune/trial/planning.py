@@ -6,6 +6,7 @@ import io
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,12 +24,13 @@ from hydralv_tune.data.volumes import Volume
 from hydralv_tune.numerics.augmentation.augment import augment
 from hydralv_tune.numerics.augmentation.patches import Patches
 from hydralv_tune.numerics.augmentation.registry import resolve_preset
+from hydralv_tune.numerics.networks.memory import training_bytes
 from hydralv_tune.numerics.networks.registry import divisor, network_arguments
 from hydralv_tune.numerics.networks.weights import parameter_count
 from hydralv_tune.numerics.randomness import seeded
 from hydralv_tune.numerics.targets import derive_targets
 from hydralv_tune.trial.scoring.prediction import network_of, pick_device
-from hydralv_tune.trial.training.loop import Trainer
+from hydralv_tune.trial.training.loop import Trainer, build_loss
 from hydralv_tune.trial.training.optimization import step_plan
 from hydralv_tune.trial.training.sampling import (
     PatchSampler,
@@ -84,6 +86,7 @@ def plan_facts(
         "candidate": candidate.experiment_name,
         "architecture": candidate.model.architecture,
         "parameters": parameter_count(network),
+        "training_memory_gb": _memory_gb(candidate, network),
         "effective_batch": plan.effective_batch,
         "optimizer_steps_per_epoch": plan.steps_per_epoch,
         "patches_per_epoch": plan.patches_per_epoch,
@@ -117,6 +120,20 @@ def plan_facts(
             "timed_on": timing.device + (", scaled from a smaller step" if timing.scaled else ""),
         }
     return facts
+
+
+def _memory_gb(candidate: Candidate, network: torch.nn.Module) -> float:
+    """Return the least memory that a micro-batch takes, from a step that only counts."""
+    settings = candidate.optimization
+    counted = training_bytes(
+        deepcopy(network).to("meta").train(),
+        build_loss(candidate.model).to("meta"),
+        batch=candidate.system.training.batch_size,
+        patch_size=candidate.data.patch_size,
+        averaged=settings.ema.enabled,
+        mixed=settings.precision == "bf16-mixed" and torch.cuda.is_available(),
+    )
+    return float(f"{counted / 1e9:.3g}")
 
 
 def draw_patches(candidate: Candidate, volume: Volume, out: str | Path) -> Path:
@@ -184,7 +201,9 @@ def _extents(
     candidate: Candidate, label: np.ndarray, warnings: list[str]
 ) -> dict[str, list[float]]:
     """Return how far instances reach along z, y, x; warn where a patch is too small for them."""
-    boxes = [box for box in ndimage.find_objects(label) if box is not None]
+    # Numbered anew: `find_objects` has a place for every id up to the largest.
+    ids, numbers = np.unique(label, return_inverse=True)
+    boxes = ndimage.find_objects(numbers.reshape(label.shape) + (1 if ids[0] > 0 else 0))
     reach = np.asarray([[side.stop - side.start for side in box] for box in boxes])
     median, largest = np.median(reach, axis=0), reach.max(axis=0)
     patch = np.asarray(candidate.data.patch_size)

@@ -5,7 +5,6 @@ It knows neither Optuna nor Ray: what it is told is plain, and so is what it rep
 
 from __future__ import annotations
 
-import os
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,6 +22,7 @@ from hydralv_tune.artifacts.writing import write_atomically
 from hydralv_tune.config.errors import HydraLVError, InputError, TrialFailed, TrialTakenOver
 from hydralv_tune.config.yaml_io import dump_yaml
 from hydralv_tune.data.volumes import Volume
+from hydralv_tune.numerics.cores import usable_cores
 from hydralv_tune.trial.record import check_continues
 from hydralv_tune.trial.scoring.prediction import pick_device
 from hydralv_tune.trial.spec import Evaluation, TrialSpec
@@ -208,7 +208,7 @@ def stop_on_signal() -> Iterator[Callable[[], bool]]:
 def _threads(count: int | None) -> Iterator[None]:
     """Let torch use so many CPU threads for a while; all that this process may use without."""
     before = torch.get_num_threads()
-    torch.set_num_threads(count or len(os.sched_getaffinity(0)))
+    torch.set_num_threads(count or usable_cores())
     try:
         yield
     finally:

@@ -37,7 +37,7 @@ from hydralv_tune.trial.record import (
     volume_facts,
 )
 from hydralv_tune.trial.scoring.evaluation import Outcome, Unit, better, evaluate
-from hydralv_tune.trial.scoring.prediction import network_of
+from hydralv_tune.trial.scoring.prediction import LowMemoryWarning, network_of
 from hydralv_tune.trial.section_targets import section_targets
 from hydralv_tune.trial.spec import TrialSpec
 from hydralv_tune.trial.splits import Fold, split_volumes
@@ -351,15 +351,23 @@ class TrialRun:
     def _score(self, units: Sequence[Unit], *, limited: bool) -> Outcome:
         """Return what networks are worth; `limited` thins a sweep that would take too long."""
         share = self.candidate.monitor.evaluation.sweep_time_share
-        return evaluate(
-            units,
-            self.candidate,
-            self.spec.grid,
-            self.spec.objective,
-            device=self.device,
-            threads=self.spec.threads or self.candidate.system.cpu_threads,
-            time_limit_s=max(share * self._trained_s, LEAST_SWEEP_S) if limited else None,
-        )
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", LowMemoryWarning)
+            outcome = evaluate(
+                units,
+                self.candidate,
+                self.spec.grid,
+                self.spec.objective,
+                device=self.device,
+                threads=self.spec.threads or self.candidate.system.cpu_threads,
+                time_limit_s=max(share * self._trained_s, LEAST_SWEEP_S) if limited else None,
+            )
+        for warning in caught:
+            if not issubclass(warning.category, LowMemoryWarning):
+                warnings.warn(warning.message, stacklevel=2)
+            elif str(warning.message) not in self.notes:
+                self.notes.append(str(warning.message))
+        return outcome
 
     def _best_so_far(self) -> dict[str, Any]:
         """Return what a row of the history says of the best checkpoint."""

@@ -71,7 +71,16 @@ def rotate(patches: Patches, knobs: Knobs, generator: torch.Generator) -> Patche
     if not chosen:
         return patches
     plane = (first - 3, second - 3)
-    return _each(patches, lambda row, t: torch.rot90(t, chosen[row], plane) if row in chosen else t)
+    sizes = [list(size) if size else None for size in patches.voxel_sizes_nm]
+    for row, turns in chosen.items():
+        size = sizes[row] if sizes else None
+        if size is not None and turns % 2:
+            size[first], size[second] = size[second], size[first]
+    turned = tuple(None if size is None else (size[0], size[1], size[2]) for size in sizes)
+    return _each(
+        replace(patches, voxel_sizes_nm=turned),
+        lambda row, t: torch.rot90(t, chosen[row], plane) if row in chosen else t,
+    )
 
 
 @dataclass

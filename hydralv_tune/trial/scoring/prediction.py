@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -151,6 +152,10 @@ def _check_groups(candidate: Candidate, path: Path) -> None:
             f"{math.gcd(GROUPS, changed[0])} groups of {changed[0]} channels; now it makes "
             f"{group_count(changed[0])}, so its outputs would differ. Train it again."
         )
+
+
+class LowMemoryWarning(UserWarning):
+    """Memory ran out, and the work goes on in smaller parts."""
 
 
 @dataclass(frozen=True)
@@ -328,8 +333,7 @@ def _within_memory(job: _Job) -> Tensor:
     while True:
         try:
             return _stitched(job, batch)
-        except torch.cuda.OutOfMemoryError as error:
-            torch.cuda.empty_cache()
+        except torch.OutOfMemoryError as error:
             if batch == 1:
                 raise TrialFailed(
                     "prediction",
@@ -337,7 +341,15 @@ def _within_memory(job: _Job) -> Tensor:
                     "inference.sliding_window.window_size",
                     retry=True,
                 ) from error
-            batch //= 2
+        # Outside the handler: the exception holds the tensors that are to be freed.
+        if job.device.type == "cuda":
+            torch.cuda.empty_cache()
+        warnings.warn(
+            f"out of memory in prediction: {batch} windows at once lowered to {batch // 2}",
+            LowMemoryWarning,
+            stacklevel=2,
+        )
+        batch //= 2
 
 
 def _stitched(job: _Job, batch: int) -> Tensor:

@@ -301,6 +301,12 @@ class Trainer:
             failed: str | None = None
             try:
                 values = self._gradients()
+                clip = self.candidate.optimization.gradient_clip_val
+                if clip:
+                    # No check for finiteness here: it would wait for the device.
+                    nn.utils.clip_grad_norm_(self.network.parameters(), clip)
+                # Memory runs out before a weight changes: AdamW makes its moments first.
+                self.optimizer.step()
             except Exception as error:
                 untried = self.compiled is not None and not self.compiled_works
                 if not is_out_of_memory(error) and not untried:
@@ -317,11 +323,6 @@ class Trainer:
                 self._run_uncompiled(failed)
             self.sampler.load_state_dict(before[0])
             self.generator.set_state(before[1])
-        clip = self.candidate.optimization.gradient_clip_val
-        if clip:
-            # No check for finiteness here: it would wait for the device.
-            nn.utils.clip_grad_norm_(self.network.parameters(), clip)
-        self.optimizer.step()
         self.schedule.step()
         self.optimizer.zero_grad(set_to_none=True)
         if self.average is not None:

@@ -7,7 +7,6 @@ a sweep form is decoded and scored once for each combination.
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -20,6 +19,7 @@ import numpy.typing as npt
 import pandas as pd
 
 from hydralv_tune.config.errors import unknown_name
+from hydralv_tune.numerics.cores import usable_cores
 from hydralv_tune.numerics.metrics.contingency import joined
 from hydralv_tune.numerics.metrics.scores import (
     HEADLINE,
@@ -229,7 +229,7 @@ def sweep(
     clock = _Clock(time.perf_counter(), NO_LIMIT if time_limit_s is None else time_limit_s)
     axes = checked_axes(grid)
     volumes = _volumes(probabilities, labels, mask, scored_mask, grid, axes, metric)
-    runner = _Runner(volumes, threads or _cores(), clock)
+    runner = _Runner(volumes, threads or usable_cores(), clock)
     grids = [runner.first(axes)]
     tables = [_table(volumes, grids[0], metric)]
     for number in range(1, grid.refine + 1):
@@ -272,12 +272,6 @@ def _note(grid: GridLike, metric: str, runner: _Runner) -> str | None:
     if not METRICS[metric].stacked:
         return f"{metric} was computed for each combination alone, which takes most of the time"
     return None
-
-
-def _cores() -> int:
-    """Return how many cores this process may use."""
-    affinity = getattr(os, "sched_getaffinity", None)  # Linux alone has it
-    return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
 @dataclass
