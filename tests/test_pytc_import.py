@@ -10,9 +10,9 @@ import pytest
 
 from hydralv_tune.cli.main import exit_code
 from hydralv_tune.config.errors import ConfigError
-from hydralv_tune.config.files import load_candidate
+from hydralv_tune.config.files import import_configuration, load_candidate
 from hydralv_tune.config.pytc_files import numbers_of, read_peer_file, stage_view
-from hydralv_tune.config.pytc_import import Imported, import_peer
+from hydralv_tune.config.pytc_import import Imported
 from hydralv_tune.config.search_space_files import load_space
 
 VECTORS = Path(__file__).parent / "vectors" / "pytc"
@@ -166,7 +166,7 @@ def today(tmp_path: Path) -> Path:
 
 def imported(path: Path) -> Imported:
     """Return the import of a file."""
-    return import_peer(read_peer_file(path), place=str(path), folder=path.parent)
+    return import_configuration(read_peer_file(path), path)
 
 
 def test_a_configuration_of_january_becomes_a_candidate_with_its_values(january: Path) -> None:

@@ -22,7 +22,7 @@ SEARCHED: dict[str, dict[str, Any]] = {
 """What a space around an imported candidate samples beside the learning rate."""
 
 
-def import_configuration(
+def import_(
     file: Annotated[
         Path, typer.Argument(help="A YAML of PyTorch Connectomics, or a checkpoint that holds one.")
     ],
@@ -40,9 +40,13 @@ def import_configuration(
     Example: `hydralv-tune import hydra-lv-finetune.yaml --out candidate.yaml --space space.yaml`
     """
     from hydralv_tune.artifacts.writing import write_atomically
-    from hydralv_tune.config.files import baseline, candidate_from_mapping
+    from hydralv_tune.config.files import (
+        baseline,
+        candidate_from_mapping,
+        import_configuration,
+    )
     from hydralv_tune.config.pytc_files import read_peer_file
-    from hydralv_tune.config.pytc_import import import_peer, volume_options
+    from hydralv_tune.config.pytc_import import volume_options
     from hydralv_tune.config.search_space import SearchSpace
     from hydralv_tune.config.validation import merged, validated
     from hydralv_tune.config.yaml_io import dump_yaml
@@ -58,7 +62,7 @@ def import_configuration(
     if not file.is_file():
         raise InputError(f"import: {file}: there is no such file.")
     mapping = read_peer_file(file) if file.suffix in YAML else _configuration_of(file)
-    imported = import_peer(mapping, place=str(file), folder=file.parent)
+    imported = import_configuration(mapping, file)
     partial = merged({"experiment_name": out.stem}, imported.candidate)
     if file.suffix not in YAML and "external_weights_path" not in partial["model"]:
         weights = {"model": {"external_weights_path": str(file.absolute())}}

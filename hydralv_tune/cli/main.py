@@ -56,7 +56,7 @@ COMMANDS: dict[str, dict[str, Callable[..., None]]] = {
     "Configurations": {
         "check": configurations.check,
         "list": configurations.list_,
-        "import": importing.import_configuration,
+        "import": importing.import_,
     },
     "One candidate": {
         "train": candidates.train,

@@ -19,6 +19,8 @@ from hydralv_tune.config.candidate_rules import check_candidate
 from hydralv_tune.config.decoding_rules import check_decoding_step
 from hydralv_tune.config.errors import ConfigError
 from hydralv_tune.config.paths import expanded_path
+from hydralv_tune.config.pytc_files import is_peer_file, read_peer_file
+from hydralv_tune.config.pytc_import import Imported, import_peer
 from hydralv_tune.config.validation import MISSING, check_keys, merged, nested, validated, value_at
 from hydralv_tune.config.yaml_io import parse_yaml, read_yaml_mapping
 
@@ -173,13 +175,9 @@ def _own_keys(path: Path) -> dict[str, Any]:
     What that leaves out and a result may depend on is warned of, in one message.
     """
     mapping = read_yaml_mapping(path)
-    # That module builds candidates itself.
-    from hydralv_tune.config.pytc_files import is_peer_file, read_peer_file
-    from hydralv_tune.config.pytc_import import import_peer
-
     if not is_peer_file(mapping):
         return mapping
-    imported = import_peer(read_peer_file(path), place=shown_path(path), folder=path.parent)
+    imported = import_configuration(read_peer_file(path), path)
     if imported.left_out:
         listed = "".join(f"\n- {entry}" for entry in imported.left_out)
         warnings.warn(
@@ -187,6 +185,24 @@ def _own_keys(path: Path) -> dict[str, Any]:
             stacklevel=3,
         )
     return imported.candidate
+
+
+def import_configuration(mapping: Mapping[str, Any], path: Path) -> Imported:
+    """Return a resolved PyTorch Connectomics configuration as a candidate, a grid and volumes.
+
+    Args:
+        mapping: As `read_peer_file` returns it, or as a checkpoint keeps it.
+        path: The file; relative paths of volumes start at its folder.
+
+    Raises:
+        ConfigError: Its network has no counterpart, or works in two dimensions.
+    """
+    place = shown_path(path)
+
+    def check(partial: Mapping[str, Any]) -> Candidate:
+        return candidate_from_mapping(partial, place=place)
+
+    return import_peer(mapping, place=place, folder=path.parent, check=check)
 
 
 def with_overrides(

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import glob
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from hydralv_tune.config.candidate_rules import TARGETS, WATCHED
 from hydralv_tune.config.errors import ConfigError
-from hydralv_tune.config.files import baseline, candidate_from_mapping
 from hydralv_tune.config.pytc_files import is_todays, leaf_paths, numbers_of, stage_view
 from hydralv_tune.config.validation import MISSING, merged, nested, value_at
 
@@ -138,13 +137,20 @@ class Imported:
         return not any(entry.matters for entry in self.left_out)
 
 
-def import_peer(mapping: Mapping[str, Any], *, place: str, folder: Path) -> Imported:
+def import_peer(
+    mapping: Mapping[str, Any],
+    *,
+    place: str,
+    folder: Path,
+    check: Callable[[Mapping[str, Any]], Any],
+) -> Imported:
     """Return a resolved configuration of that tool as a candidate, a grid and volumes.
 
     Args:
         mapping: As `read_peer_file` returns it, or as a checkpoint keeps it.
         place: The file, for messages.
         folder: Where relative paths of volumes start.
+        check: Function of a partial candidate that raises a ConfigError where it breaks a rule.
 
     Raises:
         ConfigError: Its network has no counterpart, or works in two dimensions.
@@ -153,16 +159,22 @@ def import_peer(mapping: Mapping[str, Any], *, place: str, folder: Path) -> Impo
         mapping, origins = _as_january(mapping)
     else:
         origins = {}
-    return _Importer(mapping, place, folder, origins).run()
+    return _Importer(mapping, place, folder, origins, check).run()
 
 
 class _Importer:
     """One import: what was used of a mapping, and the candidate as far as it is built."""
 
     def __init__(
-        self, mapping: Mapping[str, Any], place: str, folder: Path, origins: Mapping[str, str]
+        self,
+        mapping: Mapping[str, Any],
+        place: str,
+        folder: Path,
+        origins: Mapping[str, str],
+        check: Callable[[Mapping[str, Any]], Any],
     ) -> None:
         self.mapping, self.place, self.folder, self.origins = mapping, place, folder, origins
+        self.check = check
         self.used: set[str] = set()
         self.result = Imported()
 
@@ -197,9 +209,9 @@ class _Importer:
         """Lay a block over the candidate; leave it out, with the rule, where it breaks one."""
         joined = merged(self.result.candidate, partial)
         try:
-            candidate_from_mapping(joined, place="", base=baseline())
+            self.check(joined)
         except ConfigError as error:
-            self.leave(key, str(error).removeprefix(": "))
+            self.leave(key, str(error))
             return False
         self.result.candidate = joined
         return True
@@ -242,10 +254,10 @@ class _Importer:
             "inference": {"sliding_window": {"window_size": window}},
         }
         try:
-            candidate_from_mapping(network, place=self.place, base=baseline())
+            self.check(network)
         except ConfigError:
             network["inference"]["sliding_window"]["window_size"] = None
-            candidate_from_mapping(network, place=self.place, base=baseline())
+            self.check(network)
             self.leave("inference.sliding_window.window_size", "the patch size is the window here")
         self.result.candidate = network
         weights = self.at("model.external_weights_path")
