@@ -110,7 +110,7 @@ def open_lazy(path: str | Path, *, ndim: int | None = None, axes: str = "(Z, Y, 
         stored = kind.code.open_stored(location)
     except VolumeError:
         raise
-    except UNREADABLE as error:
+    except (*UNREADABLE, *getattr(kind.code, "ERRORS", ())) as error:
         raise unreadable(location, error) from error
     try:
         lazy = arranged(location, stored, ndim, axes)

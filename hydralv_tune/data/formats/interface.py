@@ -339,6 +339,11 @@ def unreadable(place: object, error: BaseException) -> VolumeError:
             f"{place}: its compression or encoding cannot be read here ({reason}). Save it with "
             "gzip, or uncompressed."
         )
+    if "metadata invalid" in lower:
+        return VolumeError(
+            f"{place}: its metadata do not fit its pages ({reason}). Save it anew, for example "
+            "with Fiji."
+        )
     return VolumeError(
         f"{place}: cannot be read, the file is truncated or damaged ({reason}). Copy it again, or "
         "name another."

@@ -22,6 +22,7 @@ from hydralv_tune.data.formats.tensors import Tensors
 from hydralv_tune.data.voxel_size import Placement, in_nm, nm_of, units_of, unknown_unit
 
 MARK = "attributes.json"
+ARRAY_KEYS = ("dimensions", "blockSize", "dataType", "compression")
 
 
 def open_stored(location: Location) -> Stored:
@@ -35,9 +36,36 @@ def open_stored(location: Location) -> Stored:
     if "dataType" not in _attributes(folder):
         folder = location.path / _choose(location, folder)
     attributes = _attributes(folder)
-    array = Tensors({"driver": "n5", "kvstore": {"driver": "file", "path": f"{folder}/"}})
+    array = Tensors(*_specification(folder, attributes))
     axes = _axes(location, attributes, len(array.shape))
-    return Stored(array, axes, _placement(folder), array.chunks)
+    try:
+        placement = _placement(folder)
+    except (TypeError, ValueError, KeyError, IndexError, AttributeError) as error:
+        raise VolumeError(
+            f"{location}: what its attributes say of size and place is not understood "
+            f"({type(error).__name__}: {str(error)[:80]}). Correct resolution, pixelResolution, "
+            "transform, offset and downsamplingFactors in attributes.json."
+        ) from error
+    return Stored(array, axes, placement, array.chunks)
+
+
+def _specification(folder: Path, attributes: Mapping[str, Any]) -> tuple[dict[str, Any], Any]:
+    """Return what tensorstore needs of an array, and the context that holds it.
+
+    It is given a copy of the attributes that make the array: of `units` and `resolution` it refuses
+    other forms than its own.
+    """
+    import tensorstore
+
+    context = tensorstore.Context()
+    memory = tensorstore.KvStore.open({"driver": "memory"}, context=context).result()
+    needed = {key: attributes[key] for key in ARRAY_KEYS if key in attributes}
+    memory.write(MARK, json.dumps(needed)).result()
+    layers = [
+        {"base": {"driver": "file", "path": f"{folder}/"}},
+        {"exact": MARK, "base": {"driver": "memory", "path": MARK}},
+    ]
+    return {"driver": "n5", "kvstore": {"driver": "kvstack", "layers": layers}}, context
 
 
 def _attributes(folder: Path) -> Mapping[str, Any]:

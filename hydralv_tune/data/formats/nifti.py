@@ -9,6 +9,12 @@ from hydralv_tune.config.errors import VolumeError
 from hydralv_tune.data.formats.interface import UNNAMED, Location, Stored
 from hydralv_tune.data.voxel_size import Placement, in_nm, nm_of, unknown_unit
 
+ERRORS = (
+    nibabel.filebasedimages.ImageFileError,
+    nibabel.spatialimages.HeaderDataError,
+    nibabel.wrapstruct.WrapStructError,
+)
+"""What nibabel raises beside the usual errors."""
 ALIGNED = 1e-3
 """Share of a voxel by which an axis may lean."""
 

@@ -12,6 +12,8 @@ from hydralv_tune.config.errors import VolumeError
 from hydralv_tune.data.formats.interface import LETTERS, UNNAMED, Location, Stored
 from hydralv_tune.data.voxel_size import Placement, in_nm, nm_of, unknown_unit
 
+ERRORS = (nrrd.NRRDError,)
+"""What pynrrd raises beside the usual errors."""
 SPACE_KINDS = ("domain", "space", "none", "???", "")
 KINDS = {"time": "t", "list": "c", "vector": "c", "scalar": "c", "stub": "c"}
 ALIGNED = 1e-3

@@ -13,12 +13,15 @@ class Tensors:
 
     Args:
         specification: As tensorstore takes it; an existing array is opened, for reading.
+        context: Of tensorstore, where the specification needs one.
     """
 
-    def __init__(self, specification: Mapping[str, Any]) -> None:
+    def __init__(self, specification: Mapping[str, Any], context: Any = None) -> None:
         import tensorstore
 
-        store = tensorstore.open(dict(specification), read=True, open=True).result()
+        store = tensorstore.open(
+            dict(specification), read=True, open=True, context=context
+        ).result()
         self._store = store[tensorstore.d[:].translate_to[0]]
         self.shape: tuple[int, ...] = tuple(self._store.shape)
         self.dtype: np.dtype[Any] = self._store.dtype.numpy_dtype

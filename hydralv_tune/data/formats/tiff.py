@@ -12,7 +12,7 @@ import numpy as np
 import tifffile
 
 from hydralv_tune.config.errors import VolumeError
-from hydralv_tune.data.formats.interface import UNNAMED, Location, Stored, Target
+from hydralv_tune.data.formats.interface import UNNAMED, Location, Names, Stored, Target
 from hydralv_tune.data.voxel_size import Placement, in_nm, nm_of, unknown_unit
 
 CACHED_BYTES = 1 << 28
@@ -36,7 +36,7 @@ def open_stored(location: Location) -> Stored:
             contiguous = series.dataoffset is not None and series.dtype.isnative
             if contiguous and series.dataoffset + series.nbytes > file.filehandle.size:
                 raise EOFError("voxels are missing at its end")
-            axes = tuple(UNNAMED if a in UNNAMED_LETTERS else a.lower() for a in series.axes)
+            axes = _axes(file, series)
             array: Any
             if contiguous:
                 array = tifffile.memmap(location.path, mode="r")
@@ -114,6 +114,14 @@ def _only_series(location: Location, file: tifffile.TiffFile) -> Any:
             f"only upright ones ({UPRIGHT}) are read. Save them upright."
         )
     return series
+
+
+def _axes(file: tifffile.TiffFile, series: Any) -> Names | None:
+    """Return the axes by name; None where tifffile alone wrote the shape and nobody named them."""
+    shaped = file.shaped_metadata if series.kind == "shaped" else None
+    if shaped and "axes" not in shaped[0] and set(series.axes) <= {*UNNAMED_LETTERS, *"YX"}:
+        return None
+    return tuple(UNNAMED if a in UNNAMED_LETTERS else a.lower() for a in series.axes)
 
 
 def level_pages(level: Any) -> int:
