@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 import numpy as np
@@ -153,18 +154,22 @@ def draw_patches(candidate: Candidate, volume: Volume, out: str | Path) -> Path:
         )
     seed = candidate.system.seed
     source = _source(candidate, volume, torch.device("cpu"))
-    plain = _sampler(candidate, source).draw(SHEET_PATCHES)
+    sampler = _sampler(candidate, source)
+    starts = np.array([start for _, start in sampler.draw_places(SHEET_PATCHES)], np.int64)
+    plain = source.cut(starts, sampler.size)
     with as_input_error("data.augmentation"):
         chosen = candidate.data.augmentation
         augmentation = resolve_preset(chosen.preset, chosen.settings)
-    patches = augment(plain, augmentation, torch.Generator().manual_seed(seed + 1))
+    drawn: list[list[str]] = [[] for _ in range(len(plain))]
+    patches = augment(plain, augmentation, torch.Generator().manual_seed(seed + 1), drawn)
     targets = derive_targets(patches.labels, patches.edt, **boundary_arguments(candidate.data))
-    figure = _sheet(plain, patches, targets.numpy())
-    names = ", ".join(augmentation) or "nothing"
+    first = [int(z) - candidate.data.pad_size[0] for z in starts[:, 0]]
+    figure = _sheet(plain, patches, targets.numpy(), first, drawn)
     figure.suptitle(
-        f"{candidate.experiment_name or 'candidate'}: preset {chosen.preset} may apply {names}",
+        f"{volume.name}, {candidate.experiment_name or 'candidate'}: patches as they are cut and "
+        f"as the network gets them (preset {chosen.preset})\n"
+        "orange: outline of the label, and of its binary target; blue: border of the mask",
         fontsize=9,
-        wrap=True,
     )
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
@@ -395,18 +400,32 @@ def _device_name(device: torch.device) -> str:
     return f"{torch.get_num_threads()} CPU threads"
 
 
-def _sheet(plain: Patches, patches: Patches, targets: np.ndarray) -> Figure:
-    """Return a row for each patch: as cut, augmented, and the three targets of one section."""
-    titles = ("as cut", "augmented", "binary", "boundary", "distance")
+def _sheet(
+    plain: Patches,
+    patches: Patches,
+    targets: np.ndarray,
+    first: Sequence[int],
+    drawn: Sequence[Sequence[str]],
+) -> Figure:
+    """Return a row for each patch: as cut, augmented, and the three targets of one section.
+
+    Args:
+        plain: The patches as cut.
+        patches: The same, augmented.
+        targets: (B, 3, Z, Y, X).
+        first: The section of the volume in which each patch begins.
+        drawn: The augmentations of each patch.
+    """
+    titles = ("label, as cut", "target, augmented", "binary", "boundary", "distance")
     count = patches.image.shape[0]
-    figure = Figure(figsize=(2.3 * len(titles), 2.3 * count + 0.7), layout="constrained")
+    figure = Figure(figsize=(2.3 * len(titles), 2.75 * count + 0.8), layout="constrained")
     grid = figure.subplots(count, len(titles), squeeze=False)
     low, high = np.quantile(plain.image[..., ::2, ::2].numpy(), (0.005, 0.995))
     for row in range(count):
         label, valid = patches.labels[row].numpy(), patches.mask[row].numpy()
-        z = int(np.argmax(((label > 0) & valid).sum(axis=(1, 2))))
-        before = plain.labels[row].numpy()
-        cut = int(np.argmax(((before > 0) & plain.mask[row].numpy()).sum(axis=(1, 2))))
+        z = _fullest(label, valid)
+        before, known = plain.labels[row].numpy(), plain.mask[row].numpy()
+        cut = _fullest(before, known)
         shown = [
             (plain.image[row, 0, cut].numpy(), "gray", low, high),
             (patches.image[row, 0, z].numpy(), "gray", low, high),
@@ -414,13 +433,25 @@ def _sheet(plain: Patches, patches: Patches, targets: np.ndarray) -> Figure:
             (targets[row, 1, z], "gray", 0.0, 1.0),
             (targets[row, 2, z], "cividis", -1.0, 1.0),
         ]
+        outlines = {0: before[cut] > 0, 1: targets[row, 0, z] > 0.5}
         for column, (values, colours, lowest, highest) in enumerate(shown):
             axes = grid[row, column]
             axes.imshow(values, cmap=colours, vmin=lowest, vmax=highest, interpolation="nearest")
-            where = plain.mask[row, cut].numpy() if column == 0 else valid[z]
+            where = known[cut] if column == 0 else valid[z]
             if where.any() and not where.all():
                 axes.contour(where, levels=[0.5], colors="#56B4E9", linewidths=0.8)
+            if column in outlines and outlines[column].any() and not outlines[column].all():
+                axes.contour(outlines[column], levels=[0.5], colors="#E69F00", linewidths=0.9)
             axes.set_axis_off()
-            heading = f"{titles[column]}, section {cut if column == 0 else z}"
-            axes.set_title(heading if column < 2 else titles[column], fontsize=8)
+        grid[row, 0].set_title(f"{titles[0]}\nsection {first[row] + cut}", fontsize=7)
+        names = fill(", ".join(drawn[row]) or "nothing drawn", 34)
+        grid[row, 1].set_title(f"{titles[1]}\n{names}", fontsize=7)
+        for column in (2, 3, 4):
+            grid[row, column].set_title(f"{titles[column]}\n", fontsize=7)
     return figure
+
+
+def _fullest(label: np.ndarray, valid: np.ndarray) -> int:
+    """Return the section with most labelled voxels, or else the one with most valid ones."""
+    labelled = ((label > 0) & valid).sum(axis=(1, 2))
+    return int(np.argmax(labelled if labelled.any() else valid.sum(axis=(1, 2))))

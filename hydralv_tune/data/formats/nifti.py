@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import nibabel
 import numpy as np
+from nibabel.filebasedimages import ImageFileError
+from nibabel.spatialimages import HeaderDataError
+from nibabel.wrapstruct import WrapStructError
 
 from hydralv_tune.config.errors import VolumeError
 from hydralv_tune.data.formats.interface import UNNAMED, Location, Stored
 from hydralv_tune.data.voxel_size import Placement, in_nm, nm_of, unknown_unit
 
-ERRORS = (
-    nibabel.filebasedimages.ImageFileError,
-    nibabel.spatialimages.HeaderDataError,
-    nibabel.wrapstruct.WrapStructError,
-)
+ERRORS = (ImageFileError, HeaderDataError, WrapStructError)
 """What nibabel raises beside the usual errors."""
 ALIGNED = 1e-3
 """Share of a voxel by which an axis may lean."""
