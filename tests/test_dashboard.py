@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import json
 import shutil
+import sqlite3
 import threading
 import time
 import urllib.request
@@ -34,9 +35,10 @@ from hydralv_tune.results.publish import (
     publish_study,
     publish_trial_change,
 )
+from hydralv_tune.study.dashboard_view import StudiesView
 from hydralv_tune.study.driver import Driver
 from hydralv_tune.study.study import Study, open_readonly
-from hydralv_tune.study.trial_views import TrialResult
+from hydralv_tune.study.trial_views import TrialResult, needs_successor
 
 
 @contextmanager
@@ -351,6 +353,173 @@ def test_both_dashboards_name_the_best_trial_that_status_names(
         assert found["trials"][0]["constraints"] == [pytest.approx(0.33)]
         assert found["trials"][1]["constraints"] == [pytest.approx(-0.14)]
         assert "Best Trial (number=1)" in text
+
+
+def test_a_running_trial_has_note_and_picture_and_the_study_a_name_from_the_start(
+    fooled: Study, chromium: Any
+) -> None:
+    folder = fooled.out
+    assert folder is not None
+    with Driver(fooled, out=folder) as driver:
+        asked = driver.ask(9)
+        assert not isinstance(asked, str)
+        known: dict[str, Any] = {"root": asked.root, "epochs": 8, "evaluations": 4}
+        publish_trial_change(driver, asked.number, "RUNNING", known)
+        with served(application([fooled])) as address:
+            found = json.loads(ask(address, "GET", "/api/studies/1")[2])
+            assert "**Objective** adapted_rand_error" in found["note"]["body"]
+            assert found["objective_names"] == ["adapted Rand error"]
+            for step, f1 in ((1, 0.25), (2, 0.75)):
+                draw_losses([], folder / "trials" / str(asked.root) / "losses.png")
+                told = {"step": step, "epoch": 2 * step, "seconds": 60.0 * step, "host": "node7",
+                        "metrics": {"f1_iou50": f1}}  # fmt: skip
+                publish_trial_change(driver, asked.number, "RUNNING", {**known, **told})
+            found = json.loads(ask(address, "GET", "/api/studies/1")[2])
+            trial = found["trials"][asked.number]
+            assert [artifact["filename"] for artifact in trial["artifacts"]] == ["losses.png"]
+            chromium.get(f"{address}/dashboard/studies/1/trials?numbers={asked.number}")
+            text = until(lambda: _text_with(chromium, "node7"))
+    assert "epoch 4 of 8, evaluation 2 of 4, 2 min left" in text
+    assert "0.7500" in text
+
+
+def test_two_trials_side_by_side_need_no_sideways_scroll(fooled: Study, chromium: Any) -> None:
+    long = {"metrics": {f"figure_{i}": i / 7 for i in range(200)}, "sweep": {"plateau": "x" * 5000}}
+    folder = fooled.out
+    assert folder is not None
+    with Driver(fooled, out=folder) as driver:
+        for _ in range(2):
+            asked = driver.ask(9)
+            assert not isinstance(asked, str)
+            driver.tell(asked.number, TrialResult("COMPLETE", 0.3, -0.1, long))
+    chromium.execute_cdp_cmd(
+        "Emulation.setDeviceMetricsOverride",
+        {"width": 1440, "height": 900, "deviceScaleFactor": 1, "mobile": False},
+    )
+    with served(application([fooled])) as address:
+        chromium.get(f"{address}/dashboard/studies/1/trials?numbers=3,4")
+        until(lambda: _text_with(chromium, "Trial 4 (trial_id"))
+        widths = chromium.execute_script(
+            "return [document.documentElement.scrollWidth, innerWidth]"
+        )
+        tallest = chromium.execute_script(
+            "return Math.max(0, ...[...document.querySelectorAll('tr')].map(r => r.offsetHeight))"
+        )
+    chromium.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+    assert widths[0] <= widths[1]
+    assert tallest < 120
+
+
+def test_what_is_refused_is_hidden_and_the_page_says_why(fooled: Study, chromium: Any) -> None:
+    shown = {}
+    for writable in (False, True):
+        with served(application([fooled], writable=writable)) as address:
+            chromium.get(f"{address}/dashboard")
+            until(lambda: _text_with(chromium, "fooled"))
+            time.sleep(1.0)
+            shown[writable] = (
+                chromium.execute_script(
+                    "return [...document.querySelectorAll('button[aria-label=\"delete study\"]')]"
+                    ".filter(b => b.offsetParent !== null).length"
+                ),
+                chromium.execute_script("return document.body.innerText"),
+            )
+    assert shown[False][0] == 0
+    assert "--writable" in shown[False][1]
+    assert shown[True][0] == 1
+    assert "--writable" not in shown[True][1]
+
+
+def test_failing_a_running_trial_on_the_page_ends_it_and_is_told(fooled: Study) -> None:
+    folder = fooled.out
+    assert folder is not None
+    with Driver(fooled, out=folder) as driver:
+        asked = driver.ask(9)
+        assert not isinstance(asked, str)
+        with served(application([fooled], writable=True)) as address:
+            connection = http.client.HTTPConnection(address.removeprefix("http://"), timeout=30)
+            connection.request(
+                "POST", f"/api/trials/{asked.number + 1}/tell", b'{"state": "Fail"}',
+                {"Content-Type": "application/json"},
+            )  # fmt: skip
+            assert connection.getresponse().status == 204
+            connection.close()
+        assert driver.poll() == {asked.number}
+        assert driver.reason_of(asked.number) == "stopped from the dashboard"
+    view = fooled.trials()[asked.number]
+    assert view.state == "FAIL"
+    assert not needs_successor(view, retries=2)
+
+
+def test_studies_of_two_storages_stand_on_one_page(
+    fooled: Study, finished_study: Any, chromium: Any
+) -> None:
+    other = open_readonly(finished_study.storage, "tiny")
+    with served(application([fooled, other])) as address:
+        found = json.loads(ask(address, "GET", "/api/studies")[2])["study_summaries"]
+        assert [study["study_name"] for study in found] == ["fooled", "tiny"]
+        second = json.loads(ask(address, "GET", f"/api/studies/{found[1]['study_id']}")[2])
+        chromium.get(f"{address}/dashboard/studies/{found[1]['study_id']}/trials?numbers=")
+        until(lambda: _text_with(chromium, "tiny"))
+    other.close()
+    assert "**Budget** 3 trials" in second["note"]["body"]
+    assert "Thresholds" in second["trials"][0]["note"]["body"]
+
+
+def grow(database: Path, trials: int) -> None:
+    """Copy the trials of a study in SQLite until there are so many."""
+    tables = ("trial_values", "trial_params", "trial_user_attributes", "trial_system_attributes",
+              "trial_intermediate_values")  # fmt: skip
+    with sqlite3.connect(database) as connection:
+        ask = connection.execute
+        while (count := ask("select count(*) from trials").fetchone()[0]) < trials:
+            top = ask("select max(trial_id) from trials").fetchone()[0]
+            more = min(count, trials - count)
+            ask(
+                "insert into trials(trial_id, number, study_id, state, datetime_start,"
+                f" datetime_complete) select trial_id + {top}, number + {count}, study_id, state,"
+                f" datetime_start, datetime_complete from trials where number < {more}"
+            )
+            for table in tables:
+                names = [row[1] for row in ask(f"pragma table_info({table})")][1:]
+                rest = ", ".join(name for name in names if name != "trial_id")
+                ask(
+                    f"insert into {table}(trial_id, {rest}) select trial_id + {top}, {rest}"
+                    f" from {table} where trial_id in"
+                    f" (select trial_id from trials where number < {more})"
+                )
+            connection.commit()
+    connection.close()
+
+
+def test_five_thousand_trials_are_shown_as_optuna_reads_them(
+    fooled: Study, chromium: Any, tmp_path: Path
+) -> None:
+    grow(tmp_path / "study.db", 5000)
+    view = StudiesView([fooled])
+    shown = {trial.number: trial for trial in view.get_all_trials(1)}
+    assert len(shown) == 5000
+    for frozen in (fooled.rdb.get_trial(key) for key in (1, 2, 2500, 5000)):
+        own = shown[frozen.number]
+        assert own.params == frozen.params
+        assert own.distributions == frozen.distributions
+        assert own.intermediate_values == frozen.intermediate_values
+        assert (own.state, own.datetime_start) == (frozen.state, frozen.datetime_start)
+    with served(application([fooled])) as address:
+        first = time.process_time()
+        chromium.get(f"{address}/dashboard")
+        until(lambda: _text_with(chromium, "fooled"))
+        body = ask(address, "GET", "/api/studies/1")[2]
+        spent = time.process_time() - first
+        again = time.process_time()
+        ask(address, "GET", "/api/studies/1?after=5000")
+        spent_again = time.process_time() - again
+    found = json.loads(body)
+    assert len(found["trials"]) == 5000
+    assert [trial["number"] for trial in found["best_trials"]] == [1]
+    # Processor time, since other work may share the machine.
+    assert spent < 6.0
+    assert spent_again < 1.0
 
 
 def test_writable_really_writes(finished_study: Any, tmp_path: Path) -> None:

@@ -51,6 +51,7 @@ def train(
     """
     from hydralv_tune.config.files import load_candidate, parse_overrides
     from hydralv_tune.config.search_space_files import load_space
+    from hydralv_tune.numerics.formatting import duration
     from hydralv_tune.trial.run import Evaluation, TrialSpec, run_trial, stop_on_signal
 
     check_folder("--out", out)
@@ -61,10 +62,16 @@ def train(
         raise InputError("train: --label is missing; training needs instance labels.")
 
     def show(evaluation: Evaluation) -> None:
-        shown = {"error": evaluation.value, **evaluation.losses}
+        metrics = evaluation.metrics
+        shown = {
+            "error": metrics.get("adapted_rand_error"),
+            "foreground": metrics.get("adapted_rand_error_foreground"),
+            "F1": metrics.get("f1_iou50"),
+            "loss": evaluation.losses.get("total"),
+        }
         say(
             f"evaluation {evaluation.step}, epoch {evaluation.epoch}, "
-            f"{evaluation.seconds:.0f} s: {format_value(shown)}"
+            f"{duration(evaluation.seconds)}: {format_value(shown)}"
         )
 
     spec = TrialSpec(

@@ -5,6 +5,7 @@ Imports stand inside the commands, because `--help` must not wait for torch and 
 
 from __future__ import annotations
 
+import io
 import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -273,6 +274,20 @@ def decode(
         print_facts("Decoded", document)
 
 
+def _check_beside(out: Path) -> None:
+    """Refuse an output whose table or picture would replace a file that is no sweep's.
+
+    Raises:
+        InputError: There is a file of that name, and no candidate of an earlier sweep.
+    """
+    for path in (out.with_suffix(".parquet"), out.with_suffix(".png")):
+        if path.exists() and not out.exists():
+            raise InputError(
+                f"--out: {path} exists, and the sweep would write its table or picture there. "
+                "Name another file, or move that one away."
+            )
+
+
 def sweep(
     probabilities: Annotated[str, text_option(help="(3, Z, Y, X) probabilities.")],
     label: OneLabel,
@@ -299,6 +314,7 @@ def sweep(
 
     if out is not None:
         check_file_out("--out", out, (".yaml", ".yml"))
+        _check_beside(out)
     loaded = load_space(space)
     maps = read_probabilities(probabilities)
     truth, unknown = split_unknown(
@@ -326,13 +342,24 @@ def sweep(
 
         text = thresholds_yaml(loaded.decoding.decoder, result.winner.arguments)
         write_atomically(out, text.encode())
-        result.table.to_parquet(out.with_suffix(".parquet"))
+        table = io.BytesIO()
+        result.table.to_parquet(table)
+        write_atomically(out.with_suffix(".parquet"), table.getvalue())
         draw_heatmap(result, out.with_suffix(".png"))
     if json:
         print_json(result.as_mapping())
         return
     print_rows(f"Ten best of {result.combinations:,} combinations", result.best_rows(10))
-    for name in ("winner", "best_by_f1", "best_unguarded"):
-        point = getattr(result, name)
-        print_facts(name.replace("_", " "), {**point.arguments, **point.metrics})
+    points = {name: getattr(result, name) for name in ("best_unguarded", "best_by_f1", "winner")}
+    rows = [
+        {
+            "combination": name.replace("_", " "),
+            "error": point.metrics["adapted_rand_error"],
+            "foreground": point.metrics["adapted_rand_error_foreground"],
+            "F1": point.metrics["f1_iou50"],
+        }
+        for name, point in points.items()
+    ]
+    print_rows("Smallest error, highest F1, and the winner of both", rows)
     say(f"{result.combinations:,} combinations in {result.seconds:.2f} s.")
+    print_facts("Winner", points["winner"].arguments)

@@ -8,13 +8,19 @@ from __future__ import annotations
 import json
 import socketserver
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from copy import copy
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
 import bottle
 import optuna_dashboard
-from optuna_dashboard._serializer import serialize_frozen_trial, serialize_study_detail
+from optuna_dashboard._serializer import (
+    serialize_distribution,
+    serialize_frozen_trial,
+    serialize_study_detail,
+)
 
 from hydralv_tune.config.errors import InputError
 from hydralv_tune.results.publish import ArtifactFolder
@@ -203,7 +209,18 @@ class Pages:
         known = self._finished.get(trial._trial_id)
         if known is not None and known[0] == version:
             return known[1]
-        text = json.dumps(serialize_frozen_trial(study_id, trial, dict(notes)))
+        without = copy(trial)
+        without.params = {}
+        head = json.dumps({**serialize_frozen_trial(study_id, without, dict(notes)), "params": []})
+        params = ",".join(
+            f'{{"name": {json.dumps(name)}, "param_internal_value": '
+            f"{json.dumps(trial.distributions[name].to_internal_repr(value))}, "
+            f'"param_external_value": {json.dumps(str(value))}, '
+            f'"param_external_pytyp": {json.dumps(str(type(value)))}, '
+            f'"distribution": {_distribution_text(trial.distributions[name])}}}'
+            for name, value in trial.params.items()
+        )
+        text = head.replace('"params": []', f'"params": [{params}]', 1)
         if trial.state.is_finished():
             self._finished[trial._trial_id] = version, text
         return text
@@ -230,6 +247,12 @@ class Pages:
         """Answer with our script, which hides what is refused and says what is missing."""
         text = f"const writable = {json.dumps(self._writable)};\n{SCRIPT.read_text()}"
         return bottle.HTTPResponse(text, headers={"Content-Type": "text/javascript"})
+
+
+@lru_cache(maxsize=4096)
+def _distribution_text(distribution: Any) -> str:
+    """Return a distribution as JSON; thousands of trials share a few."""
+    return json.dumps(serialize_distribution(distribution))
 
 
 def _sorted_notes(

@@ -12,6 +12,7 @@ from optuna.storages import BaseStorage
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
+from hydralv_tune.study.optuna_private import read_trials, trial_id
 from hydralv_tune.study.study import Study, view_of
 from hydralv_tune.study.trial_views import (
     CONSTRAINTS,
@@ -98,7 +99,10 @@ class StudiesView(BaseStorage):
         self._studies = {
             storages.index(study.rdb) * SPAN + study.optuna._study_id: study for study in studies
         }
-        self._finished: dict[int, FrozenTrial] = {}
+        self._databases = storages
+        # By study and trial: what is finished does not change any more.
+        self._finished: dict[int, dict[int, FrozenTrial]] = {}
+        self._complete: dict[int, dict[int, TrialView]] = {}
 
     delete_study = _delegated("delete_study")
     set_study_user_attr = _delegated("set_study_user_attr")
@@ -186,9 +190,19 @@ class StudiesView(BaseStorage):
         states: Container[TrialState] | None = None,
     ) -> list[FrozenTrial]:
         """Return the trials of a study as they are shown."""
-        storage, own = self.storage_of(study_id)
-        trials = storage.get_all_trials(own, deepcopy=deepcopy, states=states)
-        return [self._show(trial, study_id - own) for trial in trials]
+        shift = study_id // SPAN * SPAN
+        storage = self._databases[study_id // SPAN]
+        kept = self._finished.setdefault(study_id, {})
+        shown = dict(kept)
+        for trial in read_trials(storage, study_id - shift, {key - shift for key in kept}):
+            key = trial_id(trial) + shift
+            shown[key] = self._show(trial, shift)
+            if trial.state.is_finished():
+                kept[key] = shown[key]
+            if trial.state == TrialState.COMPLETE:
+                self._complete.setdefault(study_id, {})[key] = view_of(trial)
+        trials = sorted(shown.values(), key=lambda trial: trial.number)
+        return [trial for trial in trials if states is None or trial.state in states]
 
     def get_best_trial(self, study_id: int) -> FrozenTrial:
         """Return the trial that `status` calls the best.
@@ -196,13 +210,11 @@ class StudiesView(BaseStorage):
         Raises:
             ValueError: No trial is complete.
         """
-        storage, own = self.storage_of(study_id)
-        trials = storage.get_all_trials(own, deepcopy=False, states=(TrialState.COMPLETE,))
-        best = best_trial(view_of(trial) for trial in trials)
-        for trial in trials:
-            if best is not None and trial.number == best.number:
-                return self._show(trial, study_id - own)
-        raise ValueError("No trials are completed yet.")
+        trials = {trial.number: trial for trial in self.get_all_trials(study_id, deepcopy=False)}
+        best = best_trial(self._complete.get(study_id, {}).values())
+        if best is None:
+            raise ValueError("No trials are completed yet.")
+        return trials[best.number]
 
     def set_trial_state_values(
         self, trial_id: int, state: TrialState, values: Sequence[float] | None = None
@@ -225,10 +237,8 @@ class StudiesView(BaseStorage):
         return f"{match[1]}{int(match[2]) + shift}{match[3]}" if match else key
 
     def _show(self, trial: FrozenTrial, shift: int) -> FrozenTrial:
-        """Return a trial as it is shown; a finished one is made once."""
+        """Return a trial as it is shown."""
         number = trial._trial_id + shift
-        if number in self._finished:
-            return self._finished[number]
         shown, view = copy(trial), view_of(trial)
         shown._trial_id = number
         shown.user_attrs = short_attributes(view)
@@ -239,6 +249,4 @@ class StudiesView(BaseStorage):
         if violation is not None:
             system = {**system, CONSTRAINTS: [violation]}
         shown._system_attrs = dict(system)
-        if trial.state.is_finished():
-            self._finished[number] = shown
         return shown

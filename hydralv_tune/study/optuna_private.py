@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import json
 import pickle
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
+from functools import lru_cache
 from types import SimpleNamespace
 from typing import Any
 
 import optuna
+import sqlalchemy
 from optuna.distributions import BaseDistribution
 from optuna.storages import RDBStorage
 from optuna.storages._rdb import models
@@ -170,6 +172,76 @@ def enqueue(study: optuna.Study, params: Mapping[str, Any], attributes: Mapping[
             state=TrialState.WAITING, system_attrs={"fixed_params": dict(params), **own}
         )
     )
+
+
+FEW = 400
+"""Trials that are asked for one by one; more are read with their whole study."""
+
+
+def read_trials(storage: RDBStorage, study_id: int, known: Container[int]) -> list[FrozenTrial]:
+    """Return the trials of a study that are not known yet, in the order of their numbers.
+
+    Optuna makes an object of each row and reads each distribution anew: a study of five thousand
+    trials takes it twenty seconds, and this two.
+
+    Args:
+        storage: That holds the study.
+        study_id: Key of the study in it.
+        known: Keys of trials that the caller has, which are left out.
+    """
+    trials = models.TrialModel.__table__
+
+    def rows(model: Any, *names: str) -> Any:
+        table = model.__table__
+        query = sqlalchemy.select(*(table.c[name] for name in names))
+        if table is not trials:
+            query = query.join(trials, trials.c.trial_id == table.c.trial_id)
+        few = [row[0] for row in found] if len(found) <= FEW else []
+        wanted = trials.c.trial_id.in_(few) if few else trials.c.study_id == study_id
+        return connection.execute(query.where(wanted))
+
+    with storage.engine.connect() as connection:
+        found: list[Any] = []
+        names = ("trial_id", "number", "state", "datetime_start", "datetime_complete")
+        found = [row for row in rows(models.TrialModel, *names) if row[0] not in known]
+        if not found:
+            return []
+        parts: dict[int, list[dict[Any, Any]]] = {row[0]: [{} for _ in range(6)] for row in found}
+        names = ("trial_id", "param_name", "param_value", "distribution_json")
+        for key, name, internal, text in rows(models.TrialParamModel, *names):
+            if key in parts:
+                distribution = _distribution(text)
+                parts[key][0][name] = distribution.to_external_repr(internal)
+                parts[key][1][name] = distribution
+        attributes = (models.TrialUserAttributeModel, models.TrialSystemAttributeModel)
+        for index, model in enumerate(attributes, start=2):
+            for key, name, text in rows(model, "trial_id", "key", "value_json"):
+                if key in parts:
+                    parts[key][index][name] = json.loads(text)
+        step = models.TrialIntermediateValueModel
+        names = ("trial_id", "step", "intermediate_value", "intermediate_value_type")
+        for key, number, stored, kind in rows(step, *names):
+            if key in parts:
+                parts[key][4][number] = step.stored_repr_to_intermediate_value(stored, kind)
+        value = models.TrialValueModel
+        for key, stored, kind in rows(value, "trial_id", "value", "value_type"):
+            if key in parts:
+                parts[key][5][0] = value.stored_repr_to_value(stored, kind)
+    return [
+        FrozenTrial(
+            number=number, state=state, value=parts[key][5].get(0), datetime_start=started,
+            datetime_complete=ended, params=parts[key][0], distributions=parts[key][1],
+            user_attrs=parts[key][2], system_attrs=parts[key][3],
+            intermediate_values=parts[key][4], trial_id=key,
+        )
+        for key, number, state, started, ended in sorted(found, key=lambda row: row[1])
+    ]  # fmt: skip
+
+
+@lru_cache(maxsize=4096)
+def _distribution(text: str) -> BaseDistribution:
+    """Return a distribution from its text; thousands of trials share a few."""
+    return optuna.distributions.json_to_distribution(text)
 
 
 def waiting_trials(study: optuna.Study) -> list[FrozenTrial]:
