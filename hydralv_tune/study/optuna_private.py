@@ -202,6 +202,7 @@ def read_trials(storage: RDBStorage, study_id: int, known: Container[int]) -> li
 
     with storage.engine.connect() as connection:
         found: list[Any] = []
+        names: tuple[str, ...]
         names = ("trial_id", "number", "state", "datetime_start", "datetime_complete")
         found = [row for row in rows(models.TrialModel, *names) if row[0] not in known]
         if not found:
