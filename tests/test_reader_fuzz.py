@@ -103,7 +103,8 @@ def tiff(random: Random, folder: Path) -> Made:
         if random.random() < 0.3:
             letters = list("cyx" if array.ndim == 3 else "tczyx"[-array.ndim :])
         named = "".join(letters or [])
-        metadata: dict[str, Any] = {"axes": named.upper(), "unit": ascii(pick(random, WORDS)).strip("'")}
+        unit = ascii(pick(random, WORDS)).strip("'")
+        metadata: dict[str, Any] = {"axes": named.upper(), "unit": unit}
         metadata["spacing"] = float(random.random() * 50)
         options |= {form: True, "metadata": metadata, "resolution": (1 / 8, 1 / 8)}
         array = array.astype(pick(random, ["u1", "u2", "f4"]))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -50,7 +50,7 @@ def create(
     chunks: tuple[int, ...] | None,
     placement: Placement,
 ) -> Iterator[Target]:
-    """Give a volume to write to: a segmentation where it has integers, else an image.
+    """Give a volume to write to: a segmentation where its integers have over 8 bits, else an image.
 
     Its voxel size is 1 nm where none is known, since the format must have one; its origin is
     rounded to whole voxels.
@@ -61,8 +61,8 @@ def create(
         raise VolumeError(
             f"{location}: shape {shape}, but precomputed holds (Z, Y, X) or channels."
         )
-    segmentation = dtype.kind in "iu" and len(shape) == 3
-    stored = _stored_type(dtype) if segmentation else np.dtype(np.float32)
+    segmentation = dtype.kind in "iu" and dtype.itemsize > 1 and len(shape) == 3
+    stored = _stored_type(dtype, segmentation)
     size = placement.voxel_size_nm or (1.0, 1.0, 1.0)
     origin = placement.origin_nm or (0.0, 0.0, 0.0)
     wide = stored.itemsize >= 4 and segmentation
@@ -93,9 +93,11 @@ def create(
     yield _Writer(store[tensorstore.d[:].translate_to[0]], shape, stored)
 
 
-def _stored_type(dtype: np.dtype[Any]) -> np.dtype[Any]:
-    """Return the unsigned type that neuroglancer shows segmentations in."""
-    return np.dtype(np.uint64 if dtype.itemsize == 8 else np.uint32)
+def _stored_type(dtype: np.dtype[Any], segmentation: bool) -> np.dtype[Any]:
+    """Return the type that neuroglancer shows: unsigned ids, bytes, or single precision."""
+    if segmentation:
+        return np.dtype(np.uint64 if dtype.itemsize == 8 else np.uint32)
+    return np.dtype(np.uint8 if dtype in (np.uint8, np.bool_) else np.float32)
 
 
 class _Writer:
@@ -147,8 +149,3 @@ def _information(location: Location) -> Mapping[str, Any]:
             "segmentation. Name the folder of a volume."
         )
     return dict(information)
-
-
-def chunk_aligned(shape: Sequence[int]) -> tuple[int, ...]:
-    """Return the box (z, y, x) that is whole blocks of this format."""
-    return tuple(min(n, b) for n, b in zip(shape, BLOCK, strict=True))
