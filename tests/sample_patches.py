@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hydralv_tune.numerics.augmentation.augment import apply_one
 from hydralv_tune.numerics.augmentation.patches import Patches
 from hydralv_tune.numerics.augmentation.registry import AUGMENTATIONS
 from hydralv_tune.numerics.targets import instance_edt
@@ -38,7 +39,7 @@ def random_patches(
 
 
 def applied(name: str, patches: Patches, seed: int = 0, **knobs: Any) -> Patches:
-    return AUGMENTATIONS[name].apply(patches, {"prob": 1.0, **knobs}, seeded(seed))
+    return apply_one(AUGMENTATIONS[name], patches, {"prob": 1.0, **knobs}, seeded(seed))
 
 
 def changed(before: Patches, after: Patches) -> Tensor:

@@ -12,6 +12,7 @@ from sample_patches import NM, SHAPE, applied, changed, random_patches, seeded
 from torch import Tensor
 
 from hydralv_tune.numerics.augmentation import warps
+from hydralv_tune.numerics.augmentation.augment import apply_one
 from hydralv_tune.numerics.augmentation.patches import Patches
 from hydralv_tune.numerics.augmentation.registry import AUGMENTATIONS
 
@@ -36,7 +37,7 @@ class TestFlipAndRotate:
 
     def test_prob_is_the_share_of_samples(self) -> None:
         patches = random_patches(400, (1, 2, 3))
-        after = AUGMENTATIONS["flip"].apply(patches, {"prob": 0.3}, seeded())
+        after = apply_one(AUGMENTATIONS["flip"], patches, {"prob": 0.3}, seeded())
         share = changed(patches, after).flatten(1).any(1).float().mean().item()
         assert share == pytest.approx(0.3, abs=0.07)
 

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hydralv_tune.numerics.augmentation.augment import augment
+from hydralv_tune.numerics.augmentation.augment import apply_one, augment
 from hydralv_tune.numerics.augmentation.copy_paste import PASTED
 from hydralv_tune.numerics.augmentation.patches import Patches
 from hydralv_tune.numerics.augmentation.registry import (
@@ -98,7 +98,7 @@ def far_from_any_edge(labels: Tensor) -> Tensor:
 @pytest.mark.parametrize("seed", range(4))
 def test_image_labels_and_distance_stay_aligned(name: str, seed: int) -> None:
     before = landmarks()
-    after = AUGMENTATIONS[name].apply(before, always(name), seeded(seed))
+    after = apply_one(AUGMENTATIONS[name], before, always(name), seeded(seed))
     if name not in MOVES_VOXELS:
         for field in ("labels", "edt", "mask"):
             assert torch.equal(getattr(before, field), getattr(after, field))
@@ -116,7 +116,7 @@ def test_image_labels_and_distance_stay_aligned(name: str, seed: int) -> None:
 @pytest.mark.parametrize("name", ["flip", "rotate", "copy_paste"], indirect=True)
 def test_a_rigid_move_takes_the_exact_distance_along(name: str) -> None:
     before = landmarks()
-    after = AUGMENTATIONS[name].apply(before, always(name), seeded(1))
+    after = apply_one(AUGMENTATIONS[name], before, always(name), seeded(1))
     assert not torch.equal(before.edt, after.edt)
     for labels, edt in zip(after.labels.numpy(), after.edt.numpy(), strict=True):
         np.testing.assert_allclose(edt, instance_edt(labels), atol=1e-5)
@@ -124,7 +124,7 @@ def test_a_rigid_move_takes_the_exact_distance_along(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["affine", "elastic"], indirect=True)
 def test_a_smooth_warp_takes_the_distance_along_nearly(name: str) -> None:
-    after = AUGMENTATIONS[name].apply(landmarks(), always(name), seeded(1))
+    after = apply_one(AUGMENTATIONS[name], landmarks(), always(name), seeded(1))
     for labels, edt in zip(after.labels.numpy(), after.edt.numpy(), strict=True):
         inside = labels > 0
         assert np.abs(edt - instance_edt(labels))[inside].mean() < 0.15
@@ -132,21 +132,21 @@ def test_a_smooth_warp_takes_the_distance_along_nearly(name: str) -> None:
 
 def test_it_changes_something_when_it_must(name: str) -> None:
     before = landmarks()
-    results = [AUGMENTATIONS[name].apply(before, always(name), seeded(s)) for s in range(3)]
+    results = [apply_one(AUGMENTATIONS[name], before, always(name), seeded(s)) for s in range(3)]
     assert not any(torch.equal(before.image, after.image) for after in results)
 
 
 def test_probability_0_is_the_identity(name: str) -> None:
     before = landmarks()
     zero = {k: 0.0 for k in AUGMENTATIONS[name].defaults if k == "prob" or k.endswith("y_prob")}
-    assert same(before, AUGMENTATIONS[name].apply(before, zero, seeded()))
+    assert same(before, apply_one(AUGMENTATIONS[name], before, zero, seeded()))
     assert same(before, augment(before, {name: {"prob": 0.0}}, seeded()))
 
 
 def test_one_seed_gives_one_result_and_another_another(name: str) -> None:
     before = landmarks()
     first, second, third = (
-        AUGMENTATIONS[name].apply(before, always(name), seeded(s)) for s in (5, 5, 6)
+        apply_one(AUGMENTATIONS[name], before, always(name), seeded(s)) for s in (5, 5, 6)
     )
     assert same(first, second)
     assert not same(first, third)
@@ -155,7 +155,7 @@ def test_one_seed_gives_one_result_and_another_another(name: str) -> None:
 def test_shapes_types_and_input_are_kept(name: str) -> None:
     before = landmarks()
     copies = {field: getattr(before, field).clone() for field in FIELDS}
-    after = AUGMENTATIONS[name].apply(before, always(name), seeded(2))
+    after = apply_one(AUGMENTATIONS[name], before, always(name), seeded(2))
     after.check()
     assert after.image.isfinite().all()
     for field, copy in copies.items():
@@ -167,7 +167,7 @@ def test_shapes_types_and_input_are_kept(name: str) -> None:
 
 def test_it_invents_no_instance(name: str) -> None:
     before = landmarks()
-    after = AUGMENTATIONS[name].apply(before, always(name), seeded(2))
+    after = apply_one(AUGMENTATIONS[name], before, always(name), seeded(2))
     pool = set(before.labels.unique().tolist())
     for row, labels in enumerate(after.labels):
         own = set(before.labels[row].unique().tolist()) | {0}
@@ -176,7 +176,7 @@ def test_it_invents_no_instance(name: str) -> None:
 
 
 def test_targets_follow_from_the_result(name: str) -> None:
-    after = AUGMENTATIONS[name].apply(landmarks(), always(name), seeded(2))
+    after = apply_one(AUGMENTATIONS[name], landmarks(), always(name), seeded(2))
     targets = derive_targets(after.labels, after.edt)
     assert torch.equal(targets[:, 0] > 0, targets[:, 2] > 0)
     assert targets.isfinite().all()
@@ -186,7 +186,7 @@ def test_targets_follow_from_the_result(name: str) -> None:
 def test_odd_shapes_and_single_patches_work(name: str, shape: tuple[int, int, int]) -> None:
     patches = landmarks(1, shape)
     for seed in range(3):
-        after = AUGMENTATIONS[name].apply(patches, always(name), seeded(seed))
+        after = apply_one(AUGMENTATIONS[name], patches, always(name), seeded(seed))
         after.check()
         assert after.image.isfinite().all()
 
@@ -195,7 +195,7 @@ def test_the_host_never_asks_the_device(name: str) -> None:
     # Tensors on "meta" hold no values, so whatever would wait for one raises.
     there = landmarks()
     there = Patches(*(getattr(there, f).to("meta") for f in FIELDS), there.voxel_sizes_nm)
-    after = AUGMENTATIONS[name].apply(there, always(name), seeded())
+    after = apply_one(AUGMENTATIONS[name], there, always(name), seeded())
     assert after.image.device.type == "meta"
     assert after.image.shape == there.image.shape
 
@@ -205,13 +205,13 @@ def test_on_a_gpu_it_runs_without_waiting_and_repeats(name: str) -> None:
         pytest.skip("no CUDA device here")
     there = landmarks()
     there = Patches(*(getattr(there, f).cuda() for f in FIELDS), there.voxel_sizes_nm)
-    AUGMENTATIONS[name].apply(there, always(name), seeded(1))
+    apply_one(AUGMENTATIONS[name], there, always(name), seeded(1))
     torch.cuda.set_sync_debug_mode("error")
     try:
-        first = AUGMENTATIONS[name].apply(there, always(name), seeded(1))
+        first = apply_one(AUGMENTATIONS[name], there, always(name), seeded(1))
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    second = AUGMENTATIONS[name].apply(there, always(name), seeded(1))
+    second = apply_one(AUGMENTATIONS[name], there, always(name), seeded(1))
     assert torch.equal(first.labels, second.labels)
     torch.testing.assert_close(first.image, second.image)
 
@@ -221,7 +221,7 @@ def test_each_sample_is_drawn_on_its_own(name: str) -> None:
     many = Patches(
         *(getattr(patches, f).repeat(6, *[1] * (getattr(patches, f).ndim - 1)) for f in FIELDS)
     )
-    after = AUGMENTATIONS[name].apply(many, {**always(name), "prob": 0.5}, seeded(4))
+    after = apply_one(AUGMENTATIONS[name], many, {**always(name), "prob": 0.5}, seeded(4))
     changed = [not torch.equal(a, b) for a, b in zip(many.image, after.image, strict=True)]
     assert any(changed)
     assert not all(changed)
@@ -267,7 +267,7 @@ def test_every_value_that_passes_the_check_can_be_run(name: str) -> None:
             knobs = {**always(name), knob: value}
             for seed in range(2):
                 generator = torch.Generator().manual_seed(seed)
-                result = AUGMENTATIONS[name].apply(tiny(), knobs, generator)
+                result = apply_one(AUGMENTATIONS[name], tiny(), knobs, generator)
                 result.check()
                 assert result.image.isfinite().all()
     assert accepted > 2

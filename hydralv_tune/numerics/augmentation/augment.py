@@ -50,7 +50,7 @@ def augment(
     for name, augmentation in applied.items():
         before = patches
         if augmentation.warp is None:
-            patches = augmentation.apply(patches, chosen[name], host)
+            patches = apply_one(augmentation, patches, chosen[name], host)
             touched = {name: _changed(before, patches)} if drawn is not None else {}
         elif joined:
             patches, plan = _warped(patches, joined, host)
@@ -90,7 +90,14 @@ def _warped(
 def apply_one(
     augmentation: Augmentation, patches: Patches, knobs: Knobs, generator: torch.Generator
 ) -> Patches:
-    """Return the batch after one augmentation, defaults standing in for knobs that are not set."""
+    """Return the batch after one augmentation, defaults standing in for knobs that are not set.
+
+    Args:
+        augmentation: An entry of `AUGMENTATIONS`.
+        patches: The batch; it is left as it is.
+        knobs: Some or all of its knobs.
+        generator: A generator, best on the CPU.
+    """
     full, host = {**augmentation.defaults, **knobs}, host_generator(generator)
     if augmentation.warp is not None:
         return _warped(patches, [(augmentation.resolved(), full)], host)[0]

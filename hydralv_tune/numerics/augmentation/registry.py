@@ -13,8 +13,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    import torch
-
     from hydralv_tune.numerics.augmentation.patches import Patches
 
 Knobs = Mapping[str, Any]
@@ -37,18 +35,6 @@ class Augmentation:
     defaults: Mapping[str, Any]
     function: Callable[..., Patches] | str | None = None
     warp: Callable[..., None] | str | None = None
-
-    def apply(self, patches: Patches, knobs: Knobs, generator: torch.Generator) -> Patches:
-        """Return the batch with this augmentation alone.
-
-        Args:
-            patches: The batch.
-            knobs: Some or all of the knobs; the defaults stand in for the rest.
-            generator: A generator, best on the CPU.
-        """
-        from hydralv_tune.numerics.augmentation.augment import apply_one
-
-        return apply_one(self, patches, knobs, generator)
 
     def resolved(self) -> Callable[..., Any]:
         """Return the function, or the warp."""
