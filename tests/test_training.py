@@ -590,14 +590,12 @@ class HungryWhenLearning(Hungry):
 
 def hungry_optimizer(training: Trainer) -> None:
     """Let the optimizer run out of memory until micro-batches hold two patches."""
-    step = training.optimizer.step
 
-    def hungry() -> None:
+    def hungry(*_: Any) -> None:
         if training.plan.batch_size > 2:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
-        step()
 
-    training.optimizer.step = hungry  # type: ignore[method-assign, assignment]
+    training.optimizer.register_step_pre_hook(hungry)
 
 
 @pytest.mark.parametrize("where", ["forward", "backward", "optimizer"])
