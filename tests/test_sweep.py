@@ -20,10 +20,16 @@ from hypothesis import strategies as st
 from scipy import ndimage
 
 from hydralv_tune.artifacts.sweep_figures import draw_heatmap
+from hydralv_tune.config.errors import ConfigError
+from hydralv_tune.config.search_space import Objective, objective_value
+from hydralv_tune.config.validation import validated
+from hydralv_tune.numerics.metrics.contingency import ContingencyTable, contingency_table, joined
+from hydralv_tune.numerics.metrics.scores import METRICS, Metric
+from hydralv_tune.numerics.metrics.scores import score as score_table
 from hydralv_tune.numerics.metrics.scores import score_labels as score
 from hydralv_tune.numerics.phantom.degradation import degraded_probabilities
 from hydralv_tune.numerics.phantom.volume import make_phantom
-from hydralv_tune.numerics.watershed.decoders import decode
+from hydralv_tune.numerics.watershed.decoders import DECODERS, Decoder, decode, read_arguments
 from hydralv_tune.trial.scoring.sweep.grid import checked_axes, count
 from hydralv_tune.trial.scoring.sweep.sweep import Grid, SweepResult, sweep
 
@@ -438,3 +444,80 @@ def test_memory_stays_under_1_gb_on_the_plans_volume_without_a_mask() -> None:
         [sys.executable, "-c", MEMORY], capture_output=True, text=True, check=True, timeout=200
     )
     assert float(done.stdout) < 1000
+
+
+def threshold_and_label(
+    maps: np.ndarray, mask: np.ndarray | None = None, *, level: float = 0.5, min_size: int = 0
+) -> np.ndarray:
+    """Return the connected components of the binary map above a level."""
+    inside = maps[0] > level if mask is None else (maps[0] > level) & (mask > 0)
+    labels = ndimage.label(inside)[0]
+    sizes = np.bincount(labels.ravel())
+    return np.where(sizes[labels] >= min_size, labels, 0).astype(np.int32)
+
+
+def test_decoder_without_a_sweep_form_is_decoded_for_each_combination(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    entry = Decoder(threshold_and_label, read_arguments(threshold_and_label))
+    monkeypatch.setitem(DECODERS, "threshold_and_label", entry)
+    maps, truths, _ = zip(noisy(1), noisy(2), strict=True)
+    grid = Grid("threshold_and_label", {"level": [0.4, 0.55, 0.7], "min_size": [0, 40]}, refine=1)
+    result = sweep(maps, truths, None, grid, objective=VOI)
+    assert result.note is not None
+    assert "no sweep form" in result.note
+    assert result.winner.arguments.keys() == {"level", "min_size"}
+    assert isinstance(result.winner.arguments["min_size"], int)
+    assert result.combinations > 6
+    for row in result.table.to_dict("records"):
+        wanted = score_table(
+            joined([
+                contingency_table(
+                    prediction=threshold_and_label(
+                        one, level=row["level"], min_size=int(row["min_size"])
+                    ),
+                    truth=truth,
+                )
+                for one, truth in zip(maps, truths, strict=True)
+            ])
+        )  # fmt: skip
+        for name in ("adapted_rand_error", "adapted_rand_error_foreground", "f1_iou50", "voi"):
+            assert row[name] == pytest.approx(getattr(wanted, name), abs=1e-12)
+    limited = sweep(maps, truths, None, grid, time_limit_s=0.0)
+    assert limited.combinations == 1
+
+
+def test_registered_metric_is_an_objective_like_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    def largest(table: ContingencyTable) -> float:
+        """Return the size of the largest segment: a figure of one table alone."""
+        return float(table.segment_sizes.max()) if len(table.segment_ids) else 0.0
+
+    monkeypatch.setitem(METRICS, "largest", Metric("largest", "largest segment", "lower", largest))
+    objective = Objective(metric="largest")
+    maps, truths, _ = zip(noisy(1), noisy(2), strict=True)
+    axes = {"distance_threshold.seed": [0.1, 0.5], "binary_threshold.foreground": [0.3, 0.7]}
+    result = sweep(maps, truths, None, Grid(CONTOUR, axes), objective=objective)
+    for row in result.table.to_dict("records"):
+        sizes = [
+            np.bincount(decode(CONTOUR, one, **arguments_of(row, Grid(CONTOUR, axes))).ravel())[1:]
+            for one in maps
+        ]
+        assert row["largest"] == max(int(size.max(initial=0)) for size in sizes)
+    assert result.winner.metrics["largest"] == objective_value(result.winner.metrics, objective)
+    with pytest.raises(ConfigError, match="largests"):
+        validated(Objective, {"metric": "largests"}, "here")
+
+
+@pytest.mark.parametrize("name", [name for name, metric in METRICS.items() if metric.stacked])
+def test_every_metric_may_be_the_objective_and_is_what_score_says(name: str) -> None:
+    maps, truths, _ = zip(noisy(1), noisy(2), strict=True)
+    axes = {"distance_threshold.seed": [0.1, 0.5], "distance_threshold.foreground": [-0.5, 0.2],
+            "contour_threshold.foreground": [0.5, None], "min_instance_size": [0, 60]}  # fmt: skip
+    grid = Grid(CONTOUR, axes)
+    table = sweep(maps, truths, None, grid, objective=SimpleNamespace(metric=name)).table
+    for row in table.to_dict("records"):
+        tables = [
+            contingency_table(prediction=decode(CONTOUR, m, **arguments_of(row, grid)), truth=t)
+            for m, t in zip(maps, truths, strict=True)
+        ]
+        assert row[name] == pytest.approx(score_table(joined(tables)).metrics[name], abs=1e-12)
