@@ -440,7 +440,7 @@ def test_a_phantom_too_large_for_any_memory_is_refused_at_once(run: Run, tmp_pat
 def test_what_nobody_expected_is_told_in_one_line(
     run: Run, volume: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(**_: object) -> None:
+    def fail(*_: object, **__: object) -> None:
         raise RuntimeError("first line\nsecond line")
 
     monkeypatch.setattr("hydralv_tune.numerics.metrics.scores.score", fail)
