@@ -1,7 +1,8 @@
 """Ten segmentations, and what stardist and panoptica say of them.
 
 `python tests/peer_metrics.py tests/peer_metrics.json`, in an environment of its own that has both
-packages (made with stardist 0.9.2 and panoptica 2.1.7), writes their figures; the tests need neither.
+packages (stardist 0.9.2 and panoptica 2.1.7 made what stands there), writes their figures. The
+tests need neither.
 """
 
 from __future__ import annotations
