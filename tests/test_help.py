@@ -18,8 +18,8 @@ from hydralv_tune.cli.main import COMMANDS, exit_code
 
 ALL = {name: command for panel in COMMANDS.values() for name, command in panel.items()}
 ORDER = (
-    "doctor", "phantom", "inspect", "check", "list", "train", "predict", "sweep", "decode", "score",
-    "run", "status", "export", "report", "dashboard", "demo",
+    "doctor", "phantom", "inspect", "check", "list", "import", "train", "predict", "sweep",
+    "decode", "score", "run", "status", "export", "report", "dashboard", "demo",
 )  # fmt: skip
 """Each after those whose files its example reads."""
 
@@ -29,6 +29,8 @@ SMALLER_TRAINING = (
     "system.training.batch_size=2", "system.cpu_threads=1",
 )  # fmt: skip
 SMALLER = {"--trials": "1"}
+PEER = "model: {architecture: rsunet, filters: [8, 16]}\ndata: {patch_size: [8, 32, 32]}\n"
+"""A configuration of PyTorch Connectomics, which the example of `import` reads."""
 
 
 def smaller(words: list[str]) -> list[str]:
@@ -82,6 +84,7 @@ def test_examples_work_as_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "hydra-lv-finetune.yaml").write_text(PEER)
     for name in ORDER:
         words = smaller(example(name))
         if name == "dashboard":
