@@ -21,11 +21,14 @@ import sqlalchemy
 from optuna.trial import TrialState
 from study_checks import make_space
 
-from hydralv_tune.config.errors import InputError, StudyError
+from hydralv_tune.artifacts.records import TrialRecord
+from hydralv_tune.config.errors import ConfigError, InputError, StudyError
+from hydralv_tune.launch.cluster import ray_cluster
 from hydralv_tune.launch.start import Start
 from hydralv_tune.study.database import DatabaseAway
 from hydralv_tune.study.driver import Driver
 from hydralv_tune.study.find import STORAGE_VARIABLE, find_study
+from hydralv_tune.study.recover import recover_study
 from hydralv_tune.study.storage_url import masked, parse_storage, sqlite_file, without_secrets
 from hydralv_tune.study.study import Study, open_all, open_readonly
 from hydralv_tune.study.study_folder import owner_of
@@ -421,3 +424,92 @@ def test_a_file_that_goes_away_under_a_running_study_ends_it_in_order(
     tmp_path: Path, what: str
 ) -> None:
     chaos(f"sqlite:///{tmp_path / 'study.db'}", tmp_path, what, seed=3)
+
+
+def leave_record(folder: Path, trial: Asked, state: str) -> dict[str, float]:
+    """Leave a trial's record as its worker does, and return its figures."""
+    metrics = {"adapted_rand_error": 0.2, "adapted_rand_error_foreground": 0.3, "f1_iou50": 0.8}
+    place = folder / "trials" / str(trial.root)
+    place.mkdir(parents=True)
+    record = TrialRecord(
+        state=state, number=trial.number, root=trial.root, study="s", out=str(place),
+        config=make_space().candidate(trial.params).as_mapping(), objective={}, provenance={},
+        seed=0, device={}, split={}, training={},
+        volumes=[{"name": "im", "image": "im.h5", "fingerprint": "abc"}],
+        history=[{"evaluation": 1, "best_value": 0.3, "seconds": 2.0}],
+        metrics=metrics if state == "complete" else {},
+    )  # fmt: skip
+    record.write()
+    return metrics
+
+
+def test_a_study_is_made_again_from_the_records_of_its_trials_and_goes_on(tmp_path: Path) -> None:
+    storage = f"sqlite:///{tmp_path / 'study.db'}"
+    study = Start(storage, "s", make_space(), tmp_path).open({"im": "abc"})
+    with Driver(study, out=tmp_path) as driver:
+        for state in ("complete", "complete", "interrupted"):
+            trial = driver.ask(9)
+            assert isinstance(trial, Asked)
+            metrics = leave_record(tmp_path, trial, state)
+            if state == "complete":
+                driver.tell(trial.number, TrialResult("COMPLETE", 0.2, -0.3, {"metrics": metrics}))
+    before = [(t.number, dict(t.params), t.value) for t in study.trials()]
+    study.close()
+    (tmp_path / "study.db").unlink()
+    with pytest.raises(StudyError, match="hydralv-tune recover"):
+        Start(storage, "s", make_space(), tmp_path).check({})
+    assert recover_study(tmp_path)["trials"]["complete"] == 2
+    study = Start(storage, "s", make_space(), tmp_path).open({"im": "abc"})
+    after = [(t.number, dict(t.params), t.value) for t in study.trials()]
+    assert after == before
+    with Driver(study, out=tmp_path) as driver:
+        trial = driver.ask(9)
+        assert isinstance(trial, Asked)
+        assert (trial.root, trial.retry_of) == (2, 2), "what was under way goes on"
+    study.close()
+    with pytest.raises(StudyError, match="holds study 's' already"):
+        recover_study(tmp_path)
+    with pytest.raises(StudyError, match=r"holds no space\.yaml"):
+        recover_study(tmp_path / "trials")
+
+
+def test_candidates_are_enqueued_all_or_none_and_carry_what_they_set(
+    storage: str, tmp_path: Path
+) -> None:
+    study = Start(storage, "s", make_space(), tmp_path).open({})
+    good = {"optimization": {"optimizer": {"lr": 0.02}}, "system": {"seed": 7}}
+    with pytest.raises(ConfigError, match="5"):
+        study.enqueue_all({"good": good, "bad": {"optimization": {"optimizer": {"lr": 5.0}}}})
+    assert study.trials() == []
+    with Driver(study, out=tmp_path) as driver:
+        assert study.enqueue_all({"good": good}) == [0]
+        with pytest.raises(StudyError, match="trial 0 of study 's' is that candidate already"):
+            study.enqueue_all({"good": good})
+        trial = driver.ask(9)
+        assert isinstance(trial, Asked)
+        assert (trial.warm_start, trial.params[LR_KEY]) == ("good", 0.02)
+        assert trial.overrides == good
+        driver.tell(trial.number, TrialResult("FAIL", retry="free", attributes={"reason": "x"}))
+        again = driver.ask(9)
+        assert isinstance(again, Asked)
+        assert (again.retry_of, again.overrides) == (0, good)
+    study.close()
+
+
+def test_a_cluster_of_another_ray_is_named_with_both_versions(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def init(**_: object) -> None:
+        raise RuntimeError(
+            "Version mismatch: The cluster was started with:\n    Ray: 2.40.0\n    Python: 3.11.7\n"
+            "This process on node 10.0.0.1 was started with:\n    Ray: 2.60.0\n    Python: 3.12.1\n"
+        )
+
+    monkeypatch.setattr("hydralv_tune.launch.cluster.ray.init", init)
+    with (
+        pytest.raises(
+            InputError, match=r"runs Ray 2\.40\.0 on Python 3\.11\.7, here are Ray 2\.60"
+        ),
+        ray_cluster("127.0.0.1:6379", []),
+    ):
+        pass

@@ -68,6 +68,8 @@ COMMANDS: dict[str, dict[str, Callable[..., None]]] = {
         "export": studies.export,
         "report": studies.report,
         "dashboard": studies.dashboard,
+        "enqueue": studies.enqueue,
+        "recover": studies.recover,
         "demo": studies.demo,
         "doctor": studies.doctor,
     },
@@ -197,5 +199,7 @@ def main() -> None:
             stream.reconfigure(errors=ASCII_ERRORS)
     words = _words()
     signal.signal(signal.SIGTERM, _interrupt)
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as `nohup` has it
+        signal.signal(signal.SIGHUP, _interrupt)
     warnings.showwarning = _tell_warning
     sys.exit(exit_code(words))

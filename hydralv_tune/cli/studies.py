@@ -29,7 +29,7 @@ from hydralv_tune.cli.options import (
     volumes_given,
 )
 from hydralv_tune.config.errors import InputError
-from hydralv_tune.config.paths import expanded, expanded_url
+from hydralv_tune.config.paths import expanded, expanded_path, expanded_url
 
 if TYPE_CHECKING:
     from hydralv_tune.data.volumes import VolumePaths
@@ -467,6 +467,62 @@ def dashboard(
             webbrowser.open(url)
 
     serve(shown or [None], port=port, writable=writable, ready=ready)
+
+
+def enqueue(
+    folder: Annotated[
+        str, typer.Argument(help="Folder of the study, or its storage URL.", parser=_expanded_place)
+    ],
+    candidates: Annotated[
+        list[str],
+        typer.Argument(help="Candidates: files, or names in trials/.", metavar="CANDIDATE"),
+    ],
+    study: StudyName = None,
+    json: Json = False,
+) -> None:
+    """Put candidates into a study, running or not; they are its next trials.
+
+    Example: `hydralv-tune enqueue runs/smoke plan_focal`
+    """
+    from hydralv_tune.config.files import find_file
+    from hydralv_tune.config.yaml_io import read_yaml_mapping
+    from hydralv_tune.study.find import find_study
+    from hydralv_tune.study.study import open_readonly
+
+    files = [find_file(name, "trials") for name in candidates]
+    found = find_study(folder, study=study)
+    opened = open_readonly(found.storage, found.name, found.folder)
+    try:
+        numbers = opened.enqueue_all({path.stem: read_yaml_mapping(path) for path in files})
+    finally:
+        opened.close()
+    if json:
+        print_json({"numbers": numbers})
+    else:
+        say(f"Enqueued in study {found.name} as trial {', '.join(map(str, numbers))}.")
+        say("`hydralv-tune run` with the study's options runs what waits, if it does not run now.")
+
+
+def recover(
+    folder: Annotated[
+        Path,
+        typer.Argument(help="Folder of the study, with its trials/.", parser=expanded_path),
+    ],
+    storage: OptionalStorage = None,
+    json: Json = False,
+) -> None:
+    """Make a study again from the records of its trials, where its database was lost.
+
+    Example: `hydralv-tune recover runs/smoke`
+    """
+    from hydralv_tune.study.recover import recover_study
+
+    facts = recover_study(folder, storage)
+    if json:
+        print_json(facts)
+    else:
+        _show_facts(facts, json)
+        print_facts("Recovered", facts["trials"])
 
 
 def demo(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import re
 import secrets
 import socket
 import sys
@@ -125,6 +126,7 @@ class Cluster:
 
     def __init__(self, *, is_ours: bool) -> None:
         self.last_words: Callable[[], None] | None = None
+        self.is_interrupted: Callable[[], bool] = lambda: False
         self._node = ray._private.worker._global_node if is_ours else None
         self._over = threading.Event()
         threading.Thread(target=self._watch, name="ray-watch", daemon=True).start()
@@ -147,6 +149,8 @@ class Cluster:
             with suppress(Exception):  # whatever happens now, the process ends
                 if self.last_words is not None:
                     self.last_words()
+            if self.is_interrupted():
+                os._exit(130)
             sys.stderr.write(f"error: {RAY_DIED}\n")
             sys.stderr.flush()
             os._exit(1)
@@ -168,11 +172,7 @@ def ray_cluster(address: str | None, volumes: Sequence[Volume]) -> Iterator[Clus
         try:
             ray.init(address=address, log_to_driver=False, logging_level=level)
         except (OSError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
-            raise InputError(
-                f"run: no Ray cluster could be joined at --ray-address {address} ({reason}). "
-                "Start one with `ray start --head`, or leave the option out to start one here."
-            ) from error
+            raise InputError(_why_not_joined(address, str(error).strip() or repr(error))) from error
     else:
         # Whoever can reach Ray's ports can run code: loopback only, and a token besides. Ray
         # has this switch for Windows and macOS; without it, it listens on every interface.
@@ -198,6 +198,24 @@ def ray_cluster(address: str | None, volumes: Sequence[Volume]) -> Iterator[Clus
             cluster.end()
         ray.shutdown()
         cluster.end()
+
+
+def _why_not_joined(address: str, reason: str) -> str:
+    """Return why a cluster could not be joined, and what to do."""
+    versions = re.findall(r"(Ray|Python): *([\w.+-]+)", reason)
+    if "mismatch" in reason.lower() and len(versions) >= 4:
+        (_, ray_there), (_, python_there), (_, ray_here), (_, python_here) = versions[:4]
+        return (
+            f"run: the cluster at --ray-address {address} runs Ray {ray_there} on Python "
+            f"{python_there}, here are Ray {ray_here} and Python {python_here}; both must be "
+            f"equal. Install ray=={ray_here} there or ray=={ray_there} here, under one Python."
+        )
+    first = reason if "mismatch" in reason.lower() else reason.splitlines()[0]
+    return (
+        f"run: no Ray cluster could be joined at --ray-address {address} "
+        f"({' '.join(first.split())}). Start one with `ray start --head`, or leave the option out "
+        "to start one here."
+    )
 
 
 def _bytes(volume: Volume) -> int:

@@ -110,7 +110,7 @@ class Coordinator:
         self._deadline = time.monotonic() + timeout_s if timeout_s else math.inf
         self._on_event = on_event
         self._on_trial_end, self._on_trial_running = on_trial_end, on_trial_running
-        self._ray_is_alive = ray_is_alive
+        self.ray_is_alive = ray_is_alive
         self._next_ask = self._next_poll = 0.0
         self._away_said = False
         self._failed_in_a_row = 0
@@ -257,7 +257,7 @@ class Coordinator:
 
     def _stop_without_ray(self) -> bool:
         """Stop the run where Ray died, and return whether it did."""
-        dead = not self._ray_is_alive()
+        dead = not self.ray_is_alive()
         if dead:
             self.stop("Ray died")
         return dead

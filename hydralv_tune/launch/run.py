@@ -40,7 +40,8 @@ from hydralv_tune.study.database import DatabaseAway
 from hydralv_tune.study.driver import GRACE_S, HEARTBEAT_S, Driver
 from hydralv_tune.study.study import Study
 from hydralv_tune.study.trial_views import Asked, process_start
-from hydralv_tune.trial.training.lazy_reader import is_lazy, read_or_open
+from hydralv_tune.trial.state import planned_split
+from hydralv_tune.trial.training.lazy_reader import held_out_volumes, is_lazy, read_or_open
 from hydralv_tune.trial.training.sampling import check_patch_fits
 
 ENDLESS = 10**9
@@ -53,7 +54,7 @@ SCRATCH, SCRATCH_KEPT_S = "hydralv-tune-", 24 * 3600.0
 
 
 class StudyInterrupted(HydraLVError):
-    """The study was stopped in order by Ctrl-C or SIGTERM and can go on.
+    """The study was stopped in order by Ctrl-C, SIGTERM or SIGHUP and can go on.
 
     Args:
         reason: For people.
@@ -122,7 +123,7 @@ def run_study(
             the study's; nothing is written then.
         InputError: The cluster does not answer or cannot hold a single trial, or the space does
             not fit the volumes.
-        StudyInterrupted: Ctrl-C or SIGTERM came.
+        StudyInterrupted: Ctrl-C, SIGTERM or SIGHUP came.
         StudyFailed: Trial after trial fails, or Ray died.
     """
     out = out.expanduser().resolve()
@@ -138,6 +139,8 @@ def run_study(
     read = [] if trial_function is not None else open_volumes(space, volumes)
     fingerprints = {volume.name: volume.fingerprint() for volume in read}
     start.check(fingerprints)
+    if read:
+        check_candidates(space, read)
     interrupted: str | None = None
     opened: Study | None = None
     tell_stage(on_event, f"Joining Ray at {ray_address}." if ray_address else "Starting Ray.")
@@ -160,6 +163,7 @@ def run_study(
                     ray_is_alive=cluster.is_alive,
                 )
                 cluster.last_words = coordinator.abandon
+                cluster.is_interrupted = lambda: coordinator.stop_wanted is not None
                 function = trial_function or _real_trial(volumes, read)
                 interrupted = _tune(coordinator, resources, function, checkpoints)
         if coordinator.failure is not None:
@@ -190,6 +194,22 @@ def _facts(study: Study, out: Path, checkpoints: str | None) -> dict[str, Any]:
         name = trial_name(study.name, best.root)
         fetch_folder(out / "trials" / str(best.root), best.number, url=checkpoints, name=name)
     return study.facts()
+
+
+def check_candidates(space: SearchSpace, volumes: Sequence[Volume]) -> None:
+    """Refuse volumes that no trial could be trained or scored on, as `train` refuses them at once.
+
+    Args:
+        space: Its base is checked, and each warm start whose `data` differ from the base's.
+        volumes: As `open_volumes` returns them.
+
+    Raises:
+        InputError: A part of the split has no truth, a held-out volume is unknown, and the like.
+    """
+    base = space.candidate({})
+    starts = [space.candidate({}, space.warm_start(name).overrides) for name in space.warm_starts]
+    for candidate in (base, *(start for start in starts if start.data != base.data)):
+        planned_split(candidate, volumes, held_out_volumes(candidate.data))
 
 
 def open_volumes(space: SearchSpace, volumes: Sequence[VolumePaths]) -> list[Volume]:
@@ -225,6 +245,10 @@ def _tune(
         try:
             while not _fit(coordinator, flag, trainable, reuse_actors=not resources.gpus):
                 pass
+        except Exception:
+            # `scancel` ends Ray's daemons with the signal that this process got: no fault of Ray.
+            if not received or coordinator.ray_is_alive():
+                raise
         finally:
             coordinator.abandon()
     return received[0] if received else None
@@ -349,7 +373,10 @@ def _real_trial(paths: Sequence[VolumePaths], volumes: Sequence[Volume]) -> Tria
 
 @contextmanager
 def _signals(coordinator: Coordinator) -> Iterator[list[str]]:
-    """Turn Ctrl-C and SIGTERM into an orderly stop; a second one ends at once."""
+    """Turn Ctrl-C, SIGTERM and a closed terminal into an orderly stop; a second one ends at once.
+
+    `nohup` has SIGHUP ignored, and that stays.
+    """
     received: list[str] = []
 
     def handle(number: int, frame: FrameType | None) -> None:
@@ -363,7 +390,10 @@ def _signals(coordinator: Coordinator) -> Iterator[list[str]]:
     if threading.current_thread() is not threading.main_thread():
         yield received
         return
-    before = {kind: signal.signal(kind, handle) for kind in (signal.SIGINT, signal.SIGTERM)}
+    kinds = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        kinds.append(signal.SIGHUP)
+    before = {kind: signal.signal(kind, handle) for kind in kinds}
     try:
         yield received
     finally:

@@ -7,13 +7,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from hydralv_tune.artifacts.writing import write_atomically
 from hydralv_tune.config.errors import StudyError
 from hydralv_tune.config.search_space import SearchSpace
+from hydralv_tune.config.yaml_io import dump_yaml
 from hydralv_tune.study.database import DatabaseAway, database_errors
 from hydralv_tune.study.mutex import StudyMutex
 from hydralv_tune.study.storage_url import parse_storage, without_secrets
 from hydralv_tune.study.study import IDENTITY, OUT, Study, open_if_exists, open_readonly
-from hydralv_tune.study.study_folder import Owner, check_out, claim_out
+from hydralv_tune.study.study_folder import SPACE_FILE, Owner, check_out, claim_out
 
 
 @dataclass(frozen=True)
@@ -88,10 +90,10 @@ class Start:
         self._check_stored(opened, fingerprints)
         identity = opened.identity or uuid.uuid4().hex
         opened.remember(IDENTITY, identity)
+        kept = without_secrets(parse_storage(self.storage))
         try:
-            claim_out(
-                self.out, Owner(self.study, identity, without_secrets(parse_storage(self.storage)))
-            )
+            claim_out(self.out, Owner(self.study, identity, kept))
+            write_atomically(self.out / SPACE_FILE, dump_yaml(self.space.as_mapping()).encode())
         except OSError as error:
             raise StudyError(
                 f"--out: {self.out} cannot be written ({error.strerror or error}). Make room, or "

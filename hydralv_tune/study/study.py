@@ -17,7 +17,7 @@ from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial
 
 from hydralv_tune.config.errors import StudyError
-from hydralv_tune.config.search_space import SearchSpace, space_from_mapping
+from hydralv_tune.config.search_space import SearchSpace, WarmStart, space_from_mapping
 from hydralv_tune.study.database import (
     DatabaseAway,
     StudyGone,
@@ -469,43 +469,55 @@ class Study:
         if fingerprints:
             self.remember(VOLUMES, dict(fingerprints))
 
-    def enqueue(self, name: str, candidate: Mapping[str, Any]) -> int:
-        """Enqueue a candidate, and return the number of its trial; the study may be running.
+    def enqueue_all(self, candidates: Mapping[str, Mapping[str, Any]]) -> list[int]:
+        """Enqueue candidates, all or none, and return the numbers of their trials.
+
+        The study may be running: its driver takes them next.
 
         Args:
-            name: What its trial is called by, like a recipe.
-            candidate: Partial or whole. What it sets beside the searched keys holds for its trial.
+            candidates: Partial or whole, by what their trials are called. What one sets beside the
+                searched keys holds for its trial.
 
         Raises:
-            ConfigError: A searched key has a value that the space does not have, or the candidate
+            ConfigError: A searched key has a value that the space does not have, or a candidate
                 breaks a rule.
-            StudyError: The study has it already.
+            StudyError: The study has one of them already.
         """
-        space = self.space.model_copy(
-            update={"recipes": {**self.space.recipes, name: dict(candidate)}}
-        )
-        start = space.warm_start(name)
-        space.candidate(start.params, start.overrides)
+        recipes = {name: dict(candidate) for name, candidate in candidates.items()}
+        space = self.space.model_copy(update={"recipes": {**self.space.recipes, **recipes}})
+        starts = [space.warm_start(name) for name in candidates]
+        for start in starts:
+            space.candidate(start.params, start.overrides)
         mutex = StudyMutex(self.rdb.engine.url, self.name)
         try:
             with self._errors(), mutex:
-                for trial in self.trials():
-                    params = trial.params or trial.requested
-                    same = trial.user_attrs.get(OVERRIDES) == start.overrides
-                    if same and dict(params) == start.params and not trial.is_imported:
-                        raise StudyError(
-                            f"{name}: trial {trial.number} of study '{self.name}' is that "
-                            f"candidate already; it is {trial.state.lower()}."
-                        )
-                taken = {trial.user_attrs.get("warm_start") for trial in self.trials()}
-                free = (f"{name}-{count}" if count > 1 else name for count in itertools.count(1))
-                shown = next(label for label in free if label not in taken)
-                enqueue(
-                    self.optuna, start.params, {"warm_start": shown, OVERRIDES: start.overrides}
-                )
-                return max(trial.number for trial in self.frozen())
+                trials = self.trials()
+                for start in starts:
+                    self._refuse_known(start, trials)
+                taken = {trial.user_attrs.get("warm_start") for trial in trials}
+                for start in starts:
+                    names = itertools.chain(
+                        [start.name], map(f"{start.name}-{{}}".format, range(2, 99))
+                    )
+                    name = next(name for name in names if name not in taken)
+                    attributes = {"warm_start": name, OVERRIDES: start.overrides}
+                    enqueue(self.optuna, start.params, attributes)
+                return [trial.number for trial in self.frozen()[len(trials) :]]
+        except DatabaseAway as error:
+            raise StudyError(f"--storage: {self.storage} does not answer: {error}.") from None
         finally:
             mutex.close()
+
+    def _refuse_known(self, start: WarmStart, trials: Sequence[TrialView]) -> None:
+        """Refuse a candidate that a trial of the study is already."""
+        for trial in trials:
+            params = trial.params or trial.requested
+            same = trial.user_attrs.get(OVERRIDES) == start.overrides
+            if same and dict(params) == start.params and trial.state != "FAIL":
+                raise StudyError(
+                    f"{start.name}: trial {trial.number} of study '{self.name}' is that candidate "
+                    f"already; it is {trial.state.lower()}."
+                )
 
     def _enqueue_warm_starts(self) -> None:
         """Enqueue every recipe of the space that is not in the study yet."""

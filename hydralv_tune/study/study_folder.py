@@ -16,6 +16,8 @@ from hydralv_tune.config.errors import StudyError
 from hydralv_tune.study.journal import journals_in
 
 MARKER = "study.json"
+SPACE_FILE = "space.yaml"
+"""Name of the file that keeps what the study searches, for `recover`."""
 DATABASE = "study.db"
 """Name of the SQLite file of a study whose storage is not given."""
 
@@ -78,7 +80,8 @@ def check_out(folder: Path, study: str, *, identity: str | None, stored: Path | 
             other = f"another study of the name '{study}', deleted or in another database"
         raise StudyError(
             f"--out: {folder} belongs to {other}, whose trials would be taken for those of this "
-            "one. Give another --out, or remove the folder if nobody needs it."
+            "one. Give another --out, remove the folder if nobody needs it, or make its study "
+            f"again with `hydralv-tune recover {folder}`."
         )
     if owner is None and stored is None and holds_results(folder):
         raise StudyError(

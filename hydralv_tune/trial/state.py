@@ -40,7 +40,7 @@ from hydralv_tune.trial.scoring.evaluation import Outcome, Unit, better, evaluat
 from hydralv_tune.trial.scoring.prediction import LowMemoryWarning, network_of
 from hydralv_tune.trial.section_targets import section_targets
 from hydralv_tune.trial.spec import TrialSpec
-from hydralv_tune.trial.splits import Fold, split_volumes
+from hydralv_tune.trial.splits import Fold, SplitPlan, split_volumes
 from hydralv_tune.trial.training.lazy_reader import (
     LazySource,
     as_lazy,
@@ -94,6 +94,25 @@ class BestUnit:
     score: tuple[Volume, ...]
 
 
+def planned_split(
+    candidate: Candidate, volumes: Sequence[Volume], held_out: Sequence[Volume]
+) -> SplitPlan:
+    """Return what a candidate trains on and is scored on.
+
+    Args:
+        candidate: With its network, whose receptive field is the margin between the two.
+        volumes: Trained on and scored.
+        held_out: Scored only.
+
+    Raises:
+        InputError: The volumes cannot be split so.
+    """
+    model = candidate.model
+    with as_input_error("model"):
+        field = receptive_field(model.architecture, network_arguments(model.model_dump()))
+    return split_volumes(volumes, candidate.data, receptive_field=field, held_out=held_out)
+
+
 class TrialRun:
     """A trial between its volumes and its record.
 
@@ -137,12 +156,7 @@ class TrialRun:
         self._monitor: Monitor | None = None
         check_stopping(self.candidate)
         self.fingerprints = [volume.fingerprint() for volume in self.volumes]
-        model = self.candidate.model
-        with as_input_error("model"):
-            field = receptive_field(model.architecture, network_arguments(model.model_dump()))
-        self.split = split_volumes(
-            volumes, self.candidate.data, receptive_field=field, held_out=held_out
-        )
+        self.split = planned_split(self.candidate, volumes, held_out)
         self._sources: dict[int, Source] = {}
         self.folds = [self._fold(index, fold) for index, fold in enumerate(self.split.folds)]
         self.plan = self.folds[0].trainer.plan
