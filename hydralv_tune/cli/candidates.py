@@ -52,7 +52,6 @@ def train(
     from hydralv_tune.config.files import load_candidate, parse_overrides
     from hydralv_tune.config.search_space_files import load_space
     from hydralv_tune.numerics.formatting import duration
-    from hydralv_tune.trial.run import Evaluation, TrialSpec, run_trial, stop_on_signal
 
     check_folder("--out", out)
     loaded = load_candidate(candidate, parse_overrides(settings or []))
@@ -60,6 +59,8 @@ def train(
     paths = volumes_given(image, label or [], mask or [], scored_mask or [], ignore_label or [])
     if not label:
         raise InputError("train: --label is missing; training needs instance labels.")
+
+    from hydralv_tune.trial.run import Evaluation, TrialSpec, run_trial, stop_on_signal
 
     def show(evaluation: Evaluation) -> None:
         metrics = evaluation.metrics
@@ -113,9 +114,8 @@ def predict(
 
     from hydralv_tune.config.files import parse_overrides, with_overrides
     from hydralv_tune.data.formats import WRITABLE
+    from hydralv_tune.data.formats.files import locate
     from hydralv_tune.data.volumes import VolumePaths, read_volume, write_array
-    from hydralv_tune.trial.scoring.prediction import load_network, pick_device
-    from hydralv_tune.trial.scoring.prediction import predict as predict_volume
 
     check_file_out("--out", out, WRITABLE, [image, checkpoint])
     overrides = parse_overrides(settings or [])
@@ -124,6 +124,13 @@ def predict(
             f"--set: '{other[0]}' is fixed by the checkpoint; predict takes keys of "
             f"{', '.join(sorted(PREDICTION_BLOCKS))} only. Leave it out."
         )
+    for path in (checkpoint, locate(image).path):
+        if not path.exists():
+            raise InputError(f"{path}: no such file. Check the path.")
+
+    from hydralv_tune.trial.scoring.prediction import load_network, pick_device
+    from hydralv_tune.trial.scoring.prediction import predict as predict_volume
+
     target = pick_device(device)
     network, candidate = load_network(checkpoint, device=target)
     if overrides:

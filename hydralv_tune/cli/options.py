@@ -136,9 +136,14 @@ def volumes_given(
     ignore_labels: Sequence[int],
 ) -> list[VolumePaths]:
     """Return the volumes that options name; of several, say which files belong together."""
+    from hydralv_tune.data.formats.files import format_of, locate
     from hydralv_tune.data.volumes import pairs, volume_paths
 
     volumes = volume_paths(images, labels, masks, scored_masks, ignore_labels)
+    for volume in volumes:
+        for path in (volume.image, volume.label, volume.mask, volume.scored_mask):
+            if path is not None:
+                format_of(locate(path))  # refused before anything heavy is imported
     for line in pairs(volumes) if len(volumes) > 1 else ():
         say(line)
     return volumes

@@ -17,6 +17,7 @@ from hydralv_tune.config.strict_model import (
     Names,
     NotNegative,
     Numbers,
+    OpenModel,
     Pad3,
     Paths,
     Positive,
@@ -49,8 +50,8 @@ class System(StrictModel):
 
     seed: Whole = Field(42, description="Seed of weights, patches and augmentation.")
     cpu_threads: Count | None = Field(None, description="CPU threads of a trial; null: all.")
-    training: Training = Training()
-    inference: InferenceSystem = InferenceSystem()
+    training: Training = Field(default_factory=Training)
+    inference: InferenceSystem = Field(default_factory=InferenceSystem)
 
 
 class LossBalancing(StrictModel):
@@ -74,8 +75,8 @@ class LossBalancing(StrictModel):
         return "none" if value is None else value
 
 
-class Model(StrictModel):
-    """`model`."""
+class Model(OpenModel):
+    """`model`; an architecture may declare keys of its own beside these."""
 
     architecture: str = Field("rsunet", description="A name of the table of architectures.")
     in_channels: Literal[1] = Field(1, description="An image has one channel.")
@@ -125,12 +126,19 @@ class Model(StrictModel):
         ],
         description="[first channel, end, task, losses] of each task.",
     )  # fmt: skip
-    loss_balancing: LossBalancing = LossBalancing()
+    loss_balancing: LossBalancing = Field(default_factory=LossBalancing)
     external_weights_path: str | None = Field(None, description="Pretrained weights.")
     external_weights_key_prefix: str = Field("model.", description="Prefix in that file.")
     external_weights_strict: bool = Field(
         True, description="Refuse weights that match only in part."
     )
+
+    @classmethod
+    def open_keys(cls) -> frozenset[str]:
+        """Return the keys that architectures declare."""
+        from hydralv_tune.numerics.networks.registry import own_keys
+
+        return own_keys()
 
 
 class ImageTransform(StrictModel):
@@ -242,11 +250,11 @@ class Data(StrictModel):
     pad_size: Pad3 = Field((0, 0, 0), description="Voxels added around the volume.")
     pad_mode: Literal["reflect", "constant", "replicate"] = Field("reflect", description="How.")
     iter_num_per_epoch: Count = Field(1280, description="Patches per epoch.")
-    image_transform: ImageTransform = ImageTransform()
-    label_transform: LabelTransform = LabelTransform()
-    sampling: Sampling = Sampling()
-    augmentation: Augmentation = Augmentation()
-    split: Split = Split()
+    image_transform: ImageTransform = Field(default_factory=ImageTransform)
+    label_transform: LabelTransform = Field(default_factory=LabelTransform)
+    sampling: Sampling = Field(default_factory=Sampling)
+    augmentation: Augmentation = Field(default_factory=Augmentation)
+    split: Split = Field(default_factory=Split)
     memory_limit_gb: Positive = Field(
         8.0,
         description="Of each volume; larger ones are read lazily. Folds that are slabs of one "
@@ -320,9 +328,9 @@ class Optimization(StrictModel):
         description="bf16-mixed acts on a GPU alone; `16-mixed` is read as it, since it needs no "
         "loss scaling.",
     )
-    optimizer: Optimizer = Optimizer()
-    scheduler: Scheduler = Scheduler()
-    ema: Ema = Ema()
+    optimizer: Optimizer = Field(default_factory=Optimizer)
+    scheduler: Scheduler = Field(default_factory=Scheduler)
+    ema: Ema = Field(default_factory=Ema)
 
 
 class EarlyStopping(StrictModel):
@@ -359,8 +367,8 @@ class Monitor(StrictModel):
         description="No effect: a loss that is not finite "
         "fails the trial with the step and the parts named.",
     )
-    evaluation: Evaluation = Evaluation()
-    early_stopping: EarlyStopping = EarlyStopping()
+    evaluation: Evaluation = Field(default_factory=Evaluation)
+    early_stopping: EarlyStopping = Field(default_factory=EarlyStopping)
     checkpoint: dict[str, Any] = Field(
         default_factory=dict, description="No effect: last and best are always kept."
     )
@@ -412,8 +420,8 @@ class TestTimeAugmentation(StrictModel):
 class Inference(StrictModel):
     """`inference`."""
 
-    sliding_window: SlidingWindow = SlidingWindow()
-    test_time_augmentation: TestTimeAugmentation = TestTimeAugmentation()
+    sliding_window: SlidingWindow = Field(default_factory=SlidingWindow)
+    test_time_augmentation: TestTimeAugmentation = Field(default_factory=TestTimeAugmentation)
     save_prediction: dict[str, Any] = Field(
         default_factory=dict, description="No effect: `predict` writes probabilities."
     )
@@ -497,13 +505,13 @@ class Candidate(StrictModel):
 
     experiment_name: str | None = Field(None, description="A name for people.")
     description: str | None = Field(None, description="A sentence for people.")
-    system: System = System()
-    model: Model = Model()
-    data: Data = Data()
-    optimization: Optimization = Optimization()
-    monitor: Monitor = Monitor()
-    inference: Inference = Inference()
-    test: TestSection = TestSection()
+    system: System = Field(default_factory=System)
+    model: Model = Field(default_factory=Model)
+    data: Data = Field(default_factory=Data)
+    optimization: Optimization = Field(default_factory=Optimization)
+    monitor: Monitor = Field(default_factory=Monitor)
+    inference: Inference = Field(default_factory=Inference)
+    test: TestSection = Field(default_factory=TestSection)
 
     def as_mapping(self) -> dict[str, Any]:
         """Return the candidate as plain JSON types, defaults included."""

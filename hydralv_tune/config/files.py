@@ -14,7 +14,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from hydralv_tune.config.candidate import Candidate, DecodingStep
+from hydralv_tune.config.candidate import Candidate, DecodingStep, Model
 from hydralv_tune.config.candidate_rules import check_candidate
 from hydralv_tune.config.decoding_rules import check_decoding_step
 from hydralv_tune.config.errors import ConfigError
@@ -94,7 +94,7 @@ def layered(base: Mapping[str, Any], *layers: Mapping[str, Any]) -> dict[str, An
     New losses void the arguments of the old ones, a new architecture the keys that only the
     old one had, and a new network the pretrained weights, unless the layer says them anew.
     """
-    result = deepcopy(dict(base))
+    result = dict(base)
     for layer in layers:
         before = result.get("model") or {}
         result = merged(result, _switched_on(layer))
@@ -106,7 +106,9 @@ def layered(base: Mapping[str, Any], *layers: Mapping[str, Any]) -> dict[str, An
         if "loss_functions" in changed and "loss_kwargs" not in said:
             model["loss_kwargs"] = []
         if "architecture" in changed:
-            model.update({key: None for key in ARCHITECTURE_KEYS if key not in said})
+            # Keys that are no field of the model are those of an architecture from outside.
+            own = {*ARCHITECTURE_KEYS, *(set(model) - set(Model.model_fields))}
+            model.update({key: None for key in own if key not in said})
         if changed & set(NETWORK_KEYS) and "external_weights_path" not in said:
             model["external_weights_path"] = None
     return result

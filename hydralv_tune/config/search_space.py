@@ -31,7 +31,6 @@ from hydralv_tune.config.validation import (
     value_at,
 )
 from hydralv_tune.config.yaml_io import dump_yaml, read_yaml_mapping
-from hydralv_tune.numerics.metrics.scores import METRICS
 
 
 class Parameter(StrictModel):
@@ -134,7 +133,7 @@ class Objective(StrictModel):
         "adapted_rand_error",
         description="What the sweep and the study optimise: a name of docs/metrics.md.",
     )
-    guard: Guard = Guard()
+    guard: Guard = Field(default_factory=Guard)
     stop_at: NotNegative | None = Field(
         0.02, description="The study stops once a feasible trial is under it; null: never."
     )
@@ -143,6 +142,8 @@ class Objective(StrictModel):
     @classmethod
     def _known(cls, metric: str) -> str:
         """Refuse a name that is not in the table of metrics, as it stands now."""
+        from hydralv_tune.numerics.metrics.scores import METRICS
+
         if metric not in METRICS:
             *most, last = (f"'{name}'" for name in METRICS)
             expected = f"{', '.join(most)} or {last}"
@@ -208,11 +209,11 @@ class SearchSpace(StrictModel):
     parameters: dict[str, Parameter] = Field(
         default_factory=dict, description="Searched keys; a condition names an earlier one."
     )
-    decoding: DecodingGrid = DecodingGrid()
-    objective: Objective = Objective()
-    budget: Budget = Budget()
-    sampler: Sampler = Sampler()
-    pruner: Pruner = Pruner()
+    decoding: DecodingGrid = Field(default_factory=DecodingGrid)
+    objective: Objective = Field(default_factory=Objective)
+    budget: Budget = Field(default_factory=Budget)
+    sampler: Sampler = Field(default_factory=Sampler)
+    pruner: Pruner = Field(default_factory=Pruner)
 
     def as_mapping(self) -> dict[str, Any]:
         """Return the space as plain JSON types; `space_from_mapping` reads it back."""
@@ -346,6 +347,8 @@ def objective_value(metrics: Mapping[str, Any], objective: Objective) -> float:
         metrics: As the sweep's winner has them.
         objective: Its metric.
     """
+    from hydralv_tune.numerics.metrics.scores import METRICS
+
     name = objective.metric
     if name == "voi" and name not in metrics:  # a record of the first version
         return float(metrics["voi_split"]) + float(metrics["voi_merge"])

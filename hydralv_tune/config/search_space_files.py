@@ -12,9 +12,10 @@ from hydralv_tune.config.candidate import Candidate
 from hydralv_tune.config.errors import ConfigError, InputError
 from hydralv_tune.config.explanation import explain, explain_space
 from hydralv_tune.config.files import find_file, layered, load_candidate, shown_path
+from hydralv_tune.config.paths import expanded_path
 from hydralv_tune.config.search_space import SearchSpace, space_from_mapping
-from hydralv_tune.config.search_space_rules import check_space
-from hydralv_tune.config.validation import check_keys
+from hydralv_tune.config.search_space_rules import check_space, extremes, with_conditions
+from hydralv_tune.config.validation import check_keys, shown
 from hydralv_tune.config.yaml_io import read_yaml_mapping
 
 
@@ -63,6 +64,9 @@ def with_fixed(
     return fixed
 
 
+WEIGHTS = "model.external_weights_path"
+
+
 @dataclass(frozen=True)
 class CheckResult:
     """What `check` found in one file."""
@@ -92,12 +96,49 @@ def _kind_of(path: str) -> str:
     return "search space" if of_space else "candidate"
 
 
+def check_weights(candidate: Candidate, place: str) -> None:
+    """Refuse a candidate whose pretrained weights are not there.
+
+    Raises:
+        ConfigError: There is no such file.
+    """
+    weights = candidate.model.external_weights_path
+    if weights is not None and not expanded_path(weights).is_file():
+        raise ConfigError(
+            f"{place}: model.external_weights_path is {weights}, but there is no such file. Check "
+            "the path, or set it to null."
+        )
+
+
+def check_weights_of_space(space: SearchSpace) -> None:
+    """Refuse a space whose base, warm start or choice names weights that are not there.
+
+    Raises:
+        ConfigError: There is no such file.
+    """
+    check_weights(space.candidate({}), f"{space.name}: base '{space.base}'")
+    for name in space.warm_starts:
+        start = space.warm_start(name)
+        check_weights(space.candidate(start.params, start.overrides), f"{space.name}: '{name}'")
+    for key, parameter in space.parameters.items():
+        if key == WEIGHTS or isinstance(parameter.choice, dict):
+            for value in extremes(parameter):
+                place = f"{space.name}: parameters.{key}: the value {shown(value)}"
+                check_weights(space.candidate(with_conditions(space, {key: value})), place)
+
+
 def check_file(path: str | Path) -> CheckResult:
     """Return whether a candidate or a search space is valid, and its first fault if not."""
     kind = "candidate or search space"
     try:
         kind = _kind_of(str(path))
-        load_space(path) if kind == "search space" else load_candidate(path)
+        file = find_file(str(path), "search_spaces" if kind == "search space" else "trials")
+        if not read_yaml_mapping(file):
+            raise ConfigError(f"{path}: is empty, but a {kind} must set a key. Try `list`.")
+        if kind == "search space":
+            check_weights_of_space(load_space(path))
+        else:
+            check_weights(load_candidate(path), str(path))
     except InputError as error:
         return CheckResult(str(path), kind, False, str(error))
     return CheckResult(str(path), kind, True)

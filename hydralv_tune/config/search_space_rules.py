@@ -52,7 +52,7 @@ def check_space(space: SearchSpace, place: str) -> None:
     _check_search_methods(space, split, place)
     for key, parameter in space.parameters.items():
         for value in extremes(parameter):
-            params = _with_conditions(space, {key: value})
+            params = with_conditions(space, {key: value})
             what = f"{place}: parameters.{key}: the value {shown(value)}"
             _check_point(space, params, split, what)
     generator = random.Random(0)
@@ -208,7 +208,7 @@ def extremes(parameter: Parameter) -> list[Any]:
     return list(parameter.float_ or parameter.int_ or ())
 
 
-def _with_conditions(space: SearchSpace, params: Mapping[str, Any]) -> dict[str, Any]:
+def with_conditions(space: SearchSpace, params: Mapping[str, Any]) -> dict[str, Any]:
     """Return the values together with what their conditions ask for."""
     whole = dict(params)
     waiting = list(params)

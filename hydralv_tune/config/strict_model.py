@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
@@ -37,4 +37,15 @@ def spelled(names: Mapping[Any, Any]) -> BeforeValidator:
 class StrictModel(BaseModel):
     """A block of a candidate: frozen, and strict about names and types."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, defer_build=True)
+
+
+class OpenModel(StrictModel):
+    """A block that takes further keys, which a table of names declares."""
+
+    model_config = ConfigDict(extra="allow")
+
+    @classmethod
+    def open_keys(cls) -> Collection[str]:
+        """Return the keys that may stand beside the declared ones."""
+        raise NotImplementedError

@@ -5,8 +5,7 @@ from __future__ import annotations
 import re
 import types
 import typing
-from collections.abc import Iterable, Iterator, Mapping
-from copy import deepcopy
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from difflib import get_close_matches
 from functools import cache
 from typing import Any, NoReturn, TypeVar
@@ -15,6 +14,7 @@ from pydantic import BaseModel, ValidationError
 
 from hydralv_tune.config.errors import ConfigError
 from hydralv_tune.config.plugins import load_plugins
+from hydralv_tune.config.strict_model import OpenModel
 
 M = TypeVar("M", bound=BaseModel)
 
@@ -30,15 +30,18 @@ SYNONYMS = {
 
 
 def merged(base: Mapping[str, Any], *layers: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the layers laid over the base: mappings join, all else is replaced."""
-    result = deepcopy(dict(base))
+    """Return the layers laid over the base: mappings join, all else is replaced.
+
+    What no layer touches is shared with the base, so nobody may change the result in place.
+    """
+    result = dict(base)
     for layer in layers:
         for key, value in layer.items():
             old = result.get(key)
             if isinstance(old, Mapping) and isinstance(value, Mapping):
                 result[key] = merged(old, value)
             else:
-                result[key] = deepcopy(value)
+                result[key] = value
     return result
 
 
@@ -127,7 +130,7 @@ def _unknown_keys(
     for key, value in mapping.items():
         here = f"{path}{key}"
         if key not in known:
-            if model.model_config.get("extra") != "allow":
+            if model.model_config.get("extra") != "allow" or key not in _open_keys(model, key):
                 yield here, model
             continue
         inner = sub_model(known[key])
@@ -138,6 +141,11 @@ def _unknown_keys(
             for index, entry in enumerate(value):
                 if item is not None and isinstance(entry, Mapping):
                     yield from _unknown_keys(entry, item, f"{here}[{index}].")
+
+
+def _open_keys(model: type[BaseModel], key: Any) -> Collection[Any]:
+    """Return what may stand in a block beside its declared keys; anything where it says nothing."""
+    return model.open_keys() if issubclass(model, OpenModel) else (key,)
 
 
 def check_keys(mapping: Any, model: type[BaseModel], place: str) -> None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, overload
+from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 import numpy.typing as npt
-import torch
-from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Array = npt.NDArray[Any]
 Floats = npt.NDArray[np.float32]
@@ -69,7 +70,9 @@ class Normalisation:
             raise ValueError(
                 f"image has shape {tuple(image.shape)}, but must be ({len(self.low)}, Y, X)."
             )
-        if isinstance(image, Tensor):
+        if not isinstance(image, np.ndarray):
+            import torch
+
             lows, highs, offsets, scales = (
                 torch.from_numpy(values).to(image.device)[:, None, None]
                 for values in (self.low, self.high, self.offset, self.scale)
@@ -191,7 +194,7 @@ def normalise(image: Array | Tensor, **arguments: Any) -> Floats | Tensor:
 
 def _as_array(values: Array | Tensor) -> Array:
     """Return the values on the host."""
-    return values.detach().cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)
+    return np.asarray(values.detach().cpu() if hasattr(values, "detach") else values)
 
 
 def fill_of(section: Array, fill: str = "constant") -> npt.NDArray[np.bool_]:

@@ -103,7 +103,7 @@ def open_lazy(path: str | Path, *, ndim: int | None = None, axes: str = "(Z, Y, 
         VolumeError: As for `read_array`.
     """
     location = locate(path)
-    kind = _format_of(location)
+    kind = format_of(location)
     if location.dataset is not None and not kind.has_datasets:
         raise VolumeError(f"{location}: a {kind.name} holds no datasets. Name the file alone.")
     try:
@@ -248,7 +248,7 @@ def _flush(path: Path) -> None:
         os.fsync(file.fileno())
 
 
-def _format_of(location: Location) -> Format:
+def format_of(location: Location) -> Format:
     """Return the format of a file or folder, by its content.
 
     Raises:

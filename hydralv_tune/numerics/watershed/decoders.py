@@ -8,18 +8,21 @@ is decoded, since names and arguments are checked where nothing is.
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
-import numpy.typing as npt
-
 if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
     from hydralv_tune.numerics.watershed.graph import WatershedGraph
 
-Array = npt.NDArray[Any]
-Labels = npt.NDArray[np.int32]
+    Array = npt.NDArray[Any]
+    Labels = npt.NDArray[np.int32]
+
 Pair = Sequence[float | None]
 
 FLOOR = 0.1
@@ -61,10 +64,10 @@ class Argument:
         """
         if self.kind in ("choice", "any"):
             return value
-        if self.may_be_off and (value is None or value == np.inf):
-            return float(np.inf)
-        number = isinstance(value, int | float | np.number) and not isinstance(value, bool)
-        finite = number and bool(np.isfinite(value))
+        if self.may_be_off and (value is None or value == math.inf):
+            return math.inf
+        number = isinstance(value, Real) and not isinstance(value, bool)  # NumPy's are Real too
+        finite = number and math.isfinite(value)
         if self.kind == "size" and not (finite and int(value) == value and value >= 0):
             raise ValueError(f"{name} is {value!r}, but it is a number of voxels from 0 on")
         if self.kind == "integer" and not (finite and int(value) == value):
@@ -176,6 +179,8 @@ def _labels_of(
         seeds: (channels,), float64, the seed thresholds.
         min_seed_size, min_instance_size: In voxels.
     """
+    import numpy as np
+
     from hydralv_tune.numerics.watershed.flood import Workspace, keep_large
 
     space = Workspace(graph)
@@ -226,6 +231,8 @@ def decode_instance_binary_contour_distance(
     Raises:
         ValueError: The input or an argument breaks its rule.
     """
+    import numpy as np
+
     from hydralv_tune.numerics.watershed.graph import contour_graph
 
     known, form = DECODERS[CONTOUR].arguments, DECODERS[CONTOUR].sweep
@@ -269,6 +276,8 @@ def decode_instance_watershed_distance(
     Raises:
         ValueError: The input or an argument breaks its rule.
     """
+    import numpy as np
+
     from hydralv_tune.numerics.watershed.graph import distance_graph, foreground_graph
 
     seed, low = DISTANCE_PAIR.checked_pair("distance_threshold", distance_threshold)
