@@ -5,6 +5,11 @@ const HIDDEN = ["rename study", "delete study", "delete artifact", "skip trial"]
   .concat(['button:has(svg[data-testid="EditIcon"])', ".hydralv-refused"]);
 const REFUSED = ["Fail Trial", "Create", "Upload a New File"];
 
+// Trials side by side share the width of the window; what is wide in one scrolls there.
+const widths = document.createElement("style");
+widths.textContent = ".MuiBox-root, .MuiCard-root { min-width: 0; } td, code { overflow-wrap: anywhere; }";
+document.head.append(widths);
+
 if (!writable) {
   const style = document.createElement("style");
   style.textContent = `${HIDDEN.join(",")} { display: none !important; }`;
