@@ -194,14 +194,17 @@ class LiveView:
     def _say(self, text: str, event: EventLike) -> None:
         """Print a line with the clock and where the study stands, and write it into the log."""
         line = f"{datetime.now():%H:%M:%S} {self._standing()}{text}"
-        self._pending.append(f"{datetime.now():%Y-%m-%d} {line}\n")
-        # A run that is refused while its volumes are read must leave no file behind.
-        if self._log is not None and event.kind != "stage":
+        self._pending.append(line)
+        if event.kind == "stage":
+            return  # a run that is refused while it reads leaves one message and no file
+        if self._log is not None:
+            day = f"{datetime.now():%Y-%m-%d}"
             with suppress(OSError), self._log.open("a", encoding="utf-8") as log:
-                log.writelines(self._pending)
-            self._pending.clear()
+                log.writelines(f"{day} {pending}\n" for pending in self._pending)
         if self._live is None or event.kind in (*ENDS, "retry", "stopped", "waiting"):
-            say(line)
+            for pending in self._pending if self._live is None else [line]:
+                say(pending)
+        self._pending.clear()
 
     def _standing(self) -> str:
         """Return finished trials and the best one in brackets, once there is a study."""

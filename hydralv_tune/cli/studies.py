@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from hydralv_tune.cli.console import format_value, print_facts, print_json, say, stdout
+from hydralv_tune.cli.console import format_value, print_facts, print_json, say, stderr, stdout
 from hydralv_tune.cli.options import (
     IgnoreLabels,
     Images,
@@ -169,7 +169,8 @@ def _run(
     folder = out or Path("runs") / name
     check_folder("--out", folder)
     url = storage or f"sqlite:///{folder / 'study.db'}"
-    say(f"Study {name} in {folder}: starting.")
+    if stderr.is_terminal:  # elsewhere the message of a refusal is the first and only line
+        say(f"Study {name} in {folder}: starting.")
     # Imported only now: Ray, PyTorch and Optuna take seconds, and people wait for a first line.
     from hydralv_tune.cli.live_view import LiveView
     from hydralv_tune.launch.run import run_study
