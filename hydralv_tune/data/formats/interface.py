@@ -31,7 +31,8 @@ UNREADABLE = (
     AttributeError,
     NotImplementedError,
     ImportError,
-    OverflowError,
+    ArithmeticError,
+    SyntaxError,
     struct.error,
     zlib.error,
 )

@@ -33,7 +33,7 @@ def open_stored(location: Location) -> Stored:
         file = tifffile.TiffFile(location.path)
         try:
             series = _only_series(location, file)
-            contiguous = series.dataoffset is not None and series.dtype.isnative
+            contiguous = series.dataoffset is not None and series.dtype.isnative and series.size
             if contiguous and series.dataoffset + series.nbytes > file.filehandle.size:
                 raise EOFError("voxels are missing at its end")
             axes = _axes(file, series)
@@ -43,7 +43,7 @@ def open_stored(location: Location) -> Stored:
             elif _is_paged(series):
                 array = _Pages(series)
             else:
-                array = series.asarray()
+                array = series.asarray() if series.size else np.empty(series.shape, series.dtype)
             return Stored(array, axes, _placement(file), close=file.close)
         except BaseException:
             file.close()
