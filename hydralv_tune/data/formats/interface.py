@@ -242,7 +242,6 @@ def _order(
 ) -> tuple[int, ...]:
     """Return which stored axis is which of (c,) z, y, x, by their names."""
     names = list(axes)
-    spelled = ", ".join(f"{n} ({side})" for n, side in zip(names, shape, strict=True))
     if len(names) != len(shape) or len({n for n in names if n != UNNAMED}) < sum(
         n != UNNAMED for n in names
     ):
@@ -250,6 +249,7 @@ def _order(
             f"{location}: its axes are called {', '.join(names)}, but its shape is {shape}: names "
             "and axes do not fit each other. Name each axis once in the file."
         )
+    spelled = ", ".join(f"{n} ({side})" for n, side in zip(names, shape, strict=True))
     wanted = "czyx" if ndim == 4 else "zyx"
     unnamed = [i for i, name in enumerate(names) if name == UNNAMED]
     missing = [name for name in wanted if name not in names]
