@@ -217,7 +217,7 @@ def arranged(location: object, stored: Stored, ndim: int | None, axes: str) -> L
             f"{location}: shape {ours} has {len(ours)} axes, but {ndim} are required, {axes}. "
             f"{hint}"
         )
-    if 0 in ours or not ours:
+    if not ours or min(ours) < 1:
         raise VolumeError(f"{location}: shape {ours} holds no voxel. Name another file.")
     if dtype.kind not in "buif":
         raise VolumeError(
