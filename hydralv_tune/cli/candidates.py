@@ -1,13 +1,20 @@
-"""The commands of one candidate: train, predict."""
+"""The commands of one candidate: train, predict, segment."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from hydralv_tune.cli.console import format_value, print_facts, print_json, progress_bar, say
+from hydralv_tune.cli.console import (
+    format_value,
+    print_facts,
+    print_json,
+    progress_bar,
+    say,
+    step_progress,
+)
 from hydralv_tune.cli.options import (
     CandidateName,
     IgnoreLabels,
@@ -16,11 +23,14 @@ from hydralv_tune.cli.options import (
     Labels,
     Masks,
     OneImage,
+    OneMask,
+    OneScoredMask,
     ScoredMasks,
     Settings,
     check_file_out,
     check_folder,
     path_option,
+    text_option,
     volumes_given,
 )
 from hydralv_tune.config.errors import InputError, as_input_error
@@ -145,3 +155,97 @@ def predict(
         print_json(document)
     else:
         print_facts("Predicted", document)
+
+
+def segment(
+    best: Annotated[
+        str,
+        typer.Argument(
+            help="Exported YAML file, checkpoint, or folder of a study.", metavar="BEST"
+        ),
+    ],
+    image: OneImage,
+    out: Annotated[Path, path_option(help="Where the instance labels go.")],
+    mask: OneMask = None,
+    label: Annotated[
+        str | None, text_option("--label", help="Instance labels; the result is scored on them.")
+    ] = None,
+    scored_mask: OneScoredMask = None,
+    ignore_label: IgnoreLabels = None,
+    table: Annotated[
+        Path | None, path_option(help="One row an instance: a .csv or .parquet file.")
+    ] = None,
+    memory_gb: Annotated[
+        float | None,
+        typer.Option(min=1.0, help="Most memory to use. Default: half of what is free."),
+    ] = None,
+    ray_address: Annotated[
+        str | None, typer.Option(help="Ray cluster whose nodes share the folder of --out.")
+    ] = None,
+    study: Annotated[
+        str | None, typer.Option("--study", help="Name of the study, where there are several.")
+    ] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="Argument of the decoder, such as min_instance_size=200."),
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    json: Json = False,
+) -> None:
+    """Segment a volume of any size with the weights and thresholds of BEST.
+
+    A segmentation that was stopped goes on with the same command.
+
+    Example: `hydralv-tune segment runs/demo --image runs/demo/phantom/im.h5 --out runs/seg.h5`
+    """
+    import time
+    from contextlib import ExitStack
+
+    from hydralv_tune.config.files import parse_overrides
+    from hydralv_tune.config.paths import expanded
+    from hydralv_tune.data.formats import WRITABLE
+
+    inputs = [path for path in (image, mask, label, scored_mask) if path is not None]
+    check_file_out("--out", out, WRITABLE, inputs)
+    if table is not None:
+        check_file_out("--table", table, (".csv", ".parquet"), inputs)
+    import psutil
+
+    from hydralv_tune.data.volumes import VolumePaths
+    from hydralv_tune.results.segmentation import load_model
+    from hydralv_tune.results.segmentation_score import scored_segmentation, write_table
+    from hydralv_tune.trial.whole_volume.segmentation import Jobs, segment_volume
+
+    changed = parse_overrides(settings or [])
+    model = load_model(expanded(best), study=study, changed=changed)
+    memory = memory_gb or max(psutil.virtual_memory().available / 2e9, 1.0)
+    started = time.perf_counter()
+    with ExitStack() as stack:
+        jobs = Jobs()
+        if ray_address is not None:
+            from hydralv_tune.launch.segmentation_jobs import ray_jobs
+
+            jobs = stack.enter_context(ray_jobs(ray_address))
+        say_step = stack.enter_context(step_progress())
+        found = segment_volume(
+            model, VolumePaths(image, image, label, mask), out, memory_gb=memory, device=device,
+            jobs=jobs, say=say_step,
+        )  # fmt: skip
+    rows = found.table.frame()
+    scores: dict[str, Any] = {}
+    if label is not None:
+        inside = [path for path in (mask, scored_mask) if path is not None]
+        scores, rows = scored_segmentation(
+            out, label, rows, masks=inside, ignore=ignore_label or []
+        )
+    document = {
+        "out": str(out),
+        "instances": found.instances,
+        "table": None if table is None else str(write_table(rows, table)),
+        "seconds": round(time.perf_counter() - started, 3),
+        **scores,
+    }
+    if json:
+        print_json(document)
+    else:
+        print_facts("Segmented", document)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import math
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
@@ -89,6 +90,30 @@ def print_rows(title: str, rows: Sequence[Mapping[str, Any]]) -> None:
     for row in rows:
         table.add_row(*(format_value(value) for value in row.values()))
     stdout.print(table)
+
+
+@contextmanager
+def step_progress() -> Iterator[Callable[[str, int, int], None]]:
+    """Show a bar for each step of a work on stderr; yield the callback `(step, done, whole)`.
+
+    Where stderr is no terminal, a line says when a step begins and how far it is every minute.
+    """
+    with ExitStack() as stack:
+        current, move, told = "", None, 0.0
+
+        def show(step: str, done: int, whole: int) -> None:
+            nonlocal current, move, told
+            if step != current:
+                current, told = step, 0.0
+                stack.close()
+                move = stack.enter_context(progress_bar(step.capitalize()))
+            assert move is not None
+            move(done, whole)
+            if not stderr.is_terminal and time.monotonic() - told > 60:
+                told = time.monotonic()
+                say(f"{step}: {done} of {whole}")
+
+        yield show
 
 
 @contextmanager

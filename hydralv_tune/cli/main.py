@@ -61,6 +61,7 @@ COMMANDS: dict[str, dict[str, Callable[..., None]]] = {
     "One candidate": {
         "train": candidates.train,
         "predict": candidates.predict,
+        "segment": candidates.segment,
     },
     "Studies": {
         "run": studies.run,

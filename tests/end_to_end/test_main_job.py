@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import h5py
+import numpy as np
+import pandas as pd
 import pytest
 import yaml
 
@@ -118,6 +120,29 @@ def test_the_exported_commands_give_the_score_of_the_study(
     scored = hydralv("score", "--prediction", "seg.h5", *data("label", "mask"), cwd=folder)
     for name in ("adapted_rand_error", "adapted_rand_error_foreground", "f1_iou50"):
         assert scored[name] == pytest.approx(best[name], abs=1e-9), name
+
+
+@pytest.mark.parametrize("best", ["runs/s", "exported/best.yaml", "exported/best.ckpt"])
+def test_segment_gives_the_score_of_the_study(
+    study: dict[str, Any], folder: Path, best: str
+) -> None:
+    (folder / "exported").mkdir(exist_ok=True)
+    hydralv("export", "runs/s", "--out", "exported/best.yaml", cwd=folder)
+    found = hydralv(
+        "segment", best, *data("image", "label", "mask"), "--out", "whole.h5", "--table",
+        "whole.csv", "--memory-gb", "4", cwd=folder,
+    )  # fmt: skip
+    for name in ("adapted_rand_error", "adapted_rand_error_foreground", "f1_iou50"):
+        assert found[name] == study["best"][name], name
+    scored = hydralv("score", "--prediction", "whole.h5", *data("label", "mask"), cwd=folder)
+    assert {key: found[key] for key in scored} == scored
+    rows = pd.read_csv(folder / "whole.csv")
+    assert list(rows["id"]) == list(range(1, found["instances"] + 1))
+    with h5py.File(folder / "whole.h5") as file:
+        sizes = np.bincount(file["main"][:].ravel())
+    assert list(rows["voxels"]) == list(sizes[1:])
+    assert set(rows["verdict"]) <= {"true", "split", "merged", "invented"}
+    assert (rows["verdict"] == "invented").sum() == len(found["invented"])
 
 
 def test_training_the_exported_config_again_gives_the_same_error(

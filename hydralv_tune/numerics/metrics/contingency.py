@@ -222,3 +222,33 @@ def joined(tables: Sequence[ContingencyTable]) -> ContingencyTable:
         pair_segment=all_of("pair_segment", segments),
         pair_voxels=all_of("pair_voxels"),
     )
+
+
+def of_one_volume(parts: Sequence[ContingencyTable]) -> ContingencyTable:
+    """Return the tables of disjoint parts of one volume as one: equal ids are one instance."""
+    truth_ids = np.unique(np.concatenate([np.zeros(0, np.uint64), *(p.truth_ids for p in parts)]))
+    segment_ids = np.unique(
+        np.concatenate([np.zeros(0, np.uint64), *(p.segment_ids for p in parts)])
+    )
+    truth_sizes = np.zeros(len(truth_ids), np.int64)
+    segment_sizes = np.zeros(len(segment_ids), np.int64)
+    columns = max(len(segment_ids), 1)
+    keys, voxels = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
+    for part in parts:
+        truths = np.searchsorted(truth_ids, part.truth_ids)
+        segments = np.searchsorted(segment_ids, part.segment_ids)
+        truth_sizes[truths] += part.truth_sizes
+        segment_sizes[segments] += part.segment_sizes
+        keys.append(truths[part.pair_truth] * columns + segments[part.pair_segment])
+        voxels.append(part.pair_voxels)
+    pairs, place = np.unique(np.concatenate(keys), return_inverse=True)
+    return ContingencyTable(
+        voxels=sum(part.voxels for part in parts),
+        truth_ids=truth_ids,
+        truth_sizes=truth_sizes,
+        segment_ids=segment_ids,
+        segment_sizes=segment_sizes,
+        pair_truth=pairs // columns,
+        pair_segment=pairs % columns,
+        pair_voxels=summed(np.concatenate(voxels), place, len(pairs)),
+    )

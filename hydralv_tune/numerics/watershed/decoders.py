@@ -149,11 +149,15 @@ class Decoder:
         arguments: Every keyword argument of the function.
         sweep: None where a sweep has to decode each combination, which takes the time of
             `decode` for each and is meant for small grids.
+        domain: Of (probabilities, mask, every argument by name): the voxels, (Z, Y, X), whose
+            26-connected components are decoded independently of each other, so that a volume can
+            be decoded in parts. None where there is nothing like that.
     """
 
     function: Callable[..., Labels]
     arguments: Mapping[str, Argument]
     sweep: SweepForm | None = None
+    domain: Callable[[Array, Array | None, Mapping[str, Any]], Array] | None = None
 
     @property
     def slow_axes(self) -> tuple[str, ...]:
@@ -167,6 +171,30 @@ class Decoder:
         """Return every axis that a sweep may have, in the order of its table."""
         fast = () if self.sweep is None else ("min_instance_size", *self.sweep.foreground)
         return *self.slow_axes, *fast
+
+
+def _contour_domain(
+    maps: Array, mask: Array | None, arguments: Mapping[str, Any]
+) -> npt.NDArray[np.bool_]:
+    """Return where the flood of the contour decoder runs; seeds lie within."""
+    import numpy as np
+
+    if arguments["flood"] == "volume":
+        return np.ones(maps.shape[1:], bool) if mask is None else mask > 0
+    # Compared in double precision, as the flood does it.
+    support: npt.NDArray[np.bool_] = (maps[0] > np.float64(arguments["floor"])) | (maps[2] > 0)
+    return support if mask is None else support & (mask > 0)
+
+
+def _distance_domain(
+    maps: Array, mask: Array | None, arguments: Mapping[str, Any]
+) -> npt.NDArray[np.bool_]:
+    """Return where the distance decoder has foreground or a seed."""
+    import numpy as np
+
+    least = np.float64(min(arguments["distance_threshold"]))
+    found: npt.NDArray[np.bool_] = maps[2] > least
+    return found if mask is None else found & (mask > 0)
 
 
 def _labels_of(
@@ -336,6 +364,7 @@ _DISTANCE = Decoder(
         graph=_distance_graph,
         cut=_cut_to_foreground,
     ),
+    _distance_domain,
 )
 DECODERS: dict[str, Decoder] = {
     CONTOUR: Decoder(
@@ -356,6 +385,7 @@ DECODERS: dict[str, Decoder] = {
             signs=(1, -1, 1),
             graph=_contour_graph,
         ),
+        _contour_domain,
     ),
     "decode_instance_watershed_distance": _DISTANCE,
     "decode_distance_watershed": _DISTANCE,
@@ -368,6 +398,7 @@ def register_decoder(
     *,
     arguments: Mapping[str, Argument] | None = None,
     sweep: SweepForm | None = None,
+    domain: Callable[[Array, Array | None, Mapping[str, Any]], Array] | None = None,
 ) -> Decoder:
     """Enter a decoder into `DECODERS`, and return it.
 
@@ -377,6 +408,7 @@ def register_decoder(
         arguments: Left out, they are read from the function's keyword arguments: a float is a
             number, an int a whole number, a sequence of two numbers a pair, a bool a choice.
         sweep: As `Decoder.sweep`.
+        domain: As `Decoder.domain`.
 
     Raises:
         ValueError: The name is taken, or a keyword argument has no default.
@@ -384,7 +416,7 @@ def register_decoder(
     if name in DECODERS:
         raise ValueError(f"decoder name '{name}' is taken; give it another")
     known = read_arguments(function) if arguments is None else arguments
-    DECODERS[name] = Decoder(function, known, sweep)
+    DECODERS[name] = Decoder(function, known, sweep, domain)
     return DECODERS[name]
 
 

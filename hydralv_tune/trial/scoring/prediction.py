@@ -352,21 +352,38 @@ def _within_memory(job: _Job) -> Tensor:
         batch //= 2
 
 
-def _stitched(job: _Job, batch: int) -> Tensor:
-    """Return the blended probabilities (3, z, y, x) of the padded volume, float32."""
-    candidate, windows, device = job.candidate, job.windows, job.device
-    tta, window = candidate.inference.test_time_augmentation, candidate.inference.sliding_window
+def window_predictor(
+    network: nn.Module, candidate: Candidate, transforms: Sequence[Transform], device: torch.device
+) -> Callable[[Tensor], Tensor]:
+    """Return what turns windows (B, 1, z, y, x) into probabilities (B, 3, z, y, x), float32.
+
+    Args:
+        network: In evaluation mode.
+        candidate: Its precision and test-time augmentation are followed.
+        transforms: Of the test-time augmentation.
+        device: Where the network is.
+    """
+    tta = candidate.inference.test_time_augmentation
     mixed = device.type == "cuda" and candidate.optimization.precision == "bf16-mixed"
-    background = torch.tensor(BACKGROUND, device=device).view(1, 3, 1, 1, 1)
-    done = 0
 
     def probabilities(inputs: Tensor) -> Tensor:
         # For a single narrow item on a single thread, torch leaves oneDNN for a convolution that
         # is ten times slower (719 ms for a window of the smoke network, 67 ms among others).
         alone = len(inputs) == 1 and device.type == "cpu" and torch.get_num_threads() == 1
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=mixed):
-            logits = job.network(inputs.expand(2, -1, -1, -1, -1) if alone else inputs)
+            logits = network(inputs.expand(2, -1, -1, -1, -1) if alone else inputs)
         return activate(logits[: len(inputs)].float(), tta.channel_activations)
+
+    return lambda inputs: ensemble(probabilities, inputs, transforms, tta.ensemble_mode)
+
+
+def _stitched(job: _Job, batch: int) -> Tensor:
+    """Return the blended probabilities (3, z, y, x) of the padded volume, float32."""
+    candidate, windows, device = job.candidate, job.windows, job.device
+    window = candidate.inference.sliding_window
+    predicted = window_predictor(job.network, candidate, job.transforms, device)
+    background = torch.tensor(BACKGROUND, device=device).view(1, 3, 1, 1, 1)
+    done = 0
 
     def of_windows(inputs: Tensor, places: Sequence[Sequence[slice]]) -> Tensor:
         nonlocal done
@@ -377,9 +394,7 @@ def _stitched(job: _Job, batch: int) -> Tensor:
         ]
         result = background.expand(len(places), 3, *inputs.shape[2:]).clone()
         if chosen:
-            result[chosen] = ensemble(
-                probabilities, inputs[chosen], job.transforms, tta.ensemble_mode
-            )
+            result[chosen] = predicted(inputs[chosen])
         done += len(places)
         if job.progress is not None:
             job.progress(done, windows.count)

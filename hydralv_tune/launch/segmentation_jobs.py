@@ -1,0 +1,70 @@
+"""The parts of a segmentation as tasks on a Ray cluster."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import ray
+
+from hydralv_tune.config.errors import TrialFailed
+from hydralv_tune.launch.cluster import ray_cluster
+from hydralv_tune.trial.whole_volume.segmentation import Jobs
+
+
+class RayJobs(Jobs):
+    """Runs every job as a task; the work folder must be one that all nodes share.
+
+    Args:
+        workers: How many tasks at once.
+        gpus: Whether a task takes a GPU.
+    """
+
+    def __init__(self, workers: int, *, gpus: bool) -> None:
+        self.workers = workers
+        self._options: dict[str, Any] = {
+            "num_cpus": 1, "num_gpus": 1 if gpus else 0, "max_retries": 2,
+        }  # fmt: skip
+
+    def run(
+        self, function: Callable[[str, int], Any], folder: str, numbers: Sequence[int]
+    ) -> Iterator[int]:
+        """Yield the number of each job that is done, as they end."""
+        task = ray.remote(_one).options(**self._options)
+        running = {task.remote(function, os.path.abspath(folder), n): n for n in numbers}
+        while running:
+            done, _ = ray.wait(list(running), num_returns=1)
+            number = running.pop(done[0])
+            try:
+                ray.get(done[0])
+            except ray.exceptions.RayTaskError as error:
+                raise error.as_instanceof_cause() from None
+            except ray.exceptions.RayError as error:
+                reason = str(error).strip().splitlines()[0]
+                raise TrialFailed(
+                    "segmentation", f"a worker ended ({reason[:200]})", retry=True
+                ) from error
+            yield number
+
+
+def _one(function: Callable[[str, int], Any], folder: str, number: int) -> None:
+    """Run one job with one thread: there are as many jobs at once as cores."""
+    import torch
+
+    torch.set_num_threads(1)
+    function(folder, number)
+
+
+@contextmanager
+def ray_jobs(address: str) -> Iterator[RayJobs]:
+    """Join a cluster, and give what spreads jobs over it.
+
+    Raises:
+        InputError: There is no cluster to join.
+    """
+    with ray_cluster(address, []):
+        found = ray.cluster_resources()
+        gpus = int(found.get("GPU", 0))
+        yield RayJobs(gpus or max(int(found.get("CPU", 1)), 1), gpus=bool(gpus))

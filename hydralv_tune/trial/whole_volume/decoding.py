@@ -1,0 +1,211 @@
+"""Decode a volume in blocks to the instances that decoding at once gives.
+
+A flood never leaves its domain (the support of `flood: support`, the mask of `flood: volume`, the
+foreground of the distance decoder), and a seed never joins two parts of it. So each 26-connected
+component of the domain can be decoded alone, whole, and nothing is guessed at borders of blocks.
+Within a component the order of equals in the queue is that of the whole volume.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from scipy import ndimage, sparse
+
+from hydralv_tune.config.errors import InputError
+from hydralv_tune.numerics.watershed.decoders import DECODERS, decode, decoder_arguments
+
+Array = npt.NDArray[Any]
+Ints = npt.NDArray[np.int64]
+Size3 = tuple[int, int, int]
+Box = tuple[slice, slice, slice]
+Domain = Callable[[Array, Array | None], npt.NDArray[np.bool_]]
+
+BYTES_A_VOXEL = 40
+"""What decoding takes at its peak for each voxel of a block: probabilities, graph, labels, mask."""
+EVERYWHERE = np.ones((3, 3, 3), bool)
+
+
+def domain_of(name: str, arguments: Mapping[str, Any]) -> Domain | None:
+    """Return what tells the domain of a decoder, or None where it has none.
+
+    Args:
+        name: A key of `DECODERS`.
+        arguments: Of the decoder; what is left out takes its default.
+
+    Returns:
+        A function of probabilities (3, z, y, x) and mask (z, y, x), or None for all, to booleans.
+    """
+    used = {**decoder_arguments(name), **arguments}
+    domain = DECODERS[name].domain
+    return None if domain is None else lambda maps, mask: domain(maps, mask, used)
+
+
+@dataclass(frozen=True)
+class Components:
+    """The 26-connected components of a domain.
+
+    Args:
+        roots: (provisional ids + 1,), the component of each provisional label; 0 is none.
+        boxes: (components + 1, 3, 2), first and end voxel along each axis.
+        voxels: (components + 1,), their sizes.
+    """
+
+    roots: Ints
+    boxes: Ints
+    voxels: Ints
+
+    def __len__(self) -> int:
+        return len(self.boxes) - 1
+
+
+def label_components(
+    slabs: Sequence[slice], domain_at: Callable[[slice], npt.NDArray[np.bool_]],
+    write: Callable[[slice, Array], None],
+) -> Components:  # fmt: skip
+    """Label a domain slab by slab, and find what belongs together across them.
+
+    Args:
+        slabs: Of sections, in order and without gaps.
+        domain_at: The domain of a slab, (z, y, x) booleans.
+        write: Keeps the provisional labels (z, y, x) of a slab, uint32.
+    """
+    total = 0
+    pairs: list[Array] = []
+    boxes: list[Ints] = [np.zeros((1, 3, 2), np.int64)]
+    voxels: list[Ints] = [np.zeros(1, np.int64)]
+    last: Array | None = None
+    for slab in slabs:
+        labels, count = ndimage.label(domain_at(slab), structure=EVERYWHERE)
+        labels = np.where(labels > 0, labels.astype(np.uint32) + np.uint32(total), np.uint32(0))
+        found = ndimage.find_objects((labels - np.uint32(total) * (labels > 0)).astype(np.int32))
+        boxes.append(
+            np.array([[(p.start, p.stop) for p in box] for box in found], np.int64).reshape(
+                -1, 3, 2
+            )
+        )
+        boxes[-1][:, 0] += slab.start
+        voxels.append(np.bincount(labels[labels > 0] - np.uint32(total), minlength=count + 1)[1:])
+        if last is not None:
+            pairs.append(_touching(last, labels[0]))
+        write(slab, labels)
+        last, total = labels[-1], total + count
+    return _joined(total, pairs, np.concatenate(boxes), np.concatenate(voxels))
+
+
+def _touching(above_: Array, below: Array) -> Array:
+    """Return the pairs of labels of two sections that are 26-neighbours, (pairs, 2)."""
+    padded = np.pad(above_, 1)
+    pairs = [np.zeros((0, 2), np.uint32)]
+    for y in range(3):
+        for x in range(3):
+            other = padded[y : y + below.shape[0], x : x + below.shape[1]]
+            both = (other > 0) & (below > 0)
+            pairs.append(np.unique(np.stack([other[both], below[both]], 1), axis=0))
+    return np.unique(np.concatenate(pairs), axis=0)
+
+
+def _joined(total: int, pairs: Sequence[Array], boxes: Ints, voxels: Ints) -> Components:
+    """Return the components after provisional labels that touch are joined."""
+    edges = np.concatenate([np.zeros((0, 2), np.int64), *pairs]).astype(np.int64)
+    graph = sparse.coo_matrix(
+        (np.ones(len(edges)), (edges[:, 0], edges[:, 1])), shape=(total + 1,) * 2
+    )
+    count, roots = sparse.csgraph.connected_components(graph, directed=False)
+    # Provisional label 0 is background and touches nothing; it becomes component 0.
+    order = np.full(count, -1, np.int64)
+    order[roots[0]] = 0
+    first = np.unique(roots, return_index=True)[1]
+    rest = [root for root in roots[np.sort(first)] if root != roots[0]]
+    order[rest] = np.arange(1, count)
+    roots = order[roots]
+    joined = np.zeros((count, 3, 2), np.int64)
+    joined[:, :, 0] = np.iinfo(np.int64).max
+    np.minimum.at(joined[:, :, 0], roots[1:], boxes[1:, :, 0])
+    np.maximum.at(joined[:, :, 1], roots[1:], boxes[1:, :, 1])
+    joined[0] = 0
+    sizes = np.zeros(count, np.int64)
+    np.add.at(sizes, roots[1:], voxels[1:])
+    return Components(roots=roots, boxes=joined, voxels=sizes)
+
+
+@dataclass(frozen=True)
+class Block:
+    """Components that are decoded together.
+
+    Args:
+        box: The part of the volume that holds them all, and a voxel around them where there is one.
+        components: Their numbers.
+    """
+
+    box: Box
+    components: Ints
+
+
+def plan_blocks(shape: Size3, components: Components, *, memory_bytes: float) -> list[Block]:
+    """Return blocks that hold every component whole and fit into the memory, in raster order.
+
+    Raises:
+        InputError: One component alone does not fit.
+    """
+    most = max(int(memory_bytes / BYTES_A_VOXEL), 1)
+    blocks: list[Block] = []
+    waiting = [np.arange(1, len(components) + 1)]
+    while waiting:
+        chosen = waiting.pop()
+        if not len(chosen):
+            continue
+        boxes = components.boxes[chosen]
+        low = np.maximum(boxes[:, :, 0].min(0) - 1, 0)
+        high = np.minimum(boxes[:, :, 1].max(0) + 1, shape)
+        if math.prod((high - low).tolist()) <= most:
+            z, y, x = (slice(int(a), int(b)) for a, b in zip(low, high, strict=True))
+            blocks.append(Block((z, y, x), chosen))
+            continue
+        if len(chosen) == 1:
+            size = (high - low).tolist()
+            needed = math.prod(size) * BYTES_A_VOXEL / 1e9
+            raise InputError(
+                f"--memory-gb: one connected region of {int(components.voxels[chosen[0]]):,} "
+                f"voxels spans {size[0]} x {size[1]} x {size[2]} voxels (z, y, x), and is decoded "
+                f"as one: that takes {needed:.1f} GB of the memory for decoding. Allow "
+                f"{math.ceil(2 * needed)} GB, give a mask of the tissue, or cut the region with "
+                "--set flood=support and a higher floor, for example --set floor=0.3."
+            )
+        middle = boxes.mean(2)
+        axis = int(np.argmax(np.ptp(middle, axis=0) if len(chosen) > 2 else high - low))
+        order = np.argsort(middle[:, axis], kind="stable")
+        half = len(chosen) // 2
+        waiting += [np.sort(chosen[order[half:]]), np.sort(chosen[order[:half]])]
+    return sorted(blocks, key=lambda block: [part.start for part in block.box])
+
+
+def decode_block(
+    block: Block, maps: Array, provisional: Array, components: Components, name: str,
+    arguments: Mapping[str, Any],
+) -> npt.NDArray[np.int32]:  # fmt: skip
+    """Return the instances of a block, (z, y, x) of its box, ids from 1.
+
+    Args:
+        block: Which components.
+        maps: (3, z, y, x), the probabilities of its box.
+        provisional: (z, y, x), the provisional labels of its box.
+        components: Of the volume.
+        name: Of the decoder.
+        arguments: Of the decoder.
+    """
+    member = np.zeros(len(components) + 1, bool)
+    member[block.components] = True
+    mask = member[components.roots][provisional]
+    return decode(name, maps, mask, **arguments)
+
+
+def sections_of(shape: Size3, *, memory_bytes: float) -> Iterator[slice]:
+    """Return slabs of sections that fit into the memory, at least one section each."""
+    depth = max(int(memory_bytes / (BYTES_A_VOXEL * shape[1] * shape[2])), 1)
+    return (slice(z, min(z + depth, shape[0])) for z in range(0, shape[0], depth))

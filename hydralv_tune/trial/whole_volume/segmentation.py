@@ -1,0 +1,493 @@
+"""Segment a volume of any size: predict in lanes, decode in blocks, write the labels.
+
+All that is known between two steps lies in a work folder beside the output. A run that was killed
+goes on from there and writes the same file; a worker needs the folder and a number.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import numpy.typing as npt
+import zarr
+
+from hydralv_tune.artifacts.writing import write_atomically
+from hydralv_tune.config.candidate import Candidate
+from hydralv_tune.config.errors import InputError, as_input_error
+from hydralv_tune.config.files import candidate_from_mapping
+from hydralv_tune.data.formats.files import LazyArray, create_array, locate, open_lazy
+from hydralv_tune.data.truth import annotated_sections
+from hydralv_tune.data.volumes import Volume, VolumePaths
+from hydralv_tune.numerics.normalisation import Normalisation
+from hydralv_tune.numerics.watershed.decoders import decode
+from hydralv_tune.trial.fitted_normalisation import fitted_normalisation
+from hydralv_tune.trial.scoring.prediction import (
+    BACKGROUND,
+    load_network,
+    pick_device,
+    plan_windows,
+    transforms_of,
+    window_predictor,
+)
+from hydralv_tune.trial.whole_volume import decoding
+from hydralv_tune.trial.whole_volume.instance_table import InstanceTable, instances_of
+from hydralv_tune.trial.whole_volume.padded_image import PaddedImage, Span
+from hydralv_tune.trial.whole_volume.prediction import Lane, plan_lanes, predicted_sections
+
+Array = npt.NDArray[Any]
+Size3 = tuple[int, int, int]
+Say = Callable[[str, int, int], None]
+"""Told the step, how much of it is done, and how much there is."""
+
+PROGRAM_BYTES = 0.9e9
+"""What Python, PyTorch and a network's weights take before any voxel is read."""
+LEAST_BYTES = 0.2e9
+WINDOW_COPIES = 8
+"""How many arrays of a network's first width a window is worth while it is predicted."""
+TOO_MANY_FOR_UINT16 = 2**16
+
+
+@dataclass(frozen=True)
+class Model:
+    """What a volume is segmented with.
+
+    Args:
+        checkpoint: Weights and the candidate they were trained as.
+        candidate: How windows are predicted.
+        decoder: The name of the decoder.
+        arguments: Its thresholds.
+    """
+
+    checkpoint: Path
+    candidate: Candidate
+    decoder: str
+    arguments: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Segmented:
+    """What came out.
+
+    Args:
+        out: The labels.
+        instances: How many there are.
+        blocks: In how many blocks they were decoded.
+        table: One row an instance.
+    """
+
+    out: Path
+    instances: int
+    blocks: int
+    table: InstanceTable
+
+
+class Jobs:
+    """Runs the jobs of a step one after the other, here. Another one may spread them."""
+
+    workers = 1
+
+    def run(
+        self, function: Callable[[str, int], Any], folder: str, numbers: Sequence[int]
+    ) -> Iterator[int]:
+        """Yield the number of each job that is done."""
+        for number in numbers:
+            function(folder, number)
+            yield number
+
+
+@dataclass(frozen=True)
+class Work:
+    """The work folder of one segmentation: what is to be done, and what has been done."""
+
+    folder: Path
+
+    @cached_property
+    def plan(self) -> dict[str, Any]:
+        """Return what `begin` has written."""
+        plan: dict[str, Any] = json.loads((self.folder / "plan.json").read_text())
+        return plan
+
+    @cached_property
+    def candidate(self) -> Candidate:
+        """Return the candidate that windows are predicted as."""
+        return candidate_from_mapping(self.plan["candidate"], place=str(self.folder), base={})
+
+    @property
+    def shape(self) -> Size3:
+        """Return (z, y, x) of the volume."""
+        z, y, x = self.plan["shape"]
+        return z, y, x
+
+    @property
+    def lanes(self) -> list[Lane]:
+        """Return the lanes of the prediction."""
+        return [Lane(tuple(low), tuple(high)) for low, high in self.plan["lanes"]]
+
+    @property
+    def probabilities(self) -> zarr.Array[Any]:
+        """Return (3, Z, Y, X) float16 on disk."""
+        return cast(Any, zarr.open(self.folder / "probabilities.zarr", mode="r+"))
+
+    @property
+    def provisional(self) -> zarr.Array[Any]:
+        """Return the provisional labels of the domain, (Z, Y, X) uint32 on disk."""
+        return cast(Any, zarr.open(self.folder / "domain.zarr", mode="r+"))
+
+    @cached_property
+    def components(self) -> decoding.Components:
+        """Return the components of the domain."""
+        with np.load(self.folder / "components.npz") as kept:
+            return decoding.Components(kept["roots"], kept["boxes"], kept["voxels"])
+
+    def block_file(self, number: int) -> Path:
+        """Return where the instances of a block are kept."""
+        return self.folder / f"block_{number}.npz"
+
+    @contextmanager
+    def inputs(self) -> Iterator[tuple[LazyArray, LazyArray | None]]:
+        """Give image and mask, open for reading."""
+        with ExitStack() as stack:
+            image = stack.enter_context(open_lazy(self.plan["image"], ndim=3))
+            path = self.plan["mask"]
+            yield image, None if path is None else stack.enter_context(open_lazy(path, ndim=3))
+
+
+def segment_volume(
+    model: Model, paths: VolumePaths, out: Path, *, memory_gb: float, device: str = "auto",
+    jobs: Jobs | None = None, say: Say = lambda step, done, whole: None, truth: bool = False,
+) -> Segmented:  # fmt: skip
+    """Write the instances of a volume, and return what there is of them.
+
+    Args:
+        model: Weights and thresholds.
+        paths: Image and mask.
+        out: Where the labels go, (Z, Y, X): uint16 where the ids fit, uint32 otherwise.
+        memory_gb: What the process may take at its peak, the program itself included.
+        device: As for `pick_device`.
+        jobs: Who runs the jobs of a step.
+        say: Is told how far each step is.
+        truth: Whether the table compares with the labels of `paths`.
+
+    Raises:
+        VolumeError: A file cannot be read or written, or the shapes differ.
+        InputError: A connected region does not fit into the memory.
+        TrialFailed: The network gives values that are not finite.
+    """
+    jobs = jobs or Jobs()
+    spread = max((memory_gb * 1e9 - PROGRAM_BYTES), LEAST_BYTES)
+    work = _begin(model, paths, out, memory_bytes=spread, device=device, workers=jobs.workers)
+    _predict(work, jobs, say)
+    blocks = _plan_blocks(work, spread, say)
+    missing = [n for n in range(len(blocks)) if not work.block_file(n).exists()]
+    done = len(blocks) - len(missing)
+    for _ in jobs.run(decode_one, str(work.folder), missing):
+        done += 1
+        say("decode", done, len(blocks))
+    table = _write_labels(work, out, blocks, say)
+    shutil.rmtree(work.folder)
+    return Segmented(out=out, instances=len(table), blocks=len(blocks), table=table)
+
+
+def work_folder(out: Path) -> Path:
+    """Return the folder that a segmentation keeps its state in while it is under way."""
+    location = locate(out)
+    name = location.path.name + (
+        f".{location.dataset.replace('/', '_')}" if location.dataset else ""
+    )
+    return location.path.with_name(f"{name}.work")
+
+
+def _begin(
+    model: Model, paths: VolumePaths, out: Path, *, memory_bytes: float, device: str, workers: int
+) -> Work:
+    """Return the work folder: an earlier one of the very same work, or a fresh one."""
+    work = Work(work_folder(out))
+    with open_lazy(paths.image, ndim=3) as image:
+        shape = image.shape
+        placement = {"voxel_size_nm": image.voxel_size_nm, "origin_nm": image.origin_nm}
+    if paths.mask is not None:
+        with open_lazy(paths.mask, ndim=3) as mask:
+            if mask.shape != shape:
+                raise InputError(
+                    f"{paths.mask}: the mask has shape {mask.shape}, but the image {paths.image} "
+                    f"has {shape}; both must be equal. Give the mask of this very volume."
+                )
+            if annotated_sections([bool((section > 0).any()) for section in _Sections(mask)]):
+                raise InputError(
+                    f"{paths.mask}: the mask leaves out whole sections, so it says what was "
+                    "annotated, not where tissue is, and instances would be cut at its sections. "
+                    "Leave --mask out, or give the tissue; score with --scored-mask."
+                )
+    with as_input_error(paths.image):
+        windows = plan_windows(shape, model.candidate)
+    lanes = plan_lanes(shape, windows, memory_bytes=0.4 * memory_bytes, least=workers)
+    plan = {
+        "image": str(Path(paths.image).absolute()) if Path(paths.image).exists() else paths.image,
+        "mask": paths.mask,
+        "label": paths.label,
+        "shape": list(shape),
+        **placement,
+        "files": [_state_of(p) for p in (paths.image, paths.mask) if p is not None],
+        "checkpoint": str(model.checkpoint.absolute()),
+        "weights": sha256(model.checkpoint.read_bytes()).hexdigest(),
+        "candidate": model.candidate.as_mapping(),
+        "decoder": model.decoder,
+        "arguments": dict(model.arguments),
+        "device": device,
+        "batch": _batch(model.candidate, memory_bytes),
+        "memory_bytes": memory_bytes,
+        "lanes": [[list(lane.low), list(lane.high)] for lane in lanes],
+    }
+    text = json.dumps(plan, indent=1, default=list)
+    if (work.folder / "plan.json").exists() and work.plan == json.loads(text):
+        return work
+    work = Work(work.folder)
+    shutil.rmtree(work.folder, ignore_errors=True)
+    work.folder.mkdir(parents=True)
+    block = (3, 16, *(min(side, 256) for side in shape[1:]))
+    zarr.create_array(
+        work.folder / "probabilities.zarr", shape=(3, *shape), chunks=block, dtype="float16",
+        compressors=[zarr.codecs.BloscCodec(cname="lz4", clevel=1)], fill_value=0,
+    )  # fmt: skip
+    volume = Volume(paths.name, cast(Any, None))
+    with open_lazy(paths.image, ndim=3) as image:
+        fitted = fitted_normalisation(
+            replace(volume, image=cast(Any, _Sections(image))), model.candidate.data
+        )
+    _save(work.folder / "normalisation.npz", **asdict(fitted))
+    write_atomically(work.folder / "plan.json", text.encode())
+    return work
+
+
+@dataclass(frozen=True)
+class _Sections:
+    """A lazy array that is read section by section; a few at once, where it is stored so."""
+
+    array: LazyArray
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.array.shape
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        return self.array.dtype
+
+    def __iter__(self) -> Iterator[Array]:
+        depth = min(self.array.chunks[0] if self.array.chunks else 1, 64)
+        for z in range(0, self.shape[0], depth):
+            yield from self.array[z : z + depth]
+
+
+def _state_of(path: str) -> list[Any]:
+    """Return what changes when a file does."""
+    file = locate(path).path
+    if not file.exists():
+        return [path]
+    files = sorted(p for p in file.rglob("*") if p.is_file()) if file.is_dir() else [file]
+    stats = [p.stat() for p in files]
+    return [
+        str(file),
+        sum(s.st_size for s in stats),
+        max((s.st_mtime_ns for s in stats), default=0),
+    ]
+
+
+def _batch(candidate: Candidate, memory_bytes: float) -> int:
+    """Return how many windows are predicted at once: as `predict` does, if the memory allows."""
+    window = candidate.inference.sliding_window
+    size = window.window_size or candidate.data.patch_size
+    wanted = window.sw_batch_size or max(candidate.system.inference.batch_size, 4)
+    width = candidate.model.filters[0] if candidate.model.filters else 32
+    one = math.prod(size) * 4 * width * WINDOW_COPIES
+    return max(1, min(wanted, int(0.5 * memory_bytes / one)))
+
+
+def _save(path: Path, **arrays: Array) -> None:
+    """Write arrays, compressed, whole or not at all."""
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, **cast(Any, arrays))
+    write_atomically(path, buffer.getvalue())
+
+
+def _predict(work: Work, jobs: Jobs, say: Say) -> None:
+    """Run the prediction of every lane that is not done."""
+    lanes = work.lanes
+    depth = sum(lane.high[0] - lane.low[0] for lane in lanes)
+    missing = [n for n, lane in enumerate(lanes) if _reached(work, n) < lane.high[0]]
+    say("predict", sum(_reached(work, n) - lane.low[0] for n, lane in enumerate(lanes)), depth)
+    for _ in jobs.run(predict_one, str(work.folder), missing):
+        say("predict", sum(_reached(work, n) - lane.low[0] for n, lane in enumerate(lanes)), depth)
+
+
+def _reached(work: Work, number: int) -> int:
+    """Return the section that a lane has reached."""
+    try:
+        return int((work.folder / f"lane_{number}").read_text())
+    except FileNotFoundError:
+        return work.lanes[number].low[0]
+
+
+def predict_one(folder: str, number: int) -> None:
+    """Predict one lane, from the section that it has reached, into the work folder."""
+    work = Work(Path(folder))
+    plan, lane, candidate = work.plan, work.lanes[number], work.candidate
+    device = pick_device(plan["device"])
+    network, _ = load_network(plan["checkpoint"], device=device)
+    windows = plan_windows(work.shape, candidate)
+    with np.load(work.folder / "normalisation.npz") as kept:
+        fitted = Normalisation(**{key: kept[key] for key in kept.files})
+    target = work.probabilities
+    hidden = candidate.inference.test_time_augmentation.apply_mask
+    with work.inputs() as (image, mask):
+        padded = PaddedImage(cast(Any, image), windows, candidate, fitted)
+        steps = predicted_sections(
+            padded, candidate, windows, lane,
+            predictor=window_predictor(network, candidate, transforms_of(candidate), device),
+            wanted=lambda z, y, x: _mask_box(mask, work.shape, windows.before, (z, y, x)),
+            batch=plan["batch"], device=device, progress=lambda windows_done: None,
+            start=_reached(work, number),
+        )  # fmt: skip
+        for first, values in steps:
+            end = first + values.shape[1]
+            box = (
+                slice(first, end),
+                *(slice(a, b) for a, b in zip(lane.low[1:], lane.high[1:], strict=True)),
+            )
+            if mask is not None and hidden:
+                values[:, ~(mask[box] > 0)] = np.array(BACKGROUND, np.float16)[:, None]
+            target[(slice(None), *box)] = values
+            write_atomically(work.folder / f"lane_{number}", str(end).encode())
+
+
+def _mask_box(
+    mask: LazyArray | None, shape: Size3, before: Size3, spans: tuple[Span, Span, Span]
+) -> Array | None:
+    """Return the mask in a box of the padded volume; padding is outside of it."""
+    if mask is None:
+        return None
+    result = np.zeros([end - first for first, end in spans], bool)
+    inner, outer = [], []
+    for (first, end), side, shift in zip(spans, shape, before, strict=True):
+        low, high = max(first - shift, 0), min(end - shift, side)
+        if low >= high:
+            return result
+        inner.append(slice(low, high))
+        outer.append(slice(low + shift - first, high + shift - first))
+    result[tuple(outer)] = mask[tuple(inner)] > 0
+    return result
+
+
+def _plan_blocks(work: Work, memory_bytes: float, say: Say) -> list[decoding.Block]:
+    """Return the blocks to decode: the volume as one where it fits."""
+    shape = work.shape
+    whole = decoding.Block(
+        cast(Any, tuple(slice(0, side) for side in shape)), np.zeros(0, np.int64)
+    )
+    domain = decoding.domain_of(work.plan["decoder"], work.plan["arguments"])
+    fits = math.prod(shape) * decoding.BYTES_A_VOXEL <= memory_bytes
+    if fits:
+        return [whole]
+    if domain is None:
+        needed = (math.prod(shape) * decoding.BYTES_A_VOXEL + PROGRAM_BYTES) / 1e9
+        raise InputError(
+            f"--memory-gb: the decoder {work.plan['decoder']} can only decode a volume at once, "
+            f"which takes {needed:.1f} GB here. Allow that much, or crop the volume."
+        )
+    if not (work.folder / "components.npz").exists():
+        _find_components(work, domain, memory_bytes, say)
+    return decoding.plan_blocks(shape, work.components, memory_bytes=memory_bytes)
+
+
+def _find_components(work: Work, domain: decoding.Domain, memory_bytes: float, say: Say) -> None:
+    """Label the domain on disk, and keep its components."""
+    shape, maps = work.shape, work.probabilities
+    zarr.create_array(
+        work.folder / "domain.zarr", shape=shape, chunks=(16, *(min(s, 256) for s in shape[1:])),
+        dtype="uint32", compressors=[zarr.codecs.BloscCodec(cname="zstd", clevel=3)],
+        overwrite=True,
+    )  # fmt: skip
+    kept = work.provisional
+    with work.inputs() as (_, mask):
+
+        def at(slab: slice) -> npt.NDArray[np.bool_]:
+            say("find regions", slab.start, shape[0])
+            return domain(np.asarray(maps[:, slab]), None if mask is None else mask[slab])
+
+        def write(slab: slice, labels: Array) -> None:
+            kept[slab] = labels
+
+        slabs = list(decoding.sections_of(shape, memory_bytes=memory_bytes))
+        found = decoding.label_components(slabs, at, write)
+    _save(work.folder / "components.npz", **asdict(found))
+
+
+def decode_one(folder: str, number: int) -> None:
+    """Decode one block into the work folder."""
+    work = Work(Path(folder))
+    plan = work.plan
+    block = _plan_blocks(work, plan["memory_bytes"], lambda *_: None)[number]
+    maps = np.asarray(work.probabilities[(slice(None), *block.box)])
+    with work.inputs() as (_, mask):
+        valid = None if mask is None else mask[block.box] > 0
+    with as_input_error(plan["decoder"]):
+        if len(block.components):
+            labels = decoding.decode_block(
+                block, maps, np.asarray(work.provisional[block.box]), work.components,
+                plan["decoder"], plan["arguments"],
+            )  # fmt: skip
+        else:
+            labels = decode(plan["decoder"], maps, valid, **plan["arguments"])
+    rows = instances_of(
+        labels, maps[0], valid, first=[part.start for part in block.box], shape=work.shape,
+        voxel_size_nm=plan["voxel_size_nm"], origin_nm=plan["origin_nm"],
+    )  # fmt: skip
+    _save(work.block_file(number), labels=labels, **rows)
+
+
+def _write_labels(
+    work: Work, out: Path, blocks: Sequence[decoding.Block], say: Say
+) -> InstanceTable:
+    """Write the instances of all blocks, numbered through, and return their table."""
+    columns: list[dict[str, Array]] = []
+    firsts = [0]
+    for number in range(len(blocks)):
+        with np.load(work.block_file(number)) as kept:
+            columns.append({key: kept[key] for key in kept.files if key != "labels"})
+        firsts.append(firsts[-1] + len(columns[-1]["id"]))
+    total = firsts[-1]
+    dtype = np.uint16 if total < TOO_MANY_FOR_UINT16 else np.uint32
+    shape, plan = work.shape, work.plan
+    depth = 16
+    held: dict[int, Array] = {}
+    with create_array(
+        out, shape, dtype, voxel_size_nm=plan["voxel_size_nm"], origin_nm=plan["origin_nm"]
+    ) as target:
+        for z in range(0, shape[0], depth):
+            end = min(z + depth, shape[0])
+            slab = np.zeros((end - z, *shape[1:]), dtype)
+            for number, block in enumerate(blocks):
+                low, high = max(z, block.box[0].start), min(end, block.box[0].stop)
+                if low >= high:
+                    held.pop(number, None)
+                    continue
+                if number not in held:
+                    with np.load(work.block_file(number)) as kept:
+                        held[number] = kept["labels"]
+                part = held[number][low - block.box[0].start : high - block.box[0].start]
+                place = slab[low - z : high - z, block.box[1], block.box[2]]
+                np.copyto(place, (part + firsts[number]).astype(dtype), where=part > 0)
+            target[z:end, :, :] = slab
+            say("write", end, shape[0])
+    return InstanceTable.joined(columns, firsts)

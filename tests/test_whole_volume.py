@@ -1,0 +1,478 @@
+"""Segmentation in lanes and blocks gives what predicting and decoding at once gives."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from scipy import ndimage
+
+from hydralv_tune.artifacts.records import FORMAT, FORMAT_VERSION
+from hydralv_tune.cli.main import exit_code
+from hydralv_tune.config.candidate import Candidate
+from hydralv_tune.config.errors import InputError, VolumeError
+from hydralv_tune.config.files import candidate_from_mapping
+from hydralv_tune.data.formats.files import open_lazy
+from hydralv_tune.data.volumes import VolumePaths, read_array, write_array
+from hydralv_tune.numerics.metrics.contingency import contingency_table, of_one_volume
+from hydralv_tune.numerics.metrics.scores import score, score_labels
+from hydralv_tune.numerics.phantom.degradation import degraded_probabilities
+from hydralv_tune.numerics.phantom.volume import Phantom, make_phantom
+from hydralv_tune.numerics.watershed.decoders import decode
+from hydralv_tune.trial.fitted_normalisation import fit_image
+from hydralv_tune.trial.scoring.prediction import (
+    network_of,
+    plan_windows,
+    predict,
+    transforms_of,
+    window_predictor,
+)
+from hydralv_tune.trial.whole_volume import decoding, segmentation
+from hydralv_tune.trial.whole_volume.padded_image import PaddedImage
+from hydralv_tune.trial.whole_volume.prediction import Lane, plan_lanes, predicted_sections
+from hydralv_tune.trial.whole_volume.segmentation import Model, segment_volume
+
+CONTOUR = "decode_instance_binary_contour_distance"
+DISTANCE = "decode_instance_watershed_distance"
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def phantom() -> Phantom:
+    """Return a small volume with touching vesicles."""
+    return make_phantom((20, 72, 72), instances=5, seed=5)
+
+
+def candidate_of(**changes: Any) -> Candidate:
+    """Return a small candidate with some blocks changed."""
+    mapping: dict[str, Any] = {
+        "model": {"architecture": "rsunet", "filters": [2, 4], "deep_supervision": False},
+        "data": {"patch_size": [8, 32, 32], "pad_size": [2, 6, 5], "pad_mode": "reflect"},
+        "inference": {
+            "sliding_window": {"window_size": [8, 32, 32], "overlap": 0.5, "blending": "gaussian"},
+            "test_time_augmentation": {"enabled": False},
+        },
+    }
+    for path, value in changes.items():
+        block = mapping
+        *above, key = path.split("__")
+        for name in above:
+            block = block.setdefault(name, {})
+        block[key] = value
+    return candidate_from_mapping(mapping, place="test")
+
+
+def in_lanes(
+    image: np.ndarray, candidate: Candidate, lanes: list[Lane], mask: np.ndarray | None = None
+) -> np.ndarray:
+    """Return the probabilities of all lanes together."""
+    torch.manual_seed(0)
+    network = network_of(candidate).eval()
+    windows = plan_windows(image.shape, candidate)
+    padded = PaddedImage(image, windows, candidate, fit_image(image, candidate.data))
+    result = np.full((3, *image.shape), np.nan, np.float16)
+    for lane in lanes:
+        steps = predicted_sections(
+            padded, candidate, windows, lane,
+            predictor=window_predictor(network, candidate, transforms_of(candidate), CPU),
+            wanted=lambda z, y, x: segmentation._mask_box(
+                mask, image.shape, windows.before, (z, y, x)
+            ),
+            batch=4, device=CPU, progress=lambda done: None,
+        )  # fmt: skip
+        for first, values in steps:
+            box = np.s_[first : first + values.shape[1], lane.low[1] : lane.high[1]]
+            result[:, box[0], box[1], lane.low[2] : lane.high[2]] = values
+    return result
+
+
+def at_once(image: np.ndarray, candidate: Candidate, mask: np.ndarray | None = None) -> np.ndarray:
+    """Return the probabilities that `predict` gives."""
+    torch.manual_seed(0)
+    return predict(network_of(candidate).eval(), image, candidate, mask=mask)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"data__pad_mode": "constant"},
+        {"data__pad_mode": "replicate"},
+        {"data__pad_size": [0, 0, 0]},
+        {"data__image_transform": {"normalize": "z_section"}},
+        {"inference__sliding_window__blending": "constant"},
+        {"inference__sliding_window__window_size": [32, 32, 32]},
+        {"inference__sliding_window__padding_mode": "reflect",
+         "inference__sliding_window__window_size": [48, 96, 96]},
+        {"inference__test_time_augmentation": {"enabled": True, "flip_axes": [[2]],
+                                               "rotation90_axes": None}},
+    ],
+    ids=lambda changes: "-".join(changes) or "plain",
+)  # fmt: skip
+def test_lanes_give_what_predicting_at_once_gives(phantom: Phantom, changes: Any) -> None:
+    candidate = candidate_of(**changes)
+    z, y, x = phantom.image.shape
+    whole = at_once(phantom.image, candidate)
+    one = in_lanes(phantom.image, candidate, [Lane((0, 0, 0), (z, y, x))])
+    np.testing.assert_allclose(one.astype(float), whole.astype(float), atol=1e-3)
+    assert np.mean(one == whole) > 0.999
+    cut = [Lane((a, b, 0), (c, d, x)) for a, c in ((0, 16), (16, z)) for b, d in ((0, 33), (33, y))]
+    parts = in_lanes(phantom.image, candidate, cut)
+    np.testing.assert_allclose(parts.astype(float), whole.astype(float), atol=1e-3)
+
+
+def test_windows_outside_the_mask_are_not_computed_and_change_nothing_inside(
+    phantom: Phantom,
+) -> None:
+    candidate = candidate_of()
+    mask = np.zeros(phantom.image.shape, bool)
+    mask[2:9, 5:30, 40:70] = True
+    z, y, x = phantom.image.shape
+    found = in_lanes(phantom.image, candidate, [Lane((0, 0, 0), (z, y, x))], mask)
+    whole = at_once(phantom.image, candidate, mask)
+    np.testing.assert_allclose(found.astype(float), whole.astype(float), atol=1e-3)
+    assert (found[2, -1] == -1).all()
+
+
+def test_lanes_cover_a_volume_once_and_keep_to_the_memory() -> None:
+    candidate = candidate_of()
+    shape = (50, 300, 700)
+    windows = plan_windows(shape, candidate)
+    covered = np.zeros(shape, int)
+    lanes = plan_lanes(shape, windows, memory_bytes=2e6, least=3)
+    for lane in lanes:
+        covered[tuple(slice(a, b) for a, b in zip(lane.low, lane.high, strict=True))] += 1
+    assert (covered == 1).all()
+    assert len(lanes) > 3
+    assert len(plan_lanes(shape, windows, memory_bytes=1e9)) == 1
+
+
+def same_instances(one: np.ndarray, other: np.ndarray) -> bool:
+    """Return whether two label volumes hold the same instances, ids apart."""
+    pairs = np.unique(np.stack([one.ravel(), other.ravel()], 1), axis=0)
+    return len(pairs) == len(np.unique(one)) == len(np.unique(other)) and (
+        ((pairs == 0).sum(1) != 1).all()
+    )
+
+
+def in_blocks(
+    maps: np.ndarray, mask: np.ndarray | None, name: str, arguments: dict[str, Any], most: float,
+    depth: int,
+) -> tuple[np.ndarray, int]:  # fmt: skip
+    """Return the instances of all blocks, and the number of blocks."""
+    shape = maps.shape[1:]
+    provisional = np.zeros(shape, np.uint32)
+    domain = decoding.domain_of(name, arguments)
+    assert domain is not None
+    slabs = [slice(z, min(z + depth, shape[0])) for z in range(0, shape[0], depth)]
+    components = decoding.label_components(
+        slabs, lambda s: domain(maps[:, s], None if mask is None else mask[s]),
+        provisional.__setitem__,
+    )  # fmt: skip
+    whole = domain(maps, mask)
+    expected, count = ndimage.label(whole, structure=np.ones((3, 3, 3)))
+    assert same_instances(components.roots[provisional], expected)
+    assert len(components) == count
+    result = np.zeros(shape, np.int64)
+    blocks = decoding.plan_blocks(shape, components, memory_bytes=most * decoding.BYTES_A_VOXEL)
+    assert sorted(np.concatenate([b.components for b in blocks])) == list(range(1, count + 1))
+    for block in blocks:
+        labels = decoding.decode_block(
+            block, maps[(slice(None), *block.box)], provisional[block.box], components, name,
+            arguments,
+        )  # fmt: skip
+        part = result[block.box]
+        part[labels > 0] = labels[labels > 0] + result.max()
+    return result, len(blocks)
+
+
+@pytest.mark.parametrize("masked", [True, False], ids=["mask", "no mask"])
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        (CONTOUR, {"flood": "support", "floor": 0.3, "min_instance_size": 20}),
+        (
+            CONTOUR,
+            {
+                "flood": "support",
+                "floor": 0.5,
+                "min_seed_size": 1,
+                "distance_threshold": [0.2, -0.9],
+            },
+        ),
+        (CONTOUR, {"flood": "volume"}),
+        (DISTANCE, {"distance_threshold": [0.4, 0.0]}),
+        (DISTANCE, {"distance_threshold": [0.1, 0.3], "min_instance_size": 5}),
+    ],
+)
+def test_blocks_give_the_instances_of_decoding_at_once(
+    phantom: Phantom, name: str, arguments: dict[str, Any], masked: bool
+) -> None:
+    maps = degraded_probabilities(phantom.label, seed=1, noise=0.05)
+    mask = None
+    if masked:
+        mask = ndimage.binary_dilation(phantom.label > 0, iterations=1)
+        assert ndimage.label(mask, structure=np.ones((3, 3, 3)))[1] > 1
+    whole = decode(name, maps, mask, **arguments)
+    assert whole.max() > 3
+    counts = []
+    for most, depth in ((1e9, 20), (50000, 5), (30000, 1)):
+        if arguments.get("flood") == "volume" and not masked and most < 1e9:
+            continue
+        found, blocks = in_blocks(maps, mask, name, arguments, most, depth)
+        assert same_instances(found, whole), (most, depth)
+        counts.append(blocks)
+    assert counts[0] == 1
+    assert len(counts) == 1 or counts[-1] > 1
+
+
+def test_a_flood_of_the_whole_volume_is_refused_where_it_does_not_fit(phantom: Phantom) -> None:
+    maps = degraded_probabilities(phantom.label, seed=1, noise=0.05)
+    with pytest.raises(InputError, match=r"floor=0\.3") as caught:
+        in_blocks(maps, None, CONTOUR, {"flood": "volume"}, 10000, 4)
+    assert f"{phantom.label.size:,} voxels" in str(caught.value)
+
+
+@pytest.fixture
+def model(tmp_path: Path, phantom: Phantom) -> Model:
+    """Return a network with random weights, as a checkpoint, and thresholds that find something."""
+    candidate = candidate_of()
+    torch.manual_seed(3)
+    network = network_of(candidate).eval()
+    weights = network.state_dict()
+    head = [name for name, value in weights.items() if value.shape == (3,)][-1]
+    # Its distance is below 0 everywhere, so that the support has gaps.
+    weights[head] = weights[head] + torch.tensor([0.0, 0.0, -2.0])
+    network.load_state_dict(weights)
+    binary = predict(network, phantom.image, candidate)[0]
+    low, middle, high = (float(np.quantile(binary, share)) for share in (0.85, 0.88, 0.92))
+    path = tmp_path / "best.ckpt"
+    torch.save(
+        {"format": FORMAT, "version": FORMAT_VERSION, "candidate": candidate.as_mapping(),
+         "weights": weights}, path,
+    )  # fmt: skip
+    arguments = {
+        "binary_threshold": [high, middle], "contour_threshold": [None, None],
+        "distance_threshold": [-1.0, -1.0], "min_seed_size": 2, "floor": low,
+    }  # fmt: skip
+    return Model(path, candidate, CONTOUR, arguments)
+
+
+@pytest.fixture
+def paths(tmp_path: Path, phantom: Phantom) -> VolumePaths:
+    """Return the files of the phantom, with a voxel size and an origin."""
+    write_array(
+        tmp_path / "im.h5", phantom.image, voxel_size_nm=(30, 8, 8), origin_nm=(300, 80, 160)
+    )
+    write_array(tmp_path / "mask.h5", (phantom.mask > 0).astype(np.uint8))
+    return VolumePaths("v", str(tmp_path / "im.h5"), None, str(tmp_path / "mask.h5"))
+
+
+def reference(model: Model, paths: VolumePaths, masked: bool) -> np.ndarray:
+    """Return what predicting and decoding at once gives."""
+    content = torch.load(model.checkpoint, weights_only=True)
+    network = network_of(model.candidate).eval()
+    network.load_state_dict(content["weights"])
+    mask = read_array(paths.mask) > 0 if masked and paths.mask else None
+    maps = predict(network, read_array(paths.image), model.candidate, mask=mask)
+    return decode(model.decoder, maps, mask, **model.arguments)
+
+
+@pytest.mark.parametrize("masked", [True, False], ids=["mask", "no mask"])
+@pytest.mark.parametrize("suffix", [".h5", ".zarr", ".tif"])
+def test_a_segmentation_has_the_instances_and_the_place_of_its_image(
+    tmp_path: Path, model: Model, paths: VolumePaths, suffix: str, masked: bool
+) -> None:
+    given = paths if masked else replace(paths, mask=None)
+    out = tmp_path / f"seg{suffix}"
+    found = segment_volume(model, given, out, memory_gb=2)
+    labels = read_array(out)
+    expected = reference(model, paths, masked)
+    assert expected.max() > 2
+    assert same_instances(labels, expected)
+    assert found.instances == labels.max() == expected.max()
+    assert labels.dtype == np.uint16
+    with open_lazy(out) as written:
+        assert written.voxel_size_nm == (30, 8, 8)
+        if suffix != ".tif":
+            assert written.origin_nm == (300, 80, 160)
+    assert not segmentation.work_folder(out).exists()
+
+
+def test_small_memory_gives_the_same_instances_in_many_parts(
+    tmp_path: Path, model: Model, paths: VolumePaths, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = segment_volume(model, paths, tmp_path / "one.h5", memory_gb=2)
+    monkeypatch.setattr(segmentation, "PROGRAM_BYTES", 0)
+    monkeypatch.setattr(segmentation, "LEAST_BYTES", 0)
+    parts = segment_volume(model, paths, tmp_path / "parts.h5", memory_gb=3.4e-3)
+    assert plain.blocks == 1
+    assert parts.blocks > 1
+    assert same_instances(read_array(tmp_path / "one.h5"), read_array(tmp_path / "parts.h5"))
+    columns = ["centroid_z", "centroid_y", "centroid_x"]
+    one, other = (t.table.frame().sort_values(columns, ignore_index=True) for t in (plain, parts))
+    np.testing.assert_allclose(
+        one.drop(columns="id").astype(float), other.drop(columns="id").astype(float), rtol=1e-5
+    )
+
+
+class Killed(Exception):
+    """Stands for the end of a process."""
+
+
+class Killing(segmentation.Jobs):
+    """Ends the work after some jobs, and inside of a job."""
+
+    def __init__(self, after: int) -> None:
+        self.left = after
+
+    def run(self, function: Any, folder: str, numbers: Any) -> Iterator[int]:
+        for number in super().run(function, folder, numbers):
+            if not self.left:
+                raise Killed
+            self.left -= 1
+            yield number
+
+
+def test_a_killed_segmentation_goes_on_and_writes_the_same_file(
+    tmp_path: Path, model: Model, paths: VolumePaths, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(segmentation, "PROGRAM_BYTES", 0)
+    monkeypatch.setattr(segmentation, "LEAST_BYTES", 0)
+    settings: dict[str, Any] = {"memory_gb": 3.4e-3}
+    whole = tmp_path / "whole.h5"
+    segment_volume(model, paths, whole, **settings)
+    out = tmp_path / "killed.h5"
+    real, calls = segmentation.write_atomically, 0
+
+    def dies_once(path: Path, data: bytes) -> Path:
+        nonlocal calls
+        calls += Path(path).name.startswith("lane_")
+        if calls == 3:
+            calls += 1
+            raise Killed
+        return real(path, data)
+
+    monkeypatch.setattr(segmentation, "write_atomically", dies_once)
+    with pytest.raises(Killed):
+        segment_volume(model, paths, out, **settings)
+    for after in (0, 1):
+        with pytest.raises(Killed):
+            segment_volume(model, paths, out, jobs=Killing(after), **settings)
+        assert not out.exists()
+        assert segmentation.work_folder(out).is_dir()
+    started: list[int] = []
+    segment_volume(model, paths, out, **settings, say=lambda step, done, _: started.append(done))
+    assert started[0] > 0, "it began anew"
+    assert out.read_bytes() == whole.read_bytes()
+
+
+def test_other_thresholds_do_not_go_on_from_a_killed_segmentation(
+    tmp_path: Path, model: Model, paths: VolumePaths
+) -> None:
+    out = tmp_path / "seg.h5"
+    with pytest.raises(Killed):
+        segment_volume(model, paths, out, memory_gb=2, jobs=Killing(1))
+    other = replace(model, arguments={**model.arguments, "min_instance_size": 30})
+    found = segment_volume(other, paths, out, memory_gb=2)
+    assert found.instances == reference(other, paths, True).max()
+
+
+def test_the_table_measures_what_is_there(tmp_path: Path) -> None:
+    z, y, x = np.mgrid[:20, :60, :60]
+    ball = ((z - 8) * 30.0) ** 2 + ((y - 30) * 10.0) ** 2 + ((x - 28) * 10.0) ** 2 <= 150.0**2
+    labels = ball.astype(np.int32)
+    labels[15:18, 50:60, 5:9] = 2
+    mask = np.ones(labels.shape, bool)
+    mask[:, :, :5] = False
+    table = segmentation.instances_of(
+        labels, np.where(ball, 0.75, 0.5), mask, first=(100, 200, 300), shape=(200, 260, 500),
+        voxel_size_nm=(30, 10, 10), origin_nm=None,
+    )  # fmt: skip
+    assert list(table["id"]) == [1, 2]
+    assert [table[f"centroid_{a}"][0] for a in "zyx"] == pytest.approx([108, 230, 328])
+    assert table["centroid_z_nm"][0] == pytest.approx(108 * 30)
+    assert table["voxels"][1] == 3 * 10 * 4
+    assert table["volume_nm3"][1] == 120 * 3000
+    assert table["equivalent_diameter_nm"][0] == pytest.approx(300, rel=0.03)
+    assert table["surface_nm2"][0] == pytest.approx(4 * np.pi * 150**2, rel=0.16)
+    assert 0.8 < table["sphericity"][0] < 1.02
+    assert table["sphericity"][1] < table["sphericity"][0]
+    assert list(table["sections"]) == [11, 3]
+    assert list(table["touches_border"]) == [False, True]
+    assert list(table["touches_mask"]) == [False, True]
+    assert list(table["probability"]) == [0.75, 0.5]
+    unknown = segmentation.instances_of(
+        labels, np.zeros(labels.shape), None, first=(0, 0, 0), shape=labels.shape,
+        voxel_size_nm=None, origin_nm=None,
+    )  # fmt: skip
+    assert np.isnan(unknown["volume_nm3"]).all()
+
+
+def test_a_mask_of_another_shape_is_refused_before_any_work(
+    tmp_path: Path, model: Model, paths: VolumePaths
+) -> None:
+    write_array(tmp_path / "small.h5", np.ones((3, 4, 5), np.uint8))
+    wrong = replace(paths, mask=str(tmp_path / "small.h5"))
+    with pytest.raises(InputError, match=r"small.h5.*\(3, 4, 5\)"):
+        segment_volume(model, wrong, tmp_path / "seg.h5", memory_gb=2)
+    with pytest.raises(VolumeError, match="no such file"):
+        segment_volume(model, replace(paths, image="absent.h5"), tmp_path / "seg.h5", memory_gb=2)
+    assert not (tmp_path / "seg.h5.work").exists()
+
+
+def test_a_plan_is_plain_json(tmp_path: Path, model: Model, paths: VolumePaths) -> None:
+    out = tmp_path / "seg.h5"
+    with pytest.raises(Killed):
+        segment_volume(model, paths, out, memory_gb=2, jobs=Killing(0))
+    plan = json.loads((segmentation.work_folder(out) / "plan.json").read_text())
+    assert plan["arguments"] == dict(model.arguments)
+
+
+def refused(capsys: pytest.CaptureFixture[str], *words: object) -> str:
+    """Return the message of a command that must end with exit 2."""
+    assert exit_code(["segment", *map(str, words)]) == 2
+    message = capsys.readouterr().err
+    assert "error:" in message
+    return message
+
+
+def test_segment_refuses_what_it_cannot_segment_with(
+    tmp_path: Path, model: Model, paths: VolumePaths, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rest = ("--image", paths.image, "--out", tmp_path / "seg.h5", "--memory-gb", 2)
+    assert "record.json" in refused(capsys, model.checkpoint, *rest)
+    assert "no such file or folder" in refused(capsys, tmp_path / "absent", *rest)
+    lonely = tmp_path / "lonely.yaml"
+    lonely.write_text("test: {decoding: [{name: decode_instance_watershed_distance}]}")
+    assert "lonely.ckpt" in refused(capsys, lonely, *rest)
+    fitting = model.checkpoint.with_suffix(".yaml")
+    fitting.write_text(lonely.read_text())
+    assert "seg.png" in refused(
+        capsys, fitting, "--image", paths.image, "--out", tmp_path / "seg.png"
+    )
+    assert "would be lost" in refused(capsys, fitting, "--image", paths.image, "--out", paths.image)
+    sections = np.zeros((20, 72, 72), np.uint8)
+    sections[1::2] = 1
+    write_array(tmp_path / "sections.h5", sections)
+    assert "--scored-mask" in refused(capsys, fitting, *rest, "--mask", tmp_path / "sections.h5")
+    assert "nonsense" in refused(capsys, fitting, *rest, "--set", "nonsense=1")
+    assert not (tmp_path / "seg.h5").exists()
+    assert exit_code(["segment", *map(str, (fitting, *rest))]) == 0
+
+
+def test_parts_of_one_volume_are_scored_as_the_whole(phantom: Phantom) -> None:
+    found = decode(CONTOUR, degraded_probabilities(phantom.label, seed=2))
+    whole = score_labels(prediction=found, truth=phantom.label, mask=phantom.mask)
+    parts = [
+        contingency_table(prediction=found[z : z + 3], truth=phantom.label[z : z + 3], mask=mask)
+        for z in range(0, 20, 3)
+        if (mask := phantom.mask[z : z + 3]).any()
+    ]
+    assert score(of_one_volume(parts)).as_dict() == whole.as_dict()
