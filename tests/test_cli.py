@@ -532,6 +532,8 @@ def readable_by_all(process: psutil.Process) -> str:
     lines = [" ".join(process.cmdline())]
     for child in process.children(True):
         with suppress(psutil.Error):  # some of Ray's helpers end at once
+            if child.cmdline() == process.cmdline():
+                continue  # forked a moment ago, and not its own program yet
             lines.append(" ".join((*child.cmdline(), *child.environ().values())))
     return "\n".join(lines)
 

@@ -19,7 +19,8 @@ from hydralv_tune.cli.main import COMMANDS, exit_code
 ALL = {name: command for panel in COMMANDS.values() for name, command in panel.items()}
 ORDER = (
     "doctor", "phantom", "inspect", "check", "list", "import", "train", "predict", "sweep",
-    "decode", "score", "run", "status", "export", "report", "dashboard", "demo",
+    "decode", "score", "run", "status", "enqueue", "recover", "export", "report",
+    "dashboard", "demo", "segment",
 )  # fmt: skip
 """Each after those whose files its example reads."""
 

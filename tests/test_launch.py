@@ -55,8 +55,9 @@ def test_one_study_tells_every_end_as_it_was(fake_study: Any) -> None:
     facts = fake_study.run(
         trials=6,
         steps=4,
-        ends={"0": "nan", "1": "crash", "2": "hang", "3": "error", "4": "infeasible", "7": "bad",
-              "8": "bad"},
+        # The retry of trial 1 takes a number too; which one depends on when its worker dies.
+        ends={"0": "nan", "1": "crash", "2": "hang", "3": "error", "4": "infeasible", "5": "error",
+              "6": "infeasible", "7": "bad", "8": "bad"},
         space={
             "pruner": {"name": "median", "warmup_evaluations": 2, "startup_trials": 2,
                        "patience": 0},
@@ -69,7 +70,14 @@ def test_one_study_tells_every_end_as_it_was(fake_study: Any) -> None:
     counts = facts["trials"]
     assert counts["complete"] + counts["pruned"] == 6
     assert counts["running"] == 0
-    for root, words in ((0, "objective is nan"), (2, "timeout"), (3, "a value that cannot work")):
+    wrong = [root for root in (3, 5) if root in by_root]
+    assert wrong
+    expected = {
+        0: "objective is nan",
+        2: "timeout",
+        **dict.fromkeys(wrong, "a value that cannot work"),
+    }
+    for root, words in expected.items():
         assert by_root[root].state == "FAIL"
         assert words in by_root[root].user_attrs["reason"]
         assert by_root[root].value is None
@@ -89,7 +97,8 @@ def test_one_study_tells_every_end_as_it_was(fake_study: Any) -> None:
         if trial.state == "PRUNED":
             assert trial.value == trial.intermediate[max(trial.intermediate)]
     infeasible = [trial for trial in complete if not trial.is_feasible]
-    assert [trial.root for trial in infeasible] == [4]
+    assert {trial.root for trial in infeasible} <= {4, 6}
+    assert infeasible
     assert facts["best"]["feasible"]
     assert facts["best"]["adapted_rand_error"] == min(t.value for t in complete if t.is_feasible)
     # stdout holds the caller's lines alone, whatever Ray has to say.
@@ -334,7 +343,7 @@ def test_a_space_with_nothing_left_to_try_says_so(rig: Any) -> None:
     assert one.events[-1].kind == "stopped"
     reason = "the space has no more combinations: 2 of 20 trials"
     assert one.events[-1].fields["reason"] == reason
-    assert event_line(one.events[-1]) == f"stopped: reason {reason}"
+    assert event_line(one.events[-1]) == f"stopped: {reason}"
 
 
 def test_a_study_that_reaches_its_number_has_nothing_to_explain(rig: Any) -> None:

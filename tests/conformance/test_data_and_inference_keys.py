@@ -72,6 +72,7 @@ CHANGES: list[tuple[str, tuple[str, ...], dict[str, Any], Any]] = [
     ("data.pad_mode", BOTH, {"data.pad_size": [2, 8, 8]}, "constant"),
     ("data.iter_num_per_epoch", ("steps",), {}, 8),
     ("data.image_transform.normalize", BOTH, {}, "z_section"),
+    ("data.image_transform.fill", BOTH, {}, "zeros"),
     ("data.image_transform.clip_percentile_low", BOTH, {}, 0.2),
     ("data.image_transform.clip_percentile_high", BOTH, {}, 0.8),
     (f"{LABELS}.targets", SAMPLED, {}, targets({"thickness": 2}, {})),

@@ -342,8 +342,8 @@ def unreadable(place: object, error: BaseException) -> VolumeError:
         )
     if "metadata invalid" in lower:
         return VolumeError(
-            f"{place}: its metadata do not fit its pages ({reason}). Save it anew, for example "
-            "with Fiji."
+            f"{place}: its metadata do not fit its pages ({reason}). Copy it again, or save it "
+            "anew, for example with Fiji."
         )
     return VolumeError(
         f"{place}: cannot be read, the file is truncated or damaged ({reason}). Copy it again, or "
