@@ -81,12 +81,12 @@ def run(words: list[str], folder: Path) -> None:
         return
     result = subprocess.run(
         [sys.executable, "-m", "hydralv_tune", *words],
-        capture_output=True, text=True, cwd=folder, timeout=280, env=environment(), check=False,
+        capture_output=True, text=True, cwd=folder, timeout=560, env=environment(), check=False,
     )  # fmt: skip
     assert result.returncode == 0, f"hydralv-tune {shlex.join(words)}\n{result.stderr[-3000:]}"
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("page", PAGES)
 def test_commands_of_a_page_work_as_written(
     page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

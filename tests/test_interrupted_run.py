@@ -39,7 +39,7 @@ def start(words: list[str], folder: Path, name: str) -> subprocess.Popen[bytes]:
 def until_one_was_evaluated(process: subprocess.Popen[bytes], log: Path) -> None:
     """Wait until a trial has been evaluated once; the other may be anywhere before that."""
     deadline = time.monotonic() + 240
-    while ": step 1, epoch" not in log.read_text():
+    while ": evaluation 1/" not in log.read_text():
         assert process.poll() is None, log.read_text()
         assert time.monotonic() < deadline, log.read_text()
         time.sleep(0.05)
@@ -95,7 +95,7 @@ def test_a_stopped_run_saves_and_the_same_command_ends_with_exactly_its_trials(
     assert any(saved is not None for saved in before.values())
     facts = go_on(words, tmp_path)
     assert facts["trials"] == {
-        "complete": TRIALS, "pruned": 0, "fail": said.count("trial started"), "running": 0,
+        "complete": TRIALS, "pruned": 0, "fail": said.count(" starts, "), "running": 0,
         "waiting": 0,
     }  # fmt: skip
     for root, saved in before.items():

@@ -20,12 +20,10 @@ from hydralv_tune.numerics.metrics.contingency import (
 )
 from hydralv_tune.numerics.metrics.instance_errors import InstanceError, instance_errors
 from hydralv_tune.numerics.metrics.scores import score
-from hydralv_tune.numerics.networks.receptive_field import receptive_field
-from hydralv_tune.numerics.networks.registry import network_arguments
 from hydralv_tune.numerics.watershed.decoders import decode
 from hydralv_tune.results.best_trial import BestTrial
 from hydralv_tune.trial.scoring.prediction import load_network, pick_device, predict
-from hydralv_tune.trial.splits import SplitPlan, split_volumes
+from hydralv_tune.trial.splits import SplitPlan, needed_margin, split_volumes
 from hydralv_tune.trial.training.lazy_reader import held_out_volumes, part_to_score, read_or_open
 
 Array = npt.NDArray[Any]
@@ -144,9 +142,9 @@ def _plan(best: BestTrial) -> SplitPlan:
                 f"Volume '{volume.name}': its fingerprint is {volume.fingerprint()}, but the trial "
                 f"was scored on {entry.get('fingerprint')}. Put the volume back as it was."
             )
-    model = candidate.model
-    field = receptive_field(model.architecture, network_arguments(model.model_dump()))
-    plan = split_volumes(volumes, candidate.data, receptive_field=field, held_out=held_out)
+    plan = split_volumes(
+        volumes, candidate.data, receptive_field=needed_margin(candidate), held_out=held_out
+    )
     folds = [
         replace(fold, score=tuple(part_to_score(part, candidate.data) for part in fold.score))
         for fold in plan.folds

@@ -22,8 +22,6 @@ from hydralv_tune.artifacts.tensorboard import Monitor
 from hydralv_tune.config.candidate import Candidate
 from hydralv_tune.config.errors import InputError, TrialFailed, TrialInterrupted, as_input_error
 from hydralv_tune.data.volumes import Volume
-from hydralv_tune.numerics.networks.receptive_field import receptive_field
-from hydralv_tune.numerics.networks.registry import network_arguments
 from hydralv_tune.numerics.randomness import seeded
 from hydralv_tune.trial.fitted_normalisation import as_it_was_trained
 from hydralv_tune.trial.pictures import draw_trial
@@ -40,7 +38,7 @@ from hydralv_tune.trial.scoring.evaluation import Outcome, Unit, better, evaluat
 from hydralv_tune.trial.scoring.prediction import LowMemoryWarning, network_of
 from hydralv_tune.trial.section_targets import section_targets
 from hydralv_tune.trial.spec import TrialSpec
-from hydralv_tune.trial.splits import Fold, SplitPlan, split_volumes
+from hydralv_tune.trial.splits import Fold, SplitPlan, needed_margin, split_volumes
 from hydralv_tune.trial.training.lazy_reader import (
     LazySource,
     as_lazy,
@@ -107,9 +105,8 @@ def planned_split(
     Raises:
         InputError: The volumes cannot be split so.
     """
-    model = candidate.model
     with as_input_error("model"):
-        field = receptive_field(model.architecture, network_arguments(model.model_dump()))
+        field = needed_margin(candidate)
     return split_volumes(volumes, candidate.data, receptive_field=field, held_out=held_out)
 
 

@@ -19,6 +19,7 @@ import yaml
 
 from hydralv_tune.artifacts.checkpoint_store import CheckpointStore
 
+pytestmark = pytest.mark.timeout(900)
 PHANTOM = ("--shape", "16", "96", "96", "--instances", "6", "--seed", "3")
 QUICK = (
     "--set=optimization.max_epochs=4",
@@ -35,7 +36,7 @@ def hydralv(*words: object, cwd: Path) -> dict[str, Any]:
         text=True,
         cwd=cwd,
         env={**os.environ, "NO_COLOR": "1"},
-        timeout=280,
+        timeout=560,
     )
     assert result.returncode == 0, result.stderr
     return json.loads(result.stdout)  # type: ignore[no-any-return]
