@@ -21,8 +21,9 @@ from typing import Any
 import pytest
 import yaml
 from commands_in_a_process import environment
-from hydralv_tune.disk.records import load_checkpoint, read_record
-from hydralv_tune.studies.study import open_readonly
+
+from hydralv_tune.artifacts.records import load_checkpoint, read_record
+from hydralv_tune.study.study import open_readonly
 
 WITNESS = Path(__file__).parent / "witness" / "version_1"
 EXPECTED: dict[str, Any] = json.loads((WITNESS / "expected.json").read_text())
