@@ -5,10 +5,15 @@ Light to import: a worker that starts, and a command that refuses its input, wai
 
 from __future__ import annotations
 
+import io
 import os
 import tempfile
 from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 def why_not_writable(folder: Path) -> str | None:
@@ -58,6 +63,16 @@ def write_atomically(path: str | Path, data: bytes) -> Path:
         raise
     flush_folder(path.parent)
     return path
+
+
+def write_frame(frame: pd.DataFrame, path: Path) -> Path:
+    """Write a table as CSV, or as Parquet where the suffix is not `.csv`, and return its path."""
+    buffer = io.BytesIO()
+    if path.suffix == ".csv":
+        frame.to_csv(buffer, index=False)
+    else:
+        frame.to_parquet(buffer, index=False)
+    return write_atomically(path, buffer.getvalue())
 
 
 @cache

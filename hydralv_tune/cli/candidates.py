@@ -211,9 +211,10 @@ def segment(
         check_file_out("--table", table, (".csv", ".parquet"), inputs)
     import psutil
 
+    from hydralv_tune.artifacts.writing import write_frame
     from hydralv_tune.data.volumes import VolumePaths
     from hydralv_tune.results.segmentation import load_model
-    from hydralv_tune.results.segmentation_score import scored_segmentation, write_table
+    from hydralv_tune.results.segmentation_score import scored_segmentation
     from hydralv_tune.trial.whole_volume.segmentation import Jobs, segment_volume
 
     changed = parse_overrides(settings or [])
@@ -241,7 +242,7 @@ def segment(
     document = {
         "out": str(out),
         "instances": found.instances,
-        "table": None if table is None else str(write_table(rows, table)),
+        "table": None if table is None else str(write_frame(rows, table)),
         "seconds": round(time.perf_counter() - started, 3),
         **scores,
     }

@@ -1,4 +1,4 @@
-"""A segmentation on disk against its labels, read slab by slab, and its table on disk."""
+"""A segmentation on disk against its labels, read slab by slab."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from hydralv_tune.artifacts.writing import write_atomically
 from hydralv_tune.config.errors import InputError, as_input_error
 from hydralv_tune.data.formats.files import open_lazy
 from hydralv_tune.numerics.metrics.contingency import contingency_table, of_one_volume
@@ -93,14 +92,3 @@ def _judged(rows: pd.DataFrame, table: Any) -> pd.DataFrame:
         truth=[0 if row is None else int(truths[row]) for row in found],
         iou=[0.0 if row is None else float(best[row]) for row in found],
     )
-
-
-def write_table(rows: pd.DataFrame, path: Path) -> Path:
-    """Write a table as CSV or Parquet, by its suffix, and return its path."""
-    if path.suffix == ".parquet":
-        import io
-
-        buffer = io.BytesIO()
-        rows.to_parquet(buffer, index=False)
-        return write_atomically(path, buffer.getvalue())
-    return write_atomically(path, rows.to_csv(index=False).encode())

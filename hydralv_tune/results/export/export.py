@@ -14,7 +14,7 @@ import pandas as pd
 import torch
 
 from hydralv_tune.artifacts.records import load_checkpoint, provenance
-from hydralv_tune.artifacts.writing import write_atomically
+from hydralv_tune.artifacts.writing import write_atomically, write_frame
 from hydralv_tune.config.candidate import Candidate
 from hydralv_tune.config.errors import InputError, as_input_error, unknown_name
 from hydralv_tune.config.files import baseline, candidate_from_mapping
@@ -380,12 +380,7 @@ def write_table(storage: str, study: str, path: Path) -> Path:
         frame = opened.table()
     finally:
         opened.close()
-    buffer = io.BytesIO()
-    if path.suffix == ".csv":
-        frame.to_csv(buffer, index=False)
-    else:
-        _of_one_type(frame).to_parquet(buffer, index=False)
-    return write_atomically(path, buffer.getvalue())
+    return write_frame(frame if path.suffix == ".csv" else _of_one_type(frame), path)
 
 
 def _of_one_type(frame: pd.DataFrame) -> pd.DataFrame:
