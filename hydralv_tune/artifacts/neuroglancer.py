@@ -3,51 +3,117 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from hydralv_tune.artifacts.writing import write_atomically
+from hydralv_tune.config.errors import as_input_error
+from hydralv_tune.data.formats.files import create_array, open_lazy
+from hydralv_tune.numerics.metrics.contingency import contingency_table, of_one_volume
 from hydralv_tune.numerics.metrics.instance_errors import segment_kinds, truth_kinds
-from hydralv_tune.numerics.metrics.scores import contingency_table
 
-Labels = npt.NDArray[Any]
 Point = tuple[str, int, tuple[int, int, int]]
 """What is wrong, the id, and a voxel (z, y, x) of the instance."""
 
 SERVER = "http://127.0.0.1:9000"
+SLAB = 16
+"""Sections in memory at once while instances are compared."""
+BLOCK_SECTIONS = 64
+"""Sections in memory at once while a volume is written: a block of precomputed holds as many."""
 
 
-def wrong_instances(prediction: Labels, truth: Labels, mask: Labels | None = None) -> list[Point]:
+class Sections(Protocol):
+    """(Z, Y, X) in memory or on disk."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    def __getitem__(self, part: slice) -> Any: ...
+
+
+def wrong_instances(
+    prediction: Sections,
+    truth: Sections,
+    masks: Sequence[Sections] = (),
+    *,
+    ignore: Collection[int] = (),
+) -> list[Point]:
     """Return a point on each instance that is missed, split, merged or invented.
 
     Args:
-        prediction: (Z, Y, X) labels.
-        truth: (Z, Y, X) labels.
-        mask: (Z, Y, X), where the score is made; everywhere where None.
+        prediction: (Z, Y, X) labels, in memory or on disk; read slab by slab.
+        truth: (Z, Y, X) labels, likewise.
+        masks: (Z, Y, X) each, likewise; a voxel counts that lies in all of them.
+        ignore: Ids of the truth that mean "no label".
 
     Raises:
         ValueError: Shapes differ.
     """
-    table = contingency_table(prediction=prediction, truth=truth, mask=mask)
-    points = [
-        (kind, number, _inside(truth, number))
-        for number, kind in truth_kinds(table).items()
-        if kind != "true"
+    tables = []
+    for part in _slabs(truth):
+        inside = [np.asarray(mask[part]) > 0 for mask in masks]
+        here = np.all(inside, axis=0) if inside else None
+        if here is None or here.any():
+            tables.append(
+                contingency_table(
+                    prediction=prediction[part], truth=truth[part], mask=here, ignore=ignore
+                )
+            )
+    if not tables:
+        return []
+    table = of_one_volume(tables)
+    wrong = {i: kind for i, kind in truth_kinds(table).items() if kind != "true"}
+    invented = {i: kind for i, kind in segment_kinds(table).items() if kind == "invented"}
+    return [
+        (kinds[number], number, place)
+        for labels, kinds in ((truth, wrong), (prediction, invented))
+        for number, place in _inside(labels, sorted(kinds)).items()
     ]
-    invented = [i for i, kind in segment_kinds(table).items() if kind == "invented"]
-    return points + [("invented", number, _inside(prediction, number)) for number in invented]
 
 
-def _inside(labels: Labels, number: int) -> tuple[int, int, int]:
-    """Return the voxel of an instance that is nearest to its centre, which may lie outside it."""
-    voxels = np.argwhere(labels == number)
-    apart = np.linalg.norm(voxels - voxels.mean(axis=0), axis=1)
-    z, y, x = (int(n) for n in voxels[apart.argmin()])
-    return z, y, x
+def _slabs(labels: Sections) -> Iterator[slice]:
+    """Return slabs of a few sections, from the first section to the last."""
+    return (slice(z, min(z + SLAB, labels.shape[0])) for z in range(0, labels.shape[0], SLAB))
+
+
+def _inside(labels: Sections, ids: Sequence[int]) -> dict[int, tuple[int, int, int]]:
+    """Return for each id its voxel (z, y, x) nearest to its centre, which may lie outside it."""
+    numbers = np.array(ids, np.int64)
+    count = np.zeros(len(ids))
+    total = np.zeros((len(ids), 3))
+    for voxels, rows in _voxels_of(labels, numbers):
+        count += np.bincount(rows, minlength=len(ids))
+        for axis in range(3):
+            total[:, axis] += np.bincount(rows, voxels[:, axis], minlength=len(ids))
+    centres = total / np.maximum(count, 1)[:, None]
+    nearest = np.full(len(ids), np.inf)
+    places = np.zeros((len(ids), 3), np.int64)
+    for voxels, rows in _voxels_of(labels, numbers):
+        apart = np.linalg.norm(voxels - centres[rows], axis=1)
+        order = np.lexsort((apart, rows))
+        found, first = np.unique(rows[order], return_index=True)
+        best = order[first]
+        closer = apart[best] < nearest[found]
+        nearest[found[closer]] = apart[best[closer]]
+        places[found[closer]] = voxels[best[closer]]
+    return {number: (int(z), int(y), int(x)) for number, (z, y, x) in zip(ids, places, strict=True)}
+
+
+def _voxels_of(
+    labels: Sections, numbers: npt.NDArray[np.int64]
+) -> Iterator[tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]]:
+    """Yield, slab by slab, voxels (n, 3) of the given ids, and the row (n,) of each one's id."""
+    for part in _slabs(labels):
+        values = np.asarray(labels[part])
+        voxels = np.argwhere(np.isin(values, numbers))
+        rows = np.searchsorted(numbers, values[tuple(voxels.T)].astype(np.int64))
+        voxels[:, 0] += part.start
+        yield voxels, rows
 
 
 def neuroglancer_state(
@@ -96,6 +162,67 @@ def neuroglancer_state(
         "layers": shown,
         "layout": "4panel",
     }
+
+
+def write_view(
+    folder: str | Path,
+    volumes: Mapping[str, str | Path],
+    *,
+    masks: Sequence[str] = (),
+    ignore: Collection[int] = (),
+    progress: Callable[[str, int, int], None] = lambda step, done, whole: None,
+) -> Path:
+    """Write volumes as neuroglancer reads them, a state that shows them, and return its path.
+
+    Args:
+        folder: A folder to serve; `NAME.precomputed` and `state.json` go there.
+        volumes: Files by name: `image`, `segmentation`, and `truth` where there is one; then each
+            wrong instance gets a point.
+        masks: Where the truth is known, as files; a voxel counts that lies in all of them.
+        ignore: Ids of the truth that mean "no label".
+        progress: Told the step, the sections done and those there are.
+
+    Raises:
+        VolumeError: A file cannot be read, or the folder cannot be written.
+        InputError: The shapes differ.
+    """
+    target = Path(folder)
+    with ExitStack() as stack:
+        opened = {
+            name: stack.enter_context(open_lazy(path, ndim=3)) for name, path in volumes.items()
+        }
+        inside = [stack.enter_context(open_lazy(mask, ndim=3)) for mask in masks]
+        placed = opened["image"]
+        size = placed.voxel_size_nm or (1.0, 1.0, 1.0)
+        origin = placed.origin_nm or (0.0, 0.0, 0.0)
+        for name, array in opened.items():
+            dtype = _shown_type(array.dtype, image=name == "image")
+            with create_array(
+                target / f"{name}.precomputed", array.shape, dtype, voxel_size_nm=size,
+                origin_nm=origin,
+            ) as out:  # fmt: skip
+                for z in range(0, array.shape[0], BLOCK_SECTIONS):
+                    end = min(z + BLOCK_SECTIONS, array.shape[0])
+                    out[z:end, :, :] = array[z:end].astype(dtype)
+                    progress(f"write {name}", end, array.shape[0])
+        points: list[Point] = []
+        if "truth" in opened:
+            with as_input_error(str(volumes["truth"])):
+                points = wrong_instances(
+                    opened["segmentation"], opened["truth"], inside, ignore=ignore
+                )
+    state = neuroglancer_state(
+        {name: f"precomputed://{SERVER}/{name}.precomputed" for name in volumes},
+        voxel_size_nm=size, origin_nm=origin, points=points,
+    )  # fmt: skip
+    return write_neuroglancer_state(target / "state.json", state)
+
+
+def _shown_type(dtype: np.dtype[Any], *, image: bool) -> np.dtype[Any]:
+    """Return the type that the precomputed format takes for an image or a segmentation."""
+    if image:
+        return np.dtype(np.uint8 if dtype in (np.uint8, np.bool_) else np.float32)
+    return np.dtype(np.uint64 if dtype.itemsize == 8 else np.uint32)
 
 
 def write_neuroglancer_state(path: str | Path, state: Mapping[str, Any]) -> Path:

@@ -175,6 +175,10 @@ def segment(
     table: Annotated[
         Path | None, path_option(help="One row an instance: a .csv or .parquet file.")
     ] = None,
+    neuroglancer: Annotated[
+        Path | None,
+        path_option(help="Folder for image, result and truth as neuroglancer shows them."),
+    ] = None,
     memory_gb: Annotated[
         float | None,
         typer.Option(min=1.0, help="Most memory to use. Default: half of what is free."),
@@ -203,16 +207,21 @@ def segment(
 
     from hydralv_tune.config.files import parse_overrides
     from hydralv_tune.config.paths import expanded
-    from hydralv_tune.data.formats import WRITABLE
+    from hydralv_tune.data.formats import PRECOMPUTED, WRITABLE
+    from hydralv_tune.data.volumes import NO_MASK, VolumePaths
 
+    mask = None if mask == NO_MASK else mask
     inputs = [path for path in (image, mask, label, scored_mask) if path is not None]
     check_file_out("--out", out, WRITABLE, inputs)
     if table is not None:
         check_file_out("--table", table, (".csv", ".parquet"), inputs)
+    if neuroglancer is not None:
+        check_folder("--neuroglancer", neuroglancer)
+        _ = PRECOMPUTED.code  # refused before any work where its package is missing
     import psutil
 
+    from hydralv_tune.artifacts.neuroglancer import write_view
     from hydralv_tune.artifacts.writing import write_frame
-    from hydralv_tune.data.volumes import VolumePaths
     from hydralv_tune.results.segmentation import load_model
     from hydralv_tune.results.segmentation_score import scored_segmentation
     from hydralv_tune.trial.whole_volume.segmentation import Jobs, segment_volume
@@ -232,17 +241,25 @@ def segment(
             model, VolumePaths(image, image, label, mask), out, memory_gb=memory, device=device,
             jobs=jobs, say=say_step,
         )  # fmt: skip
-    rows = found.table.frame()
-    scores: dict[str, Any] = {}
-    if label is not None:
+        rows = found.table.frame()
+        scores: dict[str, Any] = {}
         inside = [path for path in (mask, scored_mask) if path is not None]
-        scores, rows = scored_segmentation(
-            out, label, rows, masks=inside, ignore=ignore_label or []
-        )
+        if label is not None:
+            scores, rows = scored_segmentation(
+                out, label, rows, masks=inside, ignore=ignore_label or []
+            )
+        view = None
+        if neuroglancer is not None:
+            shown = {"image": image, "truth": label, "segmentation": out}
+            view = write_view(
+                neuroglancer, {name: path for name, path in shown.items() if path is not None},
+                masks=inside, ignore=ignore_label or [], progress=say_step,
+            )  # fmt: skip
     document = {
         "out": str(out),
         "instances": found.instances,
         "table": None if table is None else str(write_frame(rows, table)),
+        "neuroglancer": None if view is None else str(view),
         "seconds": round(time.perf_counter() - started, 3),
         **scores,
     }

@@ -131,8 +131,11 @@ def test_segment_gives_the_score_of_the_study(
     hydralv("export", "runs/s", "--out", "exported/best.yaml", cwd=folder)
     found = hydralv(
         "segment", best, *data("image", "label", "mask"), "--out", "whole.h5", "--table",
-        "whole.csv", "--memory-gb", "4", cwd=folder,
+        "whole.csv", "--memory-gb", "4", "--neuroglancer", "view", cwd=folder,
     )  # fmt: skip
+    state = json.loads((folder / found["neuroglancer"]).read_text())
+    wrong = sum(len(found[kind]) for kind in ("missed", "split", "merged", "invented"))
+    assert sum(len(layer.get("annotations", ())) for layer in state["layers"]) == wrong
     for name in ("adapted_rand_error", "adapted_rand_error_foreground", "f1_iou50"):
         assert found[name] == study["best"][name], name
     scored = hydralv("score", "--prediction", "whole.h5", *data("label", "mask"), cwd=folder)

@@ -15,6 +15,8 @@ from hydralv_tune.data.formats.tensors import Tensors
 from hydralv_tune.data.voxel_size import Placement, in_nm
 
 BLOCK = (64, 64, 64)
+SMALLEST_LEVEL = 256
+"""Voxels of the longest side of a pyramid's coarsest level."""
 DRIVER = "neuroglancer_precomputed"
 
 
@@ -53,7 +55,7 @@ def create(
     """Give a volume to write to: a segmentation where its integers have over 8 bits, else an image.
 
     Its voxel size is 1 nm where none is known, since the format must have one; its origin is
-    rounded to whole voxels.
+    rounded to whole voxels. Coarser scales, every other voxel each, follow at the end.
     """
     import tensorstore
 
@@ -76,21 +78,47 @@ def create(
     if wide:
         scale["compressed_segmentation_block_size"] = [8, 8, 8]
     location.path.mkdir(parents=True)
-    store = tensorstore.open(
-        {
-            "driver": DRIVER,
-            "kvstore": {"driver": "file", "path": f"{location.path}/"},
-            "multiscale_metadata": {
-                "type": "segmentation" if segmentation else "image",
-                "data_type": stored.name,
-                "num_channels": shape[0] if len(shape) == 4 else 1,
-            },
-            "scale_metadata": scale,
+    specification: dict[str, Any] = {
+        "driver": DRIVER,
+        "kvstore": {"driver": "file", "path": f"{location.path}/"},
+        "multiscale_metadata": {
+            "type": "segmentation" if segmentation else "image",
+            "data_type": stored.name,
+            "num_channels": shape[0] if len(shape) == 4 else 1,
         },
-        create=True,
-        open=True,
+    }
+    store = tensorstore.open(
+        {**specification, "scale_metadata": scale}, create=True, open=True
     ).result()
     yield _Writer(store[tensorstore.d[:].translate_to[0]], shape, stored)
+    while max(scale["size"][:2]) > SMALLEST_LEVEL:
+        store, scale = _halved(store, specification, scale)
+
+
+def _halved(
+    store: Any, specification: Mapping[str, Any], scale: Mapping[str, Any]
+) -> tuple[Any, dict[str, Any]]:
+    """Write the next scale, every other voxel of the one before, and return it."""
+    import tensorstore
+
+    # Sections are thicker than pixels: z is halved once the pixels are as large.
+    x, y, z = scale["resolution"]
+    steps = (2, 2, 2 if z <= x else 1)
+    coarse = tensorstore.downsample(store, [*steps, 1], method="stride")
+    low, size = coarse.domain.inclusive_min[:3], coarse.shape[:3]
+    following = {
+        **scale,
+        "size": list(size),
+        "voxel_offset": list(low),
+        "resolution": [r * s for r, s in zip((x, y, z), steps, strict=True)],
+    }
+    target = tensorstore.open(
+        {**specification, "scale_metadata": following}, create=True, open=True
+    ).result()
+    for first in range(low[2], low[2] + size[2], BLOCK[2]):
+        part = slice(first, min(first + BLOCK[2], low[2] + size[2]))
+        target[:, :, part].write(coarse[:, :, part].read().result()).result()
+    return target, following
 
 
 def _stored_type(dtype: np.dtype[Any], segmentation: bool) -> np.dtype[Any]:
