@@ -22,7 +22,7 @@ FLOORS = (
     "cli",
 )
 GROUND = FLOORS[0]
-UNDER_THE_ROOF = {"__main__", "__init__"}
+UNDER_THE_ROOF = {"__main__", "__init__", "studies"}  # `studies`: a name of version 0.1.0
 MODULES = sorted(PACKAGE.rglob("*.py"))
 DOORS = {"optuna": "study", "ray": "launch"}
 

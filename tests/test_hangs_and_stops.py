@@ -112,7 +112,7 @@ cluster.add_node(num_cpus=1)
 cluster.wait_for_nodes()
 ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
 try:
-    from hydralv_tune.studies.launch.faces import make_flag
+    from hydralv_tune.launch.ray_adapters import make_flag
 
     flags = [make_flag() for _ in range(6)]
     assert not any(ray.get([flag.is_raised.remote() for flag in flags]))

@@ -54,6 +54,15 @@ def test_type_checkers_see_the_same_names() -> None:
     ) == NAMES - {"__version__"}
 
 
+def test_a_study_is_started_from_where_the_first_version_had_it() -> None:
+    from hydralv_tune.launch import cluster, run
+    from hydralv_tune.studies import launch as before
+
+    assert before.run_study is run.run_study
+    assert before.StudyInterrupted is run.StudyInterrupted
+    assert before.cluster is cluster
+
+
 def test_importing_imports_nothing_heavy() -> None:
     program = (
         "import sys, hydralv_tune; hydralv_tune.__version__; dir(hydralv_tune); "

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from hydralv_tune.artifacts.checkpoint_store import CheckpointStore, trial_name
-from hydralv_tune.config.errors import InputError, TrialTakenOver
+from hydralv_tune.config.errors import InputError, TrialInterrupted, TrialTakenOver
 from hydralv_tune.launch.trial_folder import FolderClaim, fetch_folder, folder_owner
 from hydralv_tune.launch.worker import run_worker
 
@@ -33,10 +33,12 @@ def node(folder: Path, files: dict[str, str] | None = None) -> Path:
 
 
 def held(folder: Path) -> dict[str, str]:
-    """Return the files of a trial's folder, but for those of the node alone."""
+    """Return the files of a trial's folder, but for its log and those of the node alone."""
     paths = [path for path in folder.rglob("*") if path.is_file()]
     texts = {path.relative_to(folder).as_posix(): path.read_text() for path in paths}
-    return {name: text for name, text in texts.items() if not name.startswith(".")}
+    return {
+        name: text for name, text in texts.items() if not name.startswith(".") and name != "log.txt"
+    }
 
 
 class Trial:
@@ -105,6 +107,16 @@ def dies_at(step: int) -> Callable[[int], None]:
     return die
 
 
+def interrupted_at(step: int) -> Callable[[int], None]:
+    """Return what ends an attempt at a step in order, once it has saved and before it reports."""
+
+    def interrupt(now: int) -> None:
+        if now == step:
+            raise TrialInterrupted("asked to stop")
+
+    return interrupt
+
+
 def push_unseen(trial: Trial, version: str, files: dict[str, str]) -> None:
     """Put a version into the store as if its attempt had looked before a later one began."""
     place = Path(trial.store, "study", "0")
@@ -121,6 +133,39 @@ def trial(tmp_path: Path) -> Trial:
 def test_a_retry_on_another_node_goes_on_from_the_mirrored_state(trial: Trial) -> None:
     assert steps(trial.run(3, "a", then=dies_at(3))) == [1, 2]
     assert steps(trial.run(4, "b", until=4)) == [3, 4]
+
+
+def test_what_an_interrupted_attempt_saved_is_not_done_again_on_another_node(trial: Trial) -> None:
+    sent = trial.run(3, "a", then=interrupted_at(3))
+    assert steps(sent) == [1, 2]
+    assert sent[-1] == {"kind": "interrupted"}
+    assert steps(trial.run(4, "b", until=5)) == [4, 5]
+
+
+def test_an_interrupted_attempt_that_was_taken_over_pushes_and_says_nothing(trial: Trial) -> None:
+    def later(step: int) -> None:
+        if step == 2:
+            trial.mirror("b").begin(2)
+            raise TrialInterrupted("asked to stop")
+
+    assert [message["kind"] for message in trial.run(1, "a", then=later)] == [
+        "started", "evaluation",
+    ]  # fmt: skip
+    assert steps(trial.run(3, "c", until=2)) == [2]
+
+
+def test_an_interrupted_attempt_whose_push_fails_says_so_and_ends_in_order(
+    trial: Trial, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def lose_the_store(step: int) -> None:
+        if step == 2:
+            in_the_way = Path(trial.store, "study", "0", "1.2", "state")
+            in_the_way.mkdir(parents=True)
+            raise TrialInterrupted("asked to stop")
+
+    assert trial.run(1, "a", then=lose_the_store)[-1] == {"kind": "interrupted"}
+    assert "trial 1: its last steps stay on this node" in capsys.readouterr().err
+    assert steps(trial.run(2, "a", until=3)) == [3]
 
 
 def test_the_third_attempt_goes_on_from_the_second_not_from_what_its_node_had(

@@ -30,6 +30,9 @@ CONNECT_S = 10.0
 HTTP2_SETTINGS = b"\x04"
 HTTP2_GREETING = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes(3) + HTTP2_SETTINGS + bytes(5)
 OBJECT_STORE_BYTES = 200 * 2**20
+SHORT_FOLDER = "/tmp"
+SOCKET_BYTES = 107 if sys.platform.startswith("linux") else 103
+LONGEST_SOCKET = "ray/session_2000-01-01_00-00-00_000000_4194304/sockets/plasma_store"
 
 
 class Resources:
@@ -82,7 +85,8 @@ def check_before_ray(
         cpus_per_trial: As asked for.
 
     Raises:
-        InputError: Nobody answers at the address, or this machine holds no single trial.
+        InputError: Nobody answers at the address, this machine holds no single trial, or no
+            folder can hold the sockets of a Ray that is started here.
     """
     if address is None:
         gpus, cpus = torch.cuda.device_count(), usable_cores()
@@ -92,6 +96,7 @@ def check_before_ray(
                 f"GPUs, but this machine has {cpus} and {gpus}. Lower --cpus-per-trial or "
                 "--gpus-per-trial."
             )
+        ray_folder()
         return
     try:
         is_client = address.startswith("ray://")
@@ -104,6 +109,27 @@ def check_before_ray(
             f"run: no Ray cluster answers at --ray-address {address} ({error}). Start one with "
             "`ray start --head`, or leave the option out to start one here."
         ) from error
+
+
+def ray_folder() -> str:
+    """Return the folder of a Ray that is started here; its sockets' paths must be short.
+
+    Ray takes `RAY_TMPDIR`, `TMPDIR` or `/tmp`. Clusters set a `TMPDIR` for each job that can be
+    too long for a socket, or that is gone; `/tmp` is used then.
+
+    Raises:
+        InputError: `RAY_TMPDIR` itself is too long, or none can be written to.
+    """
+    chosen = os.environ.get("RAY_TMPDIR")
+    for folder in [chosen] if chosen else [os.environ.get("TMPDIR") or SHORT_FOLDER, SHORT_FOLDER]:
+        is_short = len(os.fsencode(os.path.join(folder, LONGEST_SOCKET))) <= SOCKET_BYTES
+        if is_short and os.path.isabs(folder) and os.access(folder, os.W_OK | os.X_OK):
+            return os.path.join(folder, "ray")
+    longest = SOCKET_BYTES - len(LONGEST_SOCKET) - 1
+    raise InputError(
+        f"run: Ray cannot keep its sockets in {chosen or SHORT_FOLDER}. Set RAY_TMPDIR to a folder "
+        f"that you can write to, whose absolute path has at most {longest} bytes."
+    )
 
 
 def _require_ray(address: str) -> None:
@@ -184,6 +210,7 @@ def ray_cluster(address: str | None, volumes: Sequence[Volume]) -> Iterator[Clus
             include_dashboard=False,
             log_to_driver=False,
             logging_level=level,
+            _temp_dir=ray_folder(),
             object_store_memory=OBJECT_STORE_BYTES + 2 * sum(map(_bytes, volumes)),
         )
     for name in ("ray", "ray.tune"):

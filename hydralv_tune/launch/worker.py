@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import os
 import socket
+import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
@@ -146,12 +147,30 @@ def run_worker(
         last = failure(error)  # the database refuses it, or the folder is of another study
     except TrialInterrupted:
         last = {"kind": "interrupted"}
+        if store is not None and has_begun and not _is_pushed(store, number):
+            return
     # The trial's boundary: whatever it raises is its end, told with the reason.
     except Exception as error:
         last = failure(error)
     finally:
         claim.let_go()
     send(last)
+
+
+def _is_pushed(store: CheckpointStore, number: int) -> bool:
+    """Push what an interrupted trial has saved, so that no other node repeats its steps.
+
+    Returns:
+        False where a later attempt has taken the trial over: there is nobody to tell. What cannot
+        be copied costs steps on another node, and is no fault of the trial.
+    """
+    try:
+        store.push(number)
+    except TrialTakenOver:
+        return False
+    except Exception as error:
+        print(f"trial {number}: its last steps stay on this node: {error}", file=sys.stderr)
+    return True
 
 
 @contextmanager

@@ -10,15 +10,15 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from numba import njit
 
+from hydralv_tune.numerics.watershed.compiled import kernel
 from hydralv_tune.numerics.watershed.graph import WatershedGraph
 
 Array = npt.NDArray[Any]
 Ints = npt.NDArray[np.int32]
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _root(parent: Any, node: int) -> int:
     while parent[node] != node:
         parent[node] = parent[parent[node]]
@@ -26,7 +26,7 @@ def _root(parent: Any, node: int) -> int:
     return node
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _joined(seeds: Any, place: Any, where: Any, position: Any, before: Any) -> Any:
     """Return the parent of each seed in a union-find over 26 neighbours."""
     parent = np.arange(len(seeds)).astype(np.int32)
@@ -44,7 +44,7 @@ def _joined(seeds: Any, place: Any, where: Any, position: Any, before: Any) -> A
     return parent
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def components(
     values: Any, thresholds: Any, candidates: Any, where: Any, position: Any, before: Any
 ) -> Any:
@@ -85,7 +85,7 @@ def components(
     return seeds, label, sizes[:total].copy()
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def keep_large(seeds: Any, label: Any, sizes: Any, least: int) -> Any:
     """Return (seed nodes, labels from 1, number of labels) of components of `least` voxels."""
     renamed = np.zeros(len(sizes), np.int32)
@@ -105,7 +105,7 @@ def keep_large(seeds: Any, label: Any, sizes: Any, least: int) -> Any:
     return nodes[:kept].copy(), labels[:kept].copy(), total
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _mixed(value: Any) -> Any:
     """Return 64 well-mixed bits of a 64-bit number (the finaliser of splitmix64)."""
     value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -113,7 +113,7 @@ def _mixed(value: Any) -> Any:
     return value ^ (value >> np.uint64(31))
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def fingerprint(seeds: Any) -> Any:
     """Return two sums of 64 mixed bits for each seed: equal for equal seed masks."""
     step = np.uint64(0x9E3779B97F4A7C15)
@@ -126,7 +126,7 @@ def fingerprint(seeds: Any) -> Any:
     return one, two
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _lowest_bit(word: Any) -> int:
     bit = 0
     for width in (32, 16, 8, 4, 2, 1):
@@ -136,7 +136,7 @@ def _lowest_bit(word: Any) -> int:
     return bit
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _push(node: int, rank: int, queues: Any, lowest: int) -> int:
     """Put a node at the end of its rank's queue; return the lowest word that may hold a bit."""
     head, tail, follows, bits, tops = queues
@@ -152,7 +152,7 @@ def _push(node: int, rank: int, queues: Any, lowest: int) -> int:
     return lowest
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _pop(top: int, queues: Any) -> int:
     """Take the first node out of the lowest rank, which is known to lie under this word."""
     head, _, follows, bits, tops = queues
@@ -167,7 +167,7 @@ def _pop(top: int, queues: Any) -> int:
     return node
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _start(
     seeds: Any, seed_labels: Any, ranks: Any, levels: int, needed: Any, needed_left: int,
     unvisited: Any, position: Any, labels: Any, queues: Any, later: Any,
@@ -193,7 +193,7 @@ def _start(
     return needed_left, lowest, later_ends
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def flood(
     seeds: Any, seed_labels: Any, ranks: Any, levels: int, needed: Any, needed_left: int,
     unvisited: Any, known: Any, where: Any, position: Any, faces: Any, labels: Any, follows: Any,

@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from numba import njit
 
 from hydralv_tune.numerics.metrics.contingency import checked_mask
+from hydralv_tune.numerics.watershed.compiled import kernel
 
 Array = npt.NDArray[Any]
 Ints = npt.NDArray[np.int32]
@@ -163,7 +163,7 @@ def check_range(channel: int, values: Array) -> None:
         )
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _scan(
     values: Any, valid: Any, bounded: bool, floor: float, seeds: Any, limits: Any, first: int,
     wide: int, unvisited: Any,
@@ -198,7 +198,7 @@ def _scan(
     return flags
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def bits_of(places: Any, count: int) -> Any:
     """Return bits, packed by 64, that are set at the given places."""
     bits = np.zeros((count >> 6) + 1, np.uint64)
@@ -362,7 +362,7 @@ def foreground_graph(graph: WatershedGraph, threshold: float) -> WatershedGraph:
 NO_BACKGROUND = 2**40
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def squared_distances(nodes: Any, allowed: Any, where: Any, padded: Any) -> Any:
     """Return the squared distance of each allowed node to the nearest voxel that is not.
 

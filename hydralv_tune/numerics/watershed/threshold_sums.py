@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from numba import njit
+
+from hydralv_tune.numerics.watershed.compiled import kernel
 
 Array = npt.NDArray[Any]
 
@@ -17,7 +18,7 @@ PAIR_LOGS, SEGMENT_LOGS = range(2)
 Σ n_ij log2 n_ij with the uncovered part of each truth as one more pair, Σ b_j log2 b_j."""
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _suffix_sums(row: Any, bins: Any) -> None:
     """Sum from the back along each of three axes, in place."""
     one, two, three = bins
@@ -37,7 +38,7 @@ def _suffix_sums(row: Any, bins: Any) -> None:
             row[at + cd] += row[at + two * three + cd]
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _by_label(labels: Any, cell: Any) -> Any:
     """Return the nodes of each label, in their order, and where each label's begin."""
     top = 0
@@ -58,13 +59,13 @@ def _by_label(labels: Any, cell: Any) -> Any:
     return order, starts
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _log_term(count: int) -> float:
     """Return n log2 n, 0 for 0."""
     return count * np.log2(count) if count > 1 else 0.0
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _add_segment(full: Any, whole: Any, inside: Any, least: Any, sums: Any, logs: Any) -> None:
     """Add one instance, given its size, its scored part and its part within truth.
 
@@ -81,7 +82,7 @@ def _add_segment(full: Any, whole: Any, inside: Any, least: Any, sums: Any, logs
                     logs[SEGMENT_LOGS, size, f] += _log_term(inside[f])
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _add_pair(
     both: Any, full: Any, whole: Any, true: int, least: Any, sums: Any, logs: Any, covered: Any
 ) -> None:
@@ -97,7 +98,7 @@ def _add_pair(
                     covered[size, f] += both[f]
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _sizes(
     order: Any, start: int, stop: int, truth: Any, cell: Any, bins: Any, full: Any, whole: Any,
     inside: Any,
@@ -121,7 +122,7 @@ def _sizes(
         full[:] = whole
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _overlap(
     order: Any, at: int, stop: int, truth: Any, cell: Any, bins: Any, both: Any
 ) -> Any:  # fmt: skip
@@ -135,7 +136,7 @@ def _overlap(
     return at
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def threshold_sums(
     labels: Any, truth: Any, cell: Any, bins: Any, truth_sizes: Any, least: Any, entropy: bool
 ) -> Any:
@@ -189,7 +190,7 @@ def threshold_sums(
     return sums, logs
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def threshold_tables(labels: Any, truth: Any, cell: Any, bins: Any) -> Any:
     """Return the overlaps of every foreground combination, as a stack of tables needs them.
 
