@@ -383,6 +383,33 @@ def test_a_running_trial_has_note_and_picture_and_the_study_a_name_from_the_star
     assert "0.7500" in text
 
 
+def test_two_trials_side_by_side_need_no_sideways_scroll(fooled: Study, chromium: Any) -> None:
+    long = {"metrics": {f"figure_{i}": i / 7 for i in range(200)}, "sweep": {"plateau": "x" * 5000}}
+    folder = fooled.out
+    assert folder is not None
+    with Driver(fooled, out=folder) as driver:
+        for _ in range(2):
+            asked = driver.ask(9)
+            assert not isinstance(asked, str)
+            driver.tell(asked.number, TrialResult("COMPLETE", 0.3, -0.1, long))
+    chromium.execute_cdp_cmd(
+        "Emulation.setDeviceMetricsOverride",
+        {"width": 1440, "height": 900, "deviceScaleFactor": 1, "mobile": False},
+    )
+    with served(application([fooled])) as address:
+        chromium.get(f"{address}/dashboard/studies/1/trials?numbers=3,4")
+        until(lambda: _text_with(chromium, "Trial 4 (trial_id"))
+        widths = chromium.execute_script(
+            "return [document.documentElement.scrollWidth, innerWidth]"
+        )
+        tallest = chromium.execute_script(
+            "return Math.max(0, ...[...document.querySelectorAll('tr')].map(r => r.offsetHeight))"
+        )
+    chromium.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+    assert widths[0] <= widths[1]
+    assert tallest < 120
+
+
 def test_what_is_refused_is_hidden_and_the_page_says_why(fooled: Study, chromium: Any) -> None:
     shown = {}
     for writable in (False, True):

@@ -12,7 +12,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache, partial, wraps
+from functools import partial, wraps
 from importlib import import_module
 from importlib.metadata import entry_points
 from importlib.util import module_from_spec, spec_from_file_location
@@ -81,21 +81,29 @@ def register_again(others: Sequence[Registration]) -> None:
             recorded(getattr(import_module(module), function))(*one.arguments, **one.keywords)
 
 
-@cache
-def load_plugins() -> tuple[str, ...]:
-    """Import every plugin once, and return their names.
+_begun: set[str] = set()
+
+
+def load_plugins() -> None:
+    """Import every plugin once.
+
+    A plugin that is being imported may come by here itself, so each counts from its beginning.
 
     Raises:
         InputError: One cannot be imported, or fails while it registers.
     """
-    found = []
-    for entry in entry_points(group=GROUP):
-        _load(f"plugin '{entry.name}' ({entry.value})", entry.load)
-        found.append(entry.name)
+    plugins: dict[str, Callable[[], Any]] = {
+        f"plugin '{entry.name}' ({entry.value})": entry.load for entry in entry_points(group=GROUP)
+    }
     for name in filter(None, os.environ.get(VARIABLE, "").split(os.pathsep)):
-        _load(f"{VARIABLE}: {name}", partial(_import, name))
-        found.append(name)
-    return tuple(found)
+        plugins[f"{VARIABLE}: {name}"] = partial(_import, name)
+    for place in plugins.keys() - _begun:
+        _begun.add(place)
+        try:
+            _load(place, plugins[place])
+        except InputError:
+            _begun.discard(place)
+            raise
 
 
 def _load(place: str, load: Callable[[], Any]) -> None:

@@ -117,7 +117,7 @@ HELD_OUT = ("data.val_image", "data.val_label", "data.val_mask")
 
 
 def volume(name: str = "a", seed: int = 0) -> Volume:
-    """Return a volume (10, 40, 48) of noise with four balls, two of which touch; most counts."""
+    """Return noise (10, 40, 48) with a border and four balls, two of which touch; most counts."""
     rng = np.random.default_rng(seed)
     label = np.zeros((10, 40, 48), np.uint16)
     grid = np.indices(label.shape)
@@ -126,6 +126,7 @@ def volume(name: str = "a", seed: int = 0) -> Volume:
         away = sum((g - c) ** 2 * w for g, c, w in zip(grid, centre, (4, 1, 1), strict=True))
         label[(away < 30) & (label == 0)] = number
     image = rng.integers(20, 180, label.shape) + 5 * grid[0] + 60 * (label > 0)
+    image[:, 36:] = 5  # a border of one value, as of padding
     mask = np.zeros(label.shape, bool)
     mask[:, :, :44] = True
     return Volume(name, image.clip(0, 255).astype(np.uint8), label, mask, NM)
