@@ -33,8 +33,10 @@ from hydralv_tune.config.search_space import Pruner, Sampler, SearchSpace
 from hydralv_tune.config.search_space_files import load_space
 from hydralv_tune.numerics.cores import usable_cores
 from hydralv_tune.study.distributions import suggest
+from hydralv_tune.study.proposals import ProposalSampler, TriedCandidates
 from hydralv_tune.study.pruners import make_pruner
 from hydralv_tune.study.samplers import make_sampler
+from hydralv_tune.study.study import view_of
 from hydralv_tune.study.trial_views import VIOLATIONS
 
 GUARD = "f1_iou50"
@@ -76,6 +78,7 @@ class Strategy:
     pruner: Pruner = field(default_factory=Pruner)
     warm_starts: bool = True
     guard_first: bool = True
+    repeats: bool = False
 
 
 @dataclass(frozen=True)
@@ -161,6 +164,7 @@ def simulate(strategy: Strategy, phantom: str, seed: int) -> Progress:
     """Return how a study of a strategy goes until its GPU-seconds are spent."""
     sampler = strategy.sampler.model_copy(update={"seed": seed})
     study = optuna.create_study(pruner=make_pruner(strategy.pruner))
+    tried = TriedCandidates(space(), sampler.min_distance)
     if strategy.warm_starts:
         for name in space().warm_starts:
             study.enqueue_trial(dict(space().warm_start(name).params))
@@ -173,9 +177,16 @@ def simulate(strategy: Strategy, phantom: str, seed: int) -> Progress:
     states = {"COMPLETE": 0, "PRUNED": 0}
 
     def start(now: float) -> None:
-        study.sampler = lasting or make_sampler(sampler, len(study.get_trials(deepcopy=False)))
+        trials = [view_of(trial) for trial in study.get_trials(deepcopy=False)]
+        chosen = lasting or make_sampler(sampler, len(trials))
+        if strategy.repeats:
+            study.sampler = chosen
+        else:
+            tried.update(trials)
+            study.sampler = ProposalSampler(chosen, tried, seed * 1_000_003 + len(trials))
         trial = study.ask()
         curve = curve_of(phantom, suggest(space(), trial))
+        trial.set_user_attr("owner", "simulated")
         live[trial.number] = (trial, curve)
         first = curve.seconds[0] if curve.seconds else curve.fails_after
         assert first is not None
@@ -262,7 +273,9 @@ THRESHOLD_TRIALS = 200
 THRESHOLDS = "thresholds of the baseline only"
 OURS = Strategy("ours: the defaults")
 NO_PRUNING = Pruner(name="none")
-RANDOM = Strategy("random, no pruning", Sampler(name="random"), NO_PRUNING, warm_starts=False)
+RANDOM = Strategy(
+    "random, no pruning", Sampler(name="random"), NO_PRUNING, warm_starts=False, repeats=True
+)
 COLD = Strategy("ours without warm starts", warm_starts=False)
 MAIN = (
     RANDOM,

@@ -26,14 +26,23 @@ from hydralv_tune.config.search_space_rules import check_space
 from hydralv_tune.config.secrets import mask_passwords
 from hydralv_tune.launch.start import Start
 from hydralv_tune.study.database import DatabaseAway
+from hydralv_tune.study.distributions import distribution_of
 from hydralv_tune.study.driver import Driver
 from hydralv_tune.study.journal import PREFIX, SUFFIX, Journal
 from hydralv_tune.study.mutex import MutexLost, StudyMutex
 from hydralv_tune.study.optuna_private import PRIVATE_NAMES, set_attributes
+from hydralv_tune.study.proposals import TriedCandidates
 from hydralv_tune.study.pruners import PRUNERS, register_pruner
 from hydralv_tune.study.samplers import SAMPLERS, register_sampler
 from hydralv_tune.study.storage_url import masked, parse_storage
-from hydralv_tune.study.study import Study, facts_of, open_if_exists, open_readonly, study_names
+from hydralv_tune.study.study import (
+    Study,
+    facts_of,
+    open_if_exists,
+    open_readonly,
+    study_names,
+    view_of,
+)
 from hydralv_tune.study.study_folder import MARKER, Owner, claim_out, owner_of
 from hydralv_tune.study.trial_views import (
     Asked,
@@ -352,10 +361,13 @@ def test_what_was_begun_goes_on_before_a_recipe_that_was_not(
     assert asked(driver).warm_start == "second"
 
 
-def test_duplicates_are_not_trained_again(storage: str, make_driver: Callable[..., Driver]) -> None:
+@pytest.mark.parametrize("sampler", [*SAMPLERS])
+def test_what_was_tried_is_not_proposed_again(
+    storage: str, make_driver: Callable[..., Driver], sampler: str
+) -> None:
     space = make_space(
         parameters={"model.loss_balancing.strategy": {"choice": ["none", "uncertainty"]}},
-        sampler={"name": "random"},
+        sampler={"name": sampler, "startup_trials": 1},
     )
     driver = make_driver(storage, space)
     seen = set()
@@ -369,9 +381,84 @@ def test_duplicates_are_not_trained_again(storage: str, make_driver: Callable[..
         driver.tell(trial.number, complete(0.3))
     assert trial == "done"
     assert seen == {"none", "uncertainty"}
-    duplicates = [t for t in driver.study.trials() if t.state == "FAIL"]
-    assert duplicates
-    assert all("duplicate of trial" in t.user_attrs["reason"] for t in duplicates)
+    assert [t.state for t in driver.study.trials()] == ["COMPLETE", "COMPLETE"]
+
+
+@pytest.mark.parametrize("sampler", [*SAMPLERS])
+def test_no_proposal_is_near_to_what_was_tried_or_runs(
+    storage: str, make_driver: Callable[..., Driver], sampler: str
+) -> None:
+    parameters = {
+        LR: {"float": [1e-4, 1e-2], "log": True},
+        "model.loss_balancing.strategy": {"choice": ["none", "uncertainty"]},
+    }
+    settings = {"name": sampler, "startup_trials": 2, "min_distance": 0.1}
+    space = make_space(parameters=parameters, sampler=settings, warm_starts=[])
+    drivers = [make_driver(storage, space), make_driver(storage, space)]
+    seen: list[tuple[str, float]] = []
+    for index in range(9):
+        trial = asked(drivers[index % 2])
+        place = math.log10(trial.params[LR] / 1e-4) / 2
+        choice = trial.params["model.loss_balancing.strategy"]
+        assert all(other != choice or abs(place - at) >= 0.1 for other, at in seen)
+        seen.append((choice, place))
+        if index % 3:  # every third one runs on; of the others, one fails for good
+            ended = complete(abs(place - 0.5)) if index % 3 == 1 else TrialResult("FAIL")
+            drivers[index % 2].tell(trial.number, ended)
+
+
+def test_where_the_space_is_full_a_smaller_distance_must_do(
+    storage: str, make_driver: Callable[..., Driver]
+) -> None:
+    space = make_space(
+        parameters={LR: {"float": [1e-4, 1e-2], "log": True}}, sampler={"min_distance": 0.4}
+    )
+    driver = make_driver(storage, space)
+    rates = [asked(driver).params[LR] for _ in range(12)]
+    assert len(set(rates)) == 12
+
+
+def test_what_is_enqueued_by_hand_is_run_though_it_is_near_but_not_where_it_is_equal(
+    storage: str, make_driver: Callable[..., Driver]
+) -> None:
+    space = make_space(
+        parameters={LR: {"float": [1e-4, 1e-2], "log": True}},
+        warm_starts=[],
+        sampler={"min_distance": 0.1},
+    )
+    driver = make_driver(storage, space)
+    driver.study.optuna.enqueue_trial({LR: 1e-3})
+    first = asked(driver)
+    driver.study.optuna.enqueue_trial({LR: 1.01e-3})
+    assert asked(driver).params[LR] == 1.01e-3
+    for _ in range(5):
+        driver.study.optuna.enqueue_trial({LR: 1e-3})
+    assert abs(math.log10(asked(driver).params[LR] / 1e-3)) >= 0.2
+    equal = [t for t in driver.study.trials() if t.state == "FAIL"]
+    assert [t.user_attrs["reason"] for t in equal] == [
+        f"duplicate of trial {first.number}, not trained again"
+    ] * 5
+    (number,) = driver.study.enqueue_all({"mine": {"optimization": {"optimizer": {"lr": 9.9e-4}}}})
+    assert driver.study.near_trials([number]) == {number: first.number}
+
+
+def test_a_recipe_that_sets_more_than_is_searched_keeps_no_proposal_away() -> None:
+    space = make_space(
+        parameters={"model.loss_balancing.strategy": {"choice": ["none", "uncertainty"]}},
+        recipes={"start": {}, "wider": {"optimization": {"optimizer": {"lr": 3e-3}}}},
+    )
+    params = {"model.loss_balancing.strategy": "none"}
+    for recipe, near in (("start", 0), ("wider", None), ("dropped since", None)):
+        trial = optuna.trial.create_trial(
+            value=0.3,
+            params=params,
+            distributions={key: distribution_of(space.parameters[key]) for key in params},
+            user_attrs={"owner": {"pid": 1}, "warm_start": recipe},
+        )
+        tried = TriedCandidates(space, 0.1)
+        trial.number = 0
+        tried.update([view_of(trial)])
+        assert tried.near(params) == near, recipe
 
 
 @pytest.mark.parametrize("retry", ["no", "counted"])

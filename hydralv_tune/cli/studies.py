@@ -495,8 +495,15 @@ def enqueue(
     opened = open_readonly(found.storage, found.name, found.folder)
     try:
         numbers = opened.enqueue_all({path.stem: read_yaml_mapping(path) for path in files})
+        near = opened.near_trials(numbers)
+        share = opened.space.sampler.min_distance
     finally:
         opened.close()
+    for number, other in near.items():
+        say(
+            f"Trial {number} is near trial {other}: the same choices, and no number differs by "
+            f"{share:.0%} of its range. It is run, since you asked for it."
+        )
     if json:
         print_json({"numbers": numbers})
     else:

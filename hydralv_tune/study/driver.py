@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import random
 import threading
 import time
 import uuid
@@ -18,7 +19,7 @@ from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, TrialState
 
 from hydralv_tune.study.database import DatabaseAway, DatabaseFile, StudyGone, database_errors
-from hydralv_tune.study.distributions import distribution_of, misfit, suggest
+from hydralv_tune.study.distributions import misfit, suggest
 from hydralv_tune.study.journal import PREFIX, SUFFIX, Journal, journals_in
 from hydralv_tune.study.mutex import StudyMutex
 from hydralv_tune.study.optuna_private import (
@@ -30,6 +31,7 @@ from hydralv_tune.study.optuna_private import (
     trial_id,
     waiting_trials,
 )
+from hydralv_tune.study.proposals import ProposalSampler, TriedCandidates
 from hydralv_tune.study.pruners import make_pruner
 from hydralv_tune.study.samplers import make_sampler, sampler_entry
 from hydralv_tune.study.study import Study, trial_by_number, view_of
@@ -55,8 +57,6 @@ from hydralv_tune.study.trial_views import (
 
 HEARTBEAT_S = 30.0
 GRACE_S = 120.0
-DUPLICATE_TRIES = 3
-UNTRIED_TRIES = 200
 ABANDONED_S = 3600.0  # of a journal, after which its driver on another machine is not awaited
 
 
@@ -98,6 +98,7 @@ class Driver:
         self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
         self._pruner = make_pruner(self.space.pruner)
         self._sampler = make_sampler(self.space.sampler, 0)
+        self._tried = TriedCandidates(self.space, self.space.sampler.min_distance)
 
     def __enter__(self) -> Driver:
         with self._database(), self._mutex:
@@ -169,14 +170,14 @@ class Driver:
             return "done"
         if finished + counts["running"] >= target:
             return "wait"
-        for _ in range(DUPLICATE_TRIES):
+        while waiting_trials(self.study.optuna):
             asked = self._new_trial()
             if asked is not None:
                 return asked
-        params = self._untried()
-        if params is None:  # the space has no more combinations
+        trials = self.study.trials()
+        self._tried.update(trials)
+        if self._tried.untried(random.Random(len(trials))) is None:
             return "wait" if counts["running"] else "done"
-        self.study.optuna.enqueue_trial(params)
         return self._new_trial() or "wait"
 
     def report(
@@ -394,7 +395,9 @@ class Driver:
         """Ask Optuna for a trial and claim it; None where its parameters were tried before."""
         study = self.study.optuna
         trials = self.study.trials()
-        study.sampler = self._sampler_for(len(trials))
+        self._tried.update(trials)
+        seed = self.space.sampler.seed * 1_000_003 + len(trials)
+        study.sampler = ProposalSampler(self._sampler_for(len(trials)), self._tried, seed)
         trial = self._waiting_retry() or study.ask()
         self.study.rdb.record_heartbeat(trial_id(trial))
         params = suggest(self.space, trial)
@@ -436,21 +439,6 @@ class Driver:
                     claimed = claim_waiting(self.study.optuna, trial)
                     if claimed is not None:
                         return claimed
-        return None
-
-    def _untried(self) -> dict[str, Any] | None:
-        """Return parameters drawn at random that no trial has, or None where none are found."""
-        trials = self.study.trials()
-        draw = optuna.samplers.RandomSampler(seed=len(trials)).sample_independent
-        for _ in range(UNTRIED_TRIES):
-            params: dict[str, Any] = {}
-            for key, parameter in self.space.parameters.items():
-                if self.space.is_active(key, params):
-                    params[key] = draw(
-                        self.study.optuna, self.study.frozen()[0], key, distribution_of(parameter)
-                    )
-            if duplicate_of(params, None, trials, number=-1) is None:
-                return params
         return None
 
     def _inherit(self, trial: optuna.Trial, retry_of: int | None, trials: list[TrialView]) -> None:

@@ -42,6 +42,7 @@ from hydralv_tune.study.optuna_private import (
     set_study_attribute,
     study_attributes,
 )
+from hydralv_tune.study.proposals import TriedCandidates, is_plain
 from hydralv_tune.study.storage_url import engine_options, masked, parse_storage, probe, sqlite_file
 from hydralv_tune.study.study_folder import holds_results, owner_of
 from hydralv_tune.study.trial_views import (
@@ -54,6 +55,7 @@ from hydralv_tune.study.trial_views import (
     count_states,
     describe_best,
     guard_warnings,
+    recipe_of,
     violation_of,
 )
 
@@ -408,11 +410,7 @@ class Study:
 
         None where the space has dropped the recipe since.
         """
-        attributes = attributes_of(trial)
-        if OVERRIDES in attributes:
-            return dict(attributes[OVERRIDES])
-        name = attributes.get("warm_start")
-        return {} if name is None else self.space.recipes.get(name)
+        return recipe_of(attributes_of(trial), self.space.recipes)
 
     def check_space(self, space: SearchSpace, *, extend: bool) -> None:
         """Refuse a space that differs from the stored one; nothing is stored.
@@ -507,6 +505,25 @@ class Study:
             raise StudyError(f"--storage: {self.storage} does not answer: {error}.") from None
         finally:
             mutex.close()
+
+    def near_trials(self, numbers: Sequence[int]) -> dict[int, int]:
+        """Return which enqueued trials are near to a tried one, each with the first such.
+
+        They are run nevertheless, unlike a sampler's proposal.
+
+        Args:
+            numbers: Of trials that wait.
+        """
+        trials = self.trials()
+        tried = TriedCandidates(self.space, self.space.sampler.min_distance)
+        tried.update(trials)
+        found = {}
+        for trial in trials:
+            if trial.number in numbers and is_plain(self.space, trial):
+                near = tried.near(trial.requested)
+                if near is not None:
+                    found[trial.number] = near
+        return found
 
     def _refuse_known(self, start: WarmStart, trials: Sequence[TrialView]) -> None:
         """Refuse a candidate that a trial of the study is already."""

@@ -305,6 +305,35 @@ def missing_successors(trials: Sequence[TrialView], *, retries: int) -> list[Tri
     ]
 
 
+def is_tried(trial: TrialView) -> bool:
+    """Return whether a trial's candidate was trained, is being trained, or has failed.
+
+    A trial that no driver came to own was never trained, and one that waits is not yet. What
+    failed is not tried anew: where that can help, a retry does it.
+    """
+    if trial.is_imported or trial.state == "WAITING" or "duplicate_of" in trial.user_attrs:
+        return False
+    return trial.is_foreign or "owner" in trial.user_attrs
+
+
+def recipe_of(
+    attributes: Mapping[str, Any], recipes: Mapping[str, Mapping[str, Any]]
+) -> Mapping[str, Any] | None:
+    """Return the partial candidate that a trial set beside its parameters; empty without.
+
+    Args:
+        attributes: Of the trial.
+        recipes: Of the space.
+
+    Returns:
+        None where the space has dropped the recipe since.
+    """
+    if OVERRIDES in attributes:
+        return dict(attributes[OVERRIDES])
+    name = attributes.get("warm_start")
+    return {} if name is None else recipes.get(name)
+
+
 def duplicate_of(
     params: Mapping[str, Any],
     warm_start: str | None,
@@ -315,8 +344,6 @@ def duplicate_of(
     """Return the number of an earlier trial with the same parameters, or None.
 
     Recipes may set keys outside the searched ones, so a warm start is only a duplicate of itself.
-    Nor is what failed trained again: where that can help, a retry does it. A trial that no driver
-    came to own was never trained.
 
     Args:
         params: Encoded values of the new trial.
@@ -325,13 +352,10 @@ def duplicate_of(
         number: The new trial's own number.
     """
     for trial in trials:
-        untrained = "owner" not in trial.user_attrs or "duplicate_of" in trial.user_attrs
-        if trial.number == number or trial.state == "WAITING":
-            continue
-        if trial.state == "FAIL" and untrained:
+        if trial.number == number or not is_tried(trial):
             continue
         same = dict(trial.params) == dict(params)
-        if same and trial.user_attrs.get("warm_start") == warm_start and not trial.is_imported:
+        if same and trial.user_attrs.get("warm_start") == warm_start:
             return trial.number
     return None
 
