@@ -19,7 +19,7 @@ from hydralv_tune.config.candidate import DecodingStep
 from hydralv_tune.config.errors import InputError, StudyError
 from hydralv_tune.config.files import known_names, load_candidate
 from hydralv_tune.config.yaml_io import dump_yaml
-from hydralv_tune.data.volumes import VolumePaths
+from hydralv_tune.data.volumes import VolumePaths, read_volume
 from hydralv_tune.numerics.networks.registry import build_network
 from hydralv_tune.numerics.networks.weights import match_weights
 from hydralv_tune.results.export.export import export_best, told
@@ -111,9 +111,32 @@ def test_peer_export_names_what_it_cannot_say_and_the_score_under_its_flood(
     model = mapping["default"]["model"] if format == "pytc" else mapping["model"]
     assert model["external_weights_path"] == str(tmp_path / "p.ckpt")
     assert all(str(tmp_path / "p.yaml") in command for command in document["commands"])
-    assert "weights go over" in head[0]
-    assert document["portable"]
     assert model["external_weights_key_prefix"] == "model."
+    # The network of this study goes over, but its sections are standardised, which it cannot say.
+    assert not document["portable"]
+    assert "gives another segmentation" in head[0]
+    assert "--write-normalised" in document["warnings"][0]
+
+
+@pytest.mark.parametrize("format", ["pytc", "pytc-2026-01"])
+def test_a_peer_export_with_its_images_written_gives_the_same_segmentation(
+    finished_study: Any, tmp_path: Path, format: str
+) -> None:
+    document = export_best(
+        finished_study.storage, "tiny", tmp_path / "p.yaml", format=format, write_normalised=True
+    )
+    text = Path(document["out"]).read_text()
+    assert document["portable"]
+    assert text.startswith("# PyTorch Connectomics has this network: its weights go over.")
+    mapping = yaml.safe_load(text)
+    today = format == "pytc"
+    data = mapping["default"]["data"] if today else mapping["data"]
+    assert data["image_transform"]["normalize"] == "none"
+    image = mapping["test"]["data"]["test"]["image"] if today else mapping["data"]["train_image"]
+    assert mapping["test"]["data"].get("test_image", image) == image
+    sections = read_volume(VolumePaths("written", image)).image
+    assert np.abs(sections.mean(axis=(1, 2))).max() < 1e-3
+    assert np.abs(sections.std(axis=(1, 2)) - 1).max() < 1e-3
 
 
 def test_peer_export_of_todays_schema_has_no_key_that_its_example_lacks(
@@ -126,7 +149,8 @@ def test_peer_export_of_todays_schema_has_no_key_that_its_example_lacks(
     further = {
         "default.data.augmentation", "train.optimization.optimizer", "train.optimization.ema",
         "train.monitor.early_stopping", "default.optimization",
-        "default.inference.test_time_augmentation",
+        "default.inference.test_time_augmentation", "default.inference.window",
+        "default.inference.model",
     }  # fmt: skip
     new = {key for key in keys_of(ours) - keys_of(example)
            if not any(key.startswith(f"{place}.") for place in further)}  # fmt: skip

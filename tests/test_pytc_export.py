@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import gzip
 import json
+import random
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from hydralv_tune.config.candidate import DecodingStep
+from hydralv_tune.config.errors import ConfigError
 from hydralv_tune.config.files import candidate_from_mapping, load_candidate
 from hydralv_tune.config.pytc_portability import obstacles
+from hydralv_tune.config.search_space_files import load_space
+from hydralv_tune.config.search_space_rules import drawn
 from hydralv_tune.data.volumes import VolumePaths
 from hydralv_tune.results.export.pytc import peer_config, peer_step
 from hydralv_tune.results.export.pytc_blocks import PeerData, monai_block, rsunet_block
@@ -119,6 +123,22 @@ def test_head_says_precision_mask_and_blending_where_it_reads_them() -> None:
     assert default["inference"]["window"]["blending"] == "distance_transform"
 
 
+def test_the_context_of_a_prediction_is_padded_and_cut_off_there_too() -> None:
+    candidate = load_candidate("baseline", {"data": {"pad_mode": "replicate"}})
+    step = candidate.test.decoding[0]
+    default = peer_config(candidate, step, DATA, schema="pytc").mapping["default"]
+    assert default["data"]["data_transform"] == {"pad_size": [8, 24, 24], "pad_mode": "edge"}
+    assert default["inference"]["model"]["crop_pad"] == [8, 24, 24]
+    assert default["inference"]["window"]["padding_mode"] == "replicate"
+    january = peer_config(candidate, step, DATA, schema="pytc-2026-01")
+    assert january.mapping["data"]["image_transform"]["pad_size"] == [8, 24, 24]
+    assert "pad_size" not in january.mapping["test"]["data"]["image_transform"]
+    assert any("differ near the rim" in note for note in january.notes)
+    bare = load_candidate("baseline", {"data": {"pad_size": [0, 0, 0]}})
+    default = peer_config(bare, step, DATA, schema="pytc").mapping["default"]
+    assert "crop_pad" not in default["inference"]["model"]
+
+
 def test_sections_standardised_here_are_written_or_told() -> None:
     from dataclasses import replace
 
@@ -136,3 +156,75 @@ def test_the_smallest_segment_kept_is_the_same_in_either_scikit_image(
 ) -> None:
     step = DecodingStep(kwargs={"min_instance_size": 50})
     assert peer_step(step, drops_exact_size=newer)["kwargs"]["min_instance_size"] == expected
+
+
+PORTABLE = """
+base: baseline
+export: pytc
+warm_starts: [baseline, plan_mednext_s]
+parameters:
+  model.architecture: {choice: [rsunet, mednext, monai_unet]}
+  model.num_res_units: {choice: [0, 3], when: {model.architecture: [monai_unet]}}
+  model.norm: {choice: [batch, none], when: {model.architecture: [rsunet]}}
+  optimization.optimizer.lr: {float: [1e-4, 1e-3], log: true}
+"""
+
+
+def portable_space(folder: Path, text: str, settings: dict[str, Any] | None = None) -> Any:
+    """Return the space of a text."""
+    path = folder / "space.yaml"
+    path.write_text(text)
+    return load_space(str(path), settings)
+
+
+def test_a_space_that_asks_for_export_proposes_only_what_goes_over(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match=r"export is pytc; left out") as told:
+        space = portable_space(tmp_path, PORTABLE)
+    said = str(told[0].message)
+    for entry in ("model.architecture 'mednext'", "model.architecture 'monai_unet'",
+                  "model.num_res_units", "model.norm 'none'",
+                  "warm start 'plan_mednext_s'"):  # fmt: skip
+        assert f"- {entry}" in said
+    assert space.warm_starts == ["baseline"]
+    assert space.parameters["model.architecture"].choice == ["rsunet"]
+    assert space.parameters["model.norm"].choice == ["batch"]
+    generator = random.Random(3)
+    for _ in range(30):
+        assert obstacles(space.candidate(drawn(space, generator))) == []
+
+
+def test_a_candidate_put_into_such_a_study_must_go_over_too(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match="left out"):
+        space = portable_space(tmp_path, PORTABLE)
+    params = {"model.architecture": "rsunet", "model.norm": "batch"}
+    with pytest.raises(ConfigError, match=r"lacks this network. model\.activation gelu"):
+        space.candidate(params, {"model": {"activation": "gelu"}})
+    assert space.candidate(params, {"model": {"activation": "elu"}}).model.activation == "elu"
+
+
+def test_choices_that_do_not_go_over_together_are_refused(tmp_path: Path) -> None:
+    text = """
+export: pytc
+parameters:
+  model.activation: {choice: [relu, prelu]}
+  model.norm: {choice: [batch, none]}
+"""
+    with pytest.raises(ConfigError, match=r"model\.activation 'relu', model\.norm 'none' cannot"):
+        portable_space(tmp_path, text)
+    tied = """
+export: pytc
+parameters:
+  layers:
+    choice:
+      usual: {model: {norm: batch, activation: relu}}
+      bare: {model: {norm: none, activation: prelu}}
+"""
+    assert len(portable_space(tmp_path, tied).parameters["layers"].choice) == 2
+
+
+def test_what_holds_for_every_trial_decides_what_goes_over(tmp_path: Path) -> None:
+    text = "export: pytc\nparameters:\n  model.norm: {choice: [batch, none]}\n"
+    space = portable_space(tmp_path, text, {"model": {"activation": "prelu"}})
+    assert space.parameters["model.norm"].choice == ["batch", "none"]
+    with pytest.raises(ConfigError, match=r"cannot go over. model\.architecture mednext"):
+        portable_space(tmp_path, "base: plan_mednext_s\nexport: pytc\n")

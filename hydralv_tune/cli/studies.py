@@ -384,7 +384,8 @@ def export(
     for warning in document["warnings"]:
         say(f"warning: {warning}")
     say(f"Config: {document['out']}")
-    say(f"Checkpoint: {document['checkpoint']}")
+    none = "none is written, since PyTorch Connectomics lacks this network"
+    say(f"Checkpoint: {document['checkpoint'] or none}")
     if "table" in document:
         say(f"Table: {document['table']}")
     for command in document["commands"]:

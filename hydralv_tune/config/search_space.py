@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 from pydantic_core import PydanticKnownError
@@ -20,6 +20,7 @@ from hydralv_tune.config.files import (
     layered,
     load_candidate,
 )
+from hydralv_tune.config.pytc_portability import obstacles
 from hydralv_tune.config.strict_model import Count, NotNegative, Positive, Share, StrictModel, Whole
 from hydralv_tune.config.validation import (
     MISSING,
@@ -214,6 +215,11 @@ class SearchSpace(StrictModel):
     parameters: dict[str, Parameter] = Field(
         default_factory=dict, description="Searched keys; a condition names an earlier one."
     )
+    export: Literal["pytc"] | None = Field(
+        None,
+        description="`pytc`: propose only networks that PyTorch Connectomics has too; other "
+        "choices and warm starts are left out, and `check` names them.",
+    )
     decoding: DecodingGrid = Field(default_factory=DecodingGrid)
     objective: Objective = Field(default_factory=Objective)
     budget: Budget = Field(default_factory=Budget)
@@ -272,9 +278,19 @@ class SearchSpace(StrictModel):
             named = isinstance(parameter.choice, dict)
             searched = merged(searched, value if named else nested(key, value))
         base = layered(self.base_mapping(), overrides or {})
-        return candidate_from_mapping(
-            layered(base, searched, self.fixed), place=self.name or "search space", base={}
+        place = self.name or "search space"
+        candidate = candidate_from_mapping(
+            layered(base, searched, self.fixed), place=place, base={}
         )
+        # The base alone is no proposal where something is searched.
+        if self.export is not None and (params or overrides or not self.parameters):
+            reasons = obstacles(candidate)
+            if reasons:
+                raise ConfigError(
+                    f"{place}: export is {self.export}, but PyTorch Connectomics lacks this "
+                    f"network. {reasons[0]}"
+                )
+        return candidate
 
     def warm_start(self, name: str) -> WarmStart:
         """Return a recipe as a first trial.
@@ -318,7 +334,8 @@ class SearchSpace(StrictModel):
     def _identity(self) -> dict[str, Any]:
         """Return the space without what a study may change on its way: budget and the like."""
         mapping = self.as_mapping()
-        for key in ("name", "description", "budget", "sampler", "pruner", "warm_starts"):
+        for key in ("name", "description", "budget", "sampler", "pruner", "warm_starts",
+                    "export"):  # fmt: skip
             mapping.pop(key)
         mapping["recipes"] = {"base": self.base_mapping()}
         return mapping

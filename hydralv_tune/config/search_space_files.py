@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -13,6 +14,7 @@ from hydralv_tune.config.errors import ConfigError, InputError
 from hydralv_tune.config.explanation import explain, explain_space
 from hydralv_tune.config.files import find_file, layered, load_candidate, shown_path
 from hydralv_tune.config.paths import expanded_path
+from hydralv_tune.config.portable_space import only_portable
 from hydralv_tune.config.search_space import SearchSpace, space_from_mapping
 from hydralv_tune.config.search_space_rules import check_space, extremes, with_conditions
 from hydralv_tune.config.validation import check_keys, shown
@@ -40,9 +42,22 @@ def load_space(name_or_path: str | Path, overrides: Mapping[str, Any] | None = N
             beside = path.parent / name
             file = beside if beside.is_file() else find_file(name, "trials")
             recipes[name] = read_yaml_mapping(file)
-    space = space.model_copy(update={"recipes": recipes})
+    asked = space.export
+    space = space.model_copy(update={"recipes": recipes, "export": None})
     check_space(space, place)
-    return with_fixed(space, overrides) if overrides else space
+    if overrides:
+        space = with_fixed(space, overrides)
+    return space if asked is None else _portable(space, place)
+
+
+def _portable(space: SearchSpace, place: str) -> SearchSpace:
+    """Return a checked space with `export`, and warn once of all that was left out for it."""
+    reduced, left_out = only_portable(space, place)
+    check_space(reduced, place)
+    if left_out:
+        listed = "".join(f"\n- {entry}" for entry in left_out)
+        warnings.warn(f"{place}: export is {reduced.export}; left out:{listed}", stacklevel=3)
+    return reduced
 
 
 def with_fixed(

@@ -66,6 +66,8 @@ def export_best(
     Returns:
         `out`, `checkpoint`, `commands`, `warnings`, and `table` where it was asked for; for
         PyTorch Connectomics also `portable`, whether its segmentation is the same, and `left_out`.
+        Where it is not, the first of the warnings says why; `checkpoint` is None where its network
+        does not exist there.
 
     Raises:
         StudyError: No such storage or study, or no trial is finished.
@@ -87,7 +89,7 @@ def export_best(
             newer = format == "pytc" if scikit_image_026 is None else scikit_image_026
             document = _export_peer(best, out, format, write_normalised, newer)
         guard = best.study.space.objective.guard.f1_iou50
-        document["warnings"] = guard_warnings(best.view, guard)
+        document.setdefault("warnings", []).extend(guard_warnings(best.view, guard))
     if table is not None:
         document["table"] = str(write_table(storage, study, Path(table)))
     return document
@@ -268,8 +270,8 @@ def _export_peer(
     )
     with as_input_error(f"export --format {format}"):
         config = peer_config(best.candidate, best.step, data, schema=format)
-    lines = _portable_lines(best, against, by_section and not normalised)
-    lines += ["", *_head_lines(best)]
+    about = _portable_lines(best, against, by_section and not normalised)
+    lines = [*about, "", *_head_lines(best)]
     lines += ["", *_volume_flood_lines(best)]
     lines += ["", "What PyTorch Connectomics cannot be told, and so does otherwise:"]
     lines += [f"- {note}" for note in config.notes] or ["- nothing"]
@@ -281,12 +283,14 @@ def _export_peer(
     write_atomically(out, (_comments(lines) + dump_yaml(config.mapping)).encode())
     command = shlex.join(["python", "scripts/main.py", "--config", str(out.absolute())])
     test = [f"{command} --mode test"] if not against else []
+    portable = not against and not (by_section and not normalised)
     return {
         "out": str(out),
         "checkpoint": str(weights) if not against else None,
         "commands": [*test, f"{command} --mode train"],
-        "portable": not against and not (by_section and not normalised),
+        "portable": portable,
         "left_out": list(config.notes),
+        "warnings": [] if portable else [" ".join(about)],
     }
 
 

@@ -47,6 +47,8 @@ DECODERS = {
 NORMALISATIONS = {"0-1": "0-1", "z_volume": "normal", "z_section": "normal", "none": "none"}
 BLENDINGS = {"gaussian": "distance_transform", "constant": "constant"}
 """Its own `bump` shrinks the logits tenfold where a single window reaches the rim."""
+PADDINGS = {"replicate": "edge", "reflect": "reflect", "constant": "constant"}
+"""Padding modes by NumPy's names, which that tool pads volumes with."""
 LATER_KNOBS = ("full_section_prob", "partial_ratio_range", "fill_value_range")
 """Of `missing_section`: today's schema has them, January's had not."""
 
@@ -266,7 +268,7 @@ def _head_data(candidate: Candidate, data: PeerData, notes: list[str]) -> dict[s
             "patch_size": list(told.patch_size),
             "cached_sampling_sample_nonzero_mask": paths_of(data, "mask") is not None,
         },
-        "data_transform": {"pad_size": list(told.pad_size), "pad_mode": told.pad_mode},
+        "data_transform": {"pad_size": list(told.pad_size), "pad_mode": PADDINGS[told.pad_mode]},
         "image_transform": {
             "normalize": "none" if data.normalised else NORMALISATIONS[transform.normalize],
             "clip_percentile_low": transform.clip_percentile_low,
@@ -298,12 +300,15 @@ def _head_inference(candidate: Candidate, data: PeerData) -> dict[str, Any]:
             "window_size": list(window.window_size or candidate.data.patch_size),
             "overlap": window.overlap,
             "blending": BLENDINGS[window.blending],
+            "padding_mode": window.padding_mode,
         },
         "model": {
+            # The context that test images are padded with is in its prediction until it is cut off.
+            **({"crop_pad": list(candidate.data.pad_size)} if any(candidate.data.pad_size) else {}),
             "channel_activations": [
                 {"channels": f"{first}:{end}", "activation": name}
                 for first, end, name in test_time.channel_activations
-            ]
+            ],
         },
         "test_time_augmentation": augmented,
     }
@@ -369,6 +374,12 @@ def _plan(
     transform["normalize"] = (
         "none" if data.normalised else NORMALISATIONS[candidate.data.image_transform.normalize]
     )
+    padded = any(candidate.data.pad_size)
+    if padded:
+        notes.append(
+            f"Volumes are padded by {list(candidate.data.pad_size)} before prediction too; that "
+            "version pads them in training alone, so its probabilities differ near the rim."
+        )
     mapping["data"] |= {f"train_{key}": value for key, value in data_block(data).items()}
     augmentations = augmentation_blocks(candidate, notes)
     for key in LATER_KNOBS:
@@ -397,6 +408,12 @@ def _plan(
         "decoding": [peer_step(step, drops_exact_size=data.drops_exact_size)],
         "evaluation": {"enabled": True, "metrics": ["adapted_rand"]},
     }
+    if padded:
+        # It reads `data.pad_size` nowhere.
+        mapping["data"]["image_transform"] |= {
+            "pad_size": list(candidate.data.pad_size),
+            "pad_mode": PADDINGS[candidate.data.pad_mode],
+        }
     mapping |= {"experiment_name": data.experiment, "description": data.description}
     cleaned: dict[str, Any] = _without_none(mapping)
     return cleaned
