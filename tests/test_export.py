@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -139,6 +140,49 @@ def test_a_peer_export_with_its_images_written_gives_the_same_segmentation(
     assert np.abs(sections.std(axis=(1, 2)) - 1).max() < 1e-3
 
 
+def test_a_trial_that_stays_here_names_the_best_that_goes_over(
+    finished_study: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    copied = tmp_path / "copy"
+    shutil.copytree(finished_study.folder, copied)
+    storage = f"sqlite:///{copied / 'study.db'}"
+    study = Study.open(storage, "tiny")
+    study.remember("out", str(copied))
+    best = study.best()
+    assert best is not None
+    record = study.folder_of(best) / "record.json"
+    study.close()
+    record.write_text(record.read_text().replace('"activation": null', '"activation": "gelu"'))
+    monkeypatch.chdir(tmp_path)
+
+    def exported(*words: str) -> dict[str, Any]:
+        line = ["export", str(copied), "--format", "pytc", "--out", "p.yaml", "--json", *words]
+        assert exit_code(line) == 0
+        return dict(json.loads(capsys.readouterr().out))
+
+    stays = exported()
+    assert stays["checkpoint"] is None
+    assert not stays["portable"]
+    assert not Path("p.ckpt").exists()
+    assert [command.split()[-1] for command in stays["commands"]] == ["train"]
+    first = Path("p.yaml").read_text().splitlines()[0]
+    assert "cannot give this segmentation" in first
+    said = stays["warnings"][0]
+    assert "model.activation gelu" in said
+    number = int(said.split("can go over is ")[1].split(":")[0])
+    assert number != best.number
+    goes = exported("--best-portable")
+    assert goes["checkpoint"] == str(tmp_path / "p.ckpt")
+    mapping = yaml.safe_load(Path("p.yaml").read_text())
+    assert mapping["experiment_name"] == f"tiny_trial_{number}"
+    assert all(str(tmp_path / "p.yaml") in command for command in goes["commands"])
+    exported("--trial", str(best.number))
+    assert f"tiny_trial_{best.number}" in Path("p.yaml").read_text()
+    assert exit_code(["export", str(copied), "--trial", "77", "--out", "p.yaml"]) == 2
+    assert "77 is no finished trial. Known:" in " ".join(capsys.readouterr().err.split())
+
+
 def test_peer_export_of_todays_schema_has_no_key_that_its_example_lacks(
     shared_data: Path,
 ) -> None:
@@ -262,8 +306,6 @@ def test_unknown_format_names_the_known_ones(finished_study: Any, tmp_path: Path
 
 
 def test_missing_checkpoint_says_where_it_should_be(finished_study: Any, tmp_path: Path) -> None:
-    import shutil
-
     copied = tmp_path / "copy"
     shutil.copytree(finished_study.folder, copied)
     storage = f"sqlite:///{copied / 'study.db'}"

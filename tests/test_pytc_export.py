@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -140,14 +141,48 @@ def test_the_context_of_a_prediction_is_padded_and_cut_off_there_too() -> None:
 
 
 def test_sections_standardised_here_are_written_or_told() -> None:
-    from dataclasses import replace
-
     candidate = load_candidate("section_standardised")
     step = candidate.test.decoding[0]
     told = peer_config(candidate, step, DATA, schema="pytc")
     assert any("--write-normalised" in note for note in told.notes)
     written = peer_config(candidate, step, replace(DATA, normalised=True), schema="pytc")
     assert written.mapping["default"]["data"]["image_transform"]["normalize"] == "none"
+
+
+@pytest.mark.parametrize(
+    ("partial", "said"),
+    [
+        ({"optimization": {"scheduler": {"warmup_epochs": 50}}}, "cosine starts at epoch 0"),
+        (
+            {
+                "model": {
+                    "deep_supervision": True,
+                    "filters": [4, 8, 8, 8, 8, 8],
+                    "down_factors": None,
+                }
+            },
+            "deep_supervision is off",
+        ),
+        ({"model": {"dropout": 0.2}}, "dropout 0.2: its RSUNet has none"),
+        ({"inference": {"sliding_window": {"blending": "gaussian"}}}, "distance_transform"),
+        ({"data": {"label_transform": {"edt_voxel_size": "volume"}}}, "there they are in voxels"),
+    ],
+)
+def test_what_is_otherwise_there_is_told(partial: dict[str, Any], said: str) -> None:
+    candidate = load_candidate("baseline", partial)
+    step = candidate.test.decoding[0]
+    for schema in ("pytc", "pytc-2026-01"):
+        assert any(said in note for note in peer_config(candidate, step, DATA, schema=schema).notes)
+
+
+def test_a_note_says_which_scikit_image_the_size_is_written_for() -> None:
+    step = DecodingStep(kwargs={"min_instance_size": 50})
+    candidate = load_candidate("baseline")
+    for newer, said in ((True, "for 0.26 and later"), (False, "for earlier ones")):
+        notes = peer_config(
+            candidate, step, replace(DATA, drops_exact_size=newer), schema="pytc"
+        ).notes
+        assert any("exactly 50 voxels" in note and said in note for note in notes)
 
 
 @pytest.mark.parametrize(("newer", "expected"), [(True, 49), (False, 50)])

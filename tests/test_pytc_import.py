@@ -223,6 +223,32 @@ def test_todays_file_is_resolved_through_bases_profiles_stages_and_references(to
     assert left == {"optimization.scheduler.name", "inference.sliding_window.blending"}
 
 
+def test_what_only_the_test_stage_says_is_listed_with_what_to_do(today: Path) -> None:
+    text = today.read_text().replace(
+        "  data: {test: {image: other.h5}}\n",
+        "  data: {test: {image: other.h5}, mask_transform: {resize: [1, 2, 2], binarize: true}}\n",
+    )
+    post = "    postprocessing: {enabled: true, instance_cc3d: {connectivity: 6, min_size: 100}}\n"
+    today.write_text(text.replace("tune: {profile", post + "tune: {profile"))
+    left = {entry.key: entry for entry in imported(today).left_out if entry.matters}
+    assert "numpy.repeat" in left["test.data.mask_transform.resize"].meaning
+    assert "connected parts" in left["decoding.postprocessing.instance_cc3d.connectivity"].meaning
+
+
+def test_padding_is_that_which_the_volumes_were_trained_with(january: Path) -> None:
+    january.write_text(
+        JANUARY.replace(
+            "image_transform: {normalize: normal}",
+            "pad_size: [1, 2, 2]\n  image_transform: {normalize: normal, pad_size: [2, 8, 8], "
+            "pad_mode: edge}",
+        )
+    )
+    result = imported(january)
+    assert result.candidate["data"]["pad_size"] == [2, 8, 8]
+    assert result.candidate["data"]["pad_mode"] == "replicate"
+    assert not any("pad" in entry.key for entry in result.left_out)
+
+
 def test_a_candidate_may_be_such_a_file_itself(january: Path) -> None:
     with pytest.warns(UserWarning, match=r"left out:[^$]*- model\.strides"):
         candidate = load_candidate(january)

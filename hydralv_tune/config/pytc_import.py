@@ -62,13 +62,20 @@ WITHOUT_EFFECT = (
     "optimization.scheduler.frequency", "optimization.scheduler.params", "model.mednext_dim",
     "model.mednext_checkpoint_style", "model.mednext.checkpoint_style", "model.mednext.dim",
     "tune.data.tune_resolution", "data.dataloader.cached_sampling_sample_nonzero_mask",
-    "data.label_transform.normalize", "test.data.test_resolution", "data.train.label_aux_type",
+    "inference.model.crop_pad", "inference.test_time_augmentation.patch_first_local",
+    "data.root_path", "data.label_transform.normalize", "test.data.test_resolution",
+    "inference.data.test_resolution", "inference.data.output_name", "data.augmentation.enabled",
+    "data.train.label_aux_type",
     "data.val.label_aux_type", "data.val_resolution", "data.cached_sampling_max_attempts",
     "data.dataloader.cached_sampling_max_attempts", "data.label_transform.cache_dir",
 )  # fmt: skip
 """Keys that name devices, logs and files, or the tool's own search: a result does not depend on
 them here."""
 
+MASKS = (
+    "a mask must have the image's shape here: write it enlarged first, each voxel repeated as "
+    "often as `resize` says (numpy.repeat along each axis)"
+)
 MEANINGS = {
     "model.dropout": "its RSUNet ignored it; here it would act",
     "model.norm": "its RSUNet reads rsunet_norm alone",
@@ -85,12 +92,21 @@ MEANINGS = {
     "data.dataset_type": "volumes alone are read here: give --image and --label",
     "data.label_transform.erosion": "labels are not eroded here; touching instances stay touching",
     "data.augmentation.defect_mutex": "several defects may meet in a patch here",
-    "data.mask_transform": "masks must have the image's shape: resize the mask first",
+    "data.mask_transform": MASKS,
+    "test.data.mask_transform": MASKS,
+    "tune.data.mask_transform": MASKS,
     "data.data_transform.resize": "volumes are not resized here: resize them first",
-    "decoding.postprocessing": "instances are not split or cleaned after decoding here",
+    "decoding.postprocessing.instance_cc3d": "instances are not split into their connected parts "
+    "after decoding here, which no sweep could do exactly; min_instance_size removes small ones "
+    "before",
+    "decoding.postprocessing.enabled": "see its steps",
+    "decoding.postprocessing": "instances are not cleaned after decoding here",
     "inference.postprocessing": "segmentations are not cleaned after decoding here",
     "optimization.max_steps": "optimization.max_epochs decides here",
-    "inference.model.crop_pad": "padding is cut off by itself here",
+    "inference.model.head": "a network has one head here",
+    "model.heads": "a network has one head here, of the three channels",
+    "model.primary_head": "a network has one head here",
+    "data.split_": "volumes are split by data.split here: say its kind",
     "data.dataloader.cached_sampling_foreground_threshold": "written as data.sampling",
     "tune.parameter_space": "each range is swept at a few values instead of sampled",
 }  # fmt: skip
@@ -417,8 +433,12 @@ class _Importer:
         if val.get("image") and val.get("label"):
             named = {f"val_{key}": value for key, value in val.items()}
             self.lay({"data": {**named, "split": {"kind": "volumes"}}}, "data.val_image")
-        pad = self.at("data.pad_size")
-        mode = self.at("data.pad_mode", "reflect")
+        # January trains with the padding of its image transform, where it has one.
+        transform_pad = self.at("data.image_transform.pad_size")
+        block_of_pad = "data.image_transform" if transform_pad else "data"
+        pad = transform_pad or self.at("data.pad_size")
+        mode = self.at(f"{block_of_pad}.pad_mode", "reflect")
+        self.used |= {"data.image_transform.pad_mode", "data.pad_size", "data.pad_mode"}
         if pad:
             mode = "replicate" if mode == "edge" else mode
             self.lay({"data": {"pad_size": pad, "pad_mode": mode}}, "data.pad_size")
@@ -655,7 +675,14 @@ class _Importer:
                 continue
             if _under(path, WITHOUT_EFFECT):
                 continue
-            meaning = next((MEANINGS[key] for key in MEANINGS if _under(path, (key,))), None)
+            meaning = next(
+                (
+                    MEANINGS[key]
+                    for key in MEANINGS
+                    if _under(path, (key,)) or (key.endswith("_") and path.startswith(key))
+                ),
+                None,
+            )
             ignored = path.startswith("model.") and meaning is not None
             self.leave(path, meaning or "it has no counterpart here", matters=not ignored)
 
@@ -663,6 +690,8 @@ class _Importer:
 def _as_january(mapping: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
     """Return today's form under January's names, and where each key stood."""
     train, test, tune = (stage_view(mapping, stage) for stage in ("train", "test", "tune"))
+    others = {"test": test, "tune": tune}
+    apart = {where: dict(_apart(view, train)) for where, view in others.items()}
     result: dict[str, Any] = {}
     origins: dict[str, str] = {}
 
@@ -696,6 +725,9 @@ def _as_january(mapping: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, s
     _volumes_of(tune, "val", result, "tune.data.tune_", origins)
     for source, target in _TEST_RENAMES:
         move(test, source, target, "test")
+    for where, keys in apart.items():
+        for path, value in keys.items():
+            result.update(merged(result, nested(f"{where}.data.{path}", value)))
     activations = value_at(test, "inference.model.channel_activations")
     if activations is not MISSING:
         _drop(test, "inference.model.channel_activations")
@@ -721,6 +753,16 @@ def _as_january(mapping: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, s
     return merged(own, rest, result), origins
 
 
+def _apart(view: Mapping[str, Any], train: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Yield the keys of `data` that a stage says otherwise than training, volumes aside."""
+    for path, value in leaf_paths(value_or(view, "data", {})):
+        role, _, key = path.partition(".")
+        volume = role in ("train", "val", "test") and key in VOLUME_KEYS
+        if not volume and value_at(train, f"data.{path}") != value:
+            yield path, value
+
+
+VOLUME_KEYS = ("path", "image", "label", "mask", "resolution")
 _RENAMES = (
     ("model.arch.type", "model.architecture"),
     ("model.loss.deep_supervision", "model.deep_supervision"),
@@ -772,7 +814,7 @@ def _volumes_of(
 ) -> None:
     """Put the volumes of a role under January's flat names."""
     root = value_or(view, "data.root_path", "") or ""
-    for key in ("path", "image", "label", "mask", "resolution"):
+    for key in VOLUME_KEYS:
         value = value_at(view, f"data.{role}.{key}")
         if key == "path" and root:
             value = str(Path(root) / str(value if value is not MISSING and value else ""))
