@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,19 @@ def volume() -> Volume:
     """Return a phantom of few voxels."""
     made = make_phantom((12, 96, 96), instances=5, seed=1)
     return Volume("phantom", made.image, made.label, made.mask > 0, made.voxel_size_nm)
+
+
+def test_extents_cost_nothing_for_a_large_id(volume: Volume) -> None:
+    label = np.zeros((12, 96, 96), np.int32)
+    label[2:5, 10:30, 10:50] = 10**9
+    label[6:12, 40:48, 60:64] = 2**31 - 1
+    one = Volume("v", volume.image, label, None, volume.voxel_size_nm)
+    tracemalloc.start()
+    facts = plan_facts(candidate(), one, timing_s=BRIEF)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert facts["instance_extent_voxels"] == {"median": [4.5, 14.0, 22.0], "max": [6, 20, 40]}
+    assert peak < 200 * 2**20
 
 
 def test_steps_and_patches_follow_from_batch_and_epoch(volume: Volume) -> None:

@@ -143,7 +143,9 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, list[Evalua
     torch.set_num_threads(1)
     out = tmp_path_factory.mktemp("trial")
     seen: list[Evaluation] = []
-    return run(spec(out), seen.append), seen, out
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("hydralv_tune.trial.state.LEAST_SWEEP_S", 600.0)  # no sweep is thinned
+        return run(spec(out), seen.append), seen, out
 
 
 def test_a_trial_learns_what_it_is_given(finished: Any) -> None:
@@ -160,9 +162,9 @@ def test_it_reports_each_evaluation_with_the_best_so_far(finished: Any) -> None:
     assert {"total", "label", "boundary", "edt"} <= set(seen[0].losses)
     assert seen[0].seconds < seen[1].seconds < seen[2].seconds
     json.dumps(seen[-1].as_mapping())
-    # Intermediate and final values are one quantity, unless the sweep in between was thinned.
-    if not any(row["thinned"] for row in record.history):
-        assert record.value == seen[-1].value
+    # Intermediate and final values are one quantity.
+    assert [row["thinned"] for row in record.history] == [None, None, None]
+    assert record.value == seen[-1].value
 
 
 def test_it_leaves_every_file_it_promises(finished: Any) -> None:
@@ -875,6 +877,14 @@ def test_a_blob_of_small_error_does_not_outlive_a_good_checkpoint(finished: Any)
     assert not better(outcome(0.01, 0.2), 0.10, 0.9, 0.05)
     assert better(outcome(0.09, 0.88), 0.10, 0.9, 0.05)
     assert not better(outcome(0.11, 0.92), 0.10, 0.9, 0.05)
+    # Each a bit worse in F1 than the one before: the guard holds against the best F1 ever seen.
+    best_value, best_f1, seen, chosen = None, 0.0, 0.0, []
+    for value, f1 in ((0.10, 0.80), (0.09, 0.76), (0.08, 0.72), (0.07, 0.68)):
+        if better(outcome(value, f1), best_value, best_f1, 0.05, seen):
+            best_value, best_f1 = value, f1
+            chosen.append(f1)
+        seen = max(seen, f1)
+    assert chosen == [0.80, 0.76]
 
 
 def test_the_plan_s_checkpoints_appear_as_verdicts() -> None:

@@ -214,6 +214,50 @@ def test_a_sweep_floods_the_tissue_and_scores_where_truth_is_known() -> None:
     assert result.winner.metrics["adapted_rand_error"] < 0.05
 
 
+@pytest.mark.parametrize("other", ["size", "origin"])
+def test_every_command_compares_size_and_origin_of_its_files(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], other: str
+) -> None:
+    size, moved = (30.0, 8.0, 8.0), {"origin_nm": (300.0, 0.0, 0.0)}
+    wrong: dict[str, Any] = {"voxel_size_nm": (40.0, 4.0, 4.0)} if other == "size" else moved
+    arrays = {"p": perfect(boxes()), "seg": boxes(), "mask": np.ones(SHAPE, np.uint8)}
+    for name, array in arrays.items():
+        there = {"voxel_size_nm": size, "origin_nm": (0.0, 0.0, 0.0)}
+        write_array(tmp_path / f"{name}.h5", array, **there)
+        write_array(tmp_path / f"{name}_wrong.h5", array, **{**there, **wrong})
+    p, seg, seg_wrong, mask, mask_wrong = (
+        str(tmp_path / f"{n}.h5") for n in ("p", "seg", "seg_wrong", "mask", "mask_wrong")
+    )
+    out = ("--out", str(tmp_path / "o.h5"))
+    score, sweep_ = ("score", "--prediction", seg), ("sweep", "--probabilities", p)
+    inspect = ("inspect", "--image", seg)
+    for words in (
+        (*score, "--label", seg_wrong),
+        (*score, "--label", seg, "--mask", mask_wrong),
+        (*score, "--label", seg, "--mask", mask, "--scored-mask", mask_wrong),
+        (*sweep_, "--label", seg_wrong),
+        (*sweep_, "--label", seg, "--mask", mask_wrong),
+        (*sweep_, "--label", seg, "--mask", "none", "--scored-mask", mask_wrong),
+        ("decode", "--probabilities", p, "--mask", mask_wrong, *out),
+        ("segment", "gone.ckpt", "--image", seg, "--label", seg_wrong, *out),
+        ("segment", "gone.ckpt", "--image", seg, "--mask", mask_wrong, *out),
+        ("segment", "gone.ckpt", "--image", seg, "--label", seg, "--scored-mask", mask_wrong, *out),
+        (*inspect, "--label", seg_wrong),
+        (*inspect, "--label", seg, "--mask", mask_wrong),
+        (*inspect, "--label", seg, "--scored-mask", mask_wrong),
+    ):
+        assert exit_code(words) == 2, words
+        said = capsys.readouterr().err
+        assert "the files of one volume must agree" in said
+        assert "_wrong.h5" in said
+    assert exit_code([*score, "--label", seg, "--mask", mask, "--scored-mask", mask]) == 0
+    assert exit_code([*score, "--label", seg, "--mask", "none", "--scored-mask", "none"]) == 0
+    write_array(tmp_path / "short.h5", boxes()[1:])
+    short = ("--label", seg, "--scored-mask", str(tmp_path / "short.h5"))
+    assert exit_code(["segment", "gone.ckpt", "--image", seg, *short, *out]) == 2
+    assert "the scored mask has shape (8, 16, 20)" in capsys.readouterr().err
+
+
 def test_commands_take_no_label_and_scored_mask_alike(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,9 +18,11 @@ import zarr
 from hydralv_tune.config.errors import VolumeError
 from hydralv_tune.data.formats import SUFFIXES
 from hydralv_tune.data.volumes import (
+    NO_MASK,
     Volume,
     VolumePaths,
     open_lazy,
+    pairs,
     read_array,
     read_labels,
     read_mask,
@@ -409,9 +412,46 @@ def test_volumes_get_names_that_tell_them_apart() -> None:
     assert [v.name for v in found] == ["a", "b", "b_2", "val_02"]
 
 
+@pytest.mark.parametrize(
+    ("images", "options", "told"),
+    [
+        (["vol_1", "vol_2"], {"labels": ["vol_2_label", "vol_3_label"]},
+         ["vol_1.h5 goes with vol_2_label.h5", "vol_2.h5 goes with vol_3_label.h5"]),
+        (["fly_1", "mouse_1"], {"labels": ["fly_1_seg", "worm_1_seg"]},
+         ["mouse_1.h5 goes with worm_1_seg.h5"]),
+        (["vol_1", "vol_2"], {"masks": ["mask_2", NO_MASK]}, ["vol_1.h5 goes with mask_2.h5"]),
+        (["vol_1", "vol_2"], {"scored_masks": ["valid_01", "valid_3"]},
+         ["vol_2.h5 goes with valid_3.h5"]),
+        (["a", "b"], {"labels": ["a_label", "a_label"]},
+         ["b.h5 goes with a_label.h5", "a_label.h5 is given for a and for b"]),
+        (["a", "a"], {}, ["a.h5 is given for a and for a_2"]),
+        (["vol_1", "vol_2"], {"labels": ["seg_01", "seg_02"], "masks": ["m/1_roi", NO_MASK]}, []),
+    ],
+)  # fmt: skip
+def test_names_that_disagree_within_a_volume_are_told(
+    images: list[str], options: dict[str, list[str]], told: list[str]
+) -> None:
+    def files(names: list[str]) -> list[str]:
+        return [name if name == NO_MASK else f"{name}.h5" for name in names]
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        found = volume_paths(files(images), **{k: files(v) for k, v in options.items()})
+    said = [str(warning.message) for warning in caught]
+    assert len(said) == len(told)
+    assert all(any(text.startswith(one) for text in said) for one in told), said
+    lines = pairs(found)
+    for key, word in (("labels", "label"), ("masks", "mask"), ("scored_masks", "scored mask")):
+        for line, name in zip(lines, files(options.get(key, [])), strict=False):
+            assert f", {word} {name}" in line
+
+
 def test_numbers_of_files_that_differ_are_refused(files: dict[str, Path]) -> None:
     with pytest.raises(VolumeError, match=r"--label names 1 files.*--image names 2"):
         volume_paths([files["im"], files["im"]], [files["label"]])
+    for option in ("masks", "scored_masks"):
+        with pytest.raises(VolumeError, match=r"names 1 files.* none' stands for no mask"):
+            volume_paths([files["im"], files["im"]], **{option: [files["mask"]]})
     with pytest.raises(VolumeError, match="no file matches"):
         volume_paths([str(files["im"].with_name("none_*.h5"))])
     with pytest.raises(VolumeError, match="No image"):

@@ -59,6 +59,19 @@ class TestFlipAndRotate:
             after = applied("rotate", patches, seed)
             assert torch.equal(after.image, torch.rot90(patches.image, 2, (-2, -1)))
 
+    def test_a_plane_with_z_turns_the_voxel_sizes_with_the_voxels(self) -> None:
+        patches = random_patches(1, (40, 40, 36), voxel_size_nm=NM)
+        turns = set()
+        for seed in range(20):
+            after = applied("rotate", patches, seed, spatial_axes=(0, 1))
+            k = next(
+                k for k in (1, 2, 3)
+                if torch.equal(after.image, torch.rot90(patches.image, k, (-3, -2)))
+            )  # fmt: skip
+            assert after.voxel_sizes_nm == ((8.0, 30.0, 8.0) if k % 2 else NM,)
+            turns.add(k)
+        assert turns == {1, 2, 3}
+
 
 class TestAffine:
     def coordinates(self, seed: int = 0, size: Any = NM, **knobs: Any) -> Tensor:

@@ -208,13 +208,14 @@ def segment(
     from hydralv_tune.config.files import parse_overrides
     from hydralv_tune.config.paths import expanded
     from hydralv_tune.data.formats import PRECOMPUTED, WRITABLE
-    from hydralv_tune.data.volumes import NO_MASK, VolumePaths
+    from hydralv_tune.data.volumes import NO_MASK, VolumePaths, check_heads
 
-    mask = None if mask == NO_MASK else mask
+    mask, scored_mask = (None if path == NO_MASK else path for path in (mask, scored_mask))
     inputs = [path for path in (image, mask, label, scored_mask) if path is not None]
     check_file_out("--out", out, WRITABLE, inputs)
     if table is not None:
         check_file_out("--table", table, (".csv", ".parquet"), inputs)
+    check_heads(image, {"label": label, "mask": mask, "scored mask": scored_mask})
     if neuroglancer is not None:
         check_folder("--neuroglancer", neuroglancer)
         _ = PRECOMPUTED.code  # refused before any work where its package is missing

@@ -217,10 +217,11 @@ def score(
 
     Example: `hydralv-tune score --prediction runs/seg.h5 --label runs/phantom/label.h5`
     """
-    from hydralv_tune.data.volumes import read_labels
+    from hydralv_tune.data.volumes import agreed_placement, read_labels
     from hydralv_tune.numerics.metrics.scores import score_labels
 
     ignored = ignore_label or []
+    agreed_placement(prediction, label, mask, scored_mask)
     truth = read_labels(label, ignored)
     segmentation = read_labels(prediction, [one for one in ignored if one < 0])
     inside = joined_masks(read_mask(mask, truth.shape), read_mask(scored_mask, truth.shape))
@@ -250,7 +251,6 @@ def decode(
     from hydralv_tune.config.files import decoding_step, parse_overrides
     from hydralv_tune.data.formats import WRITABLE
     from hydralv_tune.data.volumes import (
-        NO_MASK,
         agreed_placement,
         narrowed,
         read_probabilities,
@@ -265,7 +265,7 @@ def decode(
         labels = decode_labels(
             step.name, maps, read_tissue(mask, maps.shape[1:])[0], **step.decoder_arguments()
         )
-    size, origin = agreed_placement(probabilities, mask if mask != NO_MASK else None)
+    size, origin = agreed_placement(probabilities, mask)
     write_array(out, narrowed(out, labels), voxel_size_nm=size, origin_nm=origin)
     document = {"instances": int(labels.max(initial=0)), "out": str(out)}
     if json:
@@ -308,7 +308,7 @@ def sweep(
     Example: `hydralv-tune sweep --probabilities runs/p.h5 --label runs/phantom/label.h5`
     """
     from hydralv_tune.config.search_space_files import load_space
-    from hydralv_tune.data.volumes import read_labels, read_probabilities
+    from hydralv_tune.data.volumes import agreed_placement, read_labels, read_probabilities
     from hydralv_tune.numerics.metrics.contingency import split_unknown
     from hydralv_tune.trial.scoring.sweep.sweep import sweep as sweep_grid
 
@@ -316,6 +316,7 @@ def sweep(
         check_file_out("--out", out, (".yaml", ".yml"))
         _check_beside(out)
     loaded = load_space(space)
+    agreed_placement(probabilities, label, mask, scored_mask)
     maps = read_probabilities(probabilities)
     truth, unknown = split_unknown(
         read_labels(label, ignore_label or []), label, ignore_label or []

@@ -42,6 +42,7 @@ __all__ = [
     "Volume",
     "VolumePaths",
     "agreed_placement",
+    "check_heads",
     "check_volume",
     "first_voxel_size",
     "open_lazy",
@@ -204,7 +205,7 @@ def volume_paths(
     ):
         if files and len(files) != len(image_files):
             some = ", ".join(str(file or NO_MASK) for file in files[:3])
-            hint = f" '{option} {NO_MASK}' stands for no mask." if option == "--mask" else ""
+            hint = "" if option == "--label" else f" '{option} {NO_MASK}' stands for no mask."
             raise VolumeError(
                 f"{option} names {len(files)} files ({some}{', ...' if len(files) > 3 else ''}), "
                 f"but --image names {len(image_files)}. Give one {option} for each --image, in the "
@@ -221,21 +222,34 @@ def volume_paths(
         )
         for index, (name, image) in enumerate(zip(_names(image_files), image_files, strict=True))
     ]
-    for volume in volumes if len(volumes) > 1 else ():
-        for file in (volume.label, volume.mask):
+    if len(volumes) > 1:
+        _warn_of_pairs(volumes)
+    return volumes
+
+
+def _warn_of_pairs(volumes: Sequence[VolumePaths]) -> None:
+    """Warn of names that disagree within a volume, and of a file that is given twice."""
+    seen: dict[str, str] = {}
+    for volume in volumes:
+        for file in (volume.image, volume.label, volume.mask, volume.scored_mask):
             if file is not None and _differ(volume.image, file):
                 warnings.warn(
                     f"{volume.image} goes with {file}, but their names differ: files are matched "
                     "by their order. Check the pairs, and that no file is missing.",
-                    stacklevel=2,
+                    stacklevel=3,
                 )
-    return volumes
+            if file is not None and seen.setdefault(file, volume.name) != volume.name:
+                warnings.warn(
+                    f"{file} is given for {seen[file]} and for {volume.name}. Check the pairs.",
+                    stacklevel=3,
+                )
 
 
 def pairs(volumes: Sequence[VolumePaths]) -> list[str]:
     """Return one line for each volume that says which files belong together."""
     return [
         f"{v.name}: image {v.image}, label {v.label or 'none'}, mask {v.mask or NO_MASK}"
+        + (f", scored mask {v.scored_mask}" if v.scored_mask else "")
         for v in volumes
     ]
 
@@ -520,19 +534,19 @@ def _check_shape(
 
 
 def placement_of(paths: VolumePaths) -> tuple[VoxelSize | None, VoxelSize | None]:
-    """Return voxel size and origin that the image states, or else the label, or else the mask.
+    """Return voxel size and origin that the image states, or else the label, or else a mask.
 
     Raises:
         VolumeError: As `agreed_placement`.
     """
-    return agreed_placement(paths.image, paths.label, paths.mask)
+    return agreed_placement(paths.image, paths.label, paths.mask, paths.scored_mask)
 
 
 def agreed_placement(*files: str | None) -> tuple[VoxelSize | None, VoxelSize | None]:
     """Return voxel size and origin that the first of some files states that states any.
 
     Args:
-        files: Of one volume; None is left out.
+        files: Of one volume; None and `none` are left out.
 
     Raises:
         VolumeError: A file cannot be opened, or two files contradict each other; a size of 1 x 1 x
@@ -541,7 +555,7 @@ def agreed_placement(*files: str | None) -> tuple[VoxelSize | None, VoxelSize | 
     sizes: dict[str, VoxelSize] = {}
     origins: dict[str, VoxelSize] = {}
     for path in files:
-        if path is None:
+        if path is None or path == NO_MASK:
             continue
         with open_lazy(path) as lazy:
             if lazy.voxel_size_nm is not None:
@@ -553,6 +567,25 @@ def agreed_placement(*files: str | None) -> tuple[VoxelSize | None, VoxelSize | 
     size = next(iter((known or sizes).values()), None)
     _refuse_different("origin", origins, [s / 2 for s in size or UNIT_SIZE])
     return size, next(iter(origins.values()), None)
+
+
+def check_heads(image: str, others: Mapping[str, str | None]) -> None:
+    """Refuse files that do not lie on the voxels of an image, before any of them is read.
+
+    Args:
+        image: File, or `file:dataset`.
+        others: What each other file is, as messages call it, and where it lies, if anywhere.
+
+    Raises:
+        VolumeError: A file cannot be opened, or its shape, voxel size or origin is another.
+    """
+    with open_lazy(image, ndim=3) as lazy:
+        shape = lazy.shape
+    for kind, path in others.items():
+        if path is not None:
+            with open_lazy(path, ndim=3) as lazy:
+                _check_shape(path, kind, lazy.shape, image, shape)
+    agreed_placement(image, *others.values())
 
 
 def first_voxel_size(paths: VolumePaths) -> VoxelSize | None:
@@ -599,15 +632,16 @@ def _expand(patterns: Sequence[str | Path]) -> list[str]:
 
 
 def _differ(image: str, other: str) -> bool:
-    """Return whether two names seem to be of different volumes: by their numbers, then words.
+    """Return whether two names seem to be of different volumes: by their numbers or their words.
 
     The folder is looked at where a stem says nothing.
     """
     own, others = (_telling(file) for file in (image, other))
     numbers, other_numbers = ([w for w in words if w.isdigit()] for words in (own, others))
-    if numbers and other_numbers:
-        return [int(n) for n in numbers] != [int(n) for n in other_numbers]
-    return bool(own and others) and not set(own) & set(others)
+    if numbers and other_numbers and [int(n) for n in numbers] != [int(n) for n in other_numbers]:
+        return True
+    named, other_named = ({w for w in words if not w.isdigit()} for words in (own, others))
+    return bool(named and other_named) and not named & other_named
 
 
 def _telling(file: str) -> list[str]:

@@ -127,6 +127,8 @@ def placement_from(attributes: Mapping[str, Any], axes: Sequence[str] | None = N
             size = in_nm(attributes[key], units)
             if None in units:
                 notes.append(unknown_unit(given))
+            elif size is None:
+                notes.append(no_size(f"{key} = {attributes[key]}"))
     for key, units in (("origin_nm", [1.0] * 3), ("offset", units_given)):
         if key in attributes and origin is None:
             origin = in_nm(attributes[key], units, positive=False)
@@ -136,6 +138,16 @@ def placement_from(attributes: Mapping[str, Any], axes: Sequence[str] | None = N
 def unknown_unit(unit: Any) -> str:
     """Return the note on a unit that is no known length."""
     return f"The unit {unit!r} is no known length, so the voxel size is taken as unknown."
+
+
+def no_size(stated: str) -> str:
+    """Return the note on a voxel size that is none, or not one of three axes.
+
+    Args:
+        stated: As the file has it.
+    """
+    shown = " ".join(stated.split())[:80]
+    return f"It says {shown}: not three lengths above 0, so the voxel size is taken as unknown."
 
 
 def in_zyx(lengths: VoxelSize | None, axes: Sequence[str] | None) -> VoxelSize | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import uuid
 from collections.abc import Mapping
@@ -215,7 +216,7 @@ def _data(record: TrialRecord) -> str:
 
 def _next(study: Study, best: TrialView | None, finished: int, space: SearchSpace) -> str:
     """Return what to do now."""
-    options = f"--storage {study.storage} --study {study.name}"
+    options = shlex.join(["--storage", study.storage, "--study", study.name])
     if best is None:
         return f"wait for the first trial. `hydralv-tune status {options}` says how it stands."
     if not best.is_feasible:

@@ -35,6 +35,7 @@ from hydralv_tune.study.proposals import ProposalSampler, TriedCandidates
 from hydralv_tune.study.pruners import make_pruner
 from hydralv_tune.study.samplers import make_sampler, sampler_entry
 from hydralv_tune.study.study import Study, trial_by_number, view_of
+from hydralv_tune.study.study_folder import recover_command
 from hydralv_tune.study.trial_views import (
     CONSTRAINTS,
     FOLD_VALUES,
@@ -127,7 +128,7 @@ class Driver:
             f"Study '{self.study.name}' in {self.study.storage} {self.gone.what} while it ran. Its "
             f"trials are in {self.out / 'trials'}. To go on with what the database holds now, run "
             f"the same command again; to make the study again from its trials, first run "
-            f"`hydralv-tune recover {self.out}`."
+            f"`{recover_command(self.out)}`."
         )
 
     @property

@@ -14,6 +14,7 @@ from hydralv_tune.artifacts.writing import why_not_writable
 from hydralv_tune.config.errors import StudyError
 from hydralv_tune.config.paths import expanded
 from hydralv_tune.config.secrets import HIDDEN, is_secret, mask_passwords
+from hydralv_tune.study.study_folder import DATABASE, SPACE_FILE, recover_command
 
 CONNECT_TIMEOUT_S = 10
 BUSY_TIMEOUT_S = 15.0  # how long SQLite waits for another writer
@@ -181,9 +182,14 @@ def probe(url: URL, *, create: bool) -> None:
             if create:
                 _refuse_unwritable(path)
                 return
+            again = (
+                f" The trials beside it make it again: `{recover_command(path.parent)}`."
+                if (path.parent / SPACE_FILE).is_file() and path.name == DATABASE
+                else ""
+            )
             raise StudyError(
                 f"--storage: {path} does not exist. Give the file that `run` wrote, "
-                "by default OUT/study.db."
+                f"by default OUT/{DATABASE}.{again}"
             )
     engine = sqlalchemy.create_engine(url, poolclass=sqlalchemy.NullPool, **_without_pool(url))
     try:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -81,7 +82,7 @@ def check_out(folder: Path, study: str, *, identity: str | None, stored: Path | 
         raise StudyError(
             f"--out: {folder} belongs to {other}, whose trials would be taken for those of this "
             "one. Give another --out, remove the folder if nobody needs it, or make its study "
-            f"again with `hydralv-tune recover {folder}`."
+            f"again with `{recover_command(folder)}`."
         )
     if owner is None and stored is None and holds_results(folder):
         raise StudyError(
@@ -111,6 +112,11 @@ def claim_out(folder: Path, owner: Owner) -> None:
                 os.replace(whole, folder / MARKER)
         whole.unlink(missing_ok=True)
     check_out(folder, owner.study, identity=owner.identity, stored=folder)
+
+
+def recover_command(folder: Path) -> str:
+    """Return what a shell takes to make a study again from the records of its trials."""
+    return shlex.join(["hydralv-tune", "recover", str(folder)])
 
 
 def _same(one: Path, other: Path) -> bool:

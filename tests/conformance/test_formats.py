@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 import struct
 import subprocess
 import sys
@@ -379,7 +380,11 @@ def test_pages_of_other_shapes_and_second_series_are_refused(tmp_path: Path) -> 
     with tifffile.TiffWriter(tmp_path / "types.tif") as file:
         for dtype in (np.uint8, np.uint8, np.uint16):
             file.write(values(dtype, (9, 9)), photometric="minisblack", metadata=None)
-    assert "different shape or type" in refusal(tmp_path / "types.tif")
+    assert "2 images" in refusal(tmp_path / "types.tif")
+    with tifffile.TiffWriter(tmp_path / "multi.ome.tif", ome=True) as file:
+        for _ in range(2):
+            file.write(values(), photometric="minisblack", metadata={"axes": "ZYX"})
+    assert "2 images" in refusal(tmp_path / "multi.ome.tif")
 
 
 def test_time_that_stands_for_z_is_read_with_a_word(tmp_path: Path) -> None:
@@ -422,6 +427,64 @@ def test_a_transformation_that_is_not_understood_is_refused(
     image["coordinateTransformations"] = [transformation]
     group.attrs["multiscales"] = [image]
     assert "not understood" in refusal(path)
+
+
+@pytest.mark.parametrize("scale", [[-30, 8, 8], [30, 0, 8], [30, 8, float("nan")]])
+def test_a_scale_that_mirrors_an_axis_or_is_none_is_refused(
+    tmp_path: Path, scale: list[float]
+) -> None:
+    path = Path(ome_zarr(tmp_path, values()))
+    group = zarr.open_group(path)
+    image = dict(group.attrs["multiscales"][0])
+    axes = len(image["axes"])
+    steps = [{"type": "scale", "scale": [1.0] * (axes - 3) + scale}]
+    image["coordinateTransformations"] = steps
+    group.attrs["multiscales"] = [image]
+    assert "mirrors an axis or is no scale" in refusal(path)
+
+
+@pytest.mark.parametrize(
+    ("attributes", "said"),
+    [
+        ({"voxel_size_nm": "thirty"}, "voxel_size_nm = thirty"),
+        ({"voxel_size_nm": [-30.0, 8, 8]}, "voxel_size_nm = [-30."),
+        ({"resolution": [8, 8]}, "resolution = [8 8]"),
+        ({"element_size_um": [np.nan, 1, 1]}, "element_size_um = [nan"),
+        ({"resolution": [30, 8, 8], "unit": "px"}, "The unit 'px' is no known length"),
+    ],
+)
+def test_a_size_that_is_not_understood_is_told_and_unknown(
+    tmp_path: Path, attributes: dict[str, Any], said: str
+) -> None:
+    with h5py.File(tmp_path / "v.h5", "w") as file:
+        file["main"] = values()
+        file["main"].attrs.update(attributes)
+    with (
+        pytest.warns(UserWarning, match=re.escape(said)),
+        open_lazy(tmp_path / "v.h5", ndim=3) as lazy,
+    ):
+        assert lazy.voxel_size_nm is None
+
+
+@pytest.mark.parametrize(
+    ("metadata", "said"),
+    [
+        ({"spacing": -30, "unit": "nm"}, "spacing = -30"),
+        ({"spacing": 30, "unit": "inch"}, "The unit 'inch' is no known length"),
+    ],
+)
+def test_a_size_of_imagej_that_is_none_is_told_and_unknown(
+    tmp_path: Path, metadata: dict[str, Any], said: str
+) -> None:
+    metadata = {"axes": "ZYX", **metadata}
+    tifffile.imwrite(
+        tmp_path / "v.tif", values(), imagej=True, resolution=(1 / 8, 1 / 8), metadata=metadata
+    )
+    with (
+        pytest.warns(UserWarning, match=said),
+        open_lazy(tmp_path / "v.tif", ndim=3) as lazy,
+    ):
+        assert lazy.voxel_size_nm is None
 
 
 def test_two_images_of_one_group_are_refused_by_name(tmp_path: Path) -> None:

@@ -127,6 +127,11 @@ def _placement(
                 "understood; known are identity, scale and translation, with a number for each "
                 "axis. Save it with one scale for each level."
             )
+        if kind == "scale" and not (values > 0).all():
+            raise VolumeError(
+                f"{location}: its scale {values.tolist()} mirrors an axis or is no scale; only "
+                "numbers above 0 are read. Save it with the axes in their own direction."
+            )
         if kind == "scale":
             scale, offset = scale * values, offset * values
         elif kind == "translation":

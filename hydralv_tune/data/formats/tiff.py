@@ -13,7 +13,15 @@ import tifffile
 
 from hydralv_tune.config.errors import VolumeError
 from hydralv_tune.data.formats.interface import UNNAMED, Location, Names, Stored, Target
-from hydralv_tune.data.voxel_size import Placement, in_nm, nm_of, unknown_unit
+from hydralv_tune.data.voxel_size import (
+    Placement,
+    VoxelSize,
+    in_nm,
+    nm_of,
+    no_size,
+    placement_from,
+    unknown_unit,
+)
 
 CACHED_BYTES = 1 << 28
 """Of decoded pages kept, so that neighbouring boxes do not decode a page anew."""
@@ -89,7 +97,7 @@ def _only_series(location: Location, file: tifffile.TiffFile) -> Any:
     if len(file.series) != 1:
         found = "; ".join(f"{s.axes} {s.shape} {s.dtype}" for s in file.series[:4])
         raise VolumeError(
-            f"{location}: it holds {len(file.series)} images of different shape or type "
+            f"{location}: it holds {len(file.series)} images "
             f"({found}{'; ...' if len(file.series) > 4 else ''}), but one stack is required. Save "
             "the stack alone."
         )
@@ -199,11 +207,7 @@ def _placement(file: tifffile.TiffFile) -> Placement:
     """Return the placement of our own, OME or ImageJ metadata."""
     shaped = file.shaped_metadata
     if shaped and ("voxel_size_nm" in shaped[0] or "origin_nm" in shaped[0]):
-        nm = [1.0] * 3
-        return Placement(
-            in_nm(shaped[0].get("voxel_size_nm"), nm),
-            in_nm(shaped[0].get("origin_nm"), nm, positive=False),
-        )
+        return placement_from(shaped[0])
     if file.is_ome and file.ome_metadata:
         return _ome_placement(file.ome_metadata)
     if file.imagej_metadata:
@@ -221,8 +225,8 @@ def _ome_placement(xml: str) -> Placement:
         return Placement()
     units = [pixels.get(f"PhysicalSize{axis}Unit", "um") for axis in "ZYX"]
     known = [nm_of(unit) for unit in units]
-    notes = tuple(unknown_unit(u) for u, nm in zip(units, known, strict=True) if nm is None)[:1]
-    return Placement(in_nm(sizes, known), None, notes)
+    size = in_nm(sizes, known)
+    return Placement(size, None, _notes(size, f"PhysicalSize Z, Y, X = {sizes}", units))
 
 
 def _imagej_placement(file: tifffile.TiffFile, imagej: Mapping[str, Any]) -> Placement:
@@ -237,7 +241,6 @@ def _imagej_placement(file: tifffile.TiffFile, imagej: Mapping[str, Any]) -> Pla
     units = [imagej.get("zunit", unit), imagej.get("yunit", unit), unit]
     known = [nm_of(one) for one in units]
     size = in_nm([imagej["spacing"], y[1] / y[0], x[1] / x[0]], known)
-    notes = tuple(unknown_unit(u) for u, nm in zip(units, known, strict=True) if nm is None)[:1]
     names = ("zorigin", "yorigin", "xorigin")
     origin = None
     if size is not None and any(name in imagej for name in names):
@@ -245,4 +248,12 @@ def _imagej_placement(file: tifffile.TiffFile, imagej: Mapping[str, Any]) -> Pla
         origin = in_nm(
             [-p * s for p, s in zip(places, size, strict=True)], [1.0] * 3, positive=False
         )
-    return Placement(size, origin, notes)
+    return Placement(size, origin, _notes(size, f"spacing = {imagej['spacing']}", units))
+
+
+def _notes(size: VoxelSize | None, stated: str, units: Sequence[Any]) -> tuple[str, ...]:
+    """Return the note on a voxel size that is not known although the file states one."""
+    if size is not None:
+        return ()
+    unknown = [unit for unit in units if nm_of(unit) is None]
+    return (unknown_unit(unknown[0]) if unknown else no_size(stated),)
