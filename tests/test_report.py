@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+from contextlib import closing
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from hydralv_tune.artifacts.pictures import (
 )
 from hydralv_tune.artifacts.thumbnails import thumbnail
 from hydralv_tune.config.errors import InputError, StudyError
+from hydralv_tune.config.search_space_files import load_space
 from hydralv_tune.data.volumes import Volume
 from hydralv_tune.numerics.metrics.contingency import offsets
 from hydralv_tune.numerics.metrics.instance_errors import (
@@ -68,6 +70,15 @@ def wrong() -> tuple[np.ndarray, np.ndarray]:
     prediction[(truth == 4) | (truth == 5)] = 4
     prediction[8:12, 20:24, 20:24] = 5
     return truth, prediction
+
+
+def test_what_the_study_searches_lies_beside_and_is_what_a_command_names(
+    page: Path, finished_study: Any
+) -> None:
+    with closing(open_readonly(finished_study.storage, "tiny")) as study:
+        assert load_space(page.parent / "space.yaml").as_mapping() == study.space.as_mapping()
+    runs = re.findall(r"^hydralv-tune run (\S+)", (page.parent / "report.md").read_text(), re.M)
+    assert set(runs) == {str(page.parent / "space.yaml")}
 
 
 def test_each_verdict_is_told_from_the_others(wrong: Any) -> None:

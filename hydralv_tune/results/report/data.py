@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -140,6 +141,7 @@ class ReportData:
     sizes_found: Sequence[int]
     sizes_lost: Sequence[int]
     pictures: Mapping[str, bytes]
+    space_file: Path
     notes: Sequence[str] = field(default_factory=list)
 
     @property
@@ -153,10 +155,14 @@ class ReportData:
         return sum(len(cards) for cards in self.cards.values())
 
 
-def gather(best: BestTrial) -> ReportData:
+def gather(best: BestTrial, out: Path) -> ReportData:
     """Return what the report says about a study.
 
     What cannot be read any more (a volume that moved) is left out, and the notes say so.
+
+    Args:
+        best: The best trial of the open study.
+        out: The folder of the report.
     """
     study, record = best.study, best.record
     trials = study.trials()
@@ -172,6 +178,7 @@ def gather(best: BestTrial) -> ReportData:
     return ReportData(
         study=study.name,
         storage=study.storage,
+        space_file=out / "space.yaml",
         written=datetime.now().strftime("%Y-%m-%d %H:%M"),
         metric=objective.metric,
         guard_f1=objective.guard.f1_iou50,

@@ -12,6 +12,7 @@ from markupsafe import Markup
 
 from hydralv_tune.artifacts.records import provenance
 from hydralv_tune.artifacts.writing import write_atomically
+from hydralv_tune.config.yaml_io import dump_yaml
 from hydralv_tune.numerics.formatting import figure, signed
 from hydralv_tune.results.best_trial import load_best_trial
 from hydralv_tune.results.report import sentences
@@ -33,6 +34,9 @@ SECTIONS = (
 def write_report(storage: str, study: str, out: Path, *, folder: Path | None = None) -> Path:
     """Write `index.html`, `report.md` and its pictures into a folder; return the page's path.
 
+    `space.yaml` beside them is what the study searches, `--set` included: what the report proposes
+    to change is changed there.
+
     Args:
         storage: URL of the database.
         study: Name of the study.
@@ -45,10 +49,12 @@ def write_report(storage: str, study: str, out: Path, *, folder: Path | None = N
     """
     out = Path(out)
     with load_best_trial(storage, study, folder) as best:
-        data = gather(best)
+        data = gather(best, out)
+        space = best.study.space.as_mapping()
         page, text = render(data), render_markdown(data)
     for name, content in {**data.pictures, **card_pictures(data)}.items():
         write_atomically(out / name, content)
+    write_atomically(data.space_file, dump_yaml(space).encode())
     write_atomically(out / "report.md", text.encode())
     return write_atomically(out / "index.html", page.encode())
 

@@ -280,7 +280,7 @@ def _run_again(data: ReportData, *words: Any) -> str:
     out = ["--out", str(study.out)] if study.out is not None else []
     storage = [] if study_words(data)[0] != "--storage" else ["--storage", data.storage]
     return command(
-        "run", study.space.name, *volume_words(data), "--study", data.study, *storage, *out, *words
+        "run", data.space_file, *volume_words(data), "--study", data.study, *storage, *out, *words
     )
 
 
@@ -314,7 +314,7 @@ def next_steps(data: ReportData) -> list[NextStep]:
                 "Score a volume that it was not trained on",
                 "The best trial was trained and scored on the same voxels, so its figures are "
                 "optimistic. Hold a part out, or use another labelled volume.",
-                command("run", data.best.study.space.name, *volume_words(data),
+                command("run", data.space_file, *volume_words(data),
                         "--set", "data.split.kind=holdout", "--study", f"{data.study}_holdout"),
             )
         )  # fmt: skip
@@ -345,8 +345,8 @@ def _edge_steps(data: ReportData) -> list[NextStep]:
         steps.append(
             NextStep(
                 f"Widen the threshold {axis.label}",
-                f"The best value, {axis.winner}, is the {end} that was tried. Paste this into the "
-                "search space, and run with --extend.",
+                f"The best value, {axis.winner}, is the {end} that was tried. Put this into "
+                f"{data.space_file}, and run that file with --extend.",
                 f"decoding:\n  grid:\n    {line}",
             )
         )
@@ -369,8 +369,8 @@ def _edge_steps(data: ReportData) -> list[NextStep]:
         steps.append(
             NextStep(
                 f"Widen the range of {key}",
-                f"The best value, {value:.3g}, is at the end of {ends[0]:g} to {ends[1]:g}. Paste "
-                "this into the search space, and run with --extend.",
+                f"The best value, {value:.3g}, is at the end of {ends[0]:g} to {ends[1]:g}. Put "
+                f"this into {data.space_file}, and run that file with --extend.",
                 f"parameters:\n  {key}: {{{kind}: [{low:g}, {high:g}]{log}}}",
             )
         )
@@ -416,7 +416,7 @@ def _budget_steps(data: ReportData) -> list[NextStep]:
             NextStep(
                 "Search with half the training",
                 f"{ranks_sentence(data)} A new study can try twice as many candidates in the time.",
-                command("run", data.best.study.space.name, *volume_words(data), "--study",
+                command("run", data.space_file, *volume_words(data), "--study",
                         f"{data.study}_short", "--set", f"optimization.max_epochs={epochs}",
                         "--learn-from", study_words(data)[0] if len(study_words(data)) == 1
                         else data.storage),
