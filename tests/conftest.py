@@ -20,6 +20,7 @@ from typing import Any
 import psutil
 import pytest
 from commands_in_a_process import SMALL_DECODING
+from filelock import FileLock
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -237,7 +238,24 @@ def make_driver(tmp_path: Path) -> Iterator[Callable[..., Any]]:
 
 @pytest.fixture(scope="session")
 def finished_study(tmp_path_factory: pytest.TempPathFactory) -> FinishedStudy:
-    """Return a study of three complete trials, one pruned and one failed, as `run` leaves it."""
+    """Return a study of three complete trials, one pruned and one failed, as `run` leaves it.
+
+    It is trained once for all processes of a test run, so tests read it and change copies alone.
+    """
+    base = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        base = base.parent
+    folder = base / "finished"
+    with FileLock(base / "finished.lock"):
+        if not (folder / "is-complete").is_file():
+            folder.mkdir()
+            _finish_a_study(folder)
+            (folder / "is-complete").touch()
+    return FinishedStudy(folder, f"sqlite:///{folder / 'study.db'}", "tiny")
+
+
+def _finish_a_study(folder: Path) -> None:
+    """Train three trials of a study, and let one be pruned and one fail."""
     from hydralv_tune.config.search_space import space_from_mapping
     from hydralv_tune.data.volumes import volume_paths, write_array
     from hydralv_tune.numerics.phantom.volume import make_phantom
@@ -247,7 +265,6 @@ def finished_study(tmp_path_factory: pytest.TempPathFactory) -> FinishedStudy:
     from hydralv_tune.study.trial_views import TrialResult
     from hydralv_tune.trial.run import TrialSpec, run_trial
 
-    folder = tmp_path_factory.mktemp("finished")
     made = make_phantom(shape=(12, 80, 80), instances=5, seed=3)
     for name, array in (("im", made.image), ("label", made.label), ("mask", made.mask)):
         write_array(folder / f"{name}.h5", array, voxel_size_nm=made.voxel_size_nm)
@@ -292,7 +309,6 @@ def finished_study(tmp_path_factory: pytest.TempPathFactory) -> FinishedStudy:
             driver.tell(asked.number, TrialResult(state, value, violation, attributes))
     publish_study(study)
     study.close()
-    return FinishedStudy(folder, storage, "tiny")
 
 
 @pytest.fixture(scope="session")
