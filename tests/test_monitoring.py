@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+from hydralv_tune.artifacts.tensorboard import HEADER
 from hydralv_tune.config.candidate import Data, DecodingGrid
 from hydralv_tune.config.files import candidate_from_mapping
 from hydralv_tune.config.search_space import Objective
@@ -46,6 +47,7 @@ def labels(boundary: dict[str, Any], distance: dict[str, Any], size: str) -> dic
     }
 
 
+LOSS = "loss every 50 steps/total"
 CASES = [
     ({}, {}, "unit"),
     ({"thickness": 2, "mode": "3d"}, {"mode": "2d"}, "unit"),
@@ -117,9 +119,46 @@ def test_a_trial_shows_image_three_targets_three_maps_and_segments(tmp_path: Pat
         z = int(tag.rpartition("_")[2])
         shown = whole[:, z] * [[[1]], [[1]], [[0.5]]] + [[[0]], [[0]], [[0.5]]]
         steps = events.Images(tag)
-        assert [event.step for event in steps] == [1, 2]
+        assert [event.step for event in steps] == [2, 4]  # optimizer steps of the evaluations
         for event in steps:
             picture = np.asarray(Image.open(BytesIO(event.encoded_image_string)).convert("L"))
-            panels = np.split(picture, 8, axis=1)
+            panels = np.split(picture[HEADER:], 8, axis=1)
+            assert picture[:HEADER].any()
             for panel, target in zip(panels[1:4], shown, strict=True):
                 np.testing.assert_allclose(panel / 255, target, atol=1 / 255)
+
+
+def test_losses_come_every_fifty_steps_and_trials_can_be_compared(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    chosen = candidate_from_mapping(
+        {
+            "system": {"training": {"batch_size": 1}},
+            "model": {"architecture": "monai_unet", "filters": [4, 8], "num_res_units": 0},
+            "data": {"patch_size": [4, 16, 16], "pad_size": [0, 0, 0], "iter_num_per_epoch": 60},
+            "optimization": {"max_epochs": 2, "scheduler": {"warmup_epochs": 0},
+                             "accumulate_grad_batches": 1},
+            "monitor": {"evaluation": {"count": 1}},
+            "inference": {"sliding_window": {"window_size": [4, 16, 16]}},
+        },
+        place="test",
+    )  # fmt: skip
+    record = run_trial(
+        TrialSpec(
+            number=0, root=0, candidate=chosen, objective=Objective(), volumes=[], study="s",
+            grid=DecodingGrid.model_validate({"grid": {"min_seed_size": [1]}}),
+            out=str(tmp_path), device="cpu", threads=1,
+        ),
+        lambda _: None,
+        volumes=[volume()],
+    )  # fmt: skip
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [event.step for event in events.Scalars(LOSS)] == [50, 100]
+    first, second = (event.value for event in events.Scalars(LOSS))
+    assert second < first
+    assert [event.step for event in events.Scalars("score/f1_iou50")] == [120]
+    (result,) = events.Scalars("result/f1_iou50")
+    assert result.value == pytest.approx(record.metrics["f1_iou50"])
+    compared = events.summary_metadata["_hparams_/session_start_info"].plugin_data.content
+    assert b"optimization.optimizer.lr" in compared

@@ -1,4 +1,4 @@
-"""TensorBoard: scalars and a few slices of every evaluation."""
+"""TensorBoard: losses, scores, a few sections of every evaluation, and what trials differ in."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from PIL import Image, ImageDraw
 
+from hydralv_tune.config.validation import leaves
 from hydralv_tune.data.volumes import Volume
 
 Array = npt.NDArray[Any]
@@ -17,13 +19,21 @@ Array = npt.NDArray[Any]
 SLICES = 2
 """Sections shown at each evaluation: those with the most labelled voxels."""
 
+HEADER = 12
+"""Rows of a picture that name its panels."""
+
+TARGETS = ("binary", "boundary", "distance")
+PANELS = ("image", *(f"{name} target" for name in TARGETS), *TARGETS, "segments")
+COMPARED = ("model.", "optimization.", "system.training.", "data.augmentation.preset")
+"""Where the keys of a candidate begin by which trials are compared."""
+
 
 class Monitor:
     """Writes TensorBoard events under a folder; a full disk ends the writing, not the trial.
 
     Args:
         folder: Where the events go.
-        step: Events after this evaluation, of a run that was killed, are hidden.
+        step: Events after this optimizer step, of a run that was killed, are hidden.
     """
 
     def __init__(self, folder: Path, *, step: int) -> None:
@@ -35,10 +45,10 @@ class Monitor:
         self.writer = SummaryWriter(str(folder), purge_step=step + 1)
 
     def scalars(self, step: int, groups: Mapping[str, Mapping[str, Any]]) -> None:
-        """Write the numbers of an evaluation.
+        """Write numbers.
 
         Args:
-            step: Of the evaluation, from 1.
+            step: Of the optimizer.
             groups: Name of a group to names and values; what is no number is left out.
         """
         with self._watched():
@@ -55,10 +65,10 @@ class Monitor:
         segmentation: Array,
         targets: Callable[[int], Array],
     ) -> None:
-        """Write sections of image, targets, prediction and segmentation side by side.
+        """Write sections of image, targets, prediction and segmentation side by side, named above.
 
         Args:
-            step: Of the evaluation, from 1.
+            step: Of the optimizer.
             volume: With a label.
             probabilities: (3, Z, Y, X).
             segmentation: (Z, Y, X).
@@ -79,9 +89,31 @@ class Monitor:
             ]
             with self._watched():
                 self.writer.add_image(
-                    f"{volume.name}/section_{z}", np.concatenate(row, axis=1), step,
+                    f"{volume.name}/section_{z}",
+                    np.concatenate(
+                        [_named(panel, name) for panel, name in zip(row, PANELS, strict=True)],
+                        axis=1,
+                    ),
+                    step,
                     dataformats="HW",
-                )  # fmt: skip
+                )
+
+    def compare(self, candidate: Mapping[str, Any], scores: Mapping[str, float]) -> None:
+        """Write what TensorBoard compares trials by, in its tab `HPARAMS`.
+
+        Args:
+            candidate: As plain values.
+            scores: Of the finished trial.
+        """
+        known = {
+            key: value if isinstance(value, bool | int | float | str) else str(value)
+            for key, value in leaves(candidate)
+            if key.startswith(COMPARED) and value is not None
+        }
+        with self._watched():
+            self.writer.add_hparams(
+                known, {f"result/{key}": value for key, value in scores.items()}, run_name="."
+            )
 
     def close(self) -> None:
         """Write what is pending."""
@@ -101,6 +133,13 @@ def _shown(maps: Array) -> list[npt.NDArray[np.float32]]:
     """Return binary, boundary and distance (3, Y, X) in [0, 1]."""
     binary, boundary, distance = maps.astype(np.float32)
     return [binary, boundary, (distance + 1) / 2]
+
+
+def _named(panel: npt.NDArray[np.float32], name: str) -> npt.NDArray[np.float32]:
+    """Return a panel (Y, X) with its name above (`HEADER` + Y, X)."""
+    strip = Image.new("L", (panel.shape[1], HEADER))
+    ImageDraw.Draw(strip).text((1, 0), name, fill=255)
+    return np.concatenate([np.asarray(strip, np.float32) / 255, panel])
 
 
 def _grey(section: Array) -> npt.NDArray[np.float32]:

@@ -23,6 +23,11 @@ from hydralv_tune.study.driver import Driver
 from hydralv_tune.study.trial_views import Asked, TrialResult, count_states, gpu_hours
 
 ASK_EVERY_S = 0.5
+"""Between two questions whether there is another trial, where the answer was to wait."""
+
+REST = 10.0
+"""How much longer than the last answer took the pause before the next question is."""
+
 POLL_EVERY_S = 3.0
 AWAY_RETRY_S = 2.0
 MAX_CONSECUTIVE_FAILURES = 12
@@ -143,7 +148,8 @@ class Coordinator:
                 self._say_if_exhausted()
             return "done"
         if asked == "wait":
-            self._next_ask = now + ASK_EVERY_S
+            answered = time.monotonic()
+            self._next_ask = answered + max(ASK_EVERY_S, REST * (answered - now))
             return "wait"
         return self._start(key, asked)
 

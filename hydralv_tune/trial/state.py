@@ -46,7 +46,12 @@ from hydralv_tune.trial.training.lazy_reader import (
     is_too_large,
     part_to_score,
 )
-from hydralv_tune.trial.training.loop import Trainer, check_stopping, load_external_weights
+from hydralv_tune.trial.training.loop import (
+    LOG_STEPS,
+    Trainer,
+    check_stopping,
+    load_external_weights,
+)
 from hydralv_tune.trial.training.sampling import PatchSampler, ResidentVolume, Source
 
 LIVE_EVERY_S = 3.0
@@ -151,6 +156,7 @@ class TrialRun:
         self._drawing_s = FIRST_DRAWING_S
         self._shown_at = -math.inf
         self._monitor: Monitor | None = None
+        self._begins_at: int | None = None
         check_stopping(self.candidate)
         self.fingerprints = [volume.fingerprint() for volume in self.volumes]
         self.split = planned_split(self.candidate, volumes, held_out)
@@ -284,8 +290,12 @@ class TrialRun:
         """
         target = self.plan.evaluations[len(self.history)]
         whole = self.plan.steps * len(self.folds)
+        if self._begins_at is None:
+            self._begins_at = self._step
 
-        def show(_: int) -> None:
+        def show(step: int) -> None:
+            if step % LOG_STEPS == 0:
+                self._show_losses()
             done = sum(fold.trainer.step for fold in self.folds)
             if progress is not None:
                 progress(done, whole)
@@ -320,7 +330,7 @@ class TrialRun:
         self.spent["evaluation"] += time.perf_counter() - start
         self._save()
         self._record("running").write()
-        self._show(number, outcome)
+        self._show(outcome)
         return self.history[-1]
 
     def finish(self) -> TrialRecord:
@@ -334,6 +344,10 @@ class TrialRun:
         self._draw(outcome)
         record = self._record("complete", outcome)
         record.write()
+        figures = ("adapted_rand_error", "adapted_rand_error_foreground", "f1_iou50")
+        self._shown_on().compare(
+            record.config, {name: float(outcome.metrics[name]) for name in figures}
+        )
         return record
 
     def record_end(self, error: BaseException) -> None:
@@ -470,13 +484,31 @@ class TrialRun:
             units.append(BestUnit(fold.name, network.to(self.device).eval(), fold.score))
         return units
 
-    def _show(self, number: int, outcome: Outcome) -> None:
-        """Write the evaluation to TensorBoard."""
+    @property
+    def _step(self) -> int:
+        """Return the optimizer steps that the foremost fold has done: the x axis of TensorBoard."""
+        return max(fold.trainer.step for fold in self.folds)
+
+    def _shown_on(self) -> Monitor:
+        """Return what writes to TensorBoard."""
         if self._monitor is None:
-            self._monitor = Monitor(self.out / "tensorboard", step=number - 1)
-        row = self.history[-1]
-        self._monitor.scalars(
-            number,
+            self._monitor = Monitor(self.out / "tensorboard", step=self._begins_at or 0)
+        return self._monitor
+
+    def _show_losses(self) -> None:
+        """Write the losses of the last steps of each fold to TensorBoard."""
+        for fold in self.folds:
+            losses = fold.trainer.recent_losses()
+            name = f"loss every {LOG_STEPS} steps"
+            name += f" {fold.name}" if len(self.folds) > 1 else ""
+            if losses:
+                self._shown_on().scalars(fold.trainer.step, {name: losses})
+
+    def _show(self, outcome: Outcome) -> None:
+        """Write the evaluation to TensorBoard."""
+        row, monitor = self.history[-1], self._shown_on()
+        monitor.scalars(
+            self._step,
             {
                 "loss": row["losses"],
                 "score": row["metrics"],
@@ -485,8 +517,8 @@ class TrialRun:
             },
         )
         volume = self.folds[0].score[0]
-        self._monitor.slices(
-            number, volume, outcome.probabilities[0], outcome.segmentations[0],
+        monitor.slices(
+            self._step, volume, outcome.probabilities[0], outcome.segmentations[0],
             partial(section_targets, self.candidate.data, volume),
         )  # fmt: skip
 

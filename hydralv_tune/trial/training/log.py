@@ -68,6 +68,7 @@ class LossLog:
         self.names = tuple(names)
         self.sums = torch.zeros(len(names), dtype=torch.float64, device=device)
         self.count = 0
+        self._read: tuple[Tensor | float, int] = 0.0, 0
         self.last = torch.zeros_like(self.sums)
         self.epoch_sums = torch.zeros_like(self.sums)
         self.epoch_count = 0
@@ -122,6 +123,7 @@ class LossLog:
             self.last = self.sums / self.count
             self.sums = torch.zeros_like(self.sums)
             self.count = 0
+            self._read = 0.0, 0
         return dict(zip(self.names, self.last.cpu().tolist(), strict=True))
 
     def total_so_far(self) -> float | None:
@@ -130,6 +132,18 @@ class LossLog:
         The host waits for the device.
         """
         return float(self.sums[0] / self.count) if self.count else None
+
+    def recent(self) -> dict[str, float]:
+        """Return the mean of each loss since the last call, or since `means`; empty if none came.
+
+        The host waits for the device.
+        """
+        sums, count = self._read
+        if self.count == count:
+            return {}
+        recent = (self.sums - sums) / (self.count - count)
+        self._read = self.sums.clone(), self.count
+        return dict(zip(self.names, recent.cpu().tolist(), strict=True))
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a checkpoint keeps."""

@@ -262,6 +262,11 @@ class Trainer:
         """Return the mean losses since the last call: total, each task, each part."""
         return self._by_task(self.log.means())
 
+    def recent_losses(self) -> dict[str, float]:
+        """Return the mean losses since the last call as `losses` does; empty without a step."""
+        recent = self.log.recent()
+        return self._by_task(recent) if recent else {}
+
     def _by_task(self, means: Mapping[str, float]) -> dict[str, float]:
         """Return total, each task and each part of the means of the log.
 
