@@ -24,6 +24,9 @@ from filelock import FileLock
 
 REPOSITORY = Path(__file__).parents[1]
 
+# Ray's workers are nice, so that a test which trains on one would wait for all other tests.
+os.environ["RAY_worker_niceness"] = "0"
+
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
