@@ -25,7 +25,7 @@ from filelock import FileLock
 REPOSITORY = Path(__file__).parents[1]
 
 # Ray's workers are nice, so that a test which trains on one would wait for all other tests.
-os.environ["RAY_worker_niceness"] = "0"
+os.environ.update(RAY_worker_niceness="0")
 
 
 @pytest.fixture(scope="session")
