@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from hydralv_tune.api.studies import export_best as export_best
     from hydralv_tune.api.studies import open_study as open_study
     from hydralv_tune.api.studies import run_study as run_study
+    from hydralv_tune.api.studies import segment as segment
     from hydralv_tune.api.studies import write_report as write_report
     from hydralv_tune.api.volumes import decode as decode
     from hydralv_tune.api.volumes import predict as predict
@@ -41,8 +42,8 @@ if TYPE_CHECKING:
         register_augmentation as register_augmentation,
     )
     from hydralv_tune.numerics.losses.registry import register_loss as register_loss
-    from hydralv_tune.numerics.metrics.scores import Metric as Metric
-    from hydralv_tune.numerics.metrics.scores import register_metric as register_metric
+    from hydralv_tune.numerics.metrics.registry import Metric as Metric
+    from hydralv_tune.numerics.metrics.registry import register_metric as register_metric
     from hydralv_tune.numerics.networks.registry import Architecture as Architecture
     from hydralv_tune.numerics.networks.registry import Key as Key
     from hydralv_tune.numerics.networks.registry import (
@@ -55,7 +56,8 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "api.studies": (
-        "RunOptions", "StudyResults", "export_best", "open_study", "run_study", "write_report",
+        "RunOptions", "StudyResults", "export_best", "open_study", "run_study", "segment",
+        "write_report",
     ),
     "api.volumes": ("decode", "predict", "read_volume", "score", "sweep", "train"),
     "config.candidate": ("Candidate",),
@@ -70,7 +72,7 @@ _HOMES = {
     "numerics.augmentation.registry": ("Augmentation", "register_augmentation"),
     "numerics.losses.registry": ("register_loss",),
     "numerics.networks.registry": ("Architecture", "Key", "register_architecture"),
-    "numerics.metrics.scores": ("Metric", "register_metric"),
+    "numerics.metrics.registry": ("Metric", "register_metric"),
     "numerics.phantom.volume": ("make_phantom",),
     "numerics.watershed.decoders": ("register_decoder",),
     "study.pruners": ("register_pruner",),

@@ -21,12 +21,11 @@ from hydralv_tune.config.explanation import explain
 from hydralv_tune.config.files import (
     candidate_from_mapping,
     decoding_step,
-    find_file,
-    known_names,
     load_candidate,
     parse_overrides,
     with_overrides,
 )
+from hydralv_tune.config.paths import find_file, known_names
 from hydralv_tune.config.reference import reference
 from hydralv_tune.config.validation import key_paths, nested
 from hydralv_tune.config.yaml_io import dump_yaml, parse_yaml
@@ -304,7 +303,7 @@ def test_a_turn_that_does_not_fit_is_no_fault_where_it_is_switched_off_or_none()
 
 
 def test_a_mapping_is_due() -> None:
-    with pytest.raises(ConfigError, match="but a mapping of keys to values is due"):
+    with pytest.raises(ConfigError, match="but must be a mapping of keys to values"):
         of("[1, 2]")
 
 
@@ -437,9 +436,9 @@ def test_overrides_are_read_as_yaml_and_win() -> None:
 
 @pytest.mark.parametrize(
     ("settings", "message"),
-    [(["lr"], "'lr' is no setting, but key=value is due"),
-     (["=3"], "key=value is due"),
-     (["a..b=3"], "key=value is due"),
+    [(["lr"], "'lr' is no setting: it must be key=value"),
+     (["=3"], "it must be key=value"),
+     (["a..b=3"], "it must be key=value"),
      (["a.b=1", "a.b=2"], "a.b is set twice"),
      (["model=3", "model.dropout=0.1"], "model is set to 3, which has no room for model.dropout"),
      (["a=[1"], " a: line 1.* no valid YAML")],

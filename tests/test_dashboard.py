@@ -37,8 +37,9 @@ from hydralv_tune.results.publish import (
 )
 from hydralv_tune.study.dashboard_view import StudiesView
 from hydralv_tune.study.driver import Driver
+from hydralv_tune.study.retries import needs_successor
 from hydralv_tune.study.study import Study, open_readonly
-from hydralv_tune.study.trial_views import TrialResult, needs_successor
+from hydralv_tune.study.trial_views import TrialResult
 
 
 @contextmanager

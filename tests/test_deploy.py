@@ -1,4 +1,4 @@
-"""What `deploy/` holds can be used: it parses, and its commands exist."""
+"""What `deploy/` and `pyproject.toml` hold can be used: it parses, and what it names exists."""
 
 from __future__ import annotations
 
@@ -6,11 +6,23 @@ import os
 import re
 import subprocess
 import sys
+import tomllib
+from importlib.metadata import version
 from pathlib import Path
 
+import pytest
 import yaml
+from packaging.requirements import Requirement
 
-DEPLOY = Path(__file__).parents[1] / "deploy"
+ROOT = Path(__file__).parents[1]
+DEPLOY = ROOT / "deploy"
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+REQUIREMENTS = [
+    Requirement(text)
+    for group in (PROJECT["dependencies"], *PROJECT["optional-dependencies"].values())
+    for text in group
+    if not text.startswith("hydralv-tune")
+]
 
 
 def run_options() -> set[str]:
@@ -54,3 +66,14 @@ def test_no_deployment_holds_a_password_or_an_open_port() -> None:
         assert not re.search(r"://\w+:[^@\s]+@", path.read_text()), path
     job = yaml.safe_load((DEPLOY / "kuberay.yaml").read_text())
     assert job["spec"]["rayClusterSpec"]["authOptions"] == {"mode": "token"}
+
+
+@pytest.mark.parametrize("required", REQUIREMENTS, ids=str)
+def test_what_is_required_has_an_upper_bound_and_is_what_was_tested(required: Requirement) -> None:
+    assert {"<", ">="} <= {bound.operator for bound in required.specifier}
+    assert required.specifier.contains(version(required.name))
+    pinned = re.search(
+        rf"^{re.escape(required.name)}==(.+)$", (ROOT / "constraints.txt").read_text(), re.I | re.M
+    )
+    assert pinned is not None, f"constraints.txt pins no {required.name}"
+    assert required.specifier.contains(pinned[1].partition("+")[0])

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from commands_in_a_process import environment, serve_and_stop
 
-from hydralv_tune.cli.main import app, exit_code
+from hydralv_tune.cli.main import command_line, exit_code
 from hydralv_tune.data.volumes import write_array
 from hydralv_tune.numerics.phantom.volume import make_phantom
 
@@ -113,7 +113,7 @@ def test_pages_name_only_files_that_are_there() -> None:
 def test_how_to_pages_name_only_commands_and_options_that_exist() -> None:
     import typer
 
-    group = typer.main.get_command(app)
+    group = typer.main.get_command(command_line([]))
     known = {
         name: {o for p in command.params for o in (*p.opts, *p.secondary_opts)}
         for name, command in group.commands.items()  # type: ignore[attr-defined]

@@ -18,12 +18,13 @@ from hydralv_tune.artifacts.records import load_checkpoint, read_record
 from hydralv_tune.cli.main import exit_code
 from hydralv_tune.config.candidate import DecodingStep
 from hydralv_tune.config.errors import InputError, StudyError
-from hydralv_tune.config.files import known_names, load_candidate
+from hydralv_tune.config.files import load_candidate
+from hydralv_tune.config.paths import known_names
 from hydralv_tune.config.yaml_io import dump_yaml
 from hydralv_tune.data.volumes import VolumePaths, read_volume
 from hydralv_tune.numerics.networks.registry import build_network
 from hydralv_tune.numerics.networks.weights import match_weights
-from hydralv_tune.results.export.export import export_best, told
+from hydralv_tune.results.export.export import changed_keys, export_best
 from hydralv_tune.results.export.pytc import peer_config, peer_step, peer_weights
 from hydralv_tune.results.export.pytc_blocks import PeerData
 from hydralv_tune.study.study import Study, open_readonly
@@ -327,5 +328,5 @@ def test_missing_checkpoint_says_where_it_should_be(finished_study: Any, tmp_pat
 def test_every_recipe_survives_being_written_and_read(name: str, tmp_path: Path) -> None:
     candidate = load_candidate(name)
     path = tmp_path / "again.yaml"
-    path.write_text(dump_yaml(told(candidate)))
+    path.write_text(dump_yaml(changed_keys(candidate)))
     assert load_candidate(path) == candidate

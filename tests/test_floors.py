@@ -95,3 +95,27 @@ def test_one_package_alone_imports(library: str) -> None:
     doors = {named(p) for p in MODULES if library in {n.split(".")[0] for n in imported(p)}}
     assert doors, f"nothing imports {library}: the test reads the wrong folder"
     assert all(door.startswith(f"{DOORS[library]}/") for door in doors), doors
+
+
+PUBLIC_BY_USE = {"_exit", "_replace"}  # of `os` and of named tuples
+OWN_FILES = {"study/optuna_private", "launch/ray_private"}
+
+
+@pytest.mark.parametrize("room", ["study", "launch", "results", "cli", "api"])
+def test_what_is_private_to_a_library_is_used_in_one_file(room: str) -> None:
+    trees = {path: ast.parse(path.read_text()) for path in MODULES}
+    own = {
+        node.attr if isinstance(node, ast.Attribute) else node.name
+        for tree in trees.values()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.FunctionDef | ast.ClassDef)
+        or (isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store)
+            and isinstance(node.value, ast.Name) and node.value.id == "self")
+    }  # fmt: skip
+    for path in (PACKAGE / room).rglob("*.py"):
+        if named(path) in OWN_FILES:
+            continue
+        for node in ast.walk(trees[path]):
+            name = node.attr if isinstance(node, ast.Attribute) else ""
+            if name.startswith("_") and not name.startswith("__"):
+                assert name in own | PUBLIC_BY_USE, f"{named(path)}:{node.lineno} uses {name}"

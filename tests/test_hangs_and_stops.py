@@ -59,7 +59,7 @@ def test_a_worker_that_hangs_as_it_imports_frees_its_place(fake_study: Any, tmp_
     trials = study.trials()
     hung = [t for t in trials if t.state == "FAIL"]  # on a busy machine another may be late too
     assert hung
-    assert all("its process has not begun after" in t.user_attrs["reason"] for t in hung)
+    assert all("its process had not started after" in t.user_attrs["reason"] for t in hung)
     assert all([t for t in trials if t.root == one.root][-1].state == "COMPLETE" for one in hung)
 
 

@@ -14,9 +14,13 @@ from pathlib import Path
 import pytest
 from commands_in_a_process import environment, serve_and_stop
 
-from hydralv_tune.cli.main import COMMANDS, exit_code
+from hydralv_tune.cli.main import COMMANDS, command_function, exit_code
 
-ALL = {name: command for panel in COMMANDS.values() for name, command in panel.items()}
+ALL = {
+    name: command_function(address)
+    for panel in COMMANDS.values()
+    for name, address in panel.items()
+}
 ORDER = (
     "doctor", "phantom", "inspect", "check", "list", "import", "train", "predict", "sweep",
     "decode", "score", "run", "status", "enqueue", "recover", "export", "report",

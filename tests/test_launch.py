@@ -21,6 +21,7 @@ import numpy as np
 import pytest
 from commands_in_a_process import environment
 
+from hydralv_tune.artifacts.records import plain
 from hydralv_tune.cli.live_view import event_line
 from hydralv_tune.config.errors import (
     ConfigError,
@@ -40,9 +41,10 @@ from hydralv_tune.launch.coordinator import (
     StudyFailed,
 )
 from hydralv_tune.launch.live_trial import LEAST_START_S
+from hydralv_tune.launch.ray_private import PRIVATE_NAMES
 from hydralv_tune.launch.run import open_volumes
 from hydralv_tune.launch.trial_folder import FolderClaim, folder_owner
-from hydralv_tune.launch.worker import failure, plain, run_worker
+from hydralv_tune.launch.worker import failure, run_worker
 from hydralv_tune.numerics.phantom.volume import make_phantom
 from hydralv_tune.study.driver import Driver
 from hydralv_tune.study.study import Study, open_readonly
@@ -672,3 +674,12 @@ def test_a_study_of_a_volume_over_the_limit_reads_it_in_its_workers(tmp_path: Pa
     assert any("read lazily" in note for note in record["notes"])
     whole = read_volume(VolumePaths("v", files["im"], files["label"], files["mask"]))
     assert record["volumes"][0]["fingerprint"] == whole.fingerprint()
+
+
+@pytest.mark.parametrize(
+    ("owner", "name"), [(owner, name) for owner, names in PRIVATE_NAMES for name in names]
+)
+def test_ray_still_has_the_private_name(owner: Any, name: str) -> None:
+    set_when_made = getattr(getattr(owner, "__init__", None), "__code__", None)
+    there = hasattr(owner, name) or (set_when_made and name in set_when_made.co_names)
+    assert there, f"this release of Ray has moved {owner.__name__}.{name}: mend launch/ray_private"

@@ -20,7 +20,7 @@ SPACE: dict[str, Any] = {
     "base": "smoke",
     "fixed": {
         "model": {
-            "architecture": "stack", "stack_width": 4, "loss_weights": [1, 1, 1, 1, 1],
+            "architecture": "stack", "loss_weights": [1, 1, 1, 1, 1],
             "loss_functions": ["DiceLoss", "PowerLoss", "DiceLoss", "PowerLoss", "SmoothL1Loss"],
             "loss_kwargs": [{}, {"power": 2.0}, {}, {}, {}],
         },
@@ -33,7 +33,10 @@ SPACE: dict[str, Any] = {
         "system": {"training": {"batch_size": 2}, "cpu_threads": 1},
         "inference": {"sliding_window": {"window_size": [8, 64, 64]}},
     },
-    "parameters": {"optimization.optimizer.lr": {"float": [1e-3, 1e-2], "log": True}},
+    "parameters": {
+        "optimization.optimizer.lr": {"float": [1e-3, 1e-2], "log": True},
+        "model.stack_width": {"choice": [2, 4]},
+    },
     "decoding": {"decoder": "decode_by_components", "grid": {"threshold": [0.3, 0.5]}},
     "objective": {"metric": "count_error", "stop_at": None},
     "sampler": {"name": "other_random"},
@@ -75,16 +78,18 @@ def test_a_module_in_the_environment_is_known_to_every_command(tmp_path: Path) -
     (tmp_path / "space.yaml").write_text(json.dumps(SPACE))
     (tmp_path / "mine.py").write_text(code_of_the_pages())
 
-    def check(plugins: str) -> subprocess.CompletedProcess[str]:
+    def ours(plugins: str, *words: str, command: str = "check") -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            [sys.executable, "-m", "hydralv_tune", "check", "space.yaml"], cwd=tmp_path,
-            capture_output=True, text=True, check=False, timeout=120,
+            [sys.executable, "-m", "hydralv_tune", command, *(words or ("space.yaml",))],
+            cwd=tmp_path, capture_output=True, text=True, check=False, timeout=120,
             env={**environment(), "PYTHONPATH": str(REPOSITORY), "HYDRALV_TUNE_PLUGINS": plugins},
         )  # fmt: skip
 
-    assert check(str(tmp_path / "mine.py")).returncode == 0
-    without = check("")
+    assert ours(str(tmp_path / "mine.py")).returncode == 0
+    for kind, name in (("decoders", "by_components"), ("metrics", "count_error")):
+        assert name in ours(str(tmp_path / "mine.py"), kind, command="list").stdout
+    without = ours("")
     assert (without.returncode, "error: space.yaml: " in without.stderr) == (2, True)
-    lost = check(os.pathsep.join(["no_such_module_here"]))
+    lost = ours(os.pathsep.join(["no_such_module_here"]))
     assert lost.returncode == 2
     assert "HYDRALV_TUNE_PLUGINS: no_such_module_here: cannot be loaded" in lost.stderr

@@ -22,7 +22,7 @@ NAMES = {
     "decode", "export_best", "load_candidate", "load_space", "make_phantom", "open_study",
     "predict", "read_volume", "register_architecture", "register_augmentation", "register_decoder",
     "register_loss", "register_metric", "register_pruner", "register_sampler", "run_study",
-    "score", "sweep", "train", "write_report",
+    "score", "segment", "sweep", "train", "write_report",
 }  # fmt: skip
 """A name that goes breaks scripts: change this set on purpose, with a line in CHANGELOG.md."""
 HEAVY = {"torch", "ray", "optuna", "numpy", "pandas", "pydantic", "numba", "monai", "scipy"}

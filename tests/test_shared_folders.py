@@ -349,7 +349,7 @@ def test_a_worker_that_comes_too_late_says_why_it_does_not_begin(trial: Trial) -
     for on in ("a", "b"):  # which have met attempt 4 in the store, and on the node itself
         (sent,) = trial.run(3, on)
         assert (sent["kind"], sent["retry"]) == ("failed", "no")
-        assert "attempt 4 goes on with what trial 3 was to do" in sent["reason"]
+        assert "attempt 4 has taken trial 3 over" in sent["reason"]
     trial.mirror("c").pull()
     assert held(trial.folder / "c")["record.json"] == "complete, by attempt 4"
 

@@ -33,7 +33,7 @@ from hydralv_tune.data.formats.files import LazyArray
 from hydralv_tune.data.volumes import Volume, VolumePaths, write_array
 from hydralv_tune.numerics.metrics import scores
 from hydralv_tune.numerics.watershed.decoders import decode
-from hydralv_tune.trial.record import verdicts
+from hydralv_tune.trial.record import plan_findings
 from hydralv_tune.trial.run import Evaluation, TrialSpec, run_trial, stop_on_signal
 from hydralv_tune.trial.scoring.evaluation import Outcome, better, evaluate
 from hydralv_tune.trial.scoring.prediction import load_network, network_of, predict
@@ -404,7 +404,7 @@ def test_a_trial_goes_on_with_another_grid_and_ranks_by_it(finished: Any, tmp_pa
     weights = final_weights(finished[2]), final_weights(tmp_path / "changed")
     assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
     (note,) = [note for note in record.notes if "another grid" in note]
-    assert note.startswith("up to evaluation 1, another grid than now")
+    assert note.startswith("up to evaluation 1 the checkpoints were ranked by another grid")
     assert f"{values[0]:.4f} instead of 0.0000" in note
 
 
@@ -739,7 +739,10 @@ def test_a_volume_of_its_own_is_scored_where_the_candidate_names_one(tmp_path: P
     [
         ({"kind": "holdout", "axis": 2, "fraction": 0.4, "margin": 2}, "held out"),
         ({"kind": "volumes", "volumes": ["two"]}, "not trained on"),
-        ({"kind": "cross_validation", "folds": 2}, "scored untrained"),
+        (
+            {"kind": "cross_validation", "folds": 2},
+            "by a network not trained on it",
+        ),
         ({"kind": "cross_validation", "folds": 3, "axis": 2, "margin": 0}, "held out in turn"),
     ],
 )
@@ -892,17 +895,17 @@ def test_the_plan_s_checkpoints_appear_as_verdicts() -> None:
     scores = {"adapted_rand_error": 0.03, "adapted_rand_precision": 0.99,
               "adapted_rand_recall": 0.9}  # fmt: skip
     fell = [0.9, 0.25, *[0.15] * 8]
-    lines = verdicts([fell], 10, losses, scores)
+    lines = plan_findings([fell], 10, losses, scores)
     assert lines[0] == "loss 0.250 in epoch 2 of 10, under 0.3: on track"
     assert "plan_total 0.15, wanted < 0.2: met" in lines
     assert "recall 0.9, wanted > 0.95: not met" in lines
-    assert verdicts([[0.9]], 10, {}, {}) == []
-    assert "above 0.4: change the architecture" in verdicts([[0.9, 0.5]], 10, {}, {})[0]
+    assert plan_findings([[0.9]], 10, {}, {}) == []
+    assert "above 0.4: change the architecture" in plan_findings([[0.9, 0.5]], 10, {}, {})[0]
     # The first epoch that ends at a fifth or later; of a single one it is the whole run.
-    assert "in epoch 3 of 11" in verdicts([[0.9, 0.8, 0.1]], 11, {}, {})[0]
-    assert "in epoch 1 of 1" in verdicts([[0.2]], 1, {}, {})[0]
+    assert "in epoch 3 of 11" in plan_findings([[0.9, 0.8, 0.1]], 11, {}, {})[0]
+    assert "in epoch 1 of 1" in plan_findings([[0.2]], 1, {}, {})[0]
     # Over the folds that came so far: one that stopped early says nothing of a later epoch.
-    assert "loss 0.350 " in verdicts([[0.9, 0.3], [0.1], [0.8, 0.4]], 10, {}, {})[0]
+    assert "loss 0.350 " in plan_findings([[0.9, 0.3], [0.1], [0.8, 0.4]], 10, {}, {})[0]
 
 
 def test_the_loss_at_a_fifth_is_that_of_its_epoch_whatever_the_evaluations(tmp_path: Path) -> None:

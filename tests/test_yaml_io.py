@@ -66,7 +66,7 @@ def test_a_file_holds_a_mapping(tmp_path: Path) -> None:
     path.write_text("")
     assert read_yaml_mapping(path) == {}
     path.write_text("- 1\n")
-    with pytest.raises(ConfigError, match=r"a\.yaml: holds a list, but a mapping"):
+    with pytest.raises(ConfigError, match=r"a\.yaml: holds a list, but must be a mapping"):
         read_yaml_mapping(path)
     path.write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ConfigError, match="no UTF-8 text"):

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from hydralv_tune.api.volumes import stored
+from hydralv_tune.api.volumes import Array, decode, predict, stored
 from hydralv_tune.config.candidate import Candidate
 from hydralv_tune.config.errors import StudyError
-from hydralv_tune.config.paths import expanded_path, expanded_url
+from hydralv_tune.config.paths import expanded, expanded_path, expanded_url
 from hydralv_tune.config.search_space import SearchSpace
 from hydralv_tune.config.search_space_files import load_space
 from hydralv_tune.data.volumes import Volume, VolumePaths
@@ -206,23 +206,54 @@ def run_study(
     launch_study(
         searched,
         paths,
-        study=name,
-        storage=storage,
+        **{**vars(chosen), "study": name, "storage": storage},
         out=folder,
-        trials=chosen.trials,
-        timeout_s=chosen.timeout_s,
-        gpus_per_trial=chosen.gpus_per_trial,
-        cpus_per_trial=chosen.cpus_per_trial,
-        ray_address=chosen.ray_address,
-        checkpoints=chosen.checkpoints,
-        extend=chosen.extend,
-        warm_start_from=chosen.warm_start_from,
-        on_event=chosen.on_event,
         on_trial_end=publish_trial_change,
         on_trial_running=publish_trial_change,
     )
     publish_study_end(storage, name)
     return StudyResults(storage, name, folder)
+
+
+def segment(
+    best: StudyResults | str | Path,
+    image: Array | str | Path,
+    mask: Array | str | Path | None = None,
+    *,
+    device: str = "auto",
+    progress: Callable[[int, int], None] | None = None,
+    **changed: Any,
+) -> Array:
+    """Segment a volume in memory with the weights and thresholds that were found to be best.
+
+    The command `segment` does it from disk to disk, for a volume of any size.
+
+    Args:
+        best: A study, its folder or the URL of its storage, an exported YAML file, or a
+            checkpoint with its record beside it.
+        image: (Z, Y, X) in any dtype, normalised as in training; or its file.
+        mask: (Z, Y, X), above 0 where there is tissue; or its file.
+        device: `auto`, `cpu`, `cuda` or `cuda:N`.
+        progress: Called with windows done and in all.
+        changed: Arguments of the decoder that replace the found ones, as `min_instance_size=200`.
+
+    Returns:
+        (Z, Y, X) int32, ids from 1, 0 is background.
+
+    Raises:
+        InputError: `best` is none of these, or image and mask do not fit.
+        CheckpointError: The checkpoint is damaged or of another tool.
+        StudyError: There is no such study, or no trial of it is finished.
+    """
+    from hydralv_tune.results.segmentation import load_model
+
+    if isinstance(best, StudyResults):
+        place, name = str(best.folder or best.storage), best.name
+    else:
+        place, name = expanded(best), None
+    model = load_model(place, study=name, changed=changed)
+    maps = predict(model.checkpoint, image, device=device, progress=progress)
+    return decode(maps, mask, decoder=model.decoder, **model.arguments)
 
 
 def export_best(

@@ -98,9 +98,9 @@ class CheckpointStore:
         latest = max(self._versions(), default=NOTHING)
         if latest.attempt > attempt:
             raise TrialTakenOver(
-                f"attempt {latest.attempt} goes on with what trial {attempt} was to do, as "
-                f"{self._root} says. Where the study has no such trial, another of the same name "
-                "lies there: give another --checkpoints."
+                f"attempt {latest.attempt} has taken trial {attempt} over, as {self._root} shows. "
+                "If this study has no such trial, another study of the same name lies there: give "
+                "another --checkpoints."
             )
         return latest
 

@@ -39,7 +39,7 @@ COLOURS = {
     "merged": "#F0E442",
     "invented": "#CC79A7",
 }
-"""One colour per verdict. Source: Okabe and Ito, https://jfly.uni-koeln.de/color/."""
+"""One colour per kind. Source: Okabe and Ito, https://jfly.uni-koeln.de/color/."""
 
 MARGIN = 8
 """Voxels shown around what is cropped to."""
@@ -130,10 +130,8 @@ def choose_sections(
         seen.append(names | {("segment", int(i)) for i in np.unique(guess) if i})
 
     def worth(names: set[tuple[str, int]]) -> float:
-        verdicts = (
-            (of_truth if kind == "truth" else of_segment).get(i, "true") for kind, i in names
-        )
-        return sum(0.1 if verdict == "true" else 1.0 for verdict in verdicts)
+        kinds = ((of_truth if kind == "truth" else of_segment).get(i, "true") for kind, i in names)
+        return sum(0.1 if kind == "true" else 1.0 for kind in kinds)
 
     chosen: list[int] = []
     left = [set(names) for names in seen]
@@ -174,10 +172,8 @@ def _grey(image: Array) -> npt.NDArray[np.float64]:
     return np.clip((values - low) / max(high - low, 1e-12), 0.0, 1.0)
 
 
-def _outline(
-    axes: Axes, plane: Array, verdicts: Mapping[int, str], style: Any, width: float
-) -> None:
-    """Draw the contour of each instance of a section in the colour of its verdict."""
+def _outline(axes: Axes, plane: Array, kinds: Mapping[int, str], style: Any, width: float) -> None:
+    """Draw the contour of each instance of a section in the colour of its kind."""
     lines, colours = [], []
     ids = [int(i) for i in np.unique(plane) if i]
     dense = np.searchsorted(ids, plane) + 1 if ids else plane
@@ -187,19 +183,19 @@ def _outline(
         start = np.array([box[0].start - 1, box[1].start - 1])
         for contour in find_contours(alone.astype(float), 0.5):
             lines.append((contour + start)[:, ::-1])
-            colours.append(COLOURS[verdicts.get(i, "true")])
+            colours.append(COLOURS[kinds.get(i, "true")])
     axes.add_collection(LineCollection(lines, colors=colours, linestyles=[style], linewidths=width))
 
 
 def _legend(figure: Figure, matching: InstanceMatching, truths: int, title: str | None) -> None:
-    """Put the title above and the counts of each verdict below the sheet."""
+    """Put the title above and the counts of each kind below the sheet."""
     handles = []
-    for verdict in KINDS:
-        if verdict == "true":
+    for kind in KINDS:
+        if kind == "true":
             label = f"true, {matching.matched} of {truths} at IoU 0.5"
         else:
-            label = f"{verdict} {len(getattr(matching, verdict))}"
-        handles.append(Line2D([], [], color=COLOURS[verdict], linewidth=4, label=label))
+            label = f"{kind} {len(getattr(matching, kind))}"
+        handles.append(Line2D([], [], color=COLOURS[kind], linewidth=4, label=label))
     handles.append(Line2D([], [], color="0.25", linewidth=1.5, label="ground truth"))
     handles.append(
         Line2D([], [], color="0.25", linewidth=1.5, linestyle=DASHES, label="prediction")

@@ -21,13 +21,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-
 from hydralv_tune.artifacts.writing import flush_folder, write_atomically
 from hydralv_tune.config.errors import CheckpointError, InputError
 from hydralv_tune.numerics.cores import usable_cores
-from hydralv_tune.numerics.metrics.scores import SUMMARY
+from hydralv_tune.numerics.metrics.registry import SUMMARY
 
 FORMAT = "hydralv_tune"
 FORMAT_VERSION = 2
@@ -66,10 +63,8 @@ def plain(value: Any) -> Any:
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple | set | frozenset):
         return [plain(item) for item in value]
-    if isinstance(value, np.ndarray | torch.Tensor):
+    if hasattr(value, "tolist"):
         return plain(value.tolist())
-    if isinstance(value, np.generic):
-        return plain(value.item())
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if value is None or isinstance(value, str | int | bool):
@@ -93,6 +88,8 @@ def save_checkpoint(path: str | Path, state: Mapping[str, Any]) -> Path:
     Raises:
         OSError: The disk is full; the older checkpoints are untouched.
     """
+    import torch
+
     path = Path(path)
     buffer = io.BytesIO()
     torch.save(dict(state), buffer)
@@ -129,6 +126,8 @@ def _load(path: Path) -> dict[str, Any]:
     """Return one checkpoint, or say what is wrong with it."""
     if not path.exists():
         raise CheckpointError(f"{path}: no such checkpoint.")
+    import torch
+
     try:
         with warnings.catch_warnings():
             # What torch has to say about a foreign pickle helps nobody who gave the wrong file.

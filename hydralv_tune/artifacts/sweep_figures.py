@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from hydralv_tune.artifacts.writing import write_atomically
-from hydralv_tune.numerics.metrics.scores import METRICS
+from hydralv_tune.numerics.metrics.registry import METRICS
 
 MOST_NUMBERS = 12
 """Up to so many values on an axis, each cell carries its number."""

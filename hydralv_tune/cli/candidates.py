@@ -29,11 +29,13 @@ from hydralv_tune.cli.options import (
     Settings,
     check_file_out,
     check_folder,
+    check_inputs,
     path_option,
     text_option,
     volumes_given,
 )
 from hydralv_tune.config.errors import InputError, as_input_error
+from hydralv_tune.config.paths import expanded, expanded_path, find_file
 
 PREDICTION_BLOCKS = {"inference", "system"}
 """What of a candidate may still be changed when its network is trained."""
@@ -59,11 +61,13 @@ def train(
     Example: `hydralv-tune train overfit_check --image runs/phantom/im.h5
     --label runs/phantom/label.h5 --out runs/overfit`
     """
+    find_file(candidate, "trials")
+    find_file(space, "search_spaces")
+    check_folder("--out", out)
     from hydralv_tune.config.files import load_candidate, parse_overrides
     from hydralv_tune.config.search_space_files import load_space
     from hydralv_tune.numerics.formatting import duration
 
-    check_folder("--out", out)
     loaded = load_candidate(candidate, parse_overrides(settings or []))
     searched = load_space(space)
     paths = volumes_given(image, label or [], mask or [], scored_mask or [], ignore_label or [])
@@ -122,22 +126,21 @@ def predict(
     """
     import time
 
-    from hydralv_tune.config.files import parse_overrides, with_overrides
     from hydralv_tune.data.formats import WRITABLE
-    from hydralv_tune.data.formats.files import locate
-    from hydralv_tune.data.volumes import VolumePaths, read_volume, write_array
 
     check_file_out("--out", out, WRITABLE, [image, checkpoint])
+    if not checkpoint.exists():
+        raise InputError(f"{checkpoint}: no such file. Check the path.")
+    check_inputs(image)
+    from hydralv_tune.config.files import parse_overrides, with_overrides
+
     overrides = parse_overrides(settings or [])
     if other := sorted(set(overrides) - PREDICTION_BLOCKS):
         raise InputError(
             f"--set: '{other[0]}' is fixed by the checkpoint; predict takes keys of "
             f"{', '.join(sorted(PREDICTION_BLOCKS))} only. Leave it out."
         )
-    for path in (checkpoint, locate(image).path):
-        if not path.exists():
-            raise InputError(f"{path}: no such file. Check the path.")
-
+    from hydralv_tune.data.volumes import VolumePaths, read_volume, write_array
     from hydralv_tune.trial.scoring.prediction import load_network, pick_device
     from hydralv_tune.trial.scoring.prediction import predict as predict_volume
 
@@ -205,24 +208,31 @@ def segment(
     import time
     from contextlib import ExitStack
 
-    from hydralv_tune.config.files import parse_overrides
-    from hydralv_tune.config.paths import expanded
     from hydralv_tune.data.formats import PRECOMPUTED, WRITABLE
-    from hydralv_tune.data.volumes import NO_MASK, VolumePaths, check_heads
+    from hydralv_tune.data.volume_paths import NO_MASK, VolumePaths
 
     mask, scored_mask = (None if path == NO_MASK else path for path in (mask, scored_mask))
     inputs = [path for path in (image, mask, label, scored_mask) if path is not None]
     check_file_out("--out", out, WRITABLE, inputs)
     if table is not None:
         check_file_out("--table", table, (".csv", ".parquet"), inputs)
-    check_heads(image, {"label": label, "mask": mask, "scored mask": scored_mask})
     if neuroglancer is not None:
         check_folder("--neuroglancer", neuroglancer)
         _ = PRECOMPUTED.code  # refused before any work where its package is missing
+    check_inputs(*inputs)
+    if "://" not in best and not expanded_path(best).exists():
+        raise InputError(
+            f"{best}: no such file or folder. Give an exported YAML file, a checkpoint, or a "
+            "study's folder."
+        )
+    from hydralv_tune.data.volumes import check_heads
+
+    check_heads(image, {"label": label, "mask": mask, "scored mask": scored_mask})
     import psutil
 
     from hydralv_tune.artifacts.neuroglancer import write_view
     from hydralv_tune.artifacts.writing import write_frame
+    from hydralv_tune.config.files import parse_overrides
     from hydralv_tune.results.segmentation import load_model
     from hydralv_tune.results.segmentation_score import scored_segmentation
     from hydralv_tune.trial.whole_volume.segmentation import Jobs, segment_volume

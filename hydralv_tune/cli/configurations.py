@@ -76,14 +76,17 @@ def list_(
 
     Example: `hydralv-tune list decoders`
     """
-    from hydralv_tune.cli.console import print_json, stdout
+    from hydralv_tune.cli.console import console, print_json
+    from hydralv_tune.config.plugins import load_plugins
 
+    load_plugins()
     kinds = list(Kind) if kind is None else [kind]
     items = [{"kind": str(one), **item} for one in kinds for item in _items(one)]
     if json:
         print_json({"items": items})
         return
     width = max((len(item["name"]) for item in items), default=0)
+    stdout = console()
     for one in kinds:
         found = [item for item in items if item["kind"] == one]
         if kind is None:
@@ -117,7 +120,7 @@ def _items(kind: Kind) -> list[dict[str, str]]:
 def _table(kind: Kind) -> dict[str, str]:
     """Return the names of a table, each with its arguments or choices."""
     if kind is Kind.metrics:
-        from hydralv_tune.numerics.metrics.scores import METRICS
+        from hydralv_tune.numerics.metrics.registry import METRICS
 
         best = {"zero": "near 0"}
         return {
@@ -147,7 +150,7 @@ def _table(kind: Kind) -> dict[str, str]:
 
 def _configurations(kind: str) -> list[dict[str, str]]:
     """Return the files of a kind, each with the first sentence of the comment it begins with."""
-    from hydralv_tune.config.files import find_file, known_names
+    from hydralv_tune.config.paths import find_file, known_names
 
     found = []
     for name in known_names(kind):

@@ -8,18 +8,25 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from functools import cache
+from typing import TYPE_CHECKING, Any
 
-from rich.box import SIMPLE_HEAD
-from rich.console import Console
-from rich.table import Table
-
-# Names of studies, folders and recipes are a user's: what looks like markup or an emoji in them is
-# none, so neither console knows any.
-stderr = Console(stderr=True, highlight=False, markup=False, emoji=False)
-stdout = Console(highlight=False, markup=False, emoji=False)
+if TYPE_CHECKING:
+    from rich.console import Console
 
 ProgressCallback = Callable[[int, int], None]
+
+
+@cache
+def console(*, stderr: bool = False) -> Console:
+    """Return the console of a stream; Rich is imported only where a table or a bar is drawn.
+
+    Names of studies, folders and recipes are a user's: what looks like markup or an emoji in them
+    is none, so neither console knows any.
+    """
+    from rich.console import Console
+
+    return Console(stderr=stderr, highlight=False, markup=False, emoji=False)
 
 
 def _unwrapped(value: Any) -> Any:
@@ -53,7 +60,7 @@ def print_json(document: Mapping[str, Any], *, one_line: bool = False) -> None:
 
 def say(text: str) -> None:
     """Print a line for people on stderr."""
-    stderr.print(text, soft_wrap=True)
+    print(text, file=sys.stderr, flush=True)
 
 
 def format_value(value: Any) -> str:
@@ -73,23 +80,28 @@ def format_value(value: Any) -> str:
 
 def print_facts(title: str, facts: Mapping[str, Any]) -> None:
     """Print a two-column table of names and values on stdout."""
+    from rich.table import Table
+
     table = Table(title=title, title_justify="left", show_header=False, box=None)
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
     for name, value in facts.items():
         table.add_row(str(name).replace("_", " "), format_value(value))
-    stdout.print(table)
+    console().print(table)
 
 
 def print_rows(title: str, rows: Sequence[Mapping[str, Any]]) -> None:
     """Print rows of the same keys as a table on stdout."""
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
     # Narrow enough that the ten best combinations fit a terminal of 80 columns unbroken.
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False, padding=0)
     for name in rows[0] if rows else []:
         table.add_column(str(name).replace("_", " "), justify="right", overflow="fold")
     for row in rows:
         table.add_row(*(format_value(value) for value in row.values()))
-    stdout.print(table)
+    console().print(table)
 
 
 @contextmanager
@@ -99,18 +111,18 @@ def step_progress() -> Iterator[Callable[[str, int, int], None]]:
     Where stderr is no terminal, a line says when a step begins and how far it is every minute.
     """
     with ExitStack() as stack:
-        current, move, told = "", None, 0.0
+        current, move, shown_at = "", None, 0.0
 
         def show(step: str, done: int, whole: int) -> None:
-            nonlocal current, move, told
+            nonlocal current, move, shown_at
             if step != current:
-                current, told = step, 0.0
+                current, shown_at = step, 0.0
                 stack.close()
                 move = stack.enter_context(progress_bar(step.capitalize()))
             assert move is not None
             move(done, whole)
-            if not stderr.is_terminal and time.monotonic() - told > 60:
-                told = time.monotonic()
+            if not sys.stderr.isatty() and time.monotonic() - shown_at > 60:
+                shown_at = time.monotonic()
                 say(f"{step}: {done} of {whole}")
 
         yield show
@@ -135,8 +147,9 @@ def progress_bar(description: str) -> Iterator[ProgressCallback]:
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
+    terminal = console(stderr=True)
     with Progress(
-        *columns, console=stderr, transient=True, disable=not stderr.is_terminal
+        *columns, console=terminal, transient=True, disable=not terminal.is_terminal
     ) as progress:
         task = progress.add_task(description, total=None)
 

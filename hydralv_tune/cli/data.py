@@ -27,12 +27,13 @@ from hydralv_tune.cli.options import (
     Settings,
     check_file_out,
     check_folder,
+    check_inputs,
     path_option,
     text_option,
     volumes_given,
 )
 from hydralv_tune.config.errors import InputError, as_input_error
-from hydralv_tune.config.paths import expanded_path
+from hydralv_tune.config.paths import expanded_path, find_file
 
 if TYPE_CHECKING:
     import numpy as np
@@ -163,15 +164,16 @@ def inspect(
 
     Example: `hydralv-tune inspect --image runs/phantom/im.h5 --label runs/phantom/label.h5`
     """
+    if out is not None:
+        check_folder("--out", out)
+    if candidate is not None:
+        find_file(candidate, "trials")
+    given = volumes_given(image, label or [], mask or [], scored_mask or [], ignore_label or [])
     from hydralv_tune.data.inspection import characteristics
     from hydralv_tune.data.volumes import read_volume
 
-    if out is not None:
-        check_folder("--out", out)
     documents = []
-    for paths in volumes_given(
-        image, label or [], mask or [], scored_mask or [], ignore_label or []
-    ):
+    for paths in given:
         volume = read_volume(paths)
         facts = {"image": paths.image, **characteristics(volume)}
         if candidate is not None or out is not None:
@@ -217,6 +219,7 @@ def score(
 
     Example: `hydralv-tune score --prediction runs/seg.h5 --label runs/phantom/label.h5`
     """
+    check_inputs(prediction, label, mask, scored_mask)
     from hydralv_tune.data.volumes import agreed_placement, read_labels
     from hydralv_tune.numerics.metrics.scores import score_labels
 
@@ -248,8 +251,11 @@ def decode(
     Example: `hydralv-tune decode --probabilities runs/p.h5 --out runs/seg.h5
     --set binary_threshold=[0.5,0.7]`
     """
-    from hydralv_tune.config.files import decoding_step, parse_overrides
     from hydralv_tune.data.formats import WRITABLE
+
+    check_file_out("--out", out, WRITABLE, [probabilities, *([mask] if mask else [])])
+    check_inputs(probabilities, mask)
+    from hydralv_tune.config.files import decoding_step, parse_overrides
     from hydralv_tune.data.volumes import (
         agreed_placement,
         narrowed,
@@ -258,7 +264,6 @@ def decode(
     )
     from hydralv_tune.numerics.watershed.decoders import decode as decode_labels
 
-    check_file_out("--out", out, WRITABLE, [probabilities, *([mask] if mask else [])])
     step = decoding_step(decoder, parse_overrides(settings or []))
     maps = read_probabilities(probabilities)
     with as_input_error(probabilities):
@@ -307,14 +312,16 @@ def sweep(
 
     Example: `hydralv-tune sweep --probabilities runs/p.h5 --label runs/phantom/label.h5`
     """
+    if out is not None:
+        check_file_out("--out", out, (".yaml", ".yml"))
+        _check_beside(out)
+    find_file(space, "search_spaces")
+    check_inputs(probabilities, label, mask, scored_mask)
     from hydralv_tune.config.search_space_files import load_space
     from hydralv_tune.data.volumes import agreed_placement, read_labels, read_probabilities
     from hydralv_tune.numerics.metrics.contingency import split_unknown
     from hydralv_tune.trial.scoring.sweep.sweep import sweep as sweep_grid
 
-    if out is not None:
-        check_file_out("--out", out, (".yaml", ".yml"))
-        _check_beside(out)
     loaded = load_space(space)
     agreed_placement(probabilities, label, mask, scored_mask)
     maps = read_probabilities(probabilities)

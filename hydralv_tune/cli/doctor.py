@@ -34,9 +34,9 @@ def examine(storage: str | None) -> dict[str, Any]:
     memory = psutil.virtual_memory().available / GIGA
     disk = shutil.disk_usage(Path.cwd()).free / GIGA
     if memory < LEAST_MEMORY_GB:
-        missing.append(f"memory: {memory:.1f} GB free, and a study wants {LEAST_MEMORY_GB:.0f} GB")
+        missing.append(f"memory: {memory:.1f} GB free, but a study needs {LEAST_MEMORY_GB:.0f} GB")
     if disk < LEAST_DISK_GB:
-        missing.append(f"disk: {disk:.1f} GB free here, and a study wants {LEAST_DISK_GB:.0f} GB")
+        missing.append(f"disk: {disk:.1f} GB free here, but a study needs {LEAST_DISK_GB:.0f} GB")
     findings = {
         "python": f"{platform.python_version()} at {sys.executable}",
         **_versions(missing),

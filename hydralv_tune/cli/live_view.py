@@ -15,7 +15,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from hydralv_tune.cli.console import format_value, say, stderr
+from hydralv_tune.cli.console import console, format_value, say
 from hydralv_tune.config.errors import HydraLVError
 from hydralv_tune.numerics.formatting import duration
 
@@ -147,6 +147,7 @@ class LiveView:
         self._stage = ""
         self._pending: list[str] = []
         self._steps: dict[int, dict[str, Any]] = {}
+        stderr = console(stderr=True)
         self._live = (
             Live(self, console=stderr, refresh_per_second=1, transient=True)
             if stderr.is_terminal
@@ -268,6 +269,7 @@ def progress_table(
         table.add_column(
             name, justify="left" if name in ("recipe", "host") else "right", no_wrap=True
         )
+    stderr = console(stderr=True)
     room = max(stderr.size.height - 8, 3) if stderr.is_terminal else len(progress.running)
     for trial in progress.running[:room]:
         table.add_row(*_cells(trial, (steps or {}).get(trial.number, {}) if live else None, gone))

@@ -11,12 +11,12 @@ import traceback
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from importlib import import_module
 from io import TextIOWrapper
 from typing import Any
 
 import typer
 
-from hydralv_tune.cli import candidates, configurations, data, importing, studies
 from hydralv_tune.cli.console import say
 from hydralv_tune.config.errors import HydraLVError, InputError
 from hydralv_tune.config.secrets import mask_passwords
@@ -37,47 +37,68 @@ IN_ASCII = {
 }  # fmt: skip
 HIDDEN_WORDS_VARIABLE = "HYDRALV_TUNE_HIDDEN_WORDS"
 
-app = typer.Typer(
-    name="hydralv-tune",
-    help="Search training configurations and decoding thresholds for 3D vesicle segmentation.",
-    rich_markup_mode="markdown",
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
-
-COMMANDS: dict[str, dict[str, Callable[..., None]]] = {
+COMMANDS: dict[str, dict[str, str]] = {
     "Data": {
-        "phantom": data.phantom,
-        "inspect": data.inspect,
-        "score": data.score,
-        "decode": data.decode,
-        "sweep": data.sweep,
+        "phantom": "data:phantom",
+        "inspect": "data:inspect",
+        "score": "data:score",
+        "decode": "data:decode",
+        "sweep": "data:sweep",
     },
     "Configurations": {
-        "check": configurations.check,
-        "list": configurations.list_,
-        "import": importing.import_,
+        "check": "configurations:check",
+        "list": "configurations:list_",
+        "import": "importing:import_",
     },
     "One candidate": {
-        "train": candidates.train,
-        "predict": candidates.predict,
-        "segment": candidates.segment,
+        "train": "candidates:train",
+        "predict": "candidates:predict",
+        "segment": "candidates:segment",
     },
     "Studies": {
-        "run": studies.run,
-        "status": studies.status,
-        "export": studies.export,
-        "report": studies.report,
-        "dashboard": studies.dashboard,
-        "enqueue": studies.enqueue,
-        "recover": studies.recover,
-        "demo": studies.demo,
-        "doctor": studies.doctor,
+        "run": "studies:run",
+        "status": "studies:status",
+        "export": "studies:export",
+        "report": "studies:report",
+        "dashboard": "studies:dashboard",
+        "enqueue": "studies:enqueue",
+        "recover": "studies:recover",
+        "demo": "studies:demo",
+        "doctor": "studies:doctor",
     },
 }
-for panel, commands in COMMANDS.items():
-    for name, command in commands.items():
-        app.command(name, rich_help_panel=panel)(command)
+"""The function of each command, as `module:name` in this folder, by the panel of the help."""
+
+
+def command_function(address: str) -> Callable[..., None]:
+    """Return the function of a command, imported now."""
+    module, _, name = address.partition(":")
+    function: Callable[..., None] = getattr(import_module(f"hydralv_tune.cli.{module}"), name)
+    return function
+
+
+def command_line(words: Sequence[str]) -> typer.Typer:
+    """Return the program with the one command that is asked for, since each costs time to build.
+
+    Help, completion and a misspelt name need all of them.
+
+    Args:
+        words: The words after the program's name.
+    """
+    app = typer.Typer(
+        name="hydralv-tune",
+        help="Search training configurations and decoding thresholds for 3D vesicle segmentation.",
+        rich_markup_mode="markdown",
+        pretty_exceptions_enable=False,
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+    app.callback(invoke_without_command=True)(_options)
+    known = {name for panel in COMMANDS.values() for name in panel}
+    asked = set(words[:1]) & known or known
+    for panel, commands in COMMANDS.items():
+        for name in filter(asked.__contains__, commands):
+            app.command(name, rich_help_panel=panel)(command_function(commands[name]))
+    return app
 
 
 def _version(value: bool) -> None:
@@ -89,7 +110,6 @@ def _version(value: bool) -> None:
         raise typer.Exit
 
 
-@app.callback(invoke_without_command=True)
 def _options(
     context: typer.Context,
     version: bool = typer.Option(
@@ -107,8 +127,9 @@ def exit_code(arguments: Sequence[str] | None = None) -> int:
     Args:
         arguments: The words after the program's name; those of this process by default.
     """
+    words = sys.argv[1:] if arguments is None else list(arguments)
     try:
-        code = app(args=arguments, standalone_mode=False)
+        code = command_line(words)(args=words, standalone_mode=False)
     except ClickError as error:
         say(f"error: {error.format_message()}")
         return EXIT_WRONG_INPUT

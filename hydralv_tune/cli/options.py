@@ -18,7 +18,7 @@ from hydralv_tune.config.paths import expanded, expanded_path, expanded_url
 from hydralv_tune.data.formats import NAMES
 
 if TYPE_CHECKING:
-    from hydralv_tune.data.volumes import VolumePaths
+    from hydralv_tune.data.volume_paths import VolumePaths
 
 
 def path_option(*names: str, help: str) -> Any:
@@ -39,7 +39,7 @@ def completed(kind: str) -> Callable[[str], list[str]]:
     """
 
     def complete(incomplete: str) -> list[str]:
-        from hydralv_tune.config.files import known_names
+        from hydralv_tune.config.paths import known_names
 
         given = Path(incomplete)
         folder = given if incomplete.endswith("/") else given.parent
@@ -136,17 +136,31 @@ def volumes_given(
     ignore_labels: Sequence[int],
 ) -> list[VolumePaths]:
     """Return the volumes that options name; of several, say which files belong together."""
-    from hydralv_tune.data.formats.files import format_of, locate
-    from hydralv_tune.data.volumes import pairs, volume_paths
+    from hydralv_tune.data.volume_paths import pairs, volume_paths
 
     volumes = volume_paths(images, labels, masks, scored_masks, ignore_labels)
     for volume in volumes:
-        for path in (volume.image, volume.label, volume.mask, volume.scored_mask):
-            if path is not None:
-                format_of(locate(path))  # refused before anything heavy is imported
+        check_inputs(volume.image, volume.label, volume.mask, volume.scored_mask)
     for line in pairs(volumes) if len(volumes) > 1 else ():
         say(line)
     return volumes
+
+
+def check_inputs(*paths: str | None) -> None:
+    """Refuse files that are missing or of no known format, before any library is loaded.
+
+    Args:
+        paths: `file`, `file:dataset` or URL; None and `none` name no file.
+
+    Raises:
+        VolumeError: The first that is.
+    """
+    from hydralv_tune.data.formats.location import format_of, locate
+    from hydralv_tune.data.volume_paths import NO_MASK
+
+    for path in paths:
+        if path not in (None, NO_MASK):
+            format_of(locate(path))
 
 
 def check_folder(option: str, path: Path) -> None:
@@ -182,7 +196,7 @@ def check_file_out(
             written, or the file is one of the inputs.
     """
     from hydralv_tune.data.formats import SUFFIXES, suffix_of
-    from hydralv_tune.data.formats.files import locate
+    from hydralv_tune.data.formats.location import locate
 
     location = locate(path)
     file = location.path

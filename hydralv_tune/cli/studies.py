@@ -5,6 +5,7 @@ from __future__ import annotations
 import getpass
 import shlex
 import socket
+import sys
 import time
 import webbrowser
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from hydralv_tune.cli.console import format_value, print_facts, print_json, say, stderr, stdout
+from hydralv_tune.cli.console import console, format_value, print_facts, print_json, say
 from hydralv_tune.cli.options import (
     IgnoreLabels,
     Images,
@@ -29,7 +30,7 @@ from hydralv_tune.cli.options import (
     volumes_given,
 )
 from hydralv_tune.config.errors import InputError
-from hydralv_tune.config.paths import expanded, expanded_path, expanded_url
+from hydralv_tune.config.paths import expanded, expanded_path, expanded_url, find_file
 
 if TYPE_CHECKING:
     from hydralv_tune.data.volumes import VolumePaths
@@ -125,7 +126,7 @@ def run(
     Example: `hydralv-tune run smoke --image runs/phantom/im.h5 --label runs/phantom/label.h5
     --mask runs/phantom/mask.h5 --trials 2 --out runs/smoke`
     """
-
+    find_file(space, "search_spaces")
     if not label:
         raise InputError("run: --label is missing; a study needs instance labels to score against.")
     facts = _run(
@@ -160,6 +161,8 @@ def _run(
     **options: Any,
 ) -> dict[str, Any]:
     """Run a study under the live view and return its facts; the best config is exported too."""
+    if sys.stderr.isatty():  # elsewhere the message of a refusal is the first and only line
+        say(f"Checking the search space {space_name} and the volumes.")
     from hydralv_tune.config.files import parse_overrides
     from hydralv_tune.config.search_space_files import load_space
 
@@ -169,7 +172,7 @@ def _run(
     folder = out or Path("runs") / name
     check_folder("--out", folder)
     url = storage or f"sqlite:///{folder / 'study.db'}"
-    if stderr.is_terminal:  # elsewhere the message of a refusal is the first and only line
+    if sys.stderr.isatty():
         say(f"Study {name} in {folder}: starting.")
     # Imported only now: Ray, PyTorch and Optuna take seconds, and people wait for a first line.
     from hydralv_tune.cli.live_view import LiveView
@@ -291,23 +294,25 @@ def status(
 
     Example: `hydralv-tune status runs/smoke`
     """
+    from hydralv_tune.study.find import find_study
+
+    found = find_study(place, storage=storage, study=study)
     from rich.live import Live
 
     from hydralv_tune.cli.live_view import progress_table
-    from hydralv_tune.study.find import find_study
 
-    with _ProgressReader(find_study(place, storage=storage, study=study)) as reader:
+    with _ProgressReader(found) as reader:
         if json:
             print_json(reader.facts(), one_line=watch)
             while watch:
                 time.sleep(WATCH_EVERY_S)
                 print_json(reader.facts(), one_line=True)
             return
-        stdout.print(progress_table(reader.read())) if not watch else None
         if not watch:
+            console().print(progress_table(reader.read()))
             _show_facts(reader.facts(), json=False)
             return
-        with Live(progress_table(reader.read()), console=stdout, auto_refresh=False) as live:
+        with Live(progress_table(reader.read()), console=console(), auto_refresh=False) as live:
             while True:
                 time.sleep(WATCH_EVERY_S)
                 live.update(progress_table(reader.read()), refresh=True)
@@ -356,8 +361,7 @@ def export(
 
     Example: `hydralv-tune export runs/smoke --out runs/best.yaml`
     """
-    from hydralv_tune.results.export.export import export_best
-    from hydralv_tune.study.find import find_study
+    from hydralv_tune.study.find import check_place, find_study
 
     target = _out_in(place, out, "best.yaml", "export --out")
     check_folder("--out", target.parent)
@@ -365,6 +369,10 @@ def export(
         check_folder("--table", table.parent)
     if trial is not None and best_portable:
         raise InputError("export: --trial and --best-portable name two trials. Give one of them.")
+    if storage is None:
+        check_place(place)
+    from hydralv_tune.results.export.export import export_best
+
     found = find_study(place, storage=storage, study=study)
     document = export_best(
         found.storage,
@@ -415,11 +423,14 @@ def report(
 
     Example: `hydralv-tune report runs/smoke --out runs/report`
     """
-    from hydralv_tune.results.report.report import write_report
-    from hydralv_tune.study.find import find_study
+    from hydralv_tune.study.find import check_place, find_study
 
     target = _out_in(place, out, "report", "report --out")
     check_folder("--out", target)
+    if storage is None:
+        check_place(place)
+    from hydralv_tune.results.report.report import write_report
+
     found = find_study(place, storage=storage, study=study)
     page = write_report(found.storage, found.name, target, folder=found.folder)
     with _ProgressReader(found) as reader:
@@ -455,9 +466,12 @@ def dashboard(
 
     Example: `hydralv-tune dashboard runs/smoke --port 8080`
     """
-    from hydralv_tune.results.dashboard import serve
+    from hydralv_tune.study.find import check_place
 
     shown = [*(places or ()), *([storage] if storage is not None else [])]
+    for place in shown or [None]:
+        check_place(place)
+    from hydralv_tune.results.dashboard import serve
 
     def ready(url: str) -> None:
         say(f"Dashboard: {url}")
@@ -486,12 +500,13 @@ def enqueue(
 
     Example: `hydralv-tune enqueue runs/smoke plan_focal`
     """
-    from hydralv_tune.config.files import find_file
-    from hydralv_tune.config.yaml_io import read_yaml_mapping
-    from hydralv_tune.study.find import find_study
-    from hydralv_tune.study.study import open_readonly
+    from hydralv_tune.study.find import check_place, find_study
 
     files = [find_file(name, "trials") for name in candidates]
+    check_place(folder)
+    from hydralv_tune.config.yaml_io import read_yaml_mapping
+    from hydralv_tune.study.study import open_readonly
+
     found = find_study(folder, study=study)
     opened = open_readonly(found.storage, found.name, found.folder)
     try:
@@ -545,7 +560,7 @@ def demo(
     Example: `hydralv-tune demo --out runs/demo --trials 8`
     """
     from hydralv_tune.data.volumes import volume_paths, write_array
-    from hydralv_tune.numerics.metrics.scores import HEADLINE
+    from hydralv_tune.numerics.metrics.registry import HEADLINE
     from hydralv_tune.numerics.phantom.volume import make_phantom
     from hydralv_tune.results.export.export import export_best
     from hydralv_tune.results.report.report import write_report
@@ -574,8 +589,8 @@ def demo(
     _show_facts(document, json)
     best = facts["best"]
     if best is not None and not json:
-        told = ", ".join(f"{name} {format_value(best[name])}" for name in HEADLINE)
-        print(f"Best: {told}")
+        figures = ", ".join(f"{name} {format_value(best[name])}" for name in HEADLINE)
+        print(f"Best: {figures}")
         print(f"Config: {exported['out']}")
         print(f"Checkpoint: {exported['checkpoint']}")
         print(f"Report: {page}")

@@ -11,6 +11,7 @@ from pydantic import BaseModel
 from hydralv_tune.config.candidate import Candidate
 from hydralv_tune.config.search_space import SearchSpace
 from hydralv_tune.config.validation import shown
+from hydralv_tune.numerics.formatting import objective_label
 
 NO_EFFECT = "No effect"
 SMALL_BATCH = 4
@@ -32,10 +33,10 @@ def explain_space(space: SearchSpace) -> list[str]:
     budget = [f"{space.budget.trials} trials"]
     budget += [f"{space.budget.timeout_s:g} s"] if space.budget.timeout_s else []
     budget += [f"{space.budget.gpu_hours:g} GPU hours"] if space.budget.gpu_hours else []
+    conditional = sum(bool(p.when) for p in space.parameters.values())
     return [
-        f"Minimises {space.objective.metric} over {len(space.parameters)} parameters, "
-        f"{sum(bool(p.when) for p in space.parameters.values())} of them conditional; ends after "
-        f"{' or '.join(budget)}"
+        f"Minimises {objective_label(space.objective.metric)} over {len(space.parameters)} "
+        f"parameters, {conditional} of them conditional; ends after {' or '.join(budget)}"
         + (f", or below {space.objective.stop_at:g}." if space.objective.stop_at else "."),
         f"{combinations:,} combinations of {space.decoding.decoder} are swept per evaluation.",
         f"Enqueued first: {', '.join(space.warm_starts) or 'nothing'}.",

@@ -9,22 +9,21 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Mapping
 from copy import deepcopy
-from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hydralv_tune.config.candidate import Candidate, DecodingStep, Model
 from hydralv_tune.config.candidate_rules import check_candidate
 from hydralv_tune.config.decoding_rules import check_decoding_step
 from hydralv_tune.config.errors import ConfigError
-from hydralv_tune.config.paths import expanded_path
-from hydralv_tune.config.pytc_files import is_peer_file, read_peer_file
-from hydralv_tune.config.pytc_import import Imported, import_peer
+from hydralv_tune.config.paths import find_file, shown_path
 from hydralv_tune.config.validation import MISSING, check_keys, merged, nested, validated, value_at
 from hydralv_tune.config.yaml_io import parse_yaml, read_yaml_mapping
 
-PACKAGE = Path(__file__).parents[1]
+if TYPE_CHECKING:
+    from hydralv_tune.config.pytc_import import Imported
+
 ARCHITECTURE_KEYS = (
     "dropout", "norm", "activation", "kernel_size", "strides", "num_res_units", "down_factors",
     "upsample", "mednext_size", "mednext_kernel_size", "num_groups", "depth_2d", "kernel_2d",
@@ -32,55 +31,11 @@ ARCHITECTURE_KEYS = (
 NETWORK_KEYS = ("architecture", "filters", "in_channels", *ARCHITECTURE_KEYS[1:])
 
 
-def _folders(kind: str) -> list[Path]:
-    """Return where files of a kind lie: beside the package in a checkout, inside it in a wheel."""
-    return [folder for folder in (PACKAGE.parent / kind, PACKAGE / kind) if folder.is_dir()]
-
-
-def known_names(kind: str) -> list[str]:
-    """Return the bare names that exist, `trials` or `search_spaces` being the kind."""
-    return sorted({path.stem for folder in _folders(kind) for path in folder.glob("*.yaml")})
-
-
-def find_file(name: str, kind: str) -> Path:
-    """Return the file of a path or a bare name.
-
-    Args:
-        name: A path, or the bare name of a file in the folder of that kind.
-        kind: `trials` or `search_spaces`.
-
-    Raises:
-        ConfigError: There is no such file; the nearest known name is told.
-    """
-    path = expanded_path(name)
-    if path.is_file():
-        return path
-    bare = path.parent == Path() and path.suffix not in (".yaml", ".yml")
-    for folder in _folders(kind):
-        if bare and (folder / f"{name}.yaml").is_file():
-            return folder / f"{name}.yaml"
-    known = known_names(kind)
-    near = get_close_matches(path.stem, known, n=1)
-    hint = f" Did you mean '{near[0]}'?" if near else ""
-    reason = "there is no such file" if not path.is_dir() else "it is a folder"
-    raise ConfigError(
-        f"{name}: {reason}, nor a bare name in {kind}/.{hint} Known: {', '.join(known)}."
-    )
-
-
-def shown_path(path: Path) -> str:
-    """Return a path as messages name it: relative where that is shorter."""
-    for start in (Path.cwd(), PACKAGE.parent):
-        if path.is_absolute() and path.is_relative_to(start):
-            return str(path.relative_to(start))
-    return str(path)
-
-
 @cache
 def _baseline() -> dict[str, Any]:
     """Return the whole mapping of the baseline."""
     path = find_file("baseline", "trials")
-    return _checked(read_yaml_mapping(path), shown_path(path)).as_mapping()
+    return whole_candidate(read_yaml_mapping(path), shown_path(path)).as_mapping()
 
 
 def baseline() -> dict[str, Any]:
@@ -99,17 +54,17 @@ def layered(base: Mapping[str, Any], *layers: Mapping[str, Any]) -> dict[str, An
         before = result.get("model") or {}
         result = merged(result, _switched_on(layer))
         model = result.get("model")
-        said = layer.get("model")
-        if not isinstance(said, Mapping) or not isinstance(model, dict):
+        given = layer.get("model")
+        if not isinstance(given, Mapping) or not isinstance(model, dict):
             continue
-        changed = {key for key in said if _plain(before.get(key)) != _plain(said[key])}
-        if "loss_functions" in changed and "loss_kwargs" not in said:
+        changed = {key for key in given if _plain(before.get(key)) != _plain(given[key])}
+        if "loss_functions" in changed and "loss_kwargs" not in given:
             model["loss_kwargs"] = []
         if "architecture" in changed:
             # Keys that are no field of the model are those of an architecture from outside.
             own = {*ARCHITECTURE_KEYS, *(set(model) - set(Model.model_fields))}
-            model.update({key: None for key in own if key not in said})
-        if changed & set(NETWORK_KEYS) and "external_weights_path" not in said:
+            model.update({key: None for key in own if key not in given})
+        if changed & set(NETWORK_KEYS) and "external_weights_path" not in given:
             model["external_weights_path"] = None
     return result
 
@@ -117,10 +72,10 @@ def layered(base: Mapping[str, Any], *layers: Mapping[str, Any]) -> dict[str, An
 def _switched_on(layer: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return the layer; one that says test-time transforms and nothing of `enabled` wants them."""
     path = "inference.test_time_augmentation"
-    said = value_at(layer, path)
-    if not isinstance(said, Mapping) or "enabled" in said:
+    given = value_at(layer, path)
+    if not isinstance(given, Mapping) or "enabled" in given:
         return layer
-    if all(said.get(key) is None for key in ("flip_axes", "rotation90_axes")):
+    if all(given.get(key) is None for key in ("flip_axes", "rotation90_axes")):
         return layer
     return merged(layer, nested(f"{path}.enabled", True))
 
@@ -130,8 +85,16 @@ def _plain(value: Any) -> Any:
     return [_plain(entry) for entry in value] if isinstance(value, list | tuple) else value
 
 
-def _checked(mapping: Mapping[str, Any], place: str) -> Candidate:
-    """Return the candidate of a whole mapping, every rule checked."""
+def whole_candidate(mapping: Mapping[str, Any], place: str) -> Candidate:
+    """Return the candidate of a whole mapping, every rule checked.
+
+    Args:
+        mapping: As `Candidate.as_mapping` gives it.
+        place: Where it came from, for the message.
+
+    Raises:
+        ConfigError: A key is unknown, or a value breaks a rule.
+    """
     candidate = validated(Candidate, mapping, place)
     check_candidate(candidate, place)
     return candidate
@@ -145,13 +108,13 @@ def candidate_from_mapping(
     Args:
         partial: Of plain YAML values.
         place: File or option it came from, for the message.
-        base: What is not said comes from it; None is the baseline.
+        base: What is not set comes from it; None is the baseline.
 
     Raises:
         ConfigError: A key is unknown, or a value breaks a rule.
     """
     check_keys(partial, Candidate, place)
-    return _checked(layered(_baseline() if base is None else base, partial), place)
+    return whole_candidate(layered(_baseline() if base is None else base, partial), place)
 
 
 def load_candidate(
@@ -160,7 +123,7 @@ def load_candidate(
     """Return the candidate of a file, or of a bare name in `trials/`.
 
     Args:
-        name_or_path: What is not said there comes from the baseline.
+        name_or_path: What is not set there comes from the baseline.
         overrides: A partial candidate that wins, as `parse_overrides` returns it.
 
     Raises:
@@ -177,6 +140,8 @@ def _own_keys(path: Path) -> dict[str, Any]:
     What that leaves out and a result may depend on is warned of, in one message.
     """
     mapping = read_yaml_mapping(path)
+    from hydralv_tune.config.pytc_files import is_peer_file, read_peer_file
+
     if not is_peer_file(mapping):
         return mapping
     imported = import_configuration(read_peer_file(path), path)
@@ -199,6 +164,8 @@ def import_configuration(mapping: Mapping[str, Any], path: Path) -> Imported:
     Raises:
         ConfigError: Its network has no counterpart, or works in two dimensions.
     """
+    from hydralv_tune.config.pytc_import import import_peer
+
     place = shown_path(path)
 
     def check(partial: Mapping[str, Any]) -> Candidate:
@@ -235,7 +202,7 @@ def parse_overrides(settings: Iterable[str]) -> dict[str, Any]:
         key = key.strip()
         if not equals or not all(key.split(".")):
             raise ConfigError(
-                f"--set: '{setting}' is no setting, but key=value is due. "
+                f"--set: '{setting}' is no setting: it must be key=value. "
                 "Try --set optimization.optimizer.lr=3e-4."
             )
         if value_at(result, key) is not MISSING:

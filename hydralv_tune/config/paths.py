@@ -1,16 +1,18 @@
-"""Paths as people write them: `~` and `$VARIABLES` stand for what a shell would put there.
+"""Paths as people write them: with `~` and `$VARIABLES`, or the bare name of a shipped file.
 
-A shell leaves them alone in `--out=~/runs`, in quotes and in URLs, and a YAML file has no shell.
+A shell leaves `~` alone in `--out=~/runs`, in quotes and in URLs, and a YAML file has no shell.
 """
 
 from __future__ import annotations
 
 import os
 import re
+from difflib import get_close_matches
 from pathlib import Path
 
-from hydralv_tune.config.errors import InputError
+from hydralv_tune.config.errors import ConfigError, InputError
 
+PACKAGE = Path(__file__).parents[1]
 SQLITE = re.compile(r"^(sqlite(?:\+\w+)?:///)(?=[~$])(.*)$")
 
 
@@ -48,3 +50,47 @@ def expanded_url(url: str) -> str:
     """
     found = SQLITE.match(url)
     return found.group(1) + expanded(found.group(2)) if found else url
+
+
+def _folders(kind: str) -> list[Path]:
+    """Return where files of a kind lie: beside the package in a checkout, inside it in a wheel."""
+    return [folder for folder in (PACKAGE.parent / kind, PACKAGE / kind) if folder.is_dir()]
+
+
+def known_names(kind: str) -> list[str]:
+    """Return the bare names that exist, `trials` or `search_spaces` being the kind."""
+    return sorted({path.stem for folder in _folders(kind) for path in folder.glob("*.yaml")})
+
+
+def find_file(name: str, kind: str) -> Path:
+    """Return the file of a path or a bare name.
+
+    Args:
+        name: A path, or the bare name of a file in the folder of that kind.
+        kind: `trials` or `search_spaces`.
+
+    Raises:
+        ConfigError: There is no such file; the message names the nearest known one.
+    """
+    path = expanded_path(name)
+    if path.is_file():
+        return path
+    bare = path.parent == Path() and path.suffix not in (".yaml", ".yml")
+    for folder in _folders(kind):
+        if bare and (folder / f"{name}.yaml").is_file():
+            return folder / f"{name}.yaml"
+    known = known_names(kind)
+    near = get_close_matches(path.stem, known, n=1)
+    hint = f" Did you mean '{near[0]}'?" if near else ""
+    reason = "there is no such file" if not path.is_dir() else "it is a folder"
+    raise ConfigError(
+        f"{name}: {reason}, nor a bare name in {kind}/.{hint} Known: {', '.join(known)}."
+    )
+
+
+def shown_path(path: Path) -> str:
+    """Return a path as messages name it: relative where that is shorter."""
+    for start in (Path.cwd(), PACKAGE.parent):
+        if path.is_absolute() and path.is_relative_to(start):
+            return str(path.relative_to(start))
+    return str(path)

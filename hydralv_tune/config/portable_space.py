@@ -47,10 +47,14 @@ def only_portable(space: SearchSpace, place: str) -> tuple[SearchSpace, list[str
     for params in _combinations(reduced, active, place):
         reasons = obstacles(reduced.candidate(params))
         if reasons:
-            told = ", ".join(f"{key} {shown(value)}" for key, value in params.items())
+            values = ", ".join(f"{key} {shown(value)}" for key, value in params.items())
             raise ConfigError(
                 f"{place}: export is pytc, but "
-                + (f"the combination of {told}" if told else f"base '{space.base}' with `fixed`")
+                + (
+                    f"the combination of {values}"
+                    if values
+                    else f"base '{space.base}' with `fixed`"
+                )
                 + f" cannot go over. {reasons[0]} "
                 "Tie such keys in one `choice` of named partial candidates, or set one in `fixed`."
             )
@@ -73,8 +77,8 @@ def _of_the_network(space: SearchSpace) -> Iterator[str]:
     chosen: set[str] = set()
     for key, parameter in reversed(space.parameters.items()):
         blocks = parameter.choice.values() if isinstance(parameter.choice, dict) else []
-        said = {key} | {path for block in blocks for path, _ in leaves(block)}
-        if said & network or key in chosen:
+        touched = {key} | {path for block in blocks for path, _ in leaves(block)}
+        if touched & network or key in chosen:
             chosen |= {key, *parameter.when}
     yield from (key for key in space.parameters if key in chosen)
 

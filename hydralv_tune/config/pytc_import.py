@@ -538,18 +538,18 @@ class _Importer:
         self._schedule()
         ema = {key: self.at(f"optimization.ema.{key}")
                for key in ("enabled", "decay", "warmup_steps", "validate_with_ema")}  # fmt: skip
-        said = {key: value for key, value in ema.items() if value is not None}
-        self.lay({"optimization": {"ema": {"enabled": False, **said}}}, "optimization.ema")
+        given = {key: value for key, value in ema.items() if value is not None}
+        self.lay({"optimization": {"ema": {"enabled": False, **given}}}, "optimization.ema")
         stop = "monitor.early_stopping"
         keys = ("enabled", "monitor", "patience", "min_delta", "threshold", "divergence_threshold")
         rules = {key: self.at(f"{stop}.{key}") for key in (*keys, "mode")}
-        said = {key: value for key, value in rules.items() if value is not None}
-        if said.get("enabled") and said.get("monitor", WATCHED) != WATCHED:
-            self.leave(f"{stop}.monitor", f"{said['monitor']}: only the total training loss is "
+        given = {key: value for key, value in rules.items() if value is not None}
+        if given.get("enabled") and given.get("monitor", WATCHED) != WATCHED:
+            self.leave(f"{stop}.monitor", f"{given['monitor']}: only the total training loss is "
                        "watched here, so early stopping is off")  # fmt: skip
-            said = {"enabled": False}
-        said.pop("monitor", None)
-        self.lay({"monitor": {"early_stopping": {"enabled": False, **said}}}, stop)
+            given = {"enabled": False}
+        given.pop("monitor", None)
+        self.lay({"monitor": {"early_stopping": {"enabled": False, **given}}}, stop)
 
     def _schedule(self) -> None:
         """Take the schedule, or a constant rate where it has no counterpart."""

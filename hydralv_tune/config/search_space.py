@@ -16,10 +16,11 @@ from hydralv_tune.config.candidate import Candidate, DecodingGrid
 from hydralv_tune.config.errors import ConfigError, unknown_name
 from hydralv_tune.config.files import (
     candidate_from_mapping,
-    find_file,
     layered,
     load_candidate,
+    whole_candidate,
 )
+from hydralv_tune.config.paths import find_file
 from hydralv_tune.config.pytc_portability import obstacles
 from hydralv_tune.config.strict_model import Count, NotNegative, Positive, Share, StrictModel, Whole
 from hydralv_tune.config.validation import (
@@ -143,7 +144,7 @@ class Objective(StrictModel):
     @classmethod
     def _known(cls, metric: str) -> str:
         """Refuse a name that is not in the table of metrics, as it stands now."""
-        from hydralv_tune.numerics.metrics.scores import METRICS
+        from hydralv_tune.numerics.metrics.registry import METRICS
 
         if metric not in METRICS:
             *most, last = (f"'{name}'" for name in METRICS)
@@ -264,6 +265,26 @@ class SearchSpace(StrictModel):
         Raises:
             ConfigError: A parameter or a choice is unknown, or the result breaks a rule.
         """
+        place = self.name or "search space"
+        candidate = whole_candidate(self.whole_mapping(params, overrides), place)
+        # The base alone is no proposal where something is searched.
+        if self.export is not None and (params or overrides or not self.parameters):
+            reasons = obstacles(candidate)
+            if reasons:
+                raise ConfigError(
+                    f"{place}: export is {self.export}, but PyTorch Connectomics lacks this "
+                    f"network. {reasons[0]}"
+                )
+        return candidate
+
+    def whole_mapping(
+        self, params: Mapping[str, Any], overrides: Mapping[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """Return the mapping of `candidate`, its rules not checked yet.
+
+        Raises:
+            ConfigError: A parameter or a choice is unknown.
+        """
         searched: dict[str, Any] = {}
         for key in params:
             if key not in self.parameters:
@@ -278,19 +299,7 @@ class SearchSpace(StrictModel):
             named = isinstance(parameter.choice, dict)
             searched = merged(searched, value if named else nested(key, value))
         base = layered(self.base_mapping(), overrides or {})
-        place = self.name or "search space"
-        candidate = candidate_from_mapping(
-            layered(base, searched, self.fixed), place=place, base={}
-        )
-        # The base alone is no proposal where something is searched.
-        if self.export is not None and (params or overrides or not self.parameters):
-            reasons = obstacles(candidate)
-            if reasons:
-                raise ConfigError(
-                    f"{place}: export is {self.export}, but PyTorch Connectomics lacks this "
-                    f"network. {reasons[0]}"
-                )
-        return candidate
+        return layered(base, searched, self.fixed)
 
     def warm_start(self, name: str) -> WarmStart:
         """Return a recipe as a first trial.
@@ -369,7 +378,7 @@ def objective_value(metrics: Mapping[str, Any], objective: Objective) -> float:
         metrics: As the sweep's winner has them.
         objective: Its metric.
     """
-    from hydralv_tune.numerics.metrics.scores import METRICS
+    from hydralv_tune.numerics.metrics.registry import METRICS
 
     name = objective.metric
     if name == "voi" and name not in metrics:  # a record of the first version

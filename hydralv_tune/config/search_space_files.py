@@ -11,13 +11,12 @@ from typing import Any
 
 from hydralv_tune.config.candidate import Candidate
 from hydralv_tune.config.errors import ConfigError, InputError
-from hydralv_tune.config.explanation import explain, explain_space
-from hydralv_tune.config.files import find_file, layered, load_candidate, shown_path
-from hydralv_tune.config.paths import expanded_path
+from hydralv_tune.config.files import layered, load_candidate
+from hydralv_tune.config.paths import expanded_path, find_file, shown_path
 from hydralv_tune.config.portable_space import only_portable
 from hydralv_tune.config.search_space import SearchSpace, space_from_mapping
 from hydralv_tune.config.search_space_rules import check_space, extremes, with_conditions
-from hydralv_tune.config.validation import check_keys, shown
+from hydralv_tune.config.validation import check_keys, shown, value_at
 from hydralv_tune.config.yaml_io import read_yaml_mapping
 
 
@@ -111,13 +110,17 @@ def _kind_of(path: str) -> str:
     return "search space" if of_space else "candidate"
 
 
-def check_weights(candidate: Candidate, place: str) -> None:
+def check_weights(candidate: Mapping[str, Any], place: str) -> None:
     """Refuse a candidate whose pretrained weights are not there.
+
+    Args:
+        candidate: Its mapping.
+        place: Where it came from, for the message.
 
     Raises:
         ConfigError: There is no such file.
     """
-    weights = candidate.model.external_weights_path
+    weights = value_at(candidate, WEIGHTS)
     if weights is not None and not expanded_path(weights).is_file():
         raise ConfigError(
             f"{place}: model.external_weights_path is {weights}, but there is no such file. Check "
@@ -131,15 +134,14 @@ def check_weights_of_space(space: SearchSpace) -> None:
     Raises:
         ConfigError: There is no such file.
     """
-    check_weights(space.candidate({}), f"{space.name}: base '{space.base}'")
+    check_weights(space.whole_mapping({}), f"{space.name}: base '{space.base}'")
     for name in space.warm_starts:
-        start = space.warm_start(name)
-        check_weights(space.candidate(start.params, start.overrides), f"{space.name}: '{name}'")
+        check_weights(space.whole_mapping({}, space.recipes.get(name)), f"{space.name}: '{name}'")
     for key, parameter in space.parameters.items():
         if key == WEIGHTS or isinstance(parameter.choice, dict):
             for value in extremes(parameter):
                 place = f"{space.name}: parameters.{key}: the value {shown(value)}"
-                check_weights(space.candidate(with_conditions(space, {key: value})), place)
+                check_weights(space.whole_mapping(with_conditions(space, {key: value})), place)
 
 
 def check_file(path: str | Path) -> CheckResult:
@@ -153,7 +155,7 @@ def check_file(path: str | Path) -> CheckResult:
         if kind == "search space":
             check_weights_of_space(load_space(path))
         else:
-            check_weights(load_candidate(path), str(path))
+            check_weights(load_candidate(path).as_mapping(), str(path))
     except InputError as error:
         return CheckResult(str(path), kind, False, str(error))
     return CheckResult(str(path), kind, True)
@@ -161,6 +163,8 @@ def check_file(path: str | Path) -> CheckResult:
 
 def explain_file(path: str | Path) -> list[str]:
     """Return sentences on what a candidate or a search space amounts to."""
+    from hydralv_tune.config.explanation import explain, explain_space
+
     if _kind_of(str(path)) == "candidate":
         return explain(load_candidate(path))
     return explain_space(load_space(path))

@@ -6,7 +6,7 @@ import random
 from collections.abc import Mapping
 from typing import Any
 
-from hydralv_tune.config.candidate import Candidate, Split
+from hydralv_tune.config.candidate import Candidate, Model, Split
 from hydralv_tune.config.decoding_rules import check_grid
 from hydralv_tune.config.errors import ConfigError
 from hydralv_tune.config.files import NETWORK_KEYS
@@ -92,8 +92,8 @@ def _check_weights(space: SearchSpace, place: str) -> None:
     network = {f"model.{key}" for key in NETWORK_KEYS}
     for key, parameter in space.parameters.items():
         blocks = parameter.choice.values() if isinstance(parameter.choice, dict) else []
-        said = {key} | {path for block in blocks for path, _ in leaves(block)}
-        if said & network:
+        touched = {key} | {path for block in blocks for path, _ in leaves(block)}
+        if touched & network:
             raise ConfigError(
                 f"{place}: fixed.model.external_weights_path is {shown(weights)}, but "
                 f"parameters.{key} searches the network, which voids the weights. Search "
@@ -131,7 +131,7 @@ def _check_parameter(space: SearchSpace, key: str, parameter: Parameter, place: 
     kinds = [parameter.float_ is not None, parameter.int_ is not None, parameter.choice is not None]
     if sum(kinds) != 1:
         raise ConfigError(
-            f"{place}: {here} has {sum(kinds)} of float, int and choice, but exactly one is due. "
+            f"{place}: {here} has {sum(kinds)} of float, int and choice, but must have one. "
             "Try {float: [1e-5, 1e-3], log: true}."
         )
     _check_bounds(parameter, here, place)
@@ -141,7 +141,8 @@ def _check_parameter(space: SearchSpace, key: str, parameter: Parameter, place: 
             if not block:
                 refuse(place, f"{here}.choice.{name}", block, "a named choice says something")
         return
-    if key not in key_paths(Candidate) and not key.startswith(OPEN):
+    declared = {f"model.{name}" for name in Model.open_keys()}  # by architectures from outside
+    if key not in {*key_paths(Candidate), *declared} and not key.startswith(OPEN):
         near = nearest_key(Candidate, key)
         hint = f"Did you mean '{near}'?" if near else "See docs/config.md."
         raise ConfigError(f"{place}: {here} is no key of a candidate. {hint}")

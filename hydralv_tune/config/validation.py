@@ -90,6 +90,16 @@ def names_of(model: type[BaseModel]) -> dict[str, Any]:
 
 
 @cache
+def _blocks_of(model: type[BaseModel]) -> dict[str, tuple[type[BaseModel] | None, bool]]:
+    """Return the model that each key of a model holds, and whether it holds a list of them."""
+    found: dict[str, tuple[type[BaseModel] | None, bool]] = {}
+    for name, annotation in names_of(model).items():
+        listed = typing.get_origin(annotation) is list
+        found[name] = (sub_model(typing.get_args(annotation)[0] if listed else annotation), listed)
+    return found
+
+
+@cache
 def key_paths(model: type[BaseModel]) -> tuple[str, ...]:
     """Return every dotted key path of a model, blocks and leaves, in order."""
     paths: list[str] = []
@@ -126,21 +136,22 @@ def _unknown_keys(
     mapping: Mapping[Any, Any], model: type[BaseModel], path: str
 ) -> Iterator[tuple[str, type[BaseModel]]]:
     """Yield each key path that the model does not have, with the model of its block."""
-    known = names_of(model)
+    known = _blocks_of(model)
     for key, value in mapping.items():
         here = f"{path}{key}"
         if key not in known:
             if model.model_config.get("extra") != "allow" or key not in _open_keys(model, key):
                 yield here, model
             continue
-        inner = sub_model(known[key])
-        if inner is not None and isinstance(value, Mapping):
+        inner, listed = known[key]
+        if inner is None:
+            continue
+        if not listed and isinstance(value, Mapping):
             yield from _unknown_keys(value, inner, f"{here}.")
-        elif typing.get_origin(known[key]) is list and isinstance(value, list):
-            item = sub_model(typing.get_args(known[key])[0])
+        elif listed and isinstance(value, list):
             for index, entry in enumerate(value):
-                if item is not None and isinstance(entry, Mapping):
-                    yield from _unknown_keys(entry, item, f"{here}[{index}].")
+                if isinstance(entry, Mapping):
+                    yield from _unknown_keys(entry, inner, f"{here}[{index}].")
 
 
 def _open_keys(model: type[BaseModel], key: Any) -> Collection[Any]:
@@ -156,7 +167,7 @@ def check_keys(mapping: Any, model: type[BaseModel], place: str) -> None:
     """
     if not isinstance(mapping, Mapping):
         raise ConfigError(
-            f"{place}: holds {shown(mapping)}, but a mapping of keys to values is due."
+            f"{place}: holds {shown(mapping)}, but must be a mapping of keys to values."
         )
     for path, block in _unknown_keys(mapping, model, ""):
         stem, _, leaf = path.rpartition(".")

@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from hydralv_tune.config.errors import ConfigError
-
-
-class _Loader(yaml.SafeLoader):
-    """A safe loader that reads YAML 1.2 floats and refuses a key given twice."""
-
 
 # PyYAML follows YAML 1.1, in which `1e-5` is a string because it has no point.
 _FLOAT = re.compile(
@@ -25,14 +21,9 @@ _FLOAT = re.compile(
         |\.(?:nan|NaN|NAN))$""",
     re.VERBOSE,
 )
-_Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in pairs if tag != "tag:yaml.org,2002:float"]
-    for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789."))
 
 
-def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
+def _mapping(loader: Any, node: yaml.MappingNode) -> dict[Any, Any]:
     """Return a mapping, and refuse a key that stands twice."""
     loader.flatten_mapping(node)
     seen: set[Any] = set()
@@ -50,7 +41,25 @@ def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
     return yaml.SafeLoader.construct_mapping(loader, node, deep=True)
 
 
-_Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
+def _strict(base: Any) -> Any:
+    """Return a safe loader that reads YAML 1.2 floats and refuses a key given twice.
+
+    Args:
+        base: The loader it is made from: that of libyaml, or the one in Python.
+    """
+    loader: Any = type("Loader", (base,), {})
+    loader.yaml_implicit_resolvers = {
+        first: [(tag, pattern) for tag, pattern in pairs if tag != "tag:yaml.org,2002:float"]
+        for first, pairs in base.yaml_implicit_resolvers.items()
+    }
+    loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789."))
+    loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
+    return loader
+
+
+_Loader = _strict(yaml.SafeLoader)
+_FastLoader = _strict(getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+"""Seven times as fast; the other one says better what is wrong."""
 
 
 class _Dumper(yaml.SafeDumper):
@@ -77,6 +86,8 @@ def parse_yaml(text: str, place: str) -> Any:
     Raises:
         ConfigError: It does not parse, holds a key twice, or asks for a Python object.
     """
+    with suppress(yaml.YAMLError, RecursionError):
+        return yaml.load(text, Loader=_FastLoader)
     try:
         return yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:
@@ -104,7 +115,7 @@ def read_yaml_mapping(path: Path) -> dict[str, Any]:
         return {}
     if not isinstance(value, dict):
         raise ConfigError(
-            f"{path}: holds a {type(value).__name__}, but a mapping of keys to values is due."
+            f"{path}: holds a {type(value).__name__}, but must be a mapping of keys to values."
         )
     return value
 

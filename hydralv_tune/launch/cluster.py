@@ -16,11 +16,16 @@ from contextlib import contextmanager, redirect_stdout, suppress
 
 import ray
 import torch
-from ray._private import services
 
 from hydralv_tune.config.errors import InputError
 from hydralv_tune.data.volumes import Volume
 from hydralv_tune.launch.coordinator import RAY_DIED
+from hydralv_tune.launch.ray_private import (
+    found_address,
+    listen_on_loopback_only,
+    own_node,
+    silence,
+)
 from hydralv_tune.numerics.cores import usable_cores
 
 RESOURCES_EVERY_S = 3.0
@@ -101,7 +106,7 @@ def check_before_ray(
     try:
         is_client = address.startswith("ray://")
         # What `auto` means is found here, since `ray.init` would wait for it for ever.
-        found = address if is_client else services.canonicalize_bootstrap_address(address)
+        found = address if is_client else found_address(address)
         if found is not None:  # `local` is Ray's own word
             _require_ray(found.removeprefix("ray://"))
     except (OSError, ValueError, OverflowError) as error:
@@ -153,7 +158,7 @@ class Cluster:
     def __init__(self, *, is_ours: bool) -> None:
         self.last_words: Callable[[], None] | None = None
         self.is_interrupted: Callable[[], bool] = lambda: False
-        self._node = ray._private.worker._global_node if is_ours else None
+        self._node = own_node() if is_ours else None
         self._over = threading.Event()
         threading.Thread(target=self._watch, name="ray-watch", daemon=True).start()
 
@@ -190,20 +195,16 @@ def ray_cluster(address: str | None, volumes: Sequence[Volume]) -> Iterator[Clus
         InputError: There is no cluster to join.
     """
     level = logging.ERROR
-    # Ray hands its cluster the command line of this process, where a storage URL may stand.
-    ray._private.utils.get_entrypoint_name = lambda: "hydralv-tune"
-    # What its daemons say of dead workers is told as an event, in our words.
-    ray._private.worker.print_to_stdstream = lambda *_, **__: None
+    silence()
     if address is not None:
         try:
             ray.init(address=address, log_to_driver=False, logging_level=level)
         except (OSError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
             raise InputError(_why_not_joined(address, str(error).strip() or repr(error))) from error
     else:
-        # Whoever can reach Ray's ports can run code: loopback only, and a token besides. Ray
-        # has this switch for Windows and macOS; without it, it listens on every interface.
+        # Whoever can reach Ray's ports can run code: loopback only, and a token besides.
         os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
-        ray._private.ray_constants.ENABLE_RAY_CLUSTER = False
+        listen_on_loopback_only()
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
         ray.init(
             address="local",

@@ -17,7 +17,7 @@ from typing import Any, Literal
 from hydralv_tune.config.errors import ConfigError, HydraLVError
 from hydralv_tune.config.search_space import SearchSpace, guard_violation, objective_value
 from hydralv_tune.launch.live_trial import LiveTrial, kept_of
-from hydralv_tune.numerics.metrics.scores import HEADLINE
+from hydralv_tune.numerics.metrics.registry import HEADLINE
 from hydralv_tune.study.database import DatabaseAway, StudyGone
 from hydralv_tune.study.driver import Driver
 from hydralv_tune.study.trial_views import Asked, TrialResult, count_states, gpu_hours
@@ -211,7 +211,7 @@ class Coordinator:
             limit = self.space.budget.trial_timeout_s
             self._fail(key, live, f"timeout: still running after {limit:g} s", "no")
         elif live.kill_reason == "no start":
-            reason = f"timeout: its process has not begun after {live.seconds:.0f} s"
+            reason = f"timeout: its process had not started after {live.seconds:.0f} s"
             self._fail(key, live, reason, "counted")  # the machine's fault, not the trial's
         elif live.kill_reason == "refused":
             self._refused(key, live)

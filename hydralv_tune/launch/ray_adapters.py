@@ -16,6 +16,7 @@ from ray.tune.search import Searcher
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from hydralv_tune.launch.coordinator import Coordinator
+from hydralv_tune.launch.ray_private import actor_of
 from hydralv_tune.launch.worker import StopFlag, TrialFunction
 
 MESSAGE = "hydralv"
@@ -113,7 +114,7 @@ class StudyScheduler(_RayAdapter, TrialScheduler):
             self._end(tune_controller, key)
         for key in list(self.coordinator.live):
             trial = self._trials.get(key)
-            if _actor_of(tune_controller, trial) is not None:
+            if actor_of(tune_controller, trial) is not None:
                 self.coordinator.placed(key)
             # An actor that could not be re-used ends its next trial without a word.
             if trial is not None and trial.status in ("ERROR", "TERMINATED"):
@@ -130,7 +131,7 @@ class StudyScheduler(_RayAdapter, TrialScheduler):
         if trial is None:
             self.coordinator.on_death(key, "worker: Ray does not know the trial")
             return
-        actor = _actor_of(tune_controller, trial)
+        actor = actor_of(tune_controller, trial)
         if actor is None:
             tune_controller.stop_trial(trial)
         else:
@@ -139,17 +140,6 @@ class StudyScheduler(_RayAdapter, TrialScheduler):
     def debug_string(self) -> str:
         """Return a line for Ray's own output, which is off."""
         return "the study decides"
-
-
-def _actor_of(tune_controller: Any, trial: Any) -> Any:
-    """Return the actor of a Ray trial once it has its place, or None.
-
-    Ray calls a trial RUNNING only when its process has imported what it needs. One that hangs
-    before is PENDING, as is one that waits in a busy cluster; only the manager tells them apart.
-    """
-    tracked = tune_controller._trial_to_actor.get(trial)
-    placed = tune_controller._actor_manager._live_actors_to_ray_actors_resources
-    return placed[tracked][0] if tracked in placed else None
 
 
 def _death(trial: Any) -> str:

@@ -1,4 +1,7 @@
-"""Which attempt works in a trial's folder: the latest one, and only once the others have let go."""
+"""The folder of a trial: whose it is, and where it is copied to.
+
+A newer attempt announces itself and waits until the older one releases the lock.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from hydralv_tune.artifacts.checkpoint_store import CheckpointStore
+from hydralv_tune.artifacts.checkpoint_store import CheckpointStore, Version, set_version_here
 from hydralv_tune.config.errors import TrialTakenOver
 
 HAND_OVER_S = 120.0
@@ -18,18 +21,16 @@ LOCK_FILE, OWNER_FILES = ".attempt.lock", ".attempt-"
 class FolderClaim:
     """The claim of one attempt to the folder that all attempts of a trial share.
 
-    A driver that died or was silent for too long may leave a worker that does not know yet. So
-    the next attempt says that the folder is its own and waits for the lock, which the worker before
-    holds as long as it may write. That one sees at its next step that the folder is no longer its
-    own, saves, and lets go; if it is dead the lock is free.
+    A driver that died or was silent for too long may leave a worker that still writes. So the next
+    attempt first announces itself in a file `.attempt-NUMBER`, then waits for the lock that the
+    worker holds while it writes. The worker sees the announcement at its next step, saves, and
+    releases the lock; the lock of a dead worker is free.
 
-    Each attempt says so in a file of its own, `.attempt-NUMBER`, and the highest number owns the
-    folder: whoever comes in whatever order, an earlier attempt cannot take it from a later one.
-    The lock alone makes the later one wait. Where it does not reach from machine to machine (NFS
-    mounted with `local_lock=flock` or `all`, Lustre with `localflock`), nothing here can tell: the
-    later one begins at once, and what the earlier one saves at its last step may come in between.
-    An NFS client may also cache a folder's listing: the earlier one then sees up to a minute late
-    that it has lost the folder, which is less than the lock is waited for.
+    The highest number owns the folder, so an earlier attempt cannot take it from a later one,
+    in whatever order they come. Where locks do not reach from machine to machine (NFS mounted with
+    `local_lock=flock` or `all`, Lustre with `localflock`), the later attempt begins at once, and
+    the last save of the earlier one may fall in between. An NFS client may cache a listing for up
+    to a minute, less than the lock is waited for.
 
     Args:
         folder: Of the trial.
@@ -41,7 +42,7 @@ class FolderClaim:
         self._folder, self._number = folder, number
         self._lock = FileLock(folder / LOCK_FILE, timeout=wait_s, thread_local=False)
         self.note: str | None = None
-        """Why the folder was not had alone, or None."""
+        """Why another attempt may be at work in the folder too, or None."""
 
     def take(self) -> None:
         """Own the folder, and wait until no earlier attempt works in it.
@@ -82,15 +83,63 @@ class FolderClaim:
                 self._lock.acquire(cancel_check=self.is_lost)
             except Timeout:
                 waited = f"for {self._lock.timeout:g} s"
-                self.note = f"an earlier attempt held the folder {waited} and is not waited for"
+                self.note = f"an earlier attempt held the folder {waited}; this one began then"
             except OSError as error:  # a file system without locks
                 self.note = f"the folder cannot be locked: {error}"
         if self.is_lost():
             self.let_go()
             raise TrialTakenOver(
-                f"attempt {folder_owner(self._folder)} goes on with what trial {self._number} was "
-                f"to do, as {self._folder} says"
+                f"attempt {folder_owner(self._folder)} has taken trial {self._number} over, as "
+                f"{self._folder} shows"
             )
+
+
+class TrialFolder(FolderClaim):
+    """The folder of a trial as one attempt works in it: claimed, and copied where a URL is given.
+
+    Args:
+        folder: On this node.
+        number: Of the attempt.
+        url: Where it is copied to, and fetched from where another node has gone further; None where
+            all nodes see the folder.
+        name: Of the trial under the URL, as `checkpoint_store.trial_name` gives it.
+    """
+
+    def __init__(
+        self, folder: Path, number: int, *, url: str | None = None, name: str = ""
+    ) -> None:
+        super().__init__(folder, number)
+        self._url, self._name = url, name
+        self._store: CheckpointStore | None = None
+
+    def take(self) -> None:
+        """Own the folder, and make it what the latest attempt left.
+
+        Raises:
+            TrialTakenOver: A later attempt owns it.
+            InputError: The URL is of no file system that is known here.
+        """
+        super().take()
+        if self._url is None:
+            # A later run may copy the folder.
+            set_version_here(self._folder, Version(self._number, 0))
+        else:
+            self._store = CheckpointStore(self._folder, self._url, self._name)
+            self._store.begin(self._number)
+
+    def push(self) -> None:
+        """Copy what has changed.
+
+        Raises:
+            TrialTakenOver: A later attempt has begun.
+        """
+        if self._store is not None:
+            self._store.push(self._number)
+
+    def check(self) -> None:
+        """Raise `TrialTakenOver` where a later attempt has begun at the URL."""
+        if self._store is not None:
+            self._store.check(self._number)
 
 
 def folder_owner(folder: Path) -> int | None:

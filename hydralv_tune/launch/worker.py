@@ -18,14 +18,10 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Protocol
 
-from hydralv_tune.artifacts.checkpoint_store import (
-    CheckpointStore,
-    Version,
-    set_version_here,
-    trial_name,
-)
+from hydralv_tune.artifacts.checkpoint_store import trial_name
+from hydralv_tune.artifacts.records import plain
 from hydralv_tune.config.errors import HydraLVError, TrialFailed, TrialInterrupted, TrialTakenOver
-from hydralv_tune.launch.trial_folder import FolderClaim
+from hydralv_tune.launch.trial_folder import TrialFolder
 
 Send = Callable[[dict[str, Any]], None]
 TRACEBACK_CHARACTERS = 4000
@@ -43,21 +39,19 @@ class Reporter:
     Args:
         send: Takes a message to the driver and returns once that has decided.
         should_stop: Whether the driver asks for the end.
-        claim: To the folder of the trial, which all its attempts share.
+        folder: Of the trial, which all its attempts share; pushed before an evaluation is sent.
         number: The trial's number.
-        store: Where the folder is copied to before each evaluation is sent, if anywhere.
     """
 
     def __init__(
         self,
         send: Send,
         should_stop: Callable[[], bool],
-        claim: FolderClaim,
+        folder: TrialFolder,
         number: int,
-        store: CheckpointStore | None = None,
     ) -> None:
         self._send, self._should_stop = send, should_stop
-        self._claim, self._number, self._store = claim, number, store
+        self._folder, self._number = folder, number
 
     def __call__(self, evaluation: Any) -> None:
         """Send one evaluation.
@@ -72,13 +66,11 @@ class Reporter:
         if not math.isfinite(value):
             raise TrialFailed("training", f"the objective is {value}", retry=False)
         self.check()
-        if self._store is not None:
-            self._store.push(self._number)
+        self._folder.push()
         # A driver may sleep over the answer, and another take the trial over meanwhile.
-        with self._claim.aside():
+        with self._folder.aside():
             self._send({**message, "kind": "evaluation"})
-        if self._store is not None:
-            self._store.check(self._number)
+        self._folder.check()
         self.check()
 
     def progress(self, fields: Mapping[str, Any]) -> None:
@@ -87,7 +79,7 @@ class Reporter:
         Args:
             fields: `done`, `total` (optimizer steps) and `loss`.
         """
-        with self._claim.aside():
+        with self._folder.aside():
             self._send({**plain(fields), "kind": "progress"})
 
     def check(self) -> None:
@@ -97,7 +89,7 @@ class Reporter:
 
     def should_stop(self) -> bool:
         """Return whether the trial is to save and end."""
-        return self._should_stop() or self._claim.is_lost()
+        return self._should_stop() or self._folder.is_lost()
 
 
 def run_worker(
@@ -120,26 +112,21 @@ def run_worker(
             node has gone further; None where all nodes see the folder.
         place: What the launcher knows of where this runs, for the record.
     """
-    folder, number, store = Path(spec["out"]), int(spec["number"]), None
-    claim = FolderClaim(folder, number)
+    path, number = Path(spec["out"]), int(spec["number"])
+    name = "" if checkpoints is None else trial_name(spec["study"], spec["root"])
+    folder = TrialFolder(path, number, url=checkpoints, name=name)
     has_begun = False
     try:
-        claim.take()
-        if checkpoints is None:
-            set_version_here(folder, Version(number, 0))  # a later run may copy the folder
-        else:
-            store = CheckpointStore(folder, checkpoints, trial_name(spec["study"], spec["root"]))
-            store.begin(number)
+        folder.take()
         has_begun = True
         started = {"kind": "started", **whereabouts(), **(place or {})}
-        if claim.note is not None:
-            started["hand_over"] = claim.note
-        with claim.aside():
+        if folder.note is not None:
+            started["hand_over"] = folder.note
+        with folder.aside():
             send(started)
-        with _log_of(folder, number):
-            record = function(spec, Reporter(send, should_stop, claim, number, store))
-        if store is not None:
-            store.push(number)
+        with _log_of(path, number):
+            record = function(spec, Reporter(send, should_stop, folder, number))
+        folder.push()
         last = {"kind": "final", "record": plain(dict(record))}
     except TrialTakenOver as error:
         if has_begun:
@@ -147,17 +134,17 @@ def run_worker(
         last = failure(error)  # the database refuses it, or the folder is of another study
     except TrialInterrupted:
         last = {"kind": "interrupted"}
-        if store is not None and has_begun and not _is_pushed(store, number):
+        if has_begun and not _is_pushed(folder, number):
             return
     # The trial's boundary: whatever it raises is its end, told with the reason.
     except Exception as error:
         last = failure(error)
     finally:
-        claim.let_go()
+        folder.let_go()
     send(last)
 
 
-def _is_pushed(store: CheckpointStore, number: int) -> bool:
+def _is_pushed(folder: TrialFolder, number: int) -> bool:
     """Push what an interrupted trial has saved, so that no other node repeats its steps.
 
     Returns:
@@ -165,7 +152,7 @@ def _is_pushed(store: CheckpointStore, number: int) -> bool:
         be copied costs steps on another node, and is no fault of the trial.
     """
     try:
-        store.push(number)
+        folder.push()
     except TrialTakenOver:
         return False
     except Exception as error:
@@ -220,21 +207,6 @@ def whereabouts() -> dict[str, Any]:
         "pid": os.getpid(),
         "cuda_visible_devices": os.environ.get("CUDA_VISIBLE_DEVICES"),
     }
-
-
-def plain(value: Any) -> Any:
-    """Return a value of JSON types alone: NaN and infinity as None, paths and scalars as text."""
-    if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(item) for item in value]
-    if isinstance(value, bool | int | str) or value is None:
-        return value
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if hasattr(value, "item"):
-        return plain(value.item())
-    return str(value)
 
 
 class StopFlag:

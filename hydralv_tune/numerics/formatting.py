@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from hydralv_tune.numerics.metrics.scores import METRICS
+from hydralv_tune.numerics.metrics.registry import METRICS
 
 
 def number_of(value: Any) -> int | float | None:

@@ -137,7 +137,7 @@ def activate(logits: Tensor, activations: Sequence[Sequence[Any]]) -> Tensor:
     for entry in activations:
         if len(entry) != 3 or not all(isinstance(bound, int) for bound in entry[:2]):
             raise ValueError(
-                f"channel_activations holds {list(entry)}, but [first channel, end, name] is due, "
+                f"channel_activations holds {list(entry)}, but must be [first channel, end, name], "
                 'like [0, 1, "sigmoid"].'
             )
         first, end, name = entry
@@ -223,7 +223,7 @@ def _planes(rotation90_axes: str | Sequence[Sequence[int]] | None) -> list[tuple
     for plane in _listed(rotation90_axes):
         if isinstance(plane, int) or len(plane) != 2 or len(set(plane)) != 2:
             raise ValueError(
-                f"rotation90_axes holds {plane}, but a pair of two axes is due, like [1, 2]."
+                f"rotation90_axes holds {plane}, but must hold pairs of axes, like [1, 2]."
             )
         _check_axes(plane, "rotation90_axes")
         planes.append((plane[0], plane[1]))
@@ -249,7 +249,7 @@ def _quarter_turns(rotate90_k: Sequence[int] | None) -> Sequence[int]:
     """
     turns = (1, 2, 3) if rotate90_k is None else rotate90_k
     if any(k not in (0, 1, 2, 3) for k in turns):
-        raise ValueError(f"rotate90_k is {list(turns)}, but quarter turns of 0 to 3 are due.")
+        raise ValueError(f"rotate90_k is {list(turns)}, but quarter turns must be 0 to 3.")
     return turns
 
 

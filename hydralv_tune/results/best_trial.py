@@ -138,10 +138,10 @@ def _chosen_trial(study: Study, number: int | None, portable: bool) -> BestTrial
         view = found[number]
     if view is None:
         counts = count_states(study.trials())
-        told = ", ".join(f"{number} {state}" for state, number in counts.items() if number)
+        states = ", ".join(f"{number} {state}" for state, number in counts.items() if number)
         raise StudyError(
             f"Study '{study.name}' in {study.storage} has no complete trial yet "
-            f"({told or 'no trial at all'}). Continue it with `run --study {study.name}`."
+            f"({states or 'no trial at all'}). Continue it with `run --study {study.name}`."
         )
     folder, record = record_of(study, view)
     place = str(folder / "record.json")

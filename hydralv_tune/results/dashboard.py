@@ -30,6 +30,7 @@ from hydralv_tune.study.dashboard_view import (
     shared_and_all_distributions,
 )
 from hydralv_tune.study.find import find_study
+from hydralv_tune.study.optuna_private import id_of_study, trial_id
 from hydralv_tune.study.study import Study, open_all, open_readonly
 from hydralv_tune.study.study_folder import DATABASE
 
@@ -172,7 +173,7 @@ class Pages:
     def study(self, study_id: int) -> Any:
         """Answer with a study and its trials from number `after` on."""
         after = max(0, int(bottle.request.query.get("after", 0)))
-        found = {study._study_id: study for study in self._view.get_all_studies()}
+        found = {id_of_study(study): study for study in self._view.get_all_studies()}
         if study_id not in found:
             return bottle.HTTPResponse('{"reason": "There is no such study."}', 404)
         trials = self._view.get_all_trials(study_id, deepcopy=False)
@@ -194,7 +195,7 @@ class Pages:
         )  # fmt: skip
 
         def texts(shown: Iterable[Any]) -> str:
-            return ",".join(self._trial(study_id, t, by_trial.get(t._trial_id, {})) for t in shown)
+            return ",".join(self._trial(study_id, t, by_trial.get(trial_id(t), {})) for t in shown)
 
         del head["trials"], head["best_trials"]
         body = (
@@ -205,8 +206,8 @@ class Pages:
 
     def _trial(self, study_id: int, trial: Any, notes: Mapping[str, Any]) -> str:
         """Return a trial as JSON; that of a finished one is made once for each of its notes."""
-        version = int(notes.get(f"dashboard:{trial._trial_id}:note_ver", 0))
-        known = self._finished.get(trial._trial_id)
+        version = int(notes.get(f"dashboard:{trial_id(trial)}:note_ver", 0))
+        known = self._finished.get(trial_id(trial))
         if known is not None and known[0] == version:
             return known[1]
         without = copy(trial)
@@ -222,7 +223,7 @@ class Pages:
         )
         text = head.replace('"params": []', f'"params": [{params}]', 1)
         if trial.state.is_finished():
-            self._finished[trial._trial_id] = version, text
+            self._finished[trial_id(trial)] = version, text
         return text
 
     def importances(self, study_id: int) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from hydralv_tune.artifacts.writing import write_atomically
 from hydralv_tune.config.errors import HydraLVError
 from hydralv_tune.config.search_space import SearchSpace
 from hydralv_tune.numerics.formatting import duration, figure, number_of, objective_label
-from hydralv_tune.numerics.metrics.scores import METRICS, SUMMARY
+from hydralv_tune.numerics.metrics.registry import METRICS, SUMMARY
 from hydralv_tune.study.database import database_errors
 from hydralv_tune.study.driver import Driver
 from hydralv_tune.study.study import Study, open_readonly

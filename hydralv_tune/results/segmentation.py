@@ -91,11 +91,6 @@ def _of_study(best: str, study: str | None) -> tuple[Path, DecodingStep]:
     from hydralv_tune.results.best_trial import load_best_trial
     from hydralv_tune.study.find import find_study
 
-    if "://" not in best and not Path(best).exists():
-        raise InputError(
-            f"{best}: no such file or folder. Give an exported YAML file, a checkpoint, or a "
-            "study's folder."
-        )
     address = find_study(best, study=study)
-    with load_best_trial(address.storage, address.name) as trial:
+    with load_best_trial(address.storage, address.name, address.folder) as trial:
         return trial.checkpoint, trial.step

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
-from copy import copy
 from typing import Any
 
 import optuna
@@ -12,7 +11,13 @@ from optuna.storages import BaseStorage
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
-from hydralv_tune.study.optuna_private import read_trials, trial_id
+from hydralv_tune.study.optuna_private import (
+    id_of_study,
+    moved_study,
+    moved_trial,
+    read_trials,
+    trial_id,
+)
 from hydralv_tune.study.study import Study, view_of
 from hydralv_tune.study.trial_views import (
     CONSTRAINTS,
@@ -97,7 +102,7 @@ class StudiesView(BaseStorage):
         storages = list(dict.fromkeys(study.rdb for study in studies))
         self._storages = [optuna.storages.get_storage(storage) for storage in storages]
         self._studies = {
-            storages.index(study.rdb) * SPAN + study.optuna._study_id: study for study in studies
+            storages.index(study.rdb) * SPAN + id_of_study(study.optuna): study for study in studies
         }
         self._databases = storages
         # By study and trial: what is finished does not change any more.
@@ -132,7 +137,7 @@ class StudiesView(BaseStorage):
         """Return the id of a study by the name that is shown."""
         for study in self.get_all_studies():
             if study.study_name == study_name:
-                return study._study_id
+                return id_of_study(study)
         raise KeyError(study_name)
 
     def get_study_name_from_id(self, study_id: int) -> str:
@@ -162,9 +167,8 @@ class StudiesView(BaseStorage):
         shown = []
         for index, storage in enumerate(self._storages):
             for frozen in storage.get_all_studies():
-                study = copy(frozen)
-                study._study_id += index * SPAN
-                study.study_name = self.get_study_name_from_id(study._study_id)
+                study = moved_study(frozen, index * SPAN)
+                study.study_name = self.get_study_name_from_id(id_of_study(study))
                 study.user_attrs = {
                     key: value
                     for key, value in frozen.user_attrs.items()
@@ -238,15 +242,12 @@ class StudiesView(BaseStorage):
 
     def _show(self, trial: FrozenTrial, shift: int) -> FrozenTrial:
         """Return a trial as it is shown."""
-        number = trial._trial_id + shift
-        shown, view = copy(trial), view_of(trial)
-        shown._trial_id = number
-        shown.user_attrs = short_attributes(view)
-        if view.value is not None:
-            shown.values = [view.value]
-        violation = violation_of(trial)
+        view, violation = view_of(trial), violation_of(trial)
         system: Mapping[str, Any] = trial.system_attrs
         if violation is not None:
             system = {**system, CONSTRAINTS: [violation]}
-        shown._system_attrs = dict(system)
+        shown = moved_trial(trial, shift, system)
+        shown.user_attrs = short_attributes(view)
+        if view.value is not None:
+            shown.values = [view.value]
         return shown

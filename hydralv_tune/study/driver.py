@@ -33,6 +33,7 @@ from hydralv_tune.study.optuna_private import (
 )
 from hydralv_tune.study.proposals import ProposalSampler, TriedCandidates
 from hydralv_tune.study.pruners import make_pruner
+from hydralv_tune.study.retries import missing_successors, successor_attributes
 from hydralv_tune.study.samplers import make_sampler, sampler_entry
 from hydralv_tune.study.study import Study, trial_by_number, view_of
 from hydralv_tune.study.study_folder import recover_command
@@ -50,10 +51,8 @@ from hydralv_tune.study.trial_views import (
     duplicate_of,
     figures_of,
     is_surely_dead,
-    missing_successors,
     own_process,
     ranked_value,
-    successor_attributes,
 )
 
 HEARTBEAT_S = 30.0
@@ -230,7 +229,7 @@ class Driver:
         known = {key: value for key, value in attributes.items() if value is not None}
         if trial is not None and known:
             with contextlib.suppress(DatabaseAway, UpdateFinishedTrialError), self._database():
-                set_attributes(self.study.rdb, trial._trial_id, known)
+                set_attributes(self.study.rdb, trial_id(trial), known)
 
     def reason_of(self, number: int) -> str | None:
         """Return why a trial ended that the database has taken away, where that is stored."""
@@ -339,8 +338,8 @@ class Driver:
                 continue
             claimed = claim_waiting(self.study.optuna, trial)
             if claimed is not None:
-                told = f"enqueued by hand: {reason}. Enqueue it again with a value of the space."
-                set_attributes(self.study.rdb, trial_id(trial), {"reason": told, "retry": "no"})
+                note = f"enqueued by hand: {reason}. Enqueue it again with a value of the space."
+                set_attributes(self.study.rdb, trial_id(trial), {"reason": note, "retry": "no"})
                 self.study.optuna.tell(trial.number, state=TrialState.FAIL)
 
     def _answered(self) -> None:

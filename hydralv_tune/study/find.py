@@ -69,6 +69,24 @@ def _is_folder(place: str | Path) -> bool:
     return "://" not in str(place) and expanded_path(place).is_dir()
 
 
+def check_place(place: str | Path | None) -> None:
+    """Refuse a folder or file that holds no study, without asking a database or importing Optuna.
+
+    Args:
+        place: As for `find_study`; None is the storage of the environment, or the newest study.
+
+    Raises:
+        StudyError: There is no such place, or it holds no study.
+    """
+    if place is None and STORAGE_VARIABLE not in os.environ:
+        place = _newest(RUNS)
+    if place is None or "://" in str(place):
+        return
+    path = expanded_path(place)
+    if not path.is_file() and not (path / DATABASE).is_file():
+        _of_folder(path)
+
+
 def _of_folder(folder: Path) -> tuple[str, str | None]:
     """Return the storage URL of a study's folder, and the name of its study where that is known.
 

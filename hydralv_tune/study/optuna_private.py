@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import pickle
 from collections.abc import Container, Mapping
+from copy import copy
 from functools import lru_cache
 from types import SimpleNamespace
 from typing import Any
@@ -48,6 +49,38 @@ NOT_FOUND = models.NOT_FOUND_MSG
 def trial_id(trial: FrozenTrial | optuna.Trial) -> int:
     """Return the key of a trial in the database, which is not its number."""
     return trial._trial_id
+
+
+def id_of_study(study: Any) -> int:
+    """Return the key of a study in the database."""
+    found: int = study._study_id
+    return found
+
+
+def moved_study(study: Any, shift: int) -> Any:
+    """Return a copy of a frozen study under another id.
+
+    Args:
+        study: As a storage returns it.
+        shift: What is added to its id.
+    """
+    moved = copy(study)
+    moved._study_id += shift
+    return moved
+
+
+def moved_trial(trial: FrozenTrial, shift: int, system: Mapping[str, Any]) -> FrozenTrial:
+    """Return a copy of a trial under another id, with other system attributes.
+
+    Args:
+        trial: As a storage returns it.
+        shift: What is added to its id.
+        system: The attributes that the copy has.
+    """
+    moved = copy(trial)
+    moved._trial_id += shift
+    moved._system_attrs = dict(system)
+    return moved
 
 
 def contains(distribution: BaseDistribution, value: Any) -> bool:

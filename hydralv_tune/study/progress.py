@@ -11,6 +11,7 @@ import sqlalchemy
 from optuna.trial import TrialState
 
 from hydralv_tune.study.database import database_errors
+from hydralv_tune.study.optuna_private import trial_id
 from hydralv_tune.study.study import Study
 from hydralv_tune.study.trial_views import (
     TrialView,
@@ -164,7 +165,7 @@ def _heartbeat_ages(study: Study) -> dict[int, float]:
         sqlalchemy.column("trial_id"),
         sqlalchemy.column("heartbeat", sqlalchemy.DateTime),
     )
-    numbers = {t._trial_id: t.number for t in study.frozen() if t.state == TrialState.RUNNING}
+    numbers = {trial_id(t): t.number for t in study.frozen() if t.state == TrialState.RUNNING}
     if not numbers:
         return {}
     query = sqlalchemy.select(beats.c.trial_id, beats.c.heartbeat, sqlalchemy.func.now()).where(

@@ -9,10 +9,9 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import optuna
-import pandas as pd
 from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial
 
@@ -41,6 +40,7 @@ from hydralv_tune.study.optuna_private import (
     owner_of_note,
     set_study_attribute,
     study_attributes,
+    trial_id,
 )
 from hydralv_tune.study.proposals import TriedCandidates, is_plain
 from hydralv_tune.study.storage_url import engine_options, masked, parse_storage, probe, sqlite_file
@@ -58,6 +58,9 @@ from hydralv_tune.study.trial_views import (
     recipe_of,
     violation_of,
 )
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 FEWEST_FOR_IMPORTANCE = 20
 """COMPLETE trials under which it is too early to say which parameter matters."""
@@ -260,6 +263,8 @@ class Study:
                     },
                 }
             )
+        import pandas as pd
+
         return pd.DataFrame(rows)
 
     def remember(self, key: str, value: Any) -> None:
@@ -343,7 +348,7 @@ class Study:
             old = json.loads(value) if key.startswith(ARTIFACTS) else None
             if frozen is not None and old and old["filename"] in {path.name for path in paths}:
                 with database_errors():
-                    self.rdb.set_trial_system_attr(frozen._trial_id, key, "null")
+                    self.rdb.set_trial_system_attr(trial_id(frozen), key, "null")
                 with contextlib.suppress(OSError):
                     store.remove(old["artifact_id"])
         for path in paths:

@@ -9,16 +9,14 @@ import math
 import os
 import platform
 import socket
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import psutil
-
-from hydralv_tune.numerics.metrics.scores import HEADLINE
+from hydralv_tune.numerics.metrics.registry import HEADLINE
 
 if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
@@ -38,7 +36,6 @@ AT_MOST_ONE = ("adapted_rand_error", "adapted_rand_error_foreground", "f1_iou50"
 """Metrics whose objective is never above 1."""
 
 # A trial whose driver died again and again is given up, or it could bring drivers down for ever.
-MAX_RESTARTS = 20
 
 
 VIOLATIONS = "violations"
@@ -262,49 +259,6 @@ def gpu_hours(trials: Iterable[TrialView]) -> float:
     return sum(t.seconds * float(t.user_attrs.get("gpus") or 0.0) for t in trials) / 3600
 
 
-def needs_successor(trial: TrialView, *, retries: int) -> bool:
-    """Return whether a FAIL deserves another attempt.
-
-    An orphan and an interrupted trial did nothing wrong and go on without costing an attempt; a
-    crash is tried `retries` times more; what would fail again is not tried again.
-
-    Args:
-        trial: Any trial.
-        retries: `budget.retries`.
-    """
-    if trial.state != "FAIL":
-        return False
-    kind = trial.user_attrs.get("retry")
-    if kind == "free":
-        return int(trial.user_attrs.get("restarts", 0)) < MAX_RESTARTS
-    return kind == "counted" and trial.attempt <= retries
-
-
-def successor_attributes(trial: TrialView) -> dict[str, Any]:
-    """Return the user attributes of the attempt that follows a FAIL."""
-    attributes = {
-        "root": trial.root,
-        "retry_of": trial.number,
-        "attempt": trial.attempt + (trial.user_attrs.get("retry") == "counted"),
-        "restarts": int(trial.user_attrs.get("restarts", 0))
-        + (trial.user_attrs.get("retry") == "free"),
-    }
-    for key in ("warm_start", OVERRIDES):
-        if key in trial.user_attrs:
-            attributes[key] = trial.user_attrs[key]
-    return attributes
-
-
-def missing_successors(trials: Sequence[TrialView], *, retries: int) -> list[TrialView]:
-    """Return every FAIL that deserves another attempt and has none yet."""
-    followed = {trial.user_attrs.get("retry_of") for trial in trials}
-    return [
-        trial
-        for trial in trials
-        if trial.number not in followed and needs_successor(trial, retries=retries)
-    ]
-
-
 def is_tried(trial: TrialView) -> bool:
     """Return whether a trial's candidate was trained, is being trained, or has failed.
 
@@ -402,6 +356,8 @@ def process_start(pid: int) -> str | None:
         return None if fields[0] in "ZX" else fields[19]
     except (OSError, IndexError):
         pass
+    import psutil
+
     try:
         return f"{psutil.Process(pid).create_time():.0f}"
     except psutil.Error:

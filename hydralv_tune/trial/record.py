@@ -181,7 +181,7 @@ def _first_difference(old: Any, new: Any, path: str) -> tuple[str, Any, Any] | N
     return None if old == new else (path, old, new)
 
 
-def verdicts(
+def plan_findings(
     epoch_losses: Sequence[Sequence[float]],
     epochs: int,
     losses: Mapping[str, float],
@@ -204,12 +204,12 @@ def verdicts(
     if reached:
         loss = sum(reached) / len(reached)
         if loss < 0.3:
-            said = "under 0.3: on track"
+            meaning = "under 0.3: on track"
         elif loss > 0.4:
-            said = "above 0.4: change the architecture"
+            meaning = "above 0.4: change the architecture"
         else:
-            said = "between 0.3 and 0.4: neither on track nor lost"
-        lines.append(f"loss {loss:.3f} in epoch {fifth} of {epochs}, {said}")
+            meaning = "between 0.3 and 0.4: neither on track nor lost"
+        lines.append(f"loss {loss:.3f} in epoch {fifth} of {epochs}, {meaning}")
     wanted = []
     limits = {"plan_total": 0.2, "label": 0.1, "boundary": 0.1, "edt": 0.01}
     wanted += [(n, losses[n], "<", limit) for n, limit in limits.items() if n in losses]

@@ -231,8 +231,8 @@ def _folds_of_volumes(volumes: Sequence[Volume], split: Split) -> SplitPlan:
         train = tuple(v for i, v in enumerate(volumes) if i % split.folds != index)
         folds.append(Fold(f"fold_{index + 1}", train, score))
     sentence = (
-        f"mean over {split.folds} folds of {len(volumes)} volumes, each scored untrained"
-        f"{CHOSEN_THERE}"
+        f"mean over {split.folds} folds of {len(volumes)} volumes, each scored by a network not "
+        f"trained on it{CHOSEN_THERE}"
     )
     return SplitPlan("cross_validation", sentence, tuple(folds))
 

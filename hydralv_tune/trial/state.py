@@ -29,9 +29,9 @@ from hydralv_tune.trial.record import (
     check_continues,
     device_facts,
     over_folds,
+    plan_findings,
     progress_facts,
     training_facts,
-    verdicts,
     volume_facts,
 )
 from hydralv_tune.trial.scoring.evaluation import Outcome, Unit, better, evaluate
@@ -231,7 +231,7 @@ class TrialRun:
             warnings.simplefilter("always")
             state = records.load_checkpoint(path)
         if state.get("format") != TRAINING_FORMAT:
-            raise InputError(f"{path}: is no state of a training. Give another --out.")
+            raise InputError(f"{path}: holds no state of a training. Give another --out.")
         if state.get("version") != TRAINING_VERSION:
             raise InputError(
                 f"{path}: is the state of a training in format {state.get('version')}, but this "
@@ -252,7 +252,7 @@ class TrialRun:
         self.notes.append(f"continued from step {', '.join(map(str, steps))}")
 
     def score_anew(self) -> None:
-        """Score the best checkpoint as is asked now, where it was ranked by other rules before."""
+        """Score the best checkpoint again if objective, grid or guard have changed since."""
         changed = [key for key, kept in self._ranking.items() if kept != self.spec.ranking[key]]
         self._ranking = self.spec.ranking
         if not changed or not self.best:
@@ -266,8 +266,8 @@ class TrialRun:
         # What the study has learnt of the rows before stays; from the last one on, this counts.
         self.history[-1] |= self._best_so_far()
         self.notes.append(
-            f"up to evaluation {count}, another {' and '.join(changed)} than now ranked the "
-            f"checkpoints; the best one, of evaluation {at}, was scored anew: "
+            f"up to evaluation {count} the checkpoints were ranked by another "
+            f"{' and '.join(changed)}; the best one, of evaluation {at}, was scored again: "
             f"{outcome.value:.4f} instead of {before:.4f}"
         )
         self._save_best(outcome, weights=False)
@@ -567,7 +567,7 @@ class TrialRun:
             decoding=best.get("decoding") if outcome is None else outcome.decoding,
             checkpoint=str(self.out / "best.ckpt") if self.best else None,
             folds=[] if outcome is None or len(outcome.folds) == 1 else list(outcome.folds),
-            verdicts=verdicts([f.trainer.epoch_losses for f in self.folds], self.plan.epochs,
+            verdicts=plan_findings([f.trainer.epoch_losses for f in self.folds], self.plan.epochs,
                               losses, metrics),
             weights=self.weights,
             notes=[*self.notes, *(n for f in self.folds for n in f.trainer.notes), *stopped,

@@ -14,13 +14,13 @@ import numpy as np
 from hydralv_tune.config.errors import VolumeError
 from hydralv_tune.data.formats.interface import (
     DEFAULT_DATASET,
-    Location,
     Names,
     Stored,
     Target,
     axis_letters,
     choose_dataset,
 )
+from hydralv_tune.data.formats.location import Location
 from hydralv_tune.data.voxel_size import Placement, in_nm, in_zyx, nm_of, placement_from
 
 BUILT_IN_FILTERS = range(1, 7)

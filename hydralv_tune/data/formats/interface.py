@@ -7,16 +7,15 @@ import warnings
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
 from hydralv_tune.config.errors import VolumeError
+from hydralv_tune.data.formats.location import Location
 from hydralv_tune.data.voxel_size import UNKNOWN, Placement, VoxelSize
 
 DEFAULT_DATASET = "main"
-PRECOMPUTED_SCHEME = "precomputed://"
 Names = tuple[str, ...]
 
 # What the libraries raise on broken files, found by truncating and garbling them.
@@ -47,26 +46,6 @@ SYNONYMS = {
 }
 LETTERS = {name: letter for letter, names in SYNONYMS.items() for name in names}
 UNNAMED = "?"
-
-
-@dataclass(frozen=True)
-class Location:
-    """A file or folder, and the dataset in it where one is named.
-
-    Args:
-        path: On this machine; of a URL, its part behind the scheme.
-        dataset: The array in it, or the key of a scale.
-        url: Of a precomputed volume that is elsewhere.
-    """
-
-    path: Path
-    dataset: str | None = None
-    url: str | None = None
-
-    def __str__(self) -> str:
-        if self.url is not None:
-            return f"{PRECOMPUTED_SCHEME}{self.url}"
-        return str(self.path) if self.dataset is None else f"{self.path}:{self.dataset}"
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,8 @@ import mrcfile
 import numpy as np
 
 from hydralv_tune.config.errors import VolumeError
-from hydralv_tune.data.formats.interface import Location, Stored
+from hydralv_tune.data.formats.interface import Stored
+from hydralv_tune.data.formats.location import Location
 from hydralv_tune.data.voxel_size import Placement, in_nm
 
 IMOD_STAMP = 1146047817

@@ -10,14 +10,8 @@ from typing import Any
 import numpy as np
 
 from hydralv_tune.config.errors import VolumeError
-from hydralv_tune.data.formats.interface import (
-    UNNAMED,
-    Location,
-    Names,
-    Stored,
-    axis_letters,
-    choose_dataset,
-)
+from hydralv_tune.data.formats.interface import UNNAMED, Names, Stored, axis_letters, choose_dataset
+from hydralv_tune.data.formats.location import Location
 from hydralv_tune.data.formats.tensors import Tensors
 from hydralv_tune.data.voxel_size import Placement, in_nm, nm_of, units_of, unknown_unit
 

@@ -9,7 +9,8 @@ from nibabel.spatialimages import HeaderDataError
 from nibabel.wrapstruct import WrapStructError
 
 from hydralv_tune.config.errors import VolumeError
-from hydralv_tune.data.formats.interface import UNNAMED, Location, Stored
+from hydralv_tune.data.formats.interface import UNNAMED, Stored
+from hydralv_tune.data.formats.location import Location
 from hydralv_tune.data.voxel_size import Placement, in_nm, nm_of, unknown_unit
 
 ERRORS = (ImageFileError, HeaderDataError, WrapStructError)

@@ -9,7 +9,8 @@ import nrrd
 import numpy as np
 
 from hydralv_tune.config.errors import VolumeError
-from hydralv_tune.data.formats.interface import LETTERS, UNNAMED, Location, Stored
+from hydralv_tune.data.formats.interface import LETTERS, UNNAMED, Stored
+from hydralv_tune.data.formats.location import Location
 from hydralv_tune.data.voxel_size import Placement, in_nm, nm_of, unknown_unit
 
 ERRORS = (nrrd.NRRDError,)

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 
 from hydralv_tune.config.errors import VolumeError
-from hydralv_tune.data.formats.interface import Location, Names, Target, axis_letters
+from hydralv_tune.data.formats.interface import Names, Target, axis_letters
+from hydralv_tune.data.formats.location import Location
 from hydralv_tune.data.voxel_size import Placement, in_nm, nm_of, unknown_unit
 
 SMALLEST_LEVEL = 256

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 
 from hydralv_tune.config.errors import VolumeError
-from hydralv_tune.data.formats.interface import Location, Stored, Target
+from hydralv_tune.data.formats.interface import Stored, Target
+from hydralv_tune.data.formats.location import Location
 from hydralv_tune.data.formats.tensors import Tensors
 from hydralv_tune.data.voxel_size import Placement, in_nm
 

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from hydralv_tune.config.errors import VolumeError
-from hydralv_tune.data.formats.interface import Location, Stored, unreadable
+from hydralv_tune.data.formats.interface import Stored, unreadable
+from hydralv_tune.data.formats.location import Location
 
 SUFFIXES = (".tif", ".tiff", ".png", ".jpg", ".jpeg", ".bmp")
 GREY_MODES = {"1", "L", "I", "F", "I;16", "I;16B", "I;16L"}

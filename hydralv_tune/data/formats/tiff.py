@@ -12,7 +12,8 @@ import numpy as np
 import tifffile
 
 from hydralv_tune.config.errors import VolumeError
-from hydralv_tune.data.formats.interface import UNNAMED, Location, Names, Stored, Target
+from hydralv_tune.data.formats.interface import UNNAMED, Names, Stored, Target
+from hydralv_tune.data.formats.location import Location
 from hydralv_tune.data.voxel_size import (
     Placement,
     VoxelSize,

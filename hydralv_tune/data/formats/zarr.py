@@ -13,14 +13,8 @@ import zarr
 
 from hydralv_tune.config.errors import VolumeError
 from hydralv_tune.data.formats.hdf5 import attributes_of
-from hydralv_tune.data.formats.interface import (
-    Location,
-    Names,
-    Stored,
-    Target,
-    axis_letters,
-    choose_dataset,
-)
+from hydralv_tune.data.formats.interface import Names, Stored, Target, axis_letters, choose_dataset
+from hydralv_tune.data.formats.location import Location
 from hydralv_tune.data.formats.ome_zarr import Level, create_image, level_of, levels_of
 from hydralv_tune.data.voxel_size import Placement, placement_from
 

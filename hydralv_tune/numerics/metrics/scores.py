@@ -1,15 +1,14 @@
-"""How well a segmentation fits the ground truth: `METRICS` holds every figure under its name.
+"""How well a segmentation fits the ground truth: the formula of every entry of `METRICS`.
 
-Each metric reads one contingency table. Those with `stacked` set read a stack of tables too,
-with the combinations along the last axis.
+Each reads one contingency table, and most a stack of tables too, with the combinations along the
+last axis.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +21,14 @@ from hydralv_tune.numerics.metrics.contingency import (
     contingency_table,
     joined,
     summed,
+)
+from hydralv_tune.numerics.metrics.registry import (
+    COUNTS,
+    HEADLINE,
+    METRICS,
+    SUMMARY,
+    Metric,
+    register_metric,
 )
 
 __all__ = [
@@ -36,13 +43,6 @@ COVERED = 0.1
 """The share of an instance from which on an overlap counts as more than a touch."""
 IOU_LIMITS = (0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95)
 """The limits that the average precision is averaged over."""
-HEADLINE = ("adapted_rand_error", "adapted_rand_error_foreground", "f1_iou50")
-"""The metrics shown where there is room for three."""
-SUMMARY = (
-    "adapted_rand_error", "adapted_rand_precision", "adapted_rand_recall",
-    "adapted_rand_error_foreground", "f1_iou50",
-)  # fmt: skip
-"""The metrics that a record and an exported file begin with."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -286,9 +286,49 @@ def best_dice(table: ContingencyTable) -> Any:
     return np.minimum(*means)
 
 
-def _bias(predicted: Any, true: Any) -> Any:
-    """Return how much more is predicted than true, as a share of what is true."""
-    return (predicted - true) / np.float64(true)
+def count_bias(table: ContingencyTable) -> Any:
+    """Return how many more instances are predicted than true, as a share of the true ones."""
+    return (table.instances_predicted - len(table.truth_ids)) / np.float64(len(table.truth_ids))
+
+
+def volume_bias(table: ContingencyTable) -> Any:
+    """Return how many more voxels are predicted than true, as a share of the true ones."""
+    true = table.truth_sizes.sum()
+    return (table.segment_sizes.sum(axis=0) - true) / np.float64(true)
+
+
+def above_half(table: ContingencyTable) -> Any:
+    """Return the number of matches with an IoU above 0.5, which are unique."""
+    return np.count_nonzero(ious(table) > 0.5, axis=0)
+
+
+def f1_above_half(table: ContingencyTable) -> Any:
+    """Return F1 of the matches with an IoU above 0.5."""
+    return f1_from_counts(
+        matched=above_half(table),
+        predicted=table.instances_predicted,
+        true=np.array(len(table.truth_ids)),
+    )
+
+
+def precision_above_half(table: ContingencyTable) -> Any:
+    """Return the share of segments that match, 0 where there is none."""
+    return above_half(table) / np.maximum(table.instances_predicted, 1)
+
+
+def recall_above_half(table: ContingencyTable) -> Any:
+    """Return the share of truths that match."""
+    return above_half(table) / max(len(table.truth_ids), 1)
+
+
+def mean_average_precision(table: ContingencyTable) -> Any:
+    """Return the average precision, averaged over `IOU_LIMITS`."""
+    return sum(average_precision(table, iou) for iou in IOU_LIMITS) / len(IOU_LIMITS)
+
+
+def panoptic_quality(table: ContingencyTable) -> Any:
+    """Return segmentation quality times recognition quality, which is F1."""
+    return segmentation_quality(table) * f1_at(table, 0.5)
 
 
 @dataclass(frozen=True, slots=True)
@@ -372,123 +412,6 @@ def by_size(table: ContingencyTable) -> dict[str, dict[str, Any]]:
             **{kind: int(np.isin(table.truth_ids[own], of).sum()) for kind, of in ids.items()},
         }
     return classes
-
-
-@dataclass(frozen=True)
-class Metric:
-    """One figure of a segmentation, which may be a study's objective.
-
-    Args:
-        name: On the command line, in records and in `objective.metric`.
-        label: What people read.
-        direction: Whether `lower` or `higher` values are better, or those near `zero`.
-        of_table: The figure of a contingency table.
-        stacked: Whether `of_table` reads a stack too, and returns one figure a combination. A
-            sweep calls one that does not for each combination.
-    """
-
-    name: str
-    label: str
-    direction: Literal["lower", "higher", "zero"]
-    of_table: Callable[[ContingencyTable], Any]
-    stacked: bool = False
-
-    def cost(self, value: Any) -> Any:
-        """Return the figure as something to be minimised."""
-        if self.direction == "zero":
-            return abs(value)
-        return value if self.direction == "lower" else 1.0 - value
-
-    @property
-    def cost_label(self) -> str:
-        """Return what is minimised, as people read it."""
-        return {"lower": self.label, "higher": f"1 − {self.label}", "zero": f"|{self.label}|"}[
-            self.direction
-        ]
-
-
-def _above_half(table: ContingencyTable) -> Any:
-    """Return the number of matches with an IoU above 0.5, which are unique."""
-    return np.count_nonzero(ious(table) > 0.5, axis=0)
-
-
-def _f1(table: ContingencyTable) -> Any:
-    """Return F1 of the matches with an IoU above 0.5."""
-    return f1_from_counts(
-        matched=_above_half(table),
-        predicted=table.instances_predicted,
-        true=np.array(len(table.truth_ids)),
-    )
-
-
-METRICS: dict[str, Metric] = {}
-"""Every metric under its name, in the order in which they are listed."""
-
-
-def register_metric(metric: Metric) -> Metric:
-    """Enter a metric into `METRICS`, and return it.
-
-    Raises:
-        ValueError: Its name is taken, no identifier, or its direction is none of the three.
-    """
-    if not metric.name.isidentifier() or metric.name in (*METRICS, *COUNTS):
-        reason = "taken" if metric.name.isidentifier() else "no identifier"
-        raise ValueError(f"metric name {metric.name!r} is {reason}; give it another")
-    if metric.direction not in ("lower", "higher", "zero"):
-        raise ValueError(
-            f"metric '{metric.name}' has direction {metric.direction!r}, but it must be lower, "
-            "higher or zero"
-        )
-    METRICS[metric.name] = metric
-    return metric
-
-
-COUNTS = (
-    "instances_true", "instances_predicted", "matched_iou50", "missed", "split", "merged",
-    "invented", "by_size",
-)  # fmt: skip
-"""What a score holds beside the metrics."""
-
-ERROR, FOREGROUND = "adapted Rand error", "adapted Rand error, foreground form"
-VOI = "variation of information"
-_stacked = partial(Metric, stacked=True)
-for _metric in (
-    _stacked("adapted_rand_error", ERROR, "lower", lambda t: adapted_rand(t).error),
-    _stacked("adapted_rand_precision", "adapted Rand precision", "higher",
-             lambda t: adapted_rand(t).precision),
-    _stacked("adapted_rand_recall", "adapted Rand recall", "higher",
-             lambda t: adapted_rand(t).recall),
-    _stacked("adapted_rand_error_foreground", FOREGROUND, "lower",
-             lambda t: adapted_rand_foreground(t).error),
-    _stacked("skimage_adapted_rand_error", f"{ERROR}, as scikit-image has it", "lower",
-             skimage_adapted_rand_error),
-    _stacked("voi_split", f"{VOI}, split", "lower", lambda t: variation_of_information(t)[0]),
-    _stacked("voi_merge", f"{VOI}, merge", "lower", lambda t: variation_of_information(t)[1]),
-    _stacked("voi", VOI, "lower", lambda t: sum(variation_of_information(t))),
-    _stacked("f1_iou50", "F1 at IoU 0.5", "higher", _f1),
-    _stacked("precision_iou50", "precision at IoU 0.5", "higher",
-             lambda t: _above_half(t) / np.maximum(t.instances_predicted, 1)),
-    _stacked("recall_iou50", "recall at IoU 0.5", "higher",
-             lambda t: _above_half(t) / max(len(t.truth_ids), 1)),
-    _stacked("f1_iou30", "F1 at IoU 0.3", "higher", lambda t: f1_at(t, 0.3)),
-    _stacked("f1_iou75", "F1 at IoU 0.75", "higher", lambda t: f1_at(t, 0.75)),
-    _stacked("ap_iou50", "average precision at IoU 0.5", "higher",
-             lambda t: average_precision(t, 0.5)),
-    _stacked("ap_iou75", "average precision at IoU 0.75", "higher",
-             lambda t: average_precision(t, 0.75)),
-    _stacked("ap", "average precision over IoU 0.5 to 0.95", "higher",
-             lambda t: sum(average_precision(t, iou) for iou in IOU_LIMITS) / len(IOU_LIMITS)),
-    _stacked("pq", "panoptic quality", "higher",
-             lambda t: segmentation_quality(t) * f1_at(t, 0.5)),
-    _stacked("sq", "segmentation quality", "higher", segmentation_quality),
-    _stacked("rq", "recognition quality", "higher", lambda t: f1_at(t, 0.5)),
-    _stacked("best_dice", "symmetric best Dice", "higher", best_dice),
-    _stacked("count_bias", "bias of the instance count", "zero",
-             lambda t: _bias(t.instances_predicted, len(t.truth_ids))),
-    _stacked("volume_bias", "bias of the instances' volume", "zero",
-             lambda t: _bias(t.segment_sizes.sum(axis=0), t.truth_sizes.sum())),
-):  # fmt: skip
-    METRICS[_metric.name] = _metric
 
 
 @dataclass(frozen=True)

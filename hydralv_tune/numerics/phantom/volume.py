@@ -90,7 +90,7 @@ def make_phantom(
     shape = (int(shape[0]), int(shape[1]), int(shape[2]))
     if shape[0] < 8 or min(shape[1:]) < 48:
         raise ValueError(
-            f"shape {shape} is too small to hold vesicles: at least (8, 48, 48) is due. "
+            f"shape {shape} is too small to hold vesicles: it must be at least (8, 48, 48). "
             "Choose a larger shape."
         )
     if instances < 1:

@@ -21,7 +21,7 @@ from hydralv_tune.config.files import baseline, candidate_from_mapping
 from hydralv_tune.config.pytc_portability import obstacles
 from hydralv_tune.config.yaml_io import dump_yaml
 from hydralv_tune.data.volumes import VolumePaths, read_volume, write_array
-from hydralv_tune.numerics.metrics.scores import SUMMARY
+from hydralv_tune.numerics.metrics.registry import SUMMARY
 from hydralv_tune.results.best_trial import BestTrial, best_portable, load_best_trial
 from hydralv_tune.results.export.pytc import PEER_FORMATS, peer_config, peer_weights
 from hydralv_tune.results.export.pytc_blocks import PeerData, deeply_supervised
@@ -101,7 +101,7 @@ def _export_own(best: BestTrial, out: Path) -> dict[str, Any]:
     content = load_checkpoint(best.checkpoint)
     kept = {key: content[key] for key in CHECKPOINT_KEYS if key in content}
     candidate = exported_candidate(best)
-    text = _comments(_head_lines(best)) + dump_yaml(told(candidate))
+    text = _comments(_head_lines(best)) + dump_yaml(changed_keys(candidate))
     _write_weights(checkpoint, kept)
     write_atomically(out, text.encode())
     return {
@@ -133,24 +133,24 @@ def _grid_of(best: BestTrial) -> dict[str, Any]:
     return mapping
 
 
-def told(candidate: Candidate) -> dict[str, Any]:
+def changed_keys(candidate: Candidate) -> dict[str, Any]:
     """Return the candidate as a mapping without the keys that say nothing.
 
     A null says nothing only where the baseline, which stands under every file, has one too.
     """
 
-    def said(value: Any, base: Any) -> Any:
+    def difference(value: Any, base: Any) -> Any:
         if not isinstance(value, Mapping):
             return value
         known = base if isinstance(base, Mapping) else {}
         kept = {
-            key: said(entry, known.get(key))
+            key: difference(entry, known.get(key))
             for key, entry in value.items()
             if entry is not None or known.get(key) is not None
         }
         return {key: entry for key, entry in kept.items() if entry != {} or known.get(key)}
 
-    mapping: dict[str, Any] = said(candidate.as_mapping(), baseline())
+    mapping: dict[str, Any] = difference(candidate.as_mapping(), baseline())
     return mapping
 
 
@@ -273,7 +273,7 @@ def _export_peer(
     about = _portable_lines(best, against, by_section and not normalised)
     lines = [*about, "", *_head_lines(best)]
     lines += ["", *_volume_flood_lines(best)]
-    lines += ["", "What PyTorch Connectomics cannot be told, and so does otherwise:"]
+    lines += ["", "What PyTorch Connectomics has no key for, and so does otherwise:"]
     lines += [f"- {note}" for note in config.notes] or ["- nothing"]
     if not against:
         lines += ["", f"Weights: {weights}, tensors under state_dict with the prefix 'model.'."]

@@ -72,7 +72,7 @@ OUR_NETWORK_KEYS = (
 
 @dataclass(frozen=True)
 class PeerConfig:
-    """A configuration for PyTorch Connectomics, and what it could not be told."""
+    """A configuration for PyTorch Connectomics, and what it has no key for."""
 
     mapping: dict[str, Any]
     notes: tuple[str, ...]
@@ -135,13 +135,13 @@ def peer_step(step: DecodingStep, *, drops_exact_size: bool = False) -> dict[str
     unknown = sorted(set(own) - set(known))
     if unknown:
         raise ValueError(f"Unknown argument '{unknown[0]}' of {step.name}.")
-    said = {**known, **own}
+    values = {**known, **own}
     # Lists, and said: its default tuples pick section 0 instead of channel 0, and its distance
     # decoder takes the first channel.
     kwargs: dict[str, Any] = {"distance_channels": [2]}
     if DECODERS[step.name] == "decode_instance_binary_contour_distance":
         kwargs |= {"binary_channels": [0], "contour_channels": [1]}
-    for key, value in said.items():
+    for key, value in values.items():
         if key in ("flood", "floor"):
             continue
         pair = isinstance(value, list | tuple)
@@ -155,7 +155,7 @@ def peer_step(step: DecodingStep, *, drops_exact_size: bool = False) -> dict[str
 
 def _notes(candidate: Candidate, step: DecodingStep, data: PeerData) -> list[str]:
     """Return what neither schema can express."""
-    model, told = candidate.model, candidate.data
+    model, ours = candidate.model, candidate.data
     notes = []
     against = obstacles(candidate)
     if against:
@@ -170,7 +170,7 @@ def _notes(candidate: Candidate, step: DecodingStep, data: PeerData) -> list[str
             "fills the whole volume. The score under that flood stands above."
         )
     notes.append(
-        f"{told.sampling.foreground_share:.0%} of the patches were centred on an instance; there "
+        f"{ours.sampling.foreground_share:.0%} of the patches were centred on an instance; there "
         "patches are centred on any voxel of the mask."
     )
     if data.normalised:
@@ -178,17 +178,17 @@ def _notes(candidate: Candidate, step: DecodingStep, data: PeerData) -> list[str
             "The images were written standardised section by section, as the network sees them; "
             "do the same to every further volume."
         )
-    elif told.image_transform.normalize == "z_section":
+    elif ours.image_transform.normalize == "z_section":
         notes.append(
             "Images were standardised section by section, which cannot be said there: the "
             "segmentation differs. export --write-normalised writes the images so."
         )
     else:
         notes.append("Images were normalised over the volume in training too; there per crop.")
-    if told.label_transform.edt_voxel_size == "volume":
+    if ours.label_transform.edt_voxel_size == "volume":
         notes.append("Distance targets were in nm; there they are in voxels.")
-    if told.split.kind != "none":
-        notes.append(f"The split ({told.split.kind}) is not carried over: it trains on all.")
+    if ours.split.kind != "none":
+        notes.append(f"The split ({ours.split.kind}) is not carried over: it trains on all.")
     if model.architecture == "rsunet" and model.dropout:
         notes.append(f"dropout {model.dropout}: its RSUNet has none.")
     if model.deep_supervision and not deeply_supervised(candidate):
@@ -260,15 +260,18 @@ def _model(candidate: Candidate, data: PeerData, notes: list[str]) -> dict[str, 
 
 def _head_data(candidate: Candidate, data: PeerData, notes: list[str]) -> dict[str, Any]:
     """Return today's `data` block."""
-    told = candidate.data
-    transform = told.image_transform
+    ours = candidate.data
+    transform = ours.image_transform
     return {
         "dataloader": {
             "batch_size": candidate.system.training.batch_size,
-            "patch_size": list(told.patch_size),
+            "patch_size": list(ours.patch_size),
             "cached_sampling_sample_nonzero_mask": paths_of(data, "mask") is not None,
         },
-        "data_transform": {"pad_size": list(told.pad_size), "pad_mode": PADDINGS[told.pad_mode]},
+        "data_transform": {
+            "pad_size": list(ours.pad_size),
+            "pad_mode": PADDINGS[ours.pad_mode],
+        },
         "image_transform": {
             "normalize": "none" if data.normalised else NORMALISATIONS[transform.normalize],
             "clip_percentile_low": transform.clip_percentile_low,
@@ -277,7 +280,7 @@ def _head_data(candidate: Candidate, data: PeerData, notes: list[str]) -> dict[s
         "label_transform": {
             "targets": [
                 {"name": target.name, "kwargs": dict(target.kwargs)}
-                for target in told.label_transform.targets
+                for target in ours.label_transform.targets
             ]
         },
         "augmentation": with_ranges(augmentation_blocks(candidate, notes)),

@@ -17,12 +17,12 @@ from hydralv_tune.artifacts.pictures import COLOURS
 from hydralv_tune.artifacts.records import TrialRecord, read_record
 from hydralv_tune.artifacts.thumbnails import thumbnail
 from hydralv_tune.config.errors import HydraLVError, InputError
-from hydralv_tune.config.files import known_names
+from hydralv_tune.config.paths import known_names
 from hydralv_tune.config.search_space import Parameter
 from hydralv_tune.data.volumes import Volume
 from hydralv_tune.numerics.formatting import number_of
 from hydralv_tune.numerics.metrics.instance_errors import InstanceError, bootstrap
-from hydralv_tune.numerics.metrics.scores import METRICS
+from hydralv_tune.numerics.metrics.registry import METRICS
 from hydralv_tune.results.best_trial import BestTrial
 from hydralv_tune.results.report.findings import (
     Change,

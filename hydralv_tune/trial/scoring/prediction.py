@@ -71,9 +71,9 @@ def pick_device(name: str = "auto") -> torch.device:
     try:
         device = torch.device(name)
     except (RuntimeError, ValueError) as error:
-        raise InputError(f"device is '{name}', but auto, cpu, cuda or cuda:N is due.") from error
+        raise InputError(f"device is '{name}', but must be auto, cpu, cuda or cuda:N.") from error
     if device.type not in ("cpu", "cuda"):
-        raise InputError(f"device is '{name}', but auto, cpu, cuda or cuda:N is due.")
+        raise InputError(f"device is '{name}', but must be auto, cpu, cuda or cuda:N.")
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if device.type == "cuda" and (device.index or 0) >= count:
         raise InputError(
@@ -121,7 +121,7 @@ def load_network(
     mapping, weights = content.get("candidate"), content.get("weights")
     if not isinstance(mapping, Mapping) or not isinstance(weights, Mapping):
         raise CheckpointError(
-            f"{path}: holds {sorted(map(str, content))}, but candidate and weights are due. "
+            f"{path}: holds {sorted(map(str, content))}, but must hold candidate and weights. "
             "Give best.ckpt of a trial."
         )
     try:
@@ -285,7 +285,7 @@ def predict(
             into the GPU's memory.
     """
     if image.ndim != 3 or not image.size:
-        raise ValueError(f"image has shape {image.shape}, but (Z, Y, X) is due.")
+        raise ValueError(f"image has shape {image.shape}, but must be (Z, Y, X).")
     if mask is not None and mask.shape != image.shape:
         raise ValueError(f"mask has shape {mask.shape}, but the image has {image.shape}.")
     windows = plan_windows(image.shape, candidate)

@@ -43,7 +43,7 @@ LOG_STEPS = 50
 GRADNORM_RATE = 0.025
 
 COMPILE_STEPS = 2000
-"""Optimizer steps from which compiling on a GPU, which takes minutes, is worth while."""
+"""Optimizer steps from which compiling on a GPU, which takes minutes, pays off."""
 
 
 def loss_terms(model: Model) -> list[LossTerm]:
@@ -249,7 +249,7 @@ class Trainer:
                         f"stopped at step {self.step} of {self.plan.steps}; it can be continued"
                     )
                 self._step()
-                if self.step == step or self._is_due():
+                if self.step == step or self._must_evaluate():
                     self._read()
                 if progress is not None:
                     progress(self.step)
@@ -283,7 +283,7 @@ class Trainer:
             **{term.name: means[term.name] for term in self.terms},
         }
 
-    def _is_due(self) -> bool:
+    def _must_evaluate(self) -> bool:
         """Return whether the losses are to be read after this step, for which the host waits.
 
         Where a training may stop early that is the end of each epoch, so that the weights are

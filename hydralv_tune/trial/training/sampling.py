@@ -221,7 +221,7 @@ def upload(array: npt.NDArray[Any], device: torch.device) -> Tensor:
 
 
 @dataclass(frozen=True)
-class _Due:
+class _Queued:
     """A batch that is being read: where the generator stood before it, and its parts."""
 
     batch: int
@@ -269,7 +269,7 @@ class PatchSampler:
         counts = [len(source.places.sizes) for source in self.sources]
         self._instances = [(v, i) for v, count in enumerate(counts) for i in range(count)]
         self.ahead = ahead
-        self._due: deque[_Due] = deque()
+        self._queue: deque[_Queued] = deque()
         self._readers = ThreadPoolExecutor(READERS) if ahead else None
 
     def draw(self, batch: int) -> Patches:
@@ -277,15 +277,15 @@ class PatchSampler:
         if self._readers is None:
             order, jobs = self._jobs(batch)
             return _joined([source.cut(starts, self.size) for source, starts in jobs], order)
-        if self._due and self._due[0].batch != batch:
+        if self._queue and self._queue[0].batch != batch:
             self._forget()
-        while len(self._due) <= self.ahead:
+        while len(self._queue) <= self.ahead:
             before = self.generator.get_state()
             order, jobs = self._jobs(batch)
             parts = [self._readers.submit(source.cut, starts, self.size) for source, starts in jobs]
-            self._due.append(_Due(batch, before, order, parts))
-        due = self._due.popleft()
-        return _joined([part.result() for part in due.parts], due.order)
+            self._queue.append(_Queued(batch, before, order, parts))
+        queued = self._queue.popleft()
+        return _joined([part.result() for part in queued.parts], queued.order)
 
     def _jobs(self, batch: int) -> tuple[Ints, list[tuple[Source, Ints]]]:
         """Return the row of each patch in the batch, and what is cut of each volume."""
@@ -301,12 +301,12 @@ class PatchSampler:
 
     def _forget(self) -> None:
         """Drop what was read ahead, and stand where its first batch was drawn."""
-        if self._due:
-            self.generator.set_state(self._due[0].before)
-        for due in self._due:
-            for part in due.parts:
+        if self._queue:
+            self.generator.set_state(self._queue[0].before)
+        for queued in self._queue:
+            for part in queued.parts:
                 part.cancel()
-        self._due.clear()
+        self._queue.clear()
 
     def draw_places(self, batch: int) -> list[tuple[int, tuple[int, int, int]]]:
         """Return (volume, first voxel) of so many patches."""
@@ -345,7 +345,7 @@ class PatchSampler:
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a checkpoint keeps: where the next batch that is given was drawn."""
-        return {"generator": self._due[0].before if self._due else self.generator.get_state()}
+        return {"generator": self._queue[0].before if self._queue else self.generator.get_state()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over what a checkpoint kept."""

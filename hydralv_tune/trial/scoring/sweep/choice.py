@@ -11,7 +11,7 @@ import numpy.typing as npt
 import pandas as pd
 from scipy import ndimage
 
-from hydralv_tune.numerics.metrics.scores import METRICS
+from hydralv_tune.numerics.metrics.registry import METRICS
 from hydralv_tune.trial.scoring.sweep.grid import plain
 
 Array = npt.NDArray[Any]

@@ -106,9 +106,7 @@ def checked_axes(grid: GridLike) -> Axes:
     most = MOST_COMBINATIONS if decoder.sweep else MOST_DECODED
     if count(checked) > most:
         why = (
-            ""
-            if decoder.sweep
-            else f" where {grid.decoder} must decode each, for it has no sweep form"
+            "" if decoder.sweep else f" since {grid.decoder} has no sweep form and must decode each"
         )
         raise ValueError(
             f"the grid has {count(checked):,} combinations, but {most:,} is the most{why}; "

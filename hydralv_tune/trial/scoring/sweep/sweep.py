@@ -245,7 +245,7 @@ def sweep(
         chosen,
         seconds=clock.seconds,
         compile_s=compile_s,
-        thinned=runner.told(axes, grids),
+        thinned=runner.thinning_note(axes, grids),
         note=_note(grid, metric, runner),
     )
 
@@ -256,7 +256,7 @@ def _checked(objective: Any, time_limit_s: float | None, threads: int | None) ->
     if metric not in METRICS:
         raise ValueError(unknown_name("metric", metric, METRICS))
     if time_limit_s is not None and not time_limit_s >= 0:
-        raise ValueError(f"time_limit_s is {time_limit_s}, but it is a number of seconds from 0 on")
+        raise ValueError(f"time_limit_s is {time_limit_s}, but must be 0 or more seconds")
     if threads is not None and threads < 1:
         raise ValueError(f"threads is {threads}, but it must be at least 1")
     return metric, float(getattr(getattr(objective, "guard", None), "f1_below_best", 0.05))
@@ -330,7 +330,7 @@ class _Runner:
             volume.fit(axes)
         return self._run(keys, self.clock.deadline)
 
-    def told(self, axes: Axes, grids: Sequence[Axes]) -> str | None:
+    def thinning_note(self, axes: Axes, grids: Sequence[Axes]) -> str | None:
         """Return a sentence that says what the time limit cost, or none."""
         before, after = count(axes), count(grids[0])
         if before == after and not self.rounds_left_out:
@@ -372,7 +372,7 @@ def _volumes(
     if not len(maps) == len(truths) == len(masks) == len(known) or not maps:
         raise ValueError(
             f"{len(maps)} probabilities, {len(truths)} labels, {len(masks)} masks and "
-            f"{len(known)} scored masks: give as many of each"
+            f"{len(known)} scored masks: give the same number of each"
         )
     kind = DecodedVolume if DECODERS[grid.decoder].sweep is None else FloodedVolume
     ready: list[SweptVolume] = []

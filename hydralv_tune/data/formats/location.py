@@ -1,0 +1,126 @@
+"""Where an array lies: a file or folder, a dataset in it, and which format that is of.
+
+Light to import, so that a path is refused before any library is loaded.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from hydralv_tune.config.errors import VolumeError
+from hydralv_tune.config.paths import expanded
+from hydralv_tune.data.formats import (
+    FOLDER_OF_SECTIONS,
+    FORMATS,
+    PRECOMPUTED,
+    SUFFIXES,
+    Format,
+    suffix_of,
+)
+
+PRECOMPUTED_SCHEME = "precomputed://"
+LOCAL_URL = re.compile(r"^(?:precomputed://file://|file://|precomputed://(?=[/~.]))(.+)$")
+REMOTE_URL = re.compile(r"^(precomputed://)?((?:https?|gs|s3)://.+)$")
+HEAD_BYTES = 4096 + 8
+"""Read to tell formats apart."""
+
+
+@dataclass(frozen=True)
+class Location:
+    """A file or folder, and the dataset in it where one is named.
+
+    Args:
+        path: On this machine; of a URL, its part behind the scheme.
+        dataset: The array in it, or the key of a scale.
+        url: Of a precomputed volume that is elsewhere.
+    """
+
+    path: Path
+    dataset: str | None = None
+    url: str | None = None
+
+    def __str__(self) -> str:
+        if self.url is not None:
+            return f"{PRECOMPUTED_SCHEME}{self.url}"
+        return str(self.path) if self.dataset is None else f"{self.path}:{self.dataset}"
+
+
+def locate(path: str | Path) -> Location:
+    """Split `file:dataset`, and expand `~` and `$VARIABLES`.
+
+    A colon counts only after a known suffix, so that other colons in a path stay what they are.
+    `precomputed://URL` is a volume elsewhere, `file://` and `precomputed://file://` one here.
+
+    Raises:
+        VolumeError: A URL whose format is not said.
+    """
+    text = os.fspath(path)
+    local = LOCAL_URL.match(text)
+    if local is None and (found := REMOTE_URL.match(text)) is not None:
+        if not found.group(1):
+            raise VolumeError(
+                f"{text}: of what is not on this machine, precomputed volumes alone are read. Say "
+                f"{PRECOMPUTED_SCHEME}{text} where it is one, or copy it here."
+            )
+        url = found.group(2)
+        return Location(Path(url.partition("://")[2]), url=url)
+    text = expanded(text if local is None else local.group(1))
+    if ":" in text and not os.path.exists(text):
+        file, _, dataset = text.rpartition(":")
+        if suffix_of(Path(file)) in SUFFIXES:
+            return Location(Path(file), dataset.strip("/") or None)
+    return Location(Path(text))
+
+
+def format_of(location: Location) -> Format:
+    """Return the format of a file or folder, by its content.
+
+    Raises:
+        VolumeError: It is missing, cannot be opened, or is of no known format.
+    """
+    path = location.path
+    if location.url is not None:
+        return PRECOMPUTED
+    if not path.exists():
+        near = sorted(p.name for p in path.parent.glob("*") if suffix_of(p) in SUFFIXES)
+        there = f" In that folder: {', '.join(near[:5])}." if near else ""
+        raise VolumeError(f"{location}: no such file.{there} Check the path.")
+    known = SUFFIXES.get(suffix_of(path))
+    if path.is_dir():
+        for kind in FORMATS:
+            if any((path / mark).exists() for mark in kind.marks):
+                return kind
+        if known is not None and known.marks_optional:
+            return known
+        if known is None and FOLDER_OF_SECTIONS.code.holds_sections(path):
+            return FOLDER_OF_SECTIONS
+        if known is None:
+            raise VolumeError(
+                f"{location}: this is a folder without pictures and without the metadata of Zarr, "
+                "N5 or precomputed. Name a file, or such a folder."
+            )
+        raise VolumeError(
+            f"{location}: this folder has no {known.name} metadata "
+            f"({', '.join(known.marks) or 'it is a file'}); it is empty or was copied in part. "
+            "Copy it again, or name another."
+        )
+    try:
+        with path.open("rb") as file:
+            head = file.read(HEAD_BYTES)
+    except OSError as error:
+        raise VolumeError(
+            f"{location}: cannot be opened ({error.strerror}). Check the permissions."
+        ) from error
+    for kind in FORMATS:
+        if any(head[at : at + len(word)] == word for at, word in kind.magic):
+            return kind
+    if known is None:
+        raise VolumeError(f"{location}: of no known format. Known suffixes: {', '.join(SUFFIXES)}.")
+    size = path.stat().st_size
+    what = (
+        "is empty" if size == 0 else f"({size} bytes) is no {known.name} file, or its head is lost"
+    )
+    raise VolumeError(f"{location}: the file {what}. Copy it again, or name another.")
