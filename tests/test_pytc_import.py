@@ -332,4 +332,8 @@ def test_a_genuine_checkpoint_of_january_is_a_configuration_too(
     assert candidate.model.norm == "group"
     assert candidate.model.external_weights_path == str(file.absolute())
     assert candidate.optimization.optimizer.lr == 5e-4
-    assert json.loads(capsys.readouterr().out)["space"] is None
+    document = json.loads(capsys.readouterr().out)
+    assert document["space"] is None
+    # The checkpoint holds every default; those of what it did not use are no loss.
+    keys = {entry.split(":")[0] for entry in document["left_out"]}
+    assert not keys & {"model.mlp_dim", "model.mednext_norm", "data.split_pad_mode"}

@@ -72,6 +72,12 @@ WITHOUT_EFFECT = (
 """Keys that name devices, logs and files, or the tool's own search: a result does not depend on
 them here."""
 
+OF_OTHER_NETWORKS = (
+    "model.feature_size", "model.hidden_size", "model.mlp_dim", "model.num_heads",
+    "model.nnunet_device", "model.external_weights_key_prefix", "optimization.optimizer.momentum",
+    "inference.num_gpus", "inference.num_cpus",
+)  # fmt: skip
+"""Keys of transformers and other networks, of other optimizers, of weights that are not named."""
 MASKS = (
     "a mask must have the image's shape here: write it enlarged first, each voxel repeated as "
     "often as `resize` says (numpy.repeat along each axis)"
@@ -668,12 +674,24 @@ class _Importer:
         self.result.grid = {"decoder": name, "grid": grid, "fixed": {"flood": "volume"}}
         self.leave("tune.parameter_space", MEANINGS["tune.parameter_space"], matters=False)
 
+    def _belongs_to_what_is_off(self, path: str) -> bool:
+        """Return whether a key is of another network, or of a split that is not made.
+
+        A checkpoint holds the whole configuration, with every default of what is not used.
+        """
+        network = str(value_at(self.mapping, "model.architecture"))
+        if path.startswith("model.mednext_"):
+            return network != "mednext"
+        if path.startswith("data.split_"):
+            return not value_or(self.mapping, "data.split_enabled", False)
+        return _under(path, OF_OTHER_NETWORKS)
+
     def _rest(self) -> None:
         """List every key that nothing has used."""
         for path, value in leaf_paths(self.mapping):
             if value in (None, False, "", [], {}) or _under(path, self.used):
                 continue
-            if _under(path, WITHOUT_EFFECT):
+            if _under(path, WITHOUT_EFFECT) or self._belongs_to_what_is_off(path):
                 continue
             meaning = next(
                 (
