@@ -15,11 +15,12 @@ from __future__ import annotations
 
 import argparse
 import heapq
+import json
 import math
 import multiprocessing
 import statistics
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -29,15 +30,17 @@ import numpy as np
 import optuna
 import pandas as pd
 
+import hydralv_tune.study
 from hydralv_tune.config.search_space import Pruner, Sampler, SearchSpace
 from hydralv_tune.config.search_space_files import load_space
 from hydralv_tune.numerics.cores import usable_cores
 from hydralv_tune.study.distributions import suggest
+from hydralv_tune.study.earlier import Guide, Lesson, lesson_of
 from hydralv_tune.study.proposals import ProposalSampler, TriedCandidates
 from hydralv_tune.study.pruners import make_pruner
 from hydralv_tune.study.samplers import make_sampler
 from hydralv_tune.study.study import view_of
-from hydralv_tune.study.trial_views import VIOLATIONS
+from hydralv_tune.study.trial_views import VIOLATIONS, TrialView
 
 GUARD = "f1_iou50"
 FOLDER = Path(__file__).parent / "search_table"
@@ -47,6 +50,12 @@ WORKERS = 4
 
 TRIALS = 60
 """Full trainings in the budget that every strategy gets, as in `hydra_lv`."""
+
+SHELF = Path(hydralv_tune.study.__file__).parent / "shelf.json"
+SHELF_VERSION = 1
+
+EARLIER_TRIALS = 36
+"""Finished trials of an earlier study that another one learns from."""
 
 TARGET = 1 / 3
 """Of random search's budget, within which ours is to reach what random search ends with."""
@@ -79,6 +88,7 @@ class Strategy:
     warm_starts: bool = True
     guard_first: bool = True
     repeats: bool = False
+    lessons: Callable[[str, int], Sequence[Lesson]] | None = None
 
 
 @dataclass(frozen=True)
@@ -162,9 +172,61 @@ def curve_of(phantom: str, params: Mapping[str, Any]) -> Curve:
 
 def simulate(strategy: Strategy, phantom: str, seed: int) -> Progress:
     """Return how a study of a strategy goes until its GPU-seconds are spent."""
+    return _simulated(strategy, phantom, seed)[0]
+
+
+@cache
+def table_lesson(phantom: str) -> Lesson:
+    """Return what all tabulated candidates teach of a phantom; those that failed come last."""
+    found, guard = curves(phantom), space().objective.guard.f1_iou50
+    ends = {
+        key: (2.0, 0.0) if curve.fails_after else (max(guard - curve.f1[-1], 0), curve.values[-1])
+        for key, curve in found.items()
+    }
+    order = sorted(ends, key=lambda key: ends[key])
+    ranks = {key: round(index / (len(order) - 1), 4) for index, key in enumerate(order)}
+    keys = tuple(space().parameters)
+    return Lesson(
+        phantom, keys,
+        tuple(dict(zip(keys, key, strict=True)) for key in found),
+        tuple(ranks[key] for key in found),
+    )  # fmt: skip
+
+
+def shelf_without(phantom: str, seed: int) -> list[Lesson]:
+    """Return the shelf as it would be had the phantom never been seen."""
+    return [table_lesson(name) for name in phantoms() if name != phantom]
+
+
+def shelf_text() -> str:
+    """Return the file that ships with the package: the rank of each candidate on each phantom."""
+    lessons = {name: table_lesson(name) for name in phantoms()}
+    rows = [list(params.values()) for params in lessons[phantoms()[0]].params]
+    parts = [f'"version": {SHELF_VERSION}', f'"keys": {json.dumps(list(space().parameters))}']
+    parts.append('"candidates": [\n  ' + ",\n  ".join(map(json.dumps, rows)) + "\n ]")
+    ranks = {f"phantom {name}": lesson.ranks for name, lesson in lessons.items()}
+    lines = [f"{json.dumps(name)}: {json.dumps(values)}" for name, values in ranks.items()]
+    parts.append('"ranks": {\n  ' + ",\n  ".join(lines) + "\n }")
+    return "{" + ",\n ".join(parts) + "}\n"
+
+
+@cache
+def earlier_lesson(phantom: str, seed: int) -> Lesson:
+    """Return what a study of `EARLIER_TRIALS` trials on a phantom teaches, made by the tool."""
+    trials = _simulated(OURS, phantom, seed, EARLIER_TRIALS)[1]
+    lesson = lesson_of(space(), trials, f"{phantom}#{seed}")
+    assert lesson is not None
+    return lesson
+
+
+def _simulated(
+    strategy: Strategy, phantom: str, seed: int, trials_wanted: int | None = None
+) -> tuple[Progress, list[TrialView]]:
+    """Return how a study goes until its GPU-seconds are spent or so many trials finished."""
     sampler = strategy.sampler.model_copy(update={"seed": seed})
     study = optuna.create_study(pruner=make_pruner(strategy.pruner))
     tried = TriedCandidates(space(), sampler.min_distance)
+    guide = None if strategy.lessons is None else Guide(space(), strategy.lessons(phantom, seed))
     if strategy.warm_starts:
         for name in space().warm_starts:
             study.enqueue_trial(dict(space().warm_start(name).params))
@@ -183,7 +245,9 @@ def simulate(strategy: Strategy, phantom: str, seed: int) -> Progress:
             study.sampler = chosen
         else:
             tried.update(trials)
-            study.sampler = ProposalSampler(chosen, tried, seed * 1_000_003 + len(trials))
+            study.sampler = ProposalSampler(
+                chosen, tried, seed * 1_000_003 + len(trials), trials, guide
+            )
         trial = study.ask()
         curve = curve_of(phantom, suggest(space(), trial))
         trial.set_user_attr("owner", "simulated")
@@ -221,8 +285,11 @@ def simulate(strategy: Strategy, phantom: str, seed: int) -> Progress:
         if feasible and value < best[-1]:
             seconds.append(now * WORKERS)
             best.append(value)
+        if states["COMPLETE"] + states["PRUNED"] == trials_wanted:
+            break
         start(now)
-    return Progress(tuple(seconds), tuple(best), states["COMPLETE"], states["PRUNED"])
+    views = [view_of(trial) for trial in study.get_trials(deepcopy=False)]
+    return Progress(tuple(seconds), tuple(best), states["COMPLETE"], states["PRUNED"]), views
 
 
 @cache
@@ -419,7 +486,11 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=usable_cores())
     parser.add_argument("--variants", action="store_true", help="other samplers and pruners too")
     parser.add_argument("--plot", type=Path, help="file to draw into")
+    parser.add_argument("--write-shelf", action="store_true", help="only write the shelf's table")
     arguments = parser.parse_args()
+    if arguments.write_shelf:
+        SHELF.write_text(shelf_text(), "utf-8")
+        return
     strategies: list[Strategy | None] = [*MAIN, None]
     if arguments.variants:
         strategies += variants()

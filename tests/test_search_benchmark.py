@@ -11,6 +11,8 @@ from types import ModuleType
 import pandas as pd
 import pytest
 
+from hydralv_tune.study.earlier import shelf
+
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
 
@@ -82,3 +84,14 @@ def test_thresholds_alone_end_at_most_where_their_exact_sweep_does(search: Modul
         run = search.thresholds_only(phantom, 0)
         # On some phantoms the baseline's network has no feasible combination at all.
         assert run.best[-1] >= feasible.min() if len(feasible) else run.best == (math.inf,)
+
+
+def test_the_shelf_is_the_table_and_a_row_leaves_out_its_volume(search: ModuleType) -> None:
+    assert search.SHELF.read_text("utf-8") == search.shelf_text()
+    names = {f"phantom {name}": name for name in search.phantoms()}
+    lessons = {names[lesson.source.partition(", ")[2]]: lesson for lesson in shelf()}
+    for name, lesson in lessons.items():
+        assert (lesson.params, lesson.ranks) == (
+            search.table_lesson(name).params, search.table_lesson(name).ranks,
+        )  # fmt: skip
+        assert {each.source for each in search.shelf_without(name, 0)} == set(lessons) - {name}

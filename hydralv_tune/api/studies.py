@@ -41,6 +41,9 @@ class RunOptions:
         checkpoints: Folder or URL that machines share which do not share `out`.
         extend: Accept that the space has changed since the study began.
         warm_start_from: Another study of the same storage whose fitting trials are added.
+        learn_from: Earlier studies that teach which candidates to try first: folders, or URLs with
+            `/STUDY` where a storage holds several. `("none",)` for none at all; by default what
+            ships with the package, for a new study with the sampler `tpe`.
         on_event: Called in this thread with each event: `kind`, `number`, `fields`.
     """
 
@@ -54,6 +57,7 @@ class RunOptions:
     checkpoints: str | None = None
     extend: bool = False
     warm_start_from: str | None = None
+    learn_from: Sequence[str] = ()
     on_event: Callable[[Event], None] | None = field(default=None, repr=False)
 
 

@@ -86,6 +86,7 @@ def run_study(
     on_trial_running: TrialHook | None = None,
     extend: bool = False,
     warm_start_from: str | None = None,
+    learn_from: Sequence[str] = (),
     checkpoints: str | None = None,
     heartbeat_s: float = HEARTBEAT_S,
     grace_s: float = GRACE_S,
@@ -112,6 +113,7 @@ def run_study(
         on_trial_running: Called alike when a trial starts and after each of its evaluations.
         extend: Accept a space that differs from the stored one.
         warm_start_from: Another study of the same storage whose fitting trials are learnt from.
+        learn_from: Earlier studies that teach ranks; as in `Start`.
         checkpoints: Path or URL (`s3://…`, `gs://…`) that the trials' folders are copied to, for
             nodes that do not share `out`; the best trial's folder is fetched at the end.
         heartbeat_s: Seconds between two signs of life.
@@ -133,7 +135,7 @@ def run_study(
     check_before_ray(ray_address, gpus_per_trial, cpus_per_trial)
     if trial_function is None:
         space = searchable(space, volumes)
-    start = Start(storage, study, space, out, extend, warm_start_from)
+    start = Start(storage, study, space, out, extend, warm_start_from, learn_from)
     start.check({})  # before volumes are read, which may take long
     tell_stage(on_event, f"Reading {counted(len(volumes), 'volume')}.")
     read = [] if trial_function is not None else open_volumes(space, volumes)

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from hydralv_tune.artifacts.writing import write_atomically
 from hydralv_tune.config.errors import StudyError
 from hydralv_tune.config.search_space import SearchSpace
+from hydralv_tune.config.secrets import mask_passwords
 from hydralv_tune.config.yaml_io import dump_yaml
 from hydralv_tune.study.database import DatabaseAway, database_errors
+from hydralv_tune.study.earlier import FEWEST, Guide, Lesson, lesson_of, shelf
+from hydralv_tune.study.find import find_study_within
 from hydralv_tune.study.mutex import StudyMutex
-from hydralv_tune.study.storage_url import parse_storage, without_secrets
+from hydralv_tune.study.storage_url import masked, parse_storage, without_secrets
 from hydralv_tune.study.study import IDENTITY, OUT, Study, open_if_exists, open_readonly
 from hydralv_tune.study.study_folder import SPACE_FILE, Owner, check_out, claim_out
+
+NO_LESSONS = "none"
+"""What `--learn-from` is given where nothing is to be learned."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +35,9 @@ class Start:
         out: Its folder, absolute.
         extend: Accept another space than the stored one.
         warm_start_from: Another study of the same storage to learn from.
+        learn_from: Earlier studies that teach ranks, each a folder, a file or a URL, with `/STUDY`
+            where a storage holds several; `none` alone for none at all. Without any, a new study
+            with the sampler `tpe` learns from what ships with the package.
     """
 
     storage: str
@@ -37,6 +46,7 @@ class Start:
     out: Path
     extend: bool = False
     warm_start_from: str | None = None
+    learn_from: Sequence[str] = ()
 
     def check(self, fingerprints: Mapping[str, str]) -> None:
         """Refuse what the study, its folder or its storage do not allow; nothing is written.
@@ -59,6 +69,7 @@ class Start:
                 found.close()
         if self.warm_start_from is not None:
             self._source().close()
+        self._lessons()
 
     def open(self, fingerprints: Mapping[str, str]) -> Study:
         """Open the study, or make it, and store what is new.
@@ -110,6 +121,63 @@ class Start:
                 opened.import_trials(source)
             finally:
                 source.close()
+        stored = opened.lessons
+        if [*self.learn_from] == [NO_LESSONS]:
+            opened.remember_lessons([])
+        elif self.learn_from:
+            known = {lesson.source for lesson in stored or []}
+            new = [lesson for lesson in self._lessons() if lesson.source not in known]
+            opened.remember_lessons([*(stored or []), *new])
+        elif stored is None:
+            has_use = self.space.sampler.name == "tpe" and not opened.has_begun()
+            opened.remember_lessons(Guide(self.space, shelf()).lessons if has_use else [])
+
+    def _lessons(self) -> list[Lesson]:
+        """Return what the named earlier studies teach.
+
+        Raises:
+            StudyError: There is no such study, it is this one, or it teaches this space nothing.
+        """
+        if NO_LESSONS in self.learn_from:
+            if len(self.learn_from) > 1:
+                raise StudyError(
+                    "--learn-from: `none` stands beside a study. Give `none` alone, or drop it."
+                )
+            return []
+        return [self._lesson(place) for place in self.learn_from]
+
+    def _lesson(self, place: str) -> Lesson:
+        """Return what one earlier study teaches."""
+        shown = f"--learn-from {mask_passwords(place)}"
+        try:
+            address = find_study_within(place)
+            source = open_readonly(address.storage, address.name, address.folder)
+        except StudyError as error:
+            raise StudyError(f"{shown}: {error}") from None
+        try:
+            with database_errors():
+                name = f"{source.name} in {source.storage}"
+                lesson = lesson_of(source.space, source.trials(), name)
+                is_own = source.name == self.study and source.storage == masked(
+                    parse_storage(self.storage)
+                )
+        except DatabaseAway as error:
+            raise StudyError(f"{shown}: the database does not answer: {error}.") from None
+        finally:
+            source.close()
+        if is_own:
+            raise StudyError(f"{shown}: that is this study itself. Name an earlier one.")
+        if lesson is None:
+            raise StudyError(
+                f"{shown}: study '{source.name}' has fewer than {FEWEST} finished trials, which "
+                "teach nothing. Run it further, or leave it out."
+            )
+        if not Guide(self.space, [lesson]).lessons:
+            raise StudyError(
+                f"{shown}: study '{source.name}' searches no parameter that this space does: "
+                f"{', '.join(lesson.keys)}. Leave it out."
+            )
+        return lesson
 
     def _check_stored(self, study: Study, fingerprints: Mapping[str, str]) -> None:
         """Refuse other volumes and another folder than a study has."""

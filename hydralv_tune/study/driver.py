@@ -20,6 +20,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from hydralv_tune.study.database import DatabaseAway, DatabaseFile, StudyGone, database_errors
 from hydralv_tune.study.distributions import misfit, suggest
+from hydralv_tune.study.earlier import Guide
 from hydralv_tune.study.journal import PREFIX, SUFFIX, Journal, journals_in
 from hydralv_tune.study.mutex import StudyMutex
 from hydralv_tune.study.optuna_private import (
@@ -99,6 +100,7 @@ class Driver:
         self._pruner = make_pruner(self.space.pruner)
         self._sampler = make_sampler(self.space.sampler, 0)
         self._tried = TriedCandidates(self.space, self.space.sampler.min_distance)
+        self._guide = Guide(self.space, study.lessons or [])
 
     def __enter__(self) -> Driver:
         with self._database(), self._mutex:
@@ -397,7 +399,9 @@ class Driver:
         trials = self.study.trials()
         self._tried.update(trials)
         seed = self.space.sampler.seed * 1_000_003 + len(trials)
-        study.sampler = ProposalSampler(self._sampler_for(len(trials)), self._tried, seed)
+        study.sampler = ProposalSampler(
+            self._sampler_for(len(trials)), self._tried, seed, trials, self._guide
+        )
         trial = self._waiting_retry() or study.ask()
         self.study.rdb.record_heartbeat(trial_id(trial))
         params = suggest(self.space, trial)

@@ -64,6 +64,27 @@ def find_study(
     return StudyAddress(database, study or name or _only(database), path)
 
 
+def find_study_within(place: str) -> StudyAddress:
+    """Return where a study is that one text names: FOLDER, FILE or URL, and `/STUDY` where needed.
+
+    Args:
+        place: As `--learn-from` takes it.
+
+    Raises:
+        StudyError: There is no such study, or the storage holds several and none is named.
+    """
+    base, mark, query = place.partition("?")
+    whole, _, name = base.rpartition("/")
+    _, is_sqlite, file = base.partition("sqlite:///")
+    if "://" in base and not is_sqlite:
+        names_study = base.count("/") > 3  # scheme://server/database/STUDY
+    else:
+        path = Path(file) if is_sqlite else expanded_path(base)
+        names_study = not path.exists() and path.parent.exists()
+        names_study &= not is_sqlite or path.parent.is_file()
+    return find_study(whole + mark + query, study=name) if names_study else find_study(place)
+
+
 def _is_folder(place: str | Path) -> bool:
     """Return whether a place is a folder rather than a URL or a file."""
     return "://" not in str(place) and expanded_path(place).is_dir()

@@ -6,7 +6,7 @@ import math
 import random
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import optuna
 from optuna.distributions import BaseDistribution
@@ -168,6 +168,19 @@ def is_plain(space: SearchSpace, trial: TrialView) -> bool:
     return space.candidate(known, recipe) == space.candidate(known)
 
 
+class ProposesFirst(Protocol):
+    """What may propose a candidate instead of the sampler."""
+
+    def propose(
+        self,
+        trials: Sequence[TrialView],
+        tried: TriedCandidates,
+        generator: random.Random,
+        fixed: Mapping[str, Any] | None = None,
+    ) -> dict[str, Any] | None:
+        """Return an untried candidate, or None where the sampler is to propose."""
+
+
 class ProposalSampler(BaseSampler):
     """Any sampler, asked again where what it proposes was tried before.
 
@@ -178,10 +191,20 @@ class ProposalSampler(BaseSampler):
         wrapped: Whose proposals these are.
         tried: Of the study, as it is now.
         seed: Of the random candidates.
+        trials: The study's, as they are now.
+        guide: Proposes before the sampler does.
     """
 
-    def __init__(self, wrapped: BaseSampler, tried: TriedCandidates, seed: int) -> None:
+    def __init__(
+        self,
+        wrapped: BaseSampler,
+        tried: TriedCandidates,
+        seed: int,
+        trials: Sequence[TrialView] = (),
+        guide: ProposesFirst | None = None,
+    ) -> None:
         self._wrapped, self._tried = wrapped, tried
+        self._trials, self._guide = trials, guide
         self._generator = random.Random(seed)
         self._distributions = {
             key: distribution_of(parameter) for key, parameter in tried.space.parameters.items()
@@ -198,6 +221,10 @@ class ProposalSampler(BaseSampler):
     ) -> dict[str, Any]:
         """Return a candidate that was not tried before, if there is one."""
         fixed = trial.system_attrs.get("fixed_params", {})
+        if self._guide is not None:
+            guided = self._guide.propose(self._trials, self._tried, self._generator, fixed)
+            if guided is not None:
+                return guided
         within = self._wrapped.infer_relative_search_space(study, trial)
         first: dict[str, Any] | None = None
         for _ in range(DRAWS):

@@ -33,6 +33,7 @@ from hydralv_tune.study.distributions import (
     require_comparable,
     require_compatible,
 )
+from hydralv_tune.study.earlier import Lesson
 from hydralv_tune.study.mutex import StudyMutex
 from hydralv_tune.study.optuna_private import (
     create_study,
@@ -69,6 +70,8 @@ ARTIFACTS = "artifacts:"
 """Start of the system attributes in which Optuna keeps the artifacts of a trial."""
 
 SPACE, OUT, VOLUMES, IDENTITY = "space", "out", "volumes", "identity"
+LESSONS = "lessons"
+"""Attribute of a study: what earlier studies teach it, as `Lesson.as_mapping` gives it."""
 
 
 class Study:
@@ -233,6 +236,7 @@ class Study:
             "best": describe_best(best),
             "best_config": str(config) if config is not None and config.is_file() else None,
             "warnings": guard_warnings(best, self.space.objective.guard.f1_iou50),
+            **({} if self.lessons is None else {"learned_from": self.learned_from()}),
         }
 
     def table(self) -> pd.DataFrame:
@@ -416,6 +420,32 @@ class Study:
         None where the space has dropped the recipe since.
         """
         return recipe_of(attributes_of(trial), self.space.recipes)
+
+    @property
+    def lessons(self) -> list[Lesson] | None:
+        """Return what earlier studies teach this one; None where that was never settled."""
+        stored = self._attributes().get(LESSONS)
+        return None if stored is None else [Lesson.from_mapping(entry) for entry in stored]
+
+    def remember_lessons(self, lessons: Sequence[Lesson]) -> None:
+        """Store what earlier studies teach, for every driver of this one."""
+        with self._errors():
+            set_study_attribute(self.optuna, LESSONS, [each.as_mapping() for each in lessons])
+
+    def learned_from(self) -> list[dict[str, Any]]:
+        """Return the earlier studies that teach this one: source, trials, shared parameters."""
+        return [
+            {
+                "source": lesson.source,
+                "trials": len(lesson.ranks),
+                "parameters": [key for key in self.space.parameters if key in lesson.keys],
+            }
+            for lesson in self.lessons or []
+        ]
+
+    def has_begun(self) -> bool:
+        """Return whether a trial of this study has ever been started."""
+        return any(trial.state.name != "WAITING" for trial in self.frozen())
 
     def check_space(self, space: SearchSpace, *, extend: bool) -> None:
         """Refuse a space that differs from the stored one; nothing is stored.

@@ -1,0 +1,388 @@
+"""What earlier studies teach a new one: which candidates to try first.
+
+Values do not carry over between volumes, ranks do. So an earlier study is kept as a table of
+candidates with the rank that each had in it, and a regression over the space says which rank a
+candidate may be expected to have here.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from importlib.resources import files
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hydralv_tune.config.search_space import SearchSpace
+from hydralv_tune.study.distributions import misfit
+from hydralv_tune.study.proposals import TriedCandidates, drawn, is_plain, position
+from hydralv_tune.study.trial_views import FINISHED, VIOLATIONS, TrialView
+
+Floats = NDArray[np.float64]
+
+FEWEST = 5
+"""Finished trials of an earlier study under which its ranks say too little."""
+
+MOST = 200
+"""Trials that are kept of an earlier study."""
+
+GUIDED_TRIALS = 40
+"""Finished trials of a study until which earlier ones guide it; the sampler goes on from there."""
+
+FADE_TRIALS = 30.0
+"""Finished trials after which earlier studies have half of their weight."""
+
+LENGTH = 0.5
+"""Share of a range over which two numbers of a candidate resemble each other."""
+
+OTHER = 0.7
+"""Squared distance of two choices that differ, where `LENGTH` is one unit of length."""
+
+NOISE = 0.3
+"""Variance of a rank that no model explains, as a share of that between candidates."""
+
+RANK_VARIANCE = 1 / 12
+"""Variance of ranks that are spread evenly from 0 to 1."""
+
+EXPLORE = 0.5
+"""Standard deviations by which an uncertain candidate is preferred."""
+
+TRUST_TRIALS = 6.0
+"""Trials of this study that weigh as much as the belief that earlier ones are right."""
+
+CONTRAST_AFTER = 3
+"""Trials of a study from which on every other one is the sampler's, until one has been tried that
+earlier studies advise against."""
+
+POOL = 200
+"""Random candidates from which the most promising one is taken."""
+
+BEST = 5
+"""Candidates of each study that are changed a little."""
+
+MUTANTS = 20
+"""Changed copies of each of the best candidates in that pool."""
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """The candidates of an earlier study, with their ranks in it.
+
+    Args:
+        source: Where it comes from, for people.
+        keys: What it searched.
+        params: Values of the active parameters of each trial, as the database holds them.
+        ranks: Of each, 0 for the best and 1 for the worst.
+    """
+
+    source: str
+    keys: tuple[str, ...]
+    params: tuple[Mapping[str, Any], ...]
+    ranks: tuple[float, ...]
+
+    def as_mapping(self) -> dict[str, Any]:
+        """Return plain JSON types."""
+        return {
+            "source": self.source,
+            "keys": list(self.keys),
+            "params": [dict(params) for params in self.params],
+            "ranks": [round(rank, 4) for rank in self.ranks],
+        }
+
+    @classmethod
+    def from_mapping(cls, mapping: Mapping[str, Any]) -> Lesson:
+        """Return what `as_mapping` gave."""
+        return cls(
+            str(mapping["source"]),
+            tuple(mapping["keys"]),
+            tuple(mapping["params"]),
+            tuple(map(float, mapping["ranks"])),
+        )
+
+
+def ranks_of(trials: Sequence[TrialView]) -> Floats:
+    """Return the rank of each trial among all: 0 for the best, 1 for the worst.
+
+    It is the share of the others that are ahead of a trial at the last evaluation that both have,
+    guard first, so that what was pruned is compared fairly with what came to its end.
+
+    Args:
+        trials: Each with an evaluation at least, or a value.
+    """
+    last = np.array([max(trial.intermediate, default=1) for trial in trials])
+    count, steps = len(trials), int(last.max(initial=1))
+    over, value = np.zeros((count, steps)), np.full((count, steps), np.inf)
+    for row, trial in enumerate(trials):
+        known = trial.user_attrs.get(VIOLATIONS) or {}
+        ends = max(trial.violation or 0.0, 0.0), np.inf if trial.value is None else trial.value
+        shown = (np.inf, np.inf) if trial.intermediate else ends
+        for step in range(1, steps + 1):
+            if step in trial.intermediate:
+                shown = max(known.get(str(step), 0.0), 0.0), trial.intermediate[step]
+            if step == last[row] and trial.state == "COMPLETE":
+                shown = ends
+            over[row, step - 1], value[row, step - 1] = shown
+    places = np.empty((count, steps))
+    for step in range(steps):
+        pairs = np.stack([over[:, step], value[:, step]], axis=1)
+        places[:, step] = np.unique(pairs, axis=0, return_inverse=True)[1].ravel()
+    common = np.minimum.outer(last, last) - 1
+    rows = np.arange(count)
+    mine, theirs = places[rows[:, None], common], places[rows[None, :], common]
+    ahead = (theirs < mine).sum(axis=1) + 0.5 * ((theirs == mine).sum(axis=1) - 1)
+    return np.asarray(ahead / max(count - 1, 1), dtype=float)
+
+
+def lesson_of(
+    space: SearchSpace, trials: Sequence[TrialView], source: str, most: int = MOST
+) -> Lesson | None:
+    """Return what a study teaches, or None where it has too few finished trials.
+
+    Args:
+        space: That it searched.
+        trials: All of it.
+        source: Where it comes from, for people.
+        most: Trials that are kept: evenly spread over the ranks.
+    """
+    known = [
+        trial
+        for trial in trials
+        if trial.state in FINISHED
+        and trial.params
+        and not (trial.is_imported or trial.is_foreign)
+        and (trial.value is not None or trial.intermediate)
+        and is_plain(space, trial)
+    ]
+    if len(known) < FEWEST:
+        return None
+    ranks = ranks_of(known)
+    order = np.argsort(ranks)
+    kept = order[np.linspace(0, len(known) - 1, min(most, len(known))).round().astype(int)]
+    return Lesson(
+        source,
+        tuple(space.parameters),
+        tuple(dict(known[index].params) for index in kept),
+        tuple(float(ranks[index]) for index in kept),
+    )
+
+
+def shelf() -> list[Lesson]:
+    """Return what ships with the package: the candidates of its benchmark, a volume each."""
+    table = json.loads(files("hydralv_tune.study").joinpath("shelf.json").read_text("utf-8"))
+    params = tuple(dict(zip(table["keys"], row, strict=True)) for row in table["candidates"])
+    return [
+        Lesson(f"shelf {table['version']}, {name}", tuple(table["keys"]), params, tuple(ranks))
+        for name, ranks in table["ranks"].items()
+    ]
+
+
+class _Kernel:
+    """How much candidates resemble each other in some parameters of a space.
+
+    One half is the mean over the parameters, which generalises from few trials; the other half is
+    their product, which knows combinations.
+    """
+
+    def __init__(self, space: SearchSpace, keys: Sequence[str]) -> None:
+        self._parameters = {key: space.parameters[key] for key in keys}
+        self._choices = {
+            key: {_hashed(value): index for index, value in enumerate(parameter.choices)}
+            for key, parameter in self._parameters.items()
+        }
+
+    def encoded(self, candidates: Sequence[Mapping[str, Any]]) -> Floats:
+        """Return a row per candidate: positions in ranges and numbers of choices.
+
+        NaN stands for what is not active, -1 for a choice that the space does not have.
+        """
+        table = np.full((len(candidates), len(self._parameters)), np.nan)
+        for column, (key, parameter) in enumerate(self._parameters.items()):
+            for row, params in enumerate(candidates):
+                if key not in params:
+                    continue
+                value = params[key]
+                if parameter.choice is not None:
+                    table[row, column] = self._choices[key].get(_hashed(value), -1)
+                elif isinstance(value, int | float) and (value > 0 or not parameter.log):
+                    table[row, column] = position(parameter, value)
+        return table
+
+    def __call__(self, left: Floats, right: Floats) -> Floats:
+        """Return the covariance of each of one table with each of another, 1 with itself."""
+        total = np.zeros((len(left), len(right)))
+        mean = np.zeros_like(total)
+        for column, parameter in enumerate(self._parameters.values()):
+            one, other = left[:, column, None], right[None, :, column]
+            if parameter.choice is None:
+                distance = ((one - other) / LENGTH) ** 2 / 2
+                inactive = np.isnan(one) & np.isnan(other)
+                distance = np.where(np.isnan(distance), OTHER * ~inactive, distance)
+            else:
+                differ = (one != other) & ~(np.isnan(one) & np.isnan(other))
+                distance = OTHER * differ
+            total += distance
+            mean += np.exp(-distance)
+        return (mean / max(len(self._parameters), 1) + np.exp(-total)) / 2
+
+
+def _hashed(value: Any) -> tuple[bool, Any]:
+    """Return a choice as a key under which true is not 1."""
+    return isinstance(value, bool), value
+
+
+class _LessonModel:
+    """Gaussian process regression of the ranks of a lesson, over what both spaces search."""
+
+    def __init__(self, space: SearchSpace, lesson: Lesson) -> None:
+        self._kernel = _Kernel(space, [key for key in space.parameters if key in lesson.keys])
+        self._table = self._kernel.encoded(lesson.params)
+        self._centre = float(np.mean(lesson.ranks))
+        covariance = self._kernel(self._table, self._table)
+        covariance[np.diag_indices_from(covariance)] += NOISE
+        self._weights = np.linalg.solve(covariance, np.array(lesson.ranks) - self._centre)
+
+    def predict(self, candidates: Sequence[Mapping[str, Any]]) -> Floats:
+        """Return the expected ranks of candidates, less those of a middling one."""
+        table = self._kernel.encoded(candidates)
+        return np.asarray(self._kernel(table, self._table) @ self._weights)
+
+
+class Guide:
+    """Chooses what a study tries first, from earlier studies and from its own trials so far.
+
+    Args:
+        space: What the study searches.
+        lessons: Of earlier studies.
+    """
+
+    def __init__(self, space: SearchSpace, lessons: Sequence[Lesson]) -> None:
+        self.space = space
+        self.lessons = [
+            lesson for lesson in lessons if any(key in space.parameters for key in lesson.keys)
+        ]
+
+    @cached_property
+    def _models(self) -> list[_LessonModel]:
+        """Return the model of each lesson, made when the first is asked."""
+        return [_LessonModel(self.space, lesson) for lesson in self.lessons]
+
+    @cached_property
+    def _best(self) -> list[dict[str, Any]]:
+        """Return the best candidates of each lesson, as far as this space has them."""
+        return [
+            {
+                key: value
+                for key, value in lesson.params[index].items()
+                if misfit(self.space, {key: value}) is None
+            }
+            for lesson in self.lessons
+            for index in np.argsort(lesson.ranks)[:BEST]
+        ]
+
+    def propose(
+        self,
+        trials: Sequence[TrialView],
+        tried: TriedCandidates,
+        generator: random.Random,
+        fixed: Mapping[str, Any] | None = None,
+    ) -> dict[str, Any] | None:
+        """Return the most promising untried candidate, or None where the sampler is to propose.
+
+        Args:
+            trials: Of this study, as they are now.
+            tried: What they have tried.
+            generator: Of the random numbers.
+            fixed: Values that are given.
+        """
+        seen = [t for t in trials if t.params and not t.is_imported and is_plain(self.space, t)]
+        ended = [t for t in seen if t.state in FINISHED and (t.intermediate or t.value is not None)]
+        if not self.lessons or len(ended) >= GUIDED_TRIALS:
+            return None
+        running = [t for t in seen if t.state == "RUNNING"]
+        ranks = ranks_of(ended) if ended else np.zeros(0)
+        pool = self._pool(
+            [ended[i].params for i in np.argsort(ranks)[:BEST]], tried, generator, fixed
+        )
+        if not pool or self._lacks_contrast([*ended, *running], pool):
+            return None
+        return pool[int(np.argmin(self._scores(ended, ranks, running, pool)))]
+
+    def _lacks_contrast(self, own: Sequence[TrialView], pool: Sequence[Mapping[str, Any]]) -> bool:
+        """Return whether this study tried only what its lessons hold for good.
+
+        Ranks among those alone cannot tell whether the lessons are right.
+        """
+        if len(own) < CONTRAST_AFTER or len(own) % 2 == 0:
+            return False
+        tried = [model.predict([trial.params for trial in own]) for model in self._models]
+        there = [model.predict(pool) for model in self._models]
+        low, high = np.quantile(np.mean(there, axis=0), [0.1, 0.9])
+        return bool(np.ptp(np.mean(tried, axis=0)) < (high - low) / 3)
+
+    def _pool(
+        self,
+        best: Sequence[Mapping[str, Any]],
+        tried: TriedCandidates,
+        generator: random.Random,
+        fixed: Mapping[str, Any] | None,
+    ) -> list[dict[str, Any]]:
+        """Return untried candidates: random ones, and the best known ones with changes."""
+        found = [drawn(self.space, generator, fixed) for _ in range(POOL)]
+        for params in [*best, *self._best]:
+            for _ in range(MUTANTS):
+                rate = generator.random()
+                kept = {key: params[key] for key in params if generator.random() > rate}
+                found.append(drawn(self.space, generator, {**kept, **(fixed or {})}))
+        return [params for params in found if tried.near(params) is None]
+
+    def _scores(
+        self,
+        ended: Sequence[TrialView],
+        ranks: Floats,
+        running: Sequence[TrialView],
+        pool: Sequence[Mapping[str, Any]],
+    ) -> Floats:
+        """Return what is least for the most promising candidate of a pool.
+
+        Each lesson is trusted as far as this study's trials agree with it. What they say beyond
+        that is a Gaussian process of its own; one that runs makes its neighbours less uncertain.
+        """
+        own = [trial.params for trial in (*ended, *running)]
+        before, expected = self._expected(own, ranks, pool)
+        kernel = _Kernel(self.space, list(self.space.parameters))
+        table, asked = kernel.encoded(own), kernel.encoded(pool)
+        covariance = kernel(table, table)
+        covariance[np.diag_indices_from(covariance)] += NOISE
+        cross = kernel(asked, table)
+        beyond = np.zeros(len(own))
+        if len(ended):
+            known = before[: len(ended)]
+            beyond[: len(ended)] = (ranks - ranks.mean()) - (known - known.mean())
+        solved = np.linalg.solve(covariance, np.column_stack([beyond, cross.T]))
+        variance = RANK_VARIANCE * np.maximum(1.0 - (cross * solved[:, 1:].T).sum(axis=1), 0.0)
+        return np.asarray(expected + cross @ solved[:, 0] - EXPLORE * np.sqrt(variance))
+
+    def _expected(
+        self,
+        own: Sequence[Mapping[str, Any]],
+        ranks: Floats,
+        pool: Sequence[Mapping[str, Any]],
+    ) -> tuple[Floats, Floats]:
+        """Return the ranks that the lessons let expect of this study's trials and of a pool."""
+        before, expected = np.zeros(len(own)), np.zeros(len(pool))
+        fade = FADE_TRIALS / (FADE_TRIALS + len(ranks))
+        for model in self._models:
+            mine = model.predict(own) if own else np.zeros(0)
+            seen = mine[: len(ranks)] - (mine[: len(ranks)].mean() if len(ranks) else 0.0)
+            belief = TRUST_TRIALS * 0.04  # variance of an expected rank over a space
+            agreement = float(seen @ (ranks - ranks.mean())) if len(ranks) else 0.0
+            slope = (belief + agreement) / (belief + float(seen @ seen))
+            weight = fade * min(max(slope, 0.0), 2.0) / len(self._models)
+            before += weight * mine
+            expected += weight * model.predict(pool)
+        return before, expected
