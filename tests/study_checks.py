@@ -8,6 +8,7 @@ from sqlalchemy.engine import make_url
 
 from hydralv_tune.config.search_space import SearchSpace, space_from_mapping
 from hydralv_tune.study.study import Study
+from hydralv_tune.study.trial_views import superseded
 
 LR, DECAY = "optimization.optimizer.lr", "optimization.optimizer.weight_decay"
 
@@ -50,7 +51,8 @@ def check_truth(study: Study, folder_steps: dict[int, list[tuple[int, int]]], tr
         trials: Finished trials wanted.
     """
     views = study.trials()
-    finished = [t for t in views if t.state in ("COMPLETE", "PRUNED")]
+    gone = superseded(views)  # a paused trial that went on is what it became
+    finished = [t for t in views if t.state in ("COMPLETE", "PRUNED") and t.number not in gone]
     assert len(finished) == trials
     assert not [t for t in views if t.state == "RUNNING"]
     assert len({t.root for t in finished}) == trials

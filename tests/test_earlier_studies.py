@@ -235,7 +235,7 @@ def test_the_first_proposals_of_a_driver_are_those_of_the_lesson(
 @pytest.mark.parametrize(
     ("places", "words"),
     [
-        (["{folder}/nosuch"], "--learn-from .*nosuch.* does not exist|no study 'nosuch'"),
+        (["{folder}/nosuch"], "--learn-from .*: Unknown study 'nosuch'. Known: long"),
         (["{path}"], "holds 2 studies: long, short"),
         (["{path}/short"], "fewer than 5 finished trials"),
         (["none", "{path}/long"], "`none` stands beside a study"),

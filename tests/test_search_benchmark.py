@@ -47,12 +47,25 @@ def test_every_candidate_was_trained_on_every_phantom(search: ModuleType) -> Non
     assert sum(file.stat().st_size for file in files) < 5_000_000
 
 
-def test_a_rate_between_two_tabulated_ones_takes_the_nearer(search: ModuleType) -> None:
+def test_a_rate_between_two_tabulated_ones_has_a_curve_between_theirs(search: ModuleType) -> None:
     phantom = search.phantoms()[0]
     params = dict(search.space().warm_start("baseline").params)
-    exact = search.curve_of(phantom, params)
-    assert search.curve_of(phantom, {**params, search.LR: 1.5e-3}) is exact
-    assert search.curve_of(phantom, {**params, search.LR: 2.5e-3}) is not exact
+    low, high = (search.curve_of(phantom, {**params, search.LR: rate}) for rate in (1e-3, 3e-3))
+    assert low is search.curves(phantom)[tuple(params.values())]
+    middle = search.curve_of(phantom, {**params, search.LR: math.sqrt(3) * 1e-3})
+    for one, other, found in zip(low.values, high.values, middle.values, strict=True):
+        assert found == pytest.approx((one + other) / 2)
+    assert search.curve_of(phantom, {**params, search.LR: 1.0001e-3}).f1 == pytest.approx(
+        low.f1, abs=1e-3
+    )
+
+
+def test_what_was_kept_is_not_run_again(search: ModuleType, tmp_path: Path) -> None:
+    kept = tmp_path / "kept.json"
+    (found,) = search.run_all([None], 1, 1, kept, math.inf)
+    before = kept.stat().st_mtime_ns
+    assert [found] == list(search.run_all([None], 1, 1, kept, math.inf))
+    assert kept.stat().st_mtime_ns == before
 
 
 def test_a_simulated_study_keeps_to_its_budget_and_its_best_never_rises(

@@ -186,6 +186,11 @@ class Pruner(StrictModel):
     percentile: Annotated[float, Field(gt=0, lt=100)] = Field(
         25.0, description="Of `percentile`: this share of trials is kept at each step."
     )
+    revive: Share = Field(
+        0.25,
+        description="A pruned trial goes on from its checkpoint once it is among this share of all "
+        "trials, compared at equal evaluations; 0: never.",
+    )
 
 
 @dataclass(frozen=True)

@@ -344,6 +344,7 @@ class Coordinator:
                 "PRUNED",
                 violation=violation,
                 reason=f"pruned at evaluation {step}",
+                resumable=True,
                 **kept_of(message),
             )
             return "stop"

@@ -135,7 +135,7 @@ def run_study(
     check_before_ray(ray_address, gpus_per_trial, cpus_per_trial)
     if trial_function is None:
         space = searchable(space, volumes)
-    start = Start(storage, study, space, out, extend, warm_start_from, learn_from)
+    start = Start(storage, study, space, out, extend, warm_start_from, tuple(map(str, learn_from)))
     start.check({})  # before volumes are read, which may take long
     tell_stage(on_event, f"Reading {counted(len(volumes), 'volume')}.")
     read = [] if trial_function is not None else open_volumes(space, volumes)

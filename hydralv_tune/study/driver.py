@@ -32,6 +32,7 @@ from hydralv_tune.study.optuna_private import (
     trial_id,
     waiting_trials,
 )
+from hydralv_tune.study.paused import trial_to_revive
 from hydralv_tune.study.proposals import ProposalSampler, TriedCandidates
 from hydralv_tune.study.pruners import make_pruner
 from hydralv_tune.study.retries import missing_successors, successor_attributes
@@ -43,6 +44,7 @@ from hydralv_tune.study.trial_views import (
     FOLD_VALUES,
     OBJECTIVE,
     OVERRIDES,
+    REVIVED,
     VIOLATIONS,
     Asked,
     TrialResult,
@@ -178,7 +180,12 @@ class Driver:
                 return asked
         trials = self.study.trials()
         self._tried.update(trials)
-        if self._tried.untried(random.Random(len(trials))) is None:
+        is_full = self._tried.untried(random.Random(len(trials))) is None
+        share = self.space.pruner.revive
+        paused = trial_to_revive(trials, 1.0 if is_full and share else share)
+        if paused is not None:
+            enqueue(self.study.optuna, paused.params, successor_attributes(paused))
+        elif is_full:
             return "wait" if counts["running"] else "done"
         return self._new_trial() or "wait"
 
@@ -209,6 +216,8 @@ class Driver:
                 store_evaluation(self.study.rdb, trial_id(trial), step, value, beside)
                 # Fresh: `trial.should_prune` would look at what it has reported by itself.
                 frozen = self.study.rdb.get_trial(trial_id(trial))
+                if REVIVED in attributes_of(frozen):
+                    return "go"
                 return "prune" if self._pruner.prune(self.study.optuna, frozen) else "go"
         except (UpdateFinishedTrialError, StudyGone):
             self._live.pop(number, None)

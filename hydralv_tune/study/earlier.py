@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from hydralv_tune.config.search_space import SearchSpace
 from hydralv_tune.study.distributions import misfit
 from hydralv_tune.study.proposals import TriedCandidates, drawn, is_plain, position
-from hydralv_tune.study.trial_views import FINISHED, VIOLATIONS, TrialView
+from hydralv_tune.study.trial_views import VIOLATIONS, TrialView, is_ended, superseded
 
 Floats = NDArray[np.float64]
 
@@ -52,6 +52,9 @@ RANK_VARIANCE = 1 / 12
 EXPLORE = 0.5
 """Standard deviations by which an uncertain candidate is preferred."""
 
+EXPECTED_VARIANCE = 0.04
+"""Variance over a space of the ranks that a lesson lets expect."""
+
 TRUST_TRIALS = 6.0
 """Trials of this study that weigh as much as the belief that earlier ones are right."""
 
@@ -59,13 +62,13 @@ CONTRAST_AFTER = 3
 """Trials of a study from which on every other one is the sampler's, until one has been tried that
 earlier studies advise against."""
 
-POOL = 200
+POOL = 150
 """Random candidates from which the most promising one is taken."""
 
 BEST = 5
 """Candidates of each study that are changed a little."""
 
-MUTANTS = 20
+MUTANTS = 10
 """Changed copies of each of the best candidates in that pool."""
 
 
@@ -149,14 +152,11 @@ def lesson_of(
         source: Where it comes from, for people.
         most: Trials that are kept: evenly spread over the ranks.
     """
+    gone = superseded(trials)
     known = [
         trial
         for trial in trials
-        if trial.state in FINISHED
-        and trial.params
-        and not (trial.is_imported or trial.is_foreign)
-        and (trial.value is not None or trial.intermediate)
-        and is_plain(space, trial)
+        if is_ended(trial) and trial.number not in gone and trial.params and is_plain(space, trial)
     ]
     if len(known) < FEWEST:
         return None
@@ -299,30 +299,25 @@ class Guide:
             generator: Of the random numbers.
             fixed: Values that are given.
         """
-        seen = [t for t in trials if t.params and not t.is_imported and is_plain(self.space, t)]
-        ended = [t for t in seen if t.state in FINISHED and (t.intermediate or t.value is not None)]
+        gone = superseded(trials)
+        seen = [t for t in trials if t.params and t.number not in gone]
+        ended = [t for t in seen if is_ended(t) and is_plain(self.space, t)]
         if not self.lessons or len(ended) >= GUIDED_TRIALS:
             return None
-        running = [t for t in seen if t.state == "RUNNING"]
+        running = [t for t in seen if t.state == "RUNNING" and is_plain(self.space, t)]
         ranks = ranks_of(ended) if ended else np.zeros(0)
         pool = self._pool(
             [ended[i].params for i in np.argsort(ranks)[:BEST]], tried, generator, fixed
         )
-        if not pool or self._lacks_contrast([*ended, *running], pool):
+        if not pool:
             return None
-        return pool[int(np.argmin(self._scores(ended, ranks, running, pool)))]
-
-    def _lacks_contrast(self, own: Sequence[TrialView], pool: Sequence[Mapping[str, Any]]) -> bool:
-        """Return whether this study tried only what its lessons hold for good.
-
-        Ranks among those alone cannot tell whether the lessons are right.
-        """
-        if len(own) < CONTRAST_AFTER or len(own) % 2 == 0:
-            return False
-        tried = [model.predict([trial.params for trial in own]) for model in self._models]
+        own = [trial.params for trial in (*ended, *running)]
+        tried_before = [model.predict(own) if own else np.zeros(0) for model in self._models]
         there = [model.predict(pool) for model in self._models]
-        low, high = np.quantile(np.mean(there, axis=0), [0.1, 0.9])
-        return bool(np.ptp(np.mean(tried, axis=0)) < (high - low) / 3)
+        if _lacks_contrast(tried_before, there):
+            return None
+        scores = self._scores(own, ranks, pool, tried_before, there)
+        return pool[int(np.argmin(scores))]
 
     def _pool(
         self,
@@ -342,47 +337,71 @@ class Guide:
 
     def _scores(
         self,
-        ended: Sequence[TrialView],
+        own: Sequence[Mapping[str, Any]],
         ranks: Floats,
-        running: Sequence[TrialView],
         pool: Sequence[Mapping[str, Any]],
+        tried_before: Sequence[Floats],
+        there: Sequence[Floats],
     ) -> Floats:
         """Return what is least for the most promising candidate of a pool.
 
         Each lesson is trusted as far as this study's trials agree with it. What they say beyond
         that is a Gaussian process of its own; one that runs makes its neighbours less uncertain.
+
+        Args:
+            own: Candidates of this study: the ended ones, then those that run.
+            ranks: Of the ended ones.
+            pool: Candidates to choose from.
+            tried_before: Ranks that each lesson lets expect of `own`.
+            there: The same of `pool`.
         """
-        own = [trial.params for trial in (*ended, *running)]
-        before, expected = self._expected(own, ranks, pool)
+        count = len(ranks)
+        before, expected = np.zeros(len(own)), np.zeros(len(pool))
+        for mine, its in zip(tried_before, there, strict=True):
+            weight = _trust(mine[:count], ranks) / len(there)
+            before, expected = before + weight * mine, expected + weight * its
         kernel = _Kernel(self.space, list(self.space.parameters))
         table, asked = kernel.encoded(own), kernel.encoded(pool)
         covariance = kernel(table, table)
         covariance[np.diag_indices_from(covariance)] += NOISE
         cross = kernel(asked, table)
         beyond = np.zeros(len(own))
-        if len(ended):
-            known = before[: len(ended)]
-            beyond[: len(ended)] = (ranks - ranks.mean()) - (known - known.mean())
+        if count:
+            beyond[:count] = (ranks - ranks.mean()) - (before[:count] - before[:count].mean())
         solved = np.linalg.solve(covariance, np.column_stack([beyond, cross.T]))
         variance = RANK_VARIANCE * np.maximum(1.0 - (cross * solved[:, 1:].T).sum(axis=1), 0.0)
         return np.asarray(expected + cross @ solved[:, 0] - EXPLORE * np.sqrt(variance))
 
-    def _expected(
-        self,
-        own: Sequence[Mapping[str, Any]],
-        ranks: Floats,
-        pool: Sequence[Mapping[str, Any]],
-    ) -> tuple[Floats, Floats]:
-        """Return the ranks that the lessons let expect of this study's trials and of a pool."""
-        before, expected = np.zeros(len(own)), np.zeros(len(pool))
-        fade = FADE_TRIALS / (FADE_TRIALS + len(ranks))
-        for model in self._models:
-            mine = model.predict(own) if own else np.zeros(0)
-            seen = mine[: len(ranks)] - (mine[: len(ranks)].mean() if len(ranks) else 0.0)
-            belief = TRUST_TRIALS * 0.04  # variance of an expected rank over a space
-            agreement = float(seen @ (ranks - ranks.mean())) if len(ranks) else 0.0
-            slope = (belief + agreement) / (belief + float(seen @ seen))
-            weight = fade * min(max(slope, 0.0), 2.0) / len(self._models)
-            before += weight * mine
-            expected += weight * model.predict(pool)
-        return before, expected
+
+def _lacks_contrast(tried_before: Sequence[Floats], there: Sequence[Floats]) -> bool:
+    """Return whether a study tried only what its lessons hold for good.
+
+    Ranks among those alone cannot tell whether the lessons are right.
+
+    Args:
+        tried_before: Ranks that each lesson lets expect of what was tried.
+        there: The same of what might be tried.
+    """
+    tried = np.mean(tried_before, axis=0)
+    if len(tried) < CONTRAST_AFTER or len(tried) % 2 == 0:
+        return False
+    low, high = np.quantile(np.mean(there, axis=0), [0.1, 0.9])
+    return bool(np.ptp(tried) < (high - low) / 3)
+
+
+def _trust(expected: Floats, ranks: Floats) -> float:
+    """Return the weight of a lesson: the slope of ranks over those expected, fading with both.
+
+    The belief that it is right counts as `TRUST_TRIALS` trials that agree with it.
+
+    Args:
+        expected: What the lesson says of the ended trials of a study.
+        ranks: Of those.
+    """
+    belief = TRUST_TRIALS * EXPECTED_VARIANCE
+    agreement = spread = 0.0
+    if len(ranks):
+        centred = expected - expected.mean()
+        agreement, spread = float(centred @ (ranks - ranks.mean())), float(centred @ centred)
+    slope = (belief + agreement) / (belief + spread)
+    return min(max(slope, 0.0), 2.0) * FADE_TRIALS / (FADE_TRIALS + len(ranks))

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from hydralv_tune.study.trial_views import OVERRIDES, TrialView
+from hydralv_tune.study.trial_views import OVERRIDES, REVIVED, TrialView
 
 MAX_RESTARTS = 20
 
@@ -34,7 +34,7 @@ def needs_successor(trial: TrialView, *, retries: int) -> bool:
 
 
 def successor_attributes(trial: TrialView) -> dict[str, Any]:
-    """Return the user attributes of the attempt that follows a FAIL."""
+    """Return the user attributes of the attempt that follows a FAIL, or a paused trial."""
     attributes = {
         "root": trial.root,
         "retry_of": trial.number,
@@ -42,7 +42,9 @@ def successor_attributes(trial: TrialView) -> dict[str, Any]:
         "restarts": int(trial.user_attrs.get("restarts", 0))
         + (trial.user_attrs.get("retry") == "free"),
     }
-    for key in ("warm_start", OVERRIDES):
+    if trial.state == "PRUNED":
+        attributes[REVIVED] = True
+    for key in ("warm_start", OVERRIDES, REVIVED):
         if key in trial.user_attrs:
             attributes[key] = trial.user_attrs[key]
     return attributes

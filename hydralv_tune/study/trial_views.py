@@ -45,6 +45,12 @@ FOLD_VALUES = "fold_values"
 """Attribute of a cross-validated trial: the objective of each fold, by step."""
 
 
+RESUMABLE = "resumable"
+"""Attribute of a PRUNED trial: its checkpoint is kept, and it may go on from there."""
+
+REVIVED = "revived"
+"""Attribute of a trial that goes on after it was pruned; it is pruned no more."""
+
 OVERRIDES = "overrides"
 """Attribute of a trial: the partial candidate that was enqueued for it."""
 
@@ -137,11 +143,15 @@ def count_states(trials: Iterable[TrialView]) -> dict[str, int]:
     """Return how many trials are in each state, under the names of the contract.
 
     Trials imported from another study, or added by another program, are not counted: this study
-    did not run them.
+    did not run them. One that was paused and goes on counts as what it is now.
     """
     counts = dict.fromkeys(("complete", "pruned", "fail", "running", "waiting"), 0)
-    for trial in trials:
-        if not (trial.is_imported or (trial.is_foreign and trial.state in FINISHED)):
+    known = list(trials)
+    gone = superseded(known)
+    for trial in known:
+        revived = trial.state == "PRUNED" and trial.number in gone
+        elsewhere = trial.is_imported or (trial.is_foreign and trial.state in FINISHED)
+        if not (revived or elsewhere):
             counts[trial.state.lower()] += 1
     return counts
 
@@ -244,6 +254,7 @@ def figures_of(trial: TrialView) -> dict[str, Any]:
         "epochs": attributes.get("epoch") or (attributes.get("training") or {}).get("epochs_done"),
         "minutes": round(trial.seconds / 60, 2),
         "gpu_hours": None if gpus is None else round(trial.seconds * gpus / 3600, 4),
+        RESUMABLE: attributes.get(RESUMABLE),
         "state_reason": str(attributes.get("reason") or "")[:LONGEST_FIGURE] or None,
     }
     return {name: value for name, value in figures.items() if value is not None}
@@ -268,6 +279,17 @@ def is_tried(trial: TrialView) -> bool:
     if trial.is_imported or trial.state == "WAITING" or "duplicate_of" in trial.user_attrs:
         return False
     return trial.is_foreign or "owner" in trial.user_attrs
+
+
+def is_ended(trial: TrialView) -> bool:
+    """Return whether this study ran a trial to its end, or until it was pruned."""
+    known = bool(trial.intermediate) or trial.value is not None
+    return trial.state in FINISHED and known and not (trial.is_imported or trial.is_foreign)
+
+
+def superseded(trials: Iterable[TrialView]) -> set[int]:
+    """Return the numbers of the attempts that another one followed, from the same checkpoint."""
+    return {trial.user_attrs["retry_of"] for trial in trials if "retry_of" in trial.user_attrs}
 
 
 def recipe_of(
