@@ -6,8 +6,8 @@ without pruning, TPE without pruning, and tuning the decoding thresholds of the 
 which is what PyTorch Connectomics offers. The curves in `search_table/` were made by really
 training every candidate of a small space on several phantoms (`search_table/train_curves.py`); a
 GPU-second here is a second of one CPU core there, and a rate between two tabulated ones has a curve
-between theirs. Proposals, pauses, warm starts and the guard are those of a real study; only the training,
-the clock and the database (in memory) are not.
+between theirs. Proposals, pauses, warm starts and the guard are those of a real study; only the
+training, the clock and the database (in memory) are not.
 
 `--keep` makes it go on where it was stopped; `--minutes` stops it. `--variants` compares other
 samplers and pruners too: the defaults were chosen from that table. `--write-shelf` writes the table
