@@ -132,12 +132,17 @@ def ranks_of(trials: Sequence[TrialView]) -> Floats:
             over[row, step - 1], value[row, step - 1] = shown
     places = np.empty((count, steps))
     for step in range(steps):
-        pairs = np.stack([over[:, step], value[:, step]], axis=1)
-        places[:, step] = np.unique(pairs, axis=0, return_inverse=True)[1].ravel()
-    common = np.minimum.outer(last, last) - 1
-    rows = np.arange(count)
-    mine, theirs = places[rows[:, None], common], places[rows[None, :], common]
-    ahead = (theirs < mine).sum(axis=1) + 0.5 * ((theirs == mine).sum(axis=1) - 1)
+        order = np.lexsort((value[:, step], over[:, step]))
+        ordered = np.stack([over[order, step], value[order, step]])
+        places[order, step] = np.cumsum(np.r_[0, np.any(ordered[:, 1:] != ordered[:, :-1], axis=0)])
+    ahead = np.full(count, -0.5)  # each ties with itself
+    lasts = np.unique(last)
+    for mine in lasts:
+        for theirs in lasts:
+            step = min(mine, theirs) - 1
+            own, others = places[last == mine, step], np.sort(places[last == theirs, step])
+            ahead[last == mine] += np.searchsorted(others, own, "left") / 2
+            ahead[last == mine] += np.searchsorted(others, own, "right") / 2
     return np.asarray(ahead / max(count - 1, 1), dtype=float)
 
 
