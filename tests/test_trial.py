@@ -813,7 +813,7 @@ def test_a_fold_that_stops_early_counts_with_its_last_losses_and_the_rest_goes_o
     assert cut.training["steps_done"] == 4
     assert cut.training["steps_done_by_fold"] == [1, 4]
     assert cut.training["patches"] == 10
-    assert f"plan_total {cut.losses['plan_total']:.4g}, wanted < 0.2: not met" in cut.verdicts
+    assert f"total loss {cut.losses['plan_total']:.4g}, wanted < 0.2: not met" in cut.verdicts
 
     def kill(evaluation: Evaluation) -> None:
         if evaluation.step == 2:
@@ -897,7 +897,7 @@ def test_the_plan_s_checkpoints_appear_as_verdicts() -> None:
     fell = [0.9, 0.25, *[0.15] * 8]
     lines = plan_findings([fell], 10, losses, scores)
     assert lines[0] == "loss 0.250 in epoch 2 of 10, under 0.3: on track"
-    assert "plan_total 0.15, wanted < 0.2: met" in lines
+    assert "total loss 0.15, wanted < 0.2: met" in lines
     assert "recall 0.9, wanted > 0.95: not met" in lines
     assert plan_findings([[0.9]], 10, {}, {}) == []
     assert "above 0.4: change the architecture" in plan_findings([[0.9, 0.5]], 10, {}, {})[0]

@@ -29,6 +29,16 @@ from hydralv_tune.numerics.metrics.registry import SUMMARY
 FORMAT = "hydralv_tune"
 FORMAT_VERSION = 2
 """Of checkpoints; in version 1 `norm: group` had 8 groups or the power of two that fits."""
+PLAN_TARGETS: tuple[tuple[str, str, str, float], ...] = (
+    ("adapted_rand_error", "adapted Rand error", "<", 0.05),
+    ("adapted_rand_precision", "precision", ">", 0.95),
+    ("adapted_rand_recall", "recall", ">", 0.95),
+    ("loss.plan_total", "total loss", "<", 0.2),
+    ("loss.label", "label loss", "<", 0.1),
+    ("loss.boundary", "boundary loss", "<", 0.1),
+    ("loss.edt", "distance loss", "<", 0.01),
+)
+"""What the plan wants on the training volume: key, label, whether below or above, limit."""
 PACKAGES = (
     "hydralv-tune", "torch", "monai", "numpy", "scipy", "scikit-image", "numba", "pydantic",
     "optuna", "ray",

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from hydralv_tune.artifacts.records import PLAN_TARGETS
 from hydralv_tune.config.candidate import Candidate
 from hydralv_tune.config.errors import InputError
 from hydralv_tune.data.volumes import Volume, VolumePaths
@@ -210,18 +211,13 @@ def plan_findings(
         else:
             meaning = "between 0.3 and 0.4: neither on track nor lost"
         lines.append(f"loss {loss:.3f} in epoch {fifth} of {epochs}, {meaning}")
-    wanted = []
-    limits = {"plan_total": 0.2, "label": 0.1, "boundary": 0.1, "edt": 0.01}
-    wanted += [(n, losses[n], "<", limit) for n, limit in limits.items() if n in losses]
-    if metrics:
-        wanted += [
-            ("adapted Rand error", metrics["adapted_rand_error"], "<", 0.05),
-            ("precision", metrics["adapted_rand_precision"], ">", 0.95),
-            ("recall", metrics["adapted_rand_recall"], ">", 0.95),
-        ]
-    for name, value, sign, limit in wanted:
-        met = value < limit if sign == "<" else value > limit
-        lines.append(f"{name} {value:.4g}, wanted {sign} {limit:g}: {'met' if met else 'not met'}")
+    figures = {**metrics, **{f"loss.{name}": value for name, value in losses.items()}}
+    for key, label, sign, limit in PLAN_TARGETS:
+        value = figures.get(key)
+        if value is not None:
+            met = value < limit if sign == "<" else value > limit
+            state = "met" if met else "not met"
+            lines.append(f"{label} {value:.4g}, wanted {sign} {limit:g}: {state}")
     return lines
 
 

@@ -8,23 +8,13 @@ from typing import Any
 
 import numpy as np
 
+from hydralv_tune.artifacts.records import PLAN_TARGETS
 from hydralv_tune.numerics.metrics.instance_errors import InstanceError, errors_if_corrected
 from hydralv_tune.numerics.metrics.scores import (
     ContingencyTable,
     adapted_rand,
     adapted_rand_foreground,
 )
-
-TARGETS: tuple[tuple[str, str, str, float], ...] = (
-    ("adapted_rand_error", "adapted Rand error", "<", 0.05),
-    ("adapted_rand_precision", "precision", ">", 0.95),
-    ("adapted_rand_recall", "recall", ">", 0.95),
-    ("loss.plan_total", "total loss", "<", 0.2),
-    ("loss.label", "label loss", "<", 0.1),
-    ("loss.boundary", "boundary loss", "<", 0.1),
-    ("loss.edt", "distance loss", "<", 0.01),
-)
-"""What the plan wants on the training volume."""
 
 
 @dataclass(frozen=True)
@@ -133,7 +123,7 @@ def plan_targets(metrics: Mapping[str, Any], losses: Mapping[str, Any]) -> list[
     values = {**metrics, **{f"loss.{name}": value for name, value in losses.items()}}
     return [
         Target(label, rule, limit, None if values.get(key) is None else float(values[key]))
-        for key, label, rule, limit in TARGETS
+        for key, label, rule, limit in PLAN_TARGETS
     ]
 
 
