@@ -21,6 +21,7 @@ import pytest
 import yaml
 from commands_in_a_process import environment
 
+from hydralv_tune.cli.configurations import Kind
 from hydralv_tune.cli.main import exit_code
 from hydralv_tune.config.search_space_files import load_space
 from hydralv_tune.numerics.phantom.volume import make_phantom
@@ -589,3 +590,13 @@ def test_a_name_that_looks_like_markup_is_told_as_it_is(
         assert code == 0, err
         # Long titles and cells are broken over lines.
         assert told.replace(" ", "") in "".join(out.split())
+
+
+@pytest.mark.parametrize("kind", [kind for kind in Kind if kind is not Kind.studies])
+def test_every_table_that_can_be_listed_has_entries(
+    kind: Kind, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert exit_code(["list", kind.value, "--json"]) == 0
+    items = json.loads(capsys.readouterr().out)["items"]
+    assert len(items) > 1
+    assert all(item["name"] and item["kind"] == kind for item in items)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from enum import StrEnum
 from itertools import takewhile
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any
 
 import typer
 
@@ -143,9 +143,9 @@ def _table(kind: Kind) -> dict[str, str]:
         from hydralv_tune.numerics.augmentation.registry import AUGMENTATIONS
 
         return {name: ", ".join(entry.defaults) for name, entry in AUGMENTATIONS.items()}
-    from hydralv_tune.config.search_space import Sampler
+    from hydralv_tune.config.search_methods import samplers
 
-    return dict.fromkeys(get_args(Sampler.model_fields["name"].annotation), "")
+    return {name: entry.summary for name, entry in samplers().items()}
 
 
 def _configurations(kind: str) -> list[dict[str, str]]:
