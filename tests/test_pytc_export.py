@@ -114,6 +114,19 @@ def test_january_reads_its_test_transform_and_single_numbers() -> None:
     assert mapping["inference"]["test_time_augmentation"]["apply_mask"] is True
 
 
+@pytest.mark.parametrize("enabled", [True, False])
+def test_january_is_told_what_is_off_by_leaving_it_out(enabled: bool) -> None:
+    transforms = {"enabled": enabled, "flip_axes": [[1], [2]], "rotation90_axes": [[1, 2]],
+                  "rotate90_k": [0, 2]}  # fmt: skip
+    candidate = load_candidate("baseline", {"inference": {"test_time_augmentation": transforms}})
+    exported = peer_config(candidate, candidate.test.decoding[0], DATA, schema="pytc-2026-01")
+    block = exported.mapping["inference"]["test_time_augmentation"]
+    assert not {"enabled", "rotate90_k"} & set(block)
+    assert any("rotate90_k" in note for note in exported.notes) is enabled
+    assert ("flip_axes" in block) is ("rotation90_axes" in block) is enabled
+    assert any("19 January" in note for note in exported.notes)
+
+
 def test_head_says_precision_mask_and_blending_where_it_reads_them() -> None:
     candidate = load_candidate("baseline")
     default = peer_config(candidate, candidate.test.decoding[0], DATA, schema="pytc").mapping[

@@ -399,8 +399,17 @@ def _plan(
             "Test-time flips over axis 0 turned the channels around in that version: "
             "check the flip axes, or leave them out."
         )
-    mapping["inference"]["test_time_augmentation"]["apply_mask"] = (
-        paths_of(data, "mask") is not None
+    test_block = mapping["inference"]["test_time_augmentation"]
+    # Its first state of that month has no such switch: what is off is left out.
+    if not test_block.pop("enabled"):
+        for key in ("flip_axes", "rotation90_axes", "rotate90_k"):
+            test_block.pop(key, None)
+    if test_block.pop("rotate90_k", None) is not None:
+        notes.append("rotate90_k: that version takes all four quarter turns.")
+    test_block["apply_mask"] = paths_of(data, "mask") is not None
+    notes.append(
+        "Its state of 28 January cannot train these losses (it hands each a weight) and stops "
+        "when it prints the error; that of 19 January does both."
     )
     mapping["test"] = {
         # That version reads the transform of its test images here and nowhere else.
