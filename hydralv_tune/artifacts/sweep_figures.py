@@ -113,7 +113,7 @@ def _axis_name(name: str) -> str:
 
 
 def _label(value: Any) -> str:
-    """Return a threshold as short as it can be told."""
+    """Return a threshold in as few digits as it needs."""
     return "off" if np.isinf(value) else f"{value:g}"
 
 

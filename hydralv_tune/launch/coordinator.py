@@ -154,18 +154,18 @@ class Coordinator:
         return self._start(key, asked)
 
     def placed(self, key: str) -> None:
-        """Take in that Ray has a process for a trial, which may still hang before it works."""
+        """Note that Ray has started a process for a trial, which may hang before it works."""
         if (live := self.live.get(key)) is not None and live.placed is None:
             live.placed = time.monotonic()
 
     def started(self, key: str) -> None:
-        """Take in that a trial's worker works."""
+        """Note that a trial's worker has begun."""
         self.placed(key)
         if (live := self.live.get(key)) is not None and live.started is None:
             live.started = time.monotonic()
 
     def on_message(self, key: str, message: dict[str, Any]) -> Literal["go", "stop"]:
-        """Take a worker's message in and return whether the trial goes on.
+        """Handle a worker's message, and return whether the trial goes on.
 
         Args:
             key: Ray's name of the trial.
@@ -195,7 +195,7 @@ class Coordinator:
         return "stop"
 
     def on_death(self, key: str, reason: str) -> None:
-        """Take in that a trial's process died, or was killed on purpose.
+        """Handle the death of a trial's process, killed on purpose or not.
 
         Args:
             key: Ray's name of the trial.
@@ -219,7 +219,7 @@ class Coordinator:
             self._fail(key, live, reason, "counted")
 
     def tick(self) -> list[str]:
-        """Do what is due and return Ray's names of the trials whose processes are to be ended.
+        """Do the periodic work, and return Ray's names of the trials to be ended.
 
         Raises:
             StudyFailed: Ray died.
@@ -269,7 +269,7 @@ class Coordinator:
         return dead
 
     def on_losses(self, reason: str) -> None:
-        """Take in that Ray gave up all live trials at once, whichever of them was to blame.
+        """Handle that Ray gave up all live trials at once, whichever of them caused it.
 
         Args:
             reason: What is known of it.
@@ -278,7 +278,7 @@ class Coordinator:
             self.on_death(key, reason)
 
     def abandon(self) -> None:
-        """Tell every live trial as interrupted: Ray is gone, or this process ends now."""
+        """Tell Optuna that every live trial was interrupted: Ray or this process ends."""
         for key, live in list(self.live.items()):
             self._interrupted(key, live)
 
@@ -354,7 +354,7 @@ class Coordinator:
         return "go"
 
     def _finish(self, key: str, live: LiveTrial, record: dict[str, Any]) -> None:
-        """Tell a trial that came to its end."""
+        """Tell Optuna the result of a trial that was trained to its end."""
         metrics = record.get("metrics") or {}
         try:
             value = objective_value(metrics, self.space.objective)
@@ -380,7 +380,7 @@ class Coordinator:
         retry: str,
         message: Mapping[str, Any] | None = None,
     ) -> None:
-        """Tell a trial that failed."""
+        """Tell Optuna that a trial failed."""
         extra = {k: message[k] for k in ("stage", "traceback") if message and k in message}
         kept = {**kept_of(live.last), **extra}
         if self._tell(key, live, "FAIL", retry=retry, reason=reason, **kept):
@@ -388,7 +388,7 @@ class Coordinator:
             self._stop_if_all_fail(reason)
 
     def _interrupted(self, key: str, live: LiveTrial) -> None:
-        """Tell a trial that was stopped for no fault of its own; it is enqueued again."""
+        """Tell Optuna that a trial was interrupted; it is enqueued again."""
         reason = f"interrupted: {self.stop_reason or 'its driver ended'}"
         self._tell(key, live, "FAIL", retry="free", reason=reason, **kept_of(live.last))
 
@@ -410,7 +410,7 @@ class Coordinator:
         retry: str = "no",
         **attributes: Any,
     ) -> bool:
-        """Tell the end of a trial, say so, and return whether it was still this driver's."""
+        """Tell Optuna and the view how a trial ended; return whether it was this driver's."""
         self.live.pop(key, None)
         number = live.asked.number
         known = {
@@ -479,7 +479,7 @@ class Coordinator:
                 self.stop(f"the space has no more combinations: {reached}")
 
     def _stop_if_all_fail(self, reason: str) -> None:
-        """End a run in which nothing works any more; what failed in earlier runs may be mended.
+        """End a run in which trial after trial fails; failures of earlier runs do not count.
 
         Args:
             reason: Of the last failure.
@@ -492,7 +492,7 @@ class Coordinator:
             self.stop("every trial fails")
 
     def _poll(self) -> None:
-        """Tell what waits, and mark the trials that the database has taken away."""
+        """Tell Optuna the results that wait, and mark trials that the database took away."""
         try:
             lost = self.driver.poll()
         except DatabaseAway as error:

@@ -67,7 +67,7 @@ class StudySearcher(_RayAdapter, Searcher):
     def on_trial_complete(
         self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
     ) -> None:
-        """Tell a trial that ended without saying so."""
+        """Handle a trial that ended without a last message."""
         self.coordinator.on_death(trial_id, "worker: ended without a result")
 
 
@@ -96,7 +96,7 @@ class StudyScheduler(_RayAdapter, TrialScheduler):
         return str(TrialScheduler.CONTINUE if decision == "go" else TrialScheduler.STOP)
 
     def on_trial_error(self, tune_controller: Any, trial: Any) -> None:
-        """Tell a trial whose process died."""
+        """Handle a trial whose process died."""
         self._trials.pop(trial.trial_id, None)
         self.coordinator.on_death(trial.trial_id, _death(trial))
 
@@ -109,7 +109,7 @@ class StudyScheduler(_RayAdapter, TrialScheduler):
         self._trials.pop(trial.trial_id, None)
 
     def choose_trial_to_run(self, tune_controller: Any) -> Any:
-        """Do what is due at every turn of Ray's loop, and return the next pending trial."""
+        """Do the periodic work of the study, and return the next pending trial."""
         for key in self.coordinator.tick():
             self._end(tune_controller, key)
         for key in list(self.coordinator.live):

@@ -34,7 +34,7 @@ class TrialFunction(Protocol):
 
 
 class Reporter:
-    """What a trial function calls: it sends evaluations and stops the trial when told.
+    """What a trial function calls: it sends evaluations and stops the trial on request.
 
     Args:
         send: Takes a message to the driver and returns once that has decided.

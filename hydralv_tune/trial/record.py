@@ -91,7 +91,7 @@ def training_facts(
 
 
 def progress_facts(trainer: Trainer) -> dict[str, Any]:
-    """Return where a training is, and the losses since it was last asked."""
+    """Return where a training is, and the losses since the last call."""
     return {
         "step": trainer.step,
         "epoch": trainer.epoch,

@@ -1,4 +1,4 @@
-"""What a trial is told, and what it reports while it trains."""
+"""What a trial is given, and what it reports while it trains."""
 
 from __future__ import annotations
 
