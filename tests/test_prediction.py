@@ -333,8 +333,8 @@ def test_wrong_input_is_refused_with_a_reason() -> None:
         predict(network, picture(), turned)
     for wrong, message in (
         ({"flip_axes": [3]}, "flip_axes holds"),
-        ({"rotation90_axes": [[1, 1]]}, "a pair of two axes"),
-        ({"rotation90_axes": [[1, 2]], "rotate90_k": [4]}, "quarter turns of 0 to 3"),
+        ({"rotation90_axes": [[1, 1]]}, "pairs of axes"),
+        ({"rotation90_axes": [[1, 2]], "rotate90_k": [4]}, "quarter turns must be 0 to 3"),
         ({"channel_activations": [[0, 1, "sigmoid"]]}, "nothing of channel 1"),
         ({"channel_activations": [[0, 3, "sigmoid"], [2, 3, "tanh"]]}, "channel 2 twice"),
         ({"channel_activations": [[0, 3, "relu6"]]}, "Unknown activation 'relu6'"),
