@@ -18,7 +18,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-TURNS = 5
+TURNS = 3
 WITNESS = Path(__file__).parents[1] / "tests" / "witness" / "version_1"
 BARE = ["-c", "import pydantic, yaml, typer, rich"]
 DASHBOARD = ["-c", "import optuna_dashboard"]
