@@ -22,7 +22,7 @@ from hydralv_tune.artifacts.pictures import draw_losses
 from hydralv_tune.config.errors import InputError, StudyError
 from hydralv_tune.config.search_space import space_from_mapping
 from hydralv_tune.results.dashboard import (
-    Guard,
+    AccessGuard,
     _Handler,
     _Server,
     application,
@@ -231,7 +231,7 @@ def test_writable_lets_its_own_pages_change_and_no_others() -> None:
         start_response("204 No Content", [("Access-Control-Allow-Origin", "*")])
         return [b""]
 
-    def call(guard: Guard, **environ: str) -> tuple[str, list[Any]]:
+    def call(guard: AccessGuard, **environ: str) -> tuple[str, list[Any]]:
         answered: list[Any] = []
         guard(
             {"REQUEST_METHOD": "DELETE", "HTTP_HOST": "127.0.0.1:8080", **environ},
@@ -239,8 +239,8 @@ def test_writable_lets_its_own_pages_change_and_no_others() -> None:
         )
         return answered[0]
 
-    assert call(Guard(inner))[0].startswith("405")
-    writable = Guard(inner, writable=True)
+    assert call(AccessGuard(inner))[0].startswith("405")
+    writable = AccessGuard(inner, writable=True)
     assert call(writable, HTTP_ORIGIN="https://evil.example")[0].startswith("403")
     assert seen == []
     status, headers = call(writable, HTTP_ORIGIN="http://127.0.0.1:8080")

@@ -53,7 +53,7 @@ StartResponse = Callable[..., Any]
 Application = Callable[[dict[str, Any], StartResponse], Iterable[bytes]]
 
 
-class Guard:
+class AccessGuard:
     """Lets only local readers through to a WSGI application.
 
     A page of another site that is open in the same browser could otherwise reach the dashboard:
@@ -136,7 +136,7 @@ class _Handler(WSGIRequestHandler):
         return str(self.client_address[0])
 
 
-def application(studies: Sequence[Study], *, writable: bool = False) -> Guard:
+def application(studies: Sequence[Study], *, writable: bool = False) -> AccessGuard:
     """Return the guarded dashboard of some studies as a WSGI application.
 
     Args:
@@ -152,7 +152,7 @@ def application(studies: Sequence[Study], *, writable: bool = False) -> Guard:
     app.get("/api/studies/<study_id:int>/param_importances")(pages.importances)
     app.get("/dashboard<:re:(/.*)?>")(pages.page)
     app.get(f"/{SCRIPT.name}")(pages.script)
-    return Guard(app, writable=writable)
+    return AccessGuard(app, writable=writable)
 
 
 class Pages:

@@ -32,7 +32,7 @@ from hydralv_tune.results.report.findings import (
     early_ranks,
     stopped,
 )
-from hydralv_tune.results.report.limits import Limit, Target, kind_of, limits, plan_targets
+from hydralv_tune.results.report.limits import Limit, PlanTarget, kind_of, limits, plan_targets
 from hydralv_tune.results.scored_volumes import (
     Judgement,
     ScoredVolume,
@@ -133,7 +133,7 @@ class ReportData:
     changes: Sequence[Change]
     ranks: Ranks | None
     stopped: Stopped | None
-    targets: Sequence[Target]
+    targets: Sequence[PlanTarget]
     limits: Sequence[Limit]
     axes: Sequence[Axis]
     points: Sequence[tuple[str, str, Mapping[str, Any]]]

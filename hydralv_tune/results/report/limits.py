@@ -18,7 +18,7 @@ from hydralv_tune.numerics.metrics.scores import (
 
 
 @dataclass(frozen=True)
-class Target:
+class PlanTarget:
     """One target of the plan, and how far it is.
 
     `now` is None where it was not measured, and `met` then False.
@@ -113,7 +113,7 @@ STILL_LEARNING = 0.4
 """Total loss, as the plan counts it, above which no threshold is what limits the score."""
 
 
-def plan_targets(metrics: Mapping[str, Any], losses: Mapping[str, Any]) -> list[Target]:
+def plan_targets(metrics: Mapping[str, Any], losses: Mapping[str, Any]) -> list[PlanTarget]:
     """Return the plan's targets beside what was reached.
 
     Args:
@@ -122,7 +122,7 @@ def plan_targets(metrics: Mapping[str, Any], losses: Mapping[str, Any]) -> list[
     """
     values = {**metrics, **{f"loss.{name}": value for name, value in losses.items()}}
     return [
-        Target(label, rule, limit, None if values.get(key) is None else float(values[key]))
+        PlanTarget(label, rule, limit, None if values.get(key) is None else float(values[key]))
         for key, label, rule, limit in PLAN_TARGETS
     ]
 
