@@ -10,7 +10,7 @@ from typing import Any
 import ray
 from ray._private import ray_constants, services, utils, worker
 from ray._private.node import Node
-from ray.air.execution import RayActorManager
+from ray.air.execution._internal.actor_manager import RayActorManager
 from ray.tune.execution.tune_controller import TuneController
 
 PRIVATE_NAMES: tuple[tuple[Any, tuple[str, ...]], ...] = (
