@@ -141,6 +141,30 @@ def test_a_peer_export_with_its_images_written_gives_the_same_segmentation(
     assert np.abs(sections.std(axis=(1, 2)) - 1).max() < 1e-3
 
 
+def test_january_is_said_to_differ_where_the_volume_was_padded(
+    finished_study: Any, tmp_path: Path
+) -> None:
+    copied = tmp_path / "copy"
+    shutil.copytree(finished_study.folder, copied)
+    storage = f"sqlite:///{copied / 'study.db'}"
+    study = Study.open(storage, "tiny")
+    study.remember("out", str(copied))
+    best = study.best()
+    assert best is not None
+    record = study.folder_of(best) / "record.json"
+    study.close()
+    content = json.loads(record.read_text())
+    content["config"]["data"]["pad_size"] = [2, 8, 8]
+    record.write_text(json.dumps(content))
+    for format, portable in (("pytc", True), ("pytc-2026-01", False)):
+        document = export_best(
+            storage, "tiny", tmp_path / "p.yaml", format=format, write_normalised=True
+        )
+        assert document["portable"] is portable
+        first = Path(document["out"]).read_text().splitlines()[0]
+        assert ("windows lie elsewhere" in first) is not portable
+
+
 def test_a_trial_that_stays_here_names_the_best_that_goes_over(
     finished_study: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
@@ -154,7 +178,9 @@ def test_a_trial_that_stays_here_names_the_best_that_goes_over(
     assert best is not None
     record = study.folder_of(best) / "record.json"
     study.close()
-    record.write_text(record.read_text().replace('"activation": null', '"activation": "gelu"'))
+    content = json.loads(record.read_text())
+    content["config"]["model"]["activation"] = "gelu"
+    record.write_text(json.dumps(content))
     monkeypatch.chdir(tmp_path)
 
     def exported(*words: str) -> dict[str, Any]:

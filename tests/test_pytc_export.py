@@ -147,7 +147,7 @@ def test_the_context_of_a_prediction_is_padded_and_cut_off_there_too() -> None:
     january = peer_config(candidate, step, DATA, schema="pytc-2026-01")
     assert january.mapping["data"]["image_transform"]["pad_size"] == [8, 24, 24]
     assert "pad_size" not in january.mapping["test"]["data"]["image_transform"]
-    assert any("differ near the rim" in note for note in january.notes)
+    assert any("windows lie elsewhere" in note for note in january.notes)
     bare = load_candidate("baseline", {"data": {"pad_size": [0, 0, 0]}})
     default = peer_config(bare, step, DATA, schema="pytc").mapping["default"]
     assert "crop_pad" not in default["inference"]["model"]

@@ -270,7 +270,19 @@ def _export_peer(
     )
     with as_input_error(f"export --format {format}"):
         config = peer_config(best.candidate, best.step, data, schema=format)
-    about = _portable_lines(best, against, by_section and not normalised)
+    differs = []
+    if by_section and not normalised:
+        differs.append(
+            "it cannot standardise sections (data.image_transform.normalize z_section); export "
+            "with --write-normalised to write the images as this network sees them."
+        )
+    if format == "pytc-2026-01" and any(best.candidate.data.pad_size):
+        differs.append(
+            f"that version pads no image before prediction (data.pad_size "
+            f"{list(best.candidate.data.pad_size)}), so its windows lie elsewhere; --format pytc "
+            "pads too, and a candidate with data.pad_size [0, 0, 0] goes over as it is."
+        )
+    about = _portable_lines(best, against, differs)
     lines = [*about, "", *_head_lines(best)]
     lines += ["", *_volume_flood_lines(best)]
     lines += ["", "What PyTorch Connectomics has no key for, and so does otherwise:"]
@@ -283,7 +295,7 @@ def _export_peer(
     write_atomically(out, (_comments(lines) + dump_yaml(config.mapping)).encode())
     command = shlex.join(["python", "scripts/main.py", "--config", str(out.absolute())])
     test = [f"{command} --mode test"] if not against else []
-    portable = not against and not (by_section and not normalised)
+    portable = not against and not differs
     return {
         "out": str(out),
         "checkpoint": str(weights) if not against else None,
@@ -294,13 +306,12 @@ def _export_peer(
     }
 
 
-def _portable_lines(best: BestTrial, against: list[str], by_section: bool) -> list[str]:
+def _portable_lines(best: BestTrial, against: list[str], differs: list[str]) -> list[str]:
     """Return, first of all, whether that tool gives this segmentation, and what to do if not."""
-    if by_section and not against:
+    if differs and not against:
         return [
-            "ATTENTION: PyTorch Connectomics gives another segmentation: it cannot standardise "
-            "sections (data.image_transform.normalize z_section). Its weights go over; export with "
-            "--write-normalised to write the images as this network sees them."
+            "ATTENTION: PyTorch Connectomics gives another segmentation, though its weights go "
+            f"over: {' And '.join(differs)}"
         ]
     if not against:
         return ["PyTorch Connectomics has this network: its weights go over."]

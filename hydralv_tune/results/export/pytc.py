@@ -381,7 +381,8 @@ def _plan(
     if padded:
         notes.append(
             f"Volumes are padded by {list(candidate.data.pad_size)} before prediction too; that "
-            "version pads them in training alone, so its probabilities differ near the rim."
+            "version pads them in training alone, so its windows lie elsewhere and its "
+            "probabilities differ, most with group or instance norm."
         )
     mapping["data"] |= {f"train_{key}": value for key, value in data_block(data).items()}
     augmentations = augmentation_blocks(candidate, notes)
