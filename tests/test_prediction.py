@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from monai.inferers.utils import sliding_window_inference
 from torch import Tensor, nn
 
 from hydralv_tune.artifacts.records import save_checkpoint
@@ -86,6 +87,29 @@ def test_blended_windows_equal_the_network_on_the_whole(
     assert np.abs(maps - expected(image)).max() < 2e-3
 
 
+@pytest.mark.parametrize("blending", ["gaussian", "constant"])
+@pytest.mark.parametrize("overlap", [0.25, 0.6])
+def test_windows_are_joined_as_monai_joins_them(blending: str, overlap: float) -> None:
+    setting = candidate(
+        data={"pad_size": [0, 0, 0]},
+        inference={
+            "sliding_window": {"blending": blending, "overlap": overlap},
+            "test_time_augmentation": {"enabled": False},
+        },
+    )
+    torch.manual_seed(0)
+    network = network_of(setting).eval()
+    image = picture((11, 37, 41))
+    with torch.inference_mode():
+        joined = sliding_window_inference(
+            torch.from_numpy(normalise(image))[None, None], (4, 16, 16), 3,
+            lambda windows: activate(network(windows), [[0, 2, "sigmoid"], [2, 3, "tanh"]]),
+            overlap=overlap, mode=blending,
+            sigma_scale=setting.inference.sliding_window.sigma_scale,
+        )  # fmt: skip
+    assert np.abs(predict(network, image, setting) - joined[0].numpy()).max() < 1e-3
+
+
 def test_a_convolution_sees_padding_as_in_training() -> None:
     image = picture((6, 20, 20))
     network = nn.Conv3d(1, 3, 3, padding=1)
@@ -155,7 +179,9 @@ def test_progress_counts_every_window_once() -> None:
             )
             count = plan_windows(shape, setting).count
             assert seen[-1] == (count, count)
-            assert [done for done, _ in seen] == sorted({min(3 * i, count) for i in range(1, 999)})
+            steps = np.diff([0, *(done for done, _ in seen)])
+            assert steps.min() >= 1
+            assert steps.max() <= 3
 
 
 def test_all_flips_and_quarter_turns_are_sixteen_distinct_transforms() -> None:

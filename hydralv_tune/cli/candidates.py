@@ -233,12 +233,16 @@ def segment(
     from hydralv_tune.artifacts.neuroglancer import write_view
     from hydralv_tune.artifacts.writing import write_frame
     from hydralv_tune.config.files import parse_overrides
-    from hydralv_tune.results.segmentation import load_model
+    from hydralv_tune.data.truth import ANNOTATED_NOTE
+    from hydralv_tune.results.segmentation import load_model, tissue_and_scored
     from hydralv_tune.results.segmentation_score import scored_segmentation
     from hydralv_tune.trial.whole_volume.segmentation import Jobs, segment_volume
 
     changed = parse_overrides(settings or [])
     model = load_model(expanded(best), study=study, changed=changed)
+    tissue, scored_mask = tissue_and_scored(mask, scored_mask)
+    if tissue != mask:
+        say(f"{mask}: {ANNOTATED_NOTE}.")
     memory = memory_gb or max(psutil.virtual_memory().available / 2e9, 1.0)
     started = time.perf_counter()
     with ExitStack() as stack:
@@ -249,12 +253,12 @@ def segment(
             jobs = stack.enter_context(ray_jobs(ray_address))
         say_step = stack.enter_context(step_progress())
         found = segment_volume(
-            model, VolumePaths(image, image, label, mask), out, memory_gb=memory, device=device,
+            model, VolumePaths(image, image, label, tissue), out, memory_gb=memory, device=device,
             jobs=jobs, say=say_step,
         )  # fmt: skip
         rows = found.table.frame()
         scores: dict[str, Any] = {}
-        inside = [path for path in (mask, scored_mask) if path is not None]
+        inside = [path for path in (tissue, scored_mask) if path is not None]
         if label is not None:
             scores, rows = scored_segmentation(
                 out, label, rows, masks=inside, ignore=ignore_label or []

@@ -240,13 +240,26 @@ def decode(
     probabilities: Annotated[str, text_option(help="(3, Z, Y, X) probabilities.")],
     out: Annotated[Path, path_option(help="Where the segmentation goes.")],
     mask: OneMask = None,
+    candidate: Annotated[
+        str | None,
+        text_option(
+            "--candidate",
+            help="Decoder and thresholds of an exported YAML file, a checkpoint or a study.",
+        ),
+    ] = None,
     decoder: Annotated[
-        str, typer.Option(help="A name of the table of decoders.")
-    ] = "decode_instance_binary_contour_distance",
+        str | None,
+        typer.Option(
+            help="A name of the table of decoders. Default: "
+            "decode_instance_binary_contour_distance."
+        ),
+    ] = None,
     settings: Settings = None,
     json: Json = False,
 ) -> None:
     """Turn probabilities into labels.
+
+    Thresholds come from --candidate, those that --set names from there.
 
     Example: `hydralv-tune decode --probabilities runs/p.h5 --out runs/seg.h5
     --set binary_threshold=[0.5,0.7]`
@@ -264,7 +277,15 @@ def decode(
     )
     from hydralv_tune.numerics.watershed.decoders import decode as decode_labels
 
-    step = decoding_step(decoder, parse_overrides(settings or []))
+    changed = parse_overrides(settings or [])
+    if candidate is None:
+        step = decoding_step(decoder or "decode_instance_binary_contour_distance", changed)
+    elif decoder is not None:
+        raise InputError("decode: --candidate names the decoder too. Leave --decoder out.")
+    else:
+        from hydralv_tune.results.segmentation import load_thresholds
+
+        step = load_thresholds(candidate, changed=changed)
     maps = read_probabilities(probabilities)
     with as_input_error(probabilities):
         labels = decode_labels(

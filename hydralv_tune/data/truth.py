@@ -140,19 +140,34 @@ def annotated_sections(occupied: Any) -> bool:
     return single or bool(inside[-1] - inside[0] + 1 > len(inside))
 
 
+FEW_SECTIONS = 2
+"""Annotated side by side: so few do not say where tissue ends."""
+
+
+def longest_run(occupied: Any) -> int:
+    """Return how many sections of a mask, (Z,) booleans, lie side by side at most."""
+    return max(len(run) for run in _runs(occupied))
+
+
+def _runs(occupied: Any) -> list[Array]:
+    """Return the sections that lie side by side, as runs of their numbers."""
+    inside = np.flatnonzero(occupied)
+    return np.split(inside, np.flatnonzero(np.diff(inside) > 1) + 1)
+
+
 def tissue_of(mask: Array) -> Array | None:
     """Return where decoding goes on for a mask of annotated sections; None is everywhere.
 
-    Where no more than two neighbouring sections are annotated, nothing says where tissue ends.
+    Where no more than `FEW_SECTIONS` are annotated side by side, nothing says where tissue ends.
     Otherwise the sections left out are filled from the nearest ones on both sides.
 
     Args:
         mask: (Z, Y, X), bool.
     """
-    inside = np.flatnonzero(mask.any(axis=(1, 2)))
-    runs = np.split(inside, np.flatnonzero(np.diff(inside) > 1) + 1)
-    if max(len(run) for run in runs) <= 2:
+    occupied = mask.any(axis=(1, 2))
+    if longest_run(occupied) <= FEW_SECTIONS:
         return None
+    runs = _runs(occupied)
     tissue = mask.copy()
     for below, above in pairwise(runs):
         tissue[below[-1] + 1 : above[0]] = mask[below[-1]] | mask[above[0]]

@@ -111,7 +111,7 @@ def check_before_ray(
             _require_ray(found.removeprefix("ray://"))
     except (OSError, ValueError, OverflowError) as error:
         raise InputError(
-            f"run: no Ray cluster answers at --ray-address {address} ({error}). Start one with "
+            f"no Ray cluster answers at --ray-address {address} ({error}). Start one with "
             "`ray start --head`, or leave the option out to start one here."
         ) from error
 
@@ -234,13 +234,13 @@ def _why_not_joined(address: str, reason: str) -> str:
     if "mismatch" in reason.lower() and len(versions) >= 4:
         (_, ray_there), (_, python_there), (_, ray_here), (_, python_here) = versions[:4]
         return (
-            f"run: the cluster at --ray-address {address} runs Ray {ray_there} on Python "
+            f"the cluster at --ray-address {address} runs Ray {ray_there} on Python "
             f"{python_there}, here are Ray {ray_here} and Python {python_here}; both must be "
             f"equal. Install ray=={ray_here} there or ray=={ray_there} here, under one Python."
         )
     first = reason if "mismatch" in reason.lower() else reason.splitlines()[0]
     return (
-        f"run: no Ray cluster could be joined at --ray-address {address} "
+        f"no Ray cluster could be joined at --ray-address {address} "
         f"({' '.join(first.split())}). Start one with `ray start --head`, or leave the option out "
         "to start one here."
     )

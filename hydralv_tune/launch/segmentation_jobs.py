@@ -10,7 +10,8 @@ from typing import Any
 import ray
 
 from hydralv_tune.config.errors import TrialFailed
-from hydralv_tune.launch.cluster import ray_cluster
+from hydralv_tune.config.plugins import Registration, register_again, registrations
+from hydralv_tune.launch.cluster import check_before_ray, ray_cluster
 from hydralv_tune.trial.whole_volume.segmentation import Jobs
 
 
@@ -33,7 +34,8 @@ class RayJobs(Jobs):
     ) -> Iterator[int]:
         """Yield the number of each job that is done, as they end."""
         task = ray.remote(_one).options(**self._options)
-        running = {task.remote(function, os.path.abspath(folder), n): n for n in numbers}
+        place, made = os.path.abspath(folder), registrations()
+        running = {task.remote(function, place, n, made): n for n in numbers}
         while running:
             done, _ = ray.wait(list(running), num_returns=1)
             number = running.pop(done[0])
@@ -49,10 +51,13 @@ class RayJobs(Jobs):
             yield number
 
 
-def _one(function: Callable[[str, int], Any], folder: str, number: int) -> None:
+def _one(
+    function: Callable[[str, int], Any], folder: str, number: int, made: list[Registration]
+) -> None:
     """Run one job with one thread: there are as many jobs at once as cores."""
     import torch
 
+    register_again(made)
     torch.set_num_threads(1)
     function(folder, number)
 
@@ -64,6 +69,7 @@ def ray_jobs(address: str) -> Iterator[RayJobs]:
     Raises:
         InputError: There is no cluster to join.
     """
+    check_before_ray(address, None, None)
     with ray_cluster(address, []):
         found = ray.cluster_resources()
         gpus = int(found.get("GPU", 0))

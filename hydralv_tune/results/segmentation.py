@@ -9,6 +9,8 @@ from typing import Any
 from hydralv_tune.config.candidate import Candidate, DecodingStep
 from hydralv_tune.config.errors import InputError
 from hydralv_tune.config.files import decoding_step, load_candidate
+from hydralv_tune.data.formats.files import open_lazy
+from hydralv_tune.data.truth import FEW_SECTIONS, annotated_sections, longest_run
 from hydralv_tune.trial.whole_volume.segmentation import Model
 
 CHECKPOINTS = (".ckpt", ".pt", ".pth")
@@ -44,9 +46,57 @@ def load_model(
     else:
         checkpoint, step = _of_study(best, study)
     candidate = _trained_as(checkpoint)
-    if changed:
-        step = decoding_step(step.name, {**step.decoder_arguments(), **changed})
+    step = _changed(step, changed)
     return Model(checkpoint, candidate, step.name, step.decoder_arguments())
+
+
+def load_thresholds(
+    best: str, *, study: str | None = None, changed: Mapping[str, Any] | None = None
+) -> DecodingStep:
+    """Return decoder and thresholds alone; no weights are needed.
+
+    Args:
+        best: As for `load_model`; beside a YAML file no checkpoint is needed.
+        study: As for `load_model`.
+        changed: As for `load_model`.
+
+    Raises:
+        InputError: As for `load_model`.
+        StudyError: As for `load_model`.
+    """
+    path = Path(best)
+    if path.suffix in YAML:
+        step = _exported_step(path)
+    elif path.suffix in CHECKPOINTS:
+        step = _step_beside(path)
+    else:
+        step = _of_study(best, study)[1]
+    return _changed(step, changed)
+
+
+def _changed(step: DecodingStep, changed: Mapping[str, Any] | None) -> DecodingStep:
+    """Return a step with some of its arguments replaced."""
+    if not changed:
+        return step
+    return decoding_step(step.name, {**step.decoder_arguments(), **changed})
+
+
+def tissue_and_scored(mask: str | None, scored: str | None) -> tuple[str | None, str | None]:
+    """Return the files that say where tissue is and where the truth is known, as a study does.
+
+    A mask of annotated sections, given alone, says where the truth is known; where no more than
+    two neighbouring sections are annotated, nothing says where tissue ends.
+
+    Args:
+        mask: Given as where tissue is, or None.
+        scored: Given as where the truth is known, or None.
+    """
+    if mask is None or scored is not None:
+        return mask, scored
+    with open_lazy(mask, ndim=3) as opened:
+        occupied = [bool((opened[z : z + 1] > 0).any()) for z in range(opened.shape[0])]
+    sparse = annotated_sections(occupied) and longest_run(occupied) <= FEW_SECTIONS
+    return (None, mask) if sparse else (mask, None)
 
 
 def _trained_as(checkpoint: Path) -> Candidate:

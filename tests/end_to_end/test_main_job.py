@@ -18,6 +18,8 @@ import pytest
 import yaml
 
 from hydralv_tune.artifacts.checkpoint_store import CheckpointStore
+from hydralv_tune.data.volumes import open_lazy, write_array
+from hydralv_tune.numerics.phantom.volume import make_phantom
 
 pytestmark = pytest.mark.timeout(900)
 PHANTOM = ("--shape", "16", "96", "96", "--instances", "6", "--seed", "3")
@@ -175,3 +177,36 @@ def test_real_em_runs_through(shared_data: Path, tmp_path: Path) -> None:
     )  # fmt: skip
     assert document["trials"]["complete"] == 1
     assert 0 <= document["best"]["adapted_rand_error"] <= 1
+
+
+@pytest.mark.slow
+def test_from_a_precomputed_image_to_a_view_in_neuroglancer(tmp_path: Path) -> None:
+    """As a newcomer goes, by commands alone; the volume is as a public archive has it."""
+    made = make_phantom((16, 96, 96), instances=6, seed=3)
+    for name, array in (("image", made.image), ("label", made.label.astype(np.uint32))):
+        write_array(
+            tmp_path / f"{name}.precomputed", array, voxel_size_nm=(30, 8, 8),
+            origin_nm=(300, 80, 160),
+        )  # fmt: skip
+    image = f"precomputed://file://{tmp_path}/image.precomputed"
+    volume = ["--image", image, "--label", f"precomputed://file://{tmp_path}/label.precomputed"]
+    run = hydralv("run", "smoke", *volume, "--study", "n", "--trials", "1", *QUICK, cwd=tmp_path)
+    assert run["trials"]["complete"] == 1
+    found = hydralv(
+        "segment", "runs/n", *volume, "--out", "seg.ome.zarr", "--table", "vesicles.parquet",
+        "--neuroglancer", "view", cwd=tmp_path,
+    )  # fmt: skip
+    assert found["adapted_rand_error"] == run["best"]["adapted_rand_error"]
+    assert len(pd.read_parquet(tmp_path / "vesicles.parquet")) == found["instances"]
+    with open_lazy(tmp_path / "seg.ome.zarr", ndim=3) as labels:
+        assert labels.voxel_size_nm == (30, 8, 8)
+        assert labels.origin_nm == (300, 80, 160)
+        written = labels[...]
+    state = json.loads((tmp_path / found["neuroglancer"]).read_text())
+    layers = {layer["name"]: layer for layer in state["layers"]}
+    assert {"image", "truth", "segmentation"} <= set(layers)
+    for name, array in (("image", made.image), ("truth", made.label), ("segmentation", written)):
+        folder = tmp_path / "view" / layers[name]["source"].rpartition("/")[2]
+        with open_lazy(folder, ndim=3) as shown:
+            assert np.array_equal(shown[...], array), name
+            assert shown.origin_nm == (300, 80, 160)

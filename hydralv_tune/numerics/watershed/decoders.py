@@ -152,12 +152,17 @@ class Decoder:
         domain: Of (probabilities, mask, every argument by name): the voxels, (Z, Y, X), whose
             26-connected components are decoded independently of each other, so that a volume can
             be decoded in parts. None where there is nothing like that.
+        nodes: Of the same: the voxels of the domain that take most of the memory; all where None.
+        by_section: Whether it reads probabilities as `probabilities[:, z]` alone, so that they
+            may stay on disk.
     """
 
     function: Callable[..., Labels]
     arguments: Mapping[str, Argument]
     sweep: SweepForm | None = None
     domain: Callable[[Array, Array | None, Mapping[str, Any]], Array] | None = None
+    nodes: Callable[[Array, Array | None, Mapping[str, Any]], Array] | None = None
+    by_section: bool = False
 
     @property
     def slow_axes(self) -> tuple[str, ...]:
@@ -184,6 +189,14 @@ def _contour_domain(
     # Compared in double precision, as the flood does it.
     support: npt.NDArray[np.bool_] = (maps[0] > np.float64(arguments["floor"])) | (maps[2] > 0)
     return support if mask is None else support & (mask > 0)
+
+
+def _contour_nodes(
+    maps: Array, mask: Array | None, arguments: Mapping[str, Any]
+) -> npt.NDArray[np.bool_]:
+    """Return what may be a seed, foreground or a basin; the rest is flooded through alone."""
+    floor = max(min(arguments["binary_threshold"]), 0.0)
+    return _contour_domain(maps, mask, {"flood": "support", "floor": floor})
 
 
 def _distance_domain(
@@ -365,6 +378,7 @@ _DISTANCE = Decoder(
         cut=_cut_to_foreground,
     ),
     _distance_domain,
+    by_section=True,
 )
 DECODERS: dict[str, Decoder] = {
     CONTOUR: Decoder(
@@ -386,6 +400,8 @@ DECODERS: dict[str, Decoder] = {
             graph=_contour_graph,
         ),
         _contour_domain,
+        _contour_nodes,
+        by_section=True,
     ),
     "decode_instance_watershed_distance": _DISTANCE,
     "decode_distance_watershed": _DISTANCE,

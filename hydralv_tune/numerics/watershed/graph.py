@@ -130,12 +130,14 @@ def checked_probabilities(probabilities: Array) -> Array:
     """Return probabilities of the right shape and type; their range is checked while read.
 
     Args:
-        probabilities: (3, Z, Y, X); binary and boundary in [0, 1], distance in [-1, 1].
+        probabilities: (3, Z, Y, X); binary and boundary in [0, 1], distance in [-1, 1]. They may
+            lie on disk: `probabilities[:, z]` is all that is read of them.
 
     Raises:
         ValueError: Channels are missing, or they hold no floats.
     """
-    array = np.asarray(probabilities)
+    on_disk = isinstance(getattr(probabilities, "dtype", None), np.dtype)
+    array = probabilities if on_disk else np.asarray(probabilities)
     if array.ndim != 4 or array.shape[0] != 3:
         raise ValueError(
             f"probabilities have shape {array.shape}, but must have (3, Z, Y, X): "

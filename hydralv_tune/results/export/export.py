@@ -214,22 +214,27 @@ def _comments(lines: list[str]) -> str:
 
 
 def own_commands(best: BestTrial, out: Path, checkpoint: Path) -> list[str]:
-    """Return the commands that predict, decode and score a new volume, and train again."""
-    volume = best.volumes[0] if best.volumes else None
-    image = volume.image if volume else "IMAGE.h5"
-    label = (volume.label if volume else None) or "LABEL.h5"
-    mask = ["--mask", volume.mask] if volume and volume.mask else []
-    step = best.step
-    settings: list[str] = []
-    for key, value in step.decoder_arguments().items():
-        settings += ["--set", f"{key}={_setting(value)}"]
+    """Return the commands that predict, decode and score a volume, train again, and segment.
+
+    Args:
+        best: The trial.
+        out: Its exported configuration.
+        checkpoint: Its weights.
+    """
+    volume = best.volumes[0] if best.volumes else VolumePaths("", "IMAGE.h5", "LABEL.h5")
+    mask = ["--mask", volume.mask] if volume.mask else []
+    truth = ["--label", volume.label or "LABEL.h5", *mask]
+    truth += ["--scored-mask", volume.scored_mask] if volume.scored_mask else []
+    truth += [word for number in volume.ignore_labels for word in ("--ignore-label", str(number))]
     probabilities, segmentation = out.with_suffix(".p.h5"), out.with_suffix(".seg.h5")
+    image = ["--image", volume.image]
     rows = [
-        ["predict", "--checkpoint", checkpoint, "--image", image, "--out", probabilities],
+        ["predict", "--checkpoint", checkpoint, *image, "--out", probabilities],
         ["decode", "--probabilities", probabilities, "--out", segmentation, *mask,
-         "--decoder", step.name, *settings],
-        ["score", "--prediction", segmentation, "--label", label, *mask],
+         "--candidate", out],
+        ["score", "--prediction", segmentation, *truth],
         ["train", out, *_all_volumes(best), "--out", out.with_suffix("")],
+        ["segment", out, *image, "--out", segmentation, *truth],
     ]  # fmt: skip
     return [shlex.join(["hydralv-tune", *map(str, row)]) for row in rows]
 
@@ -242,13 +247,6 @@ def _all_volumes(best: BestTrial) -> list[str]:
             path = getattr(volume, option)
             words += [f"--{option}", path] if path else []
     return words
-
-
-def _setting(value: Any) -> str:
-    """Return a value as `--set` reads it."""
-    if isinstance(value, list | tuple):
-        return "[" + ",".join(_setting(entry) for entry in value) + "]"
-    return "null" if value is None else str(value)
 
 
 def _export_peer(

@@ -254,8 +254,10 @@ def commands(data: ReportData) -> str:
     """Return the commands that use the study."""
     named = study_words(data)
     shown = named if named[0] != "--storage" else named[:2]
+    best = named if named[0] != "--storage" else [data.storage, "--study", data.study]
     return "\n".join(
         (
+            command("segment", *best, "--image", "IMAGE", "--out", "seg.h5", "--table", "seg.csv"),
             command("export", *named, "--out", "best.yaml"),
             command("dashboard", *shown),
             command("status", *named),
@@ -484,6 +486,11 @@ def provenance_rows(data: ReportData) -> list[tuple[str, str]]:
     package = record.provenance.get("package") or {}
     versions = record.provenance.get("versions") or {}
     commit = f", commit {str(package['git_commit'])[:12]}" if package.get("git_commit") else ""
+    folder = data.best.folder
+    files = [folder / name for name in ("best.ckpt", "record.json", "sweep.parquet")]
+    files += sorted(folder.glob("segmentation_*.h5"))
+    there = [str(path) for path in files if path.is_file()]
+    rows += [("files", ", ".join(there))] if there else []
     rows.append(("hydralv-tune", f"{package.get('version')}{commit}"))
     rows.append(("versions", ", ".join(f"{k} {v}" for k, v in versions.items())))
     host = record.provenance.get("host") or {}

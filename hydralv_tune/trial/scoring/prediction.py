@@ -12,7 +12,6 @@ from typing import Any, cast
 import numpy as np
 import numpy.typing as npt
 import torch
-from monai.inferers.utils import sliding_window_inference
 from torch import Tensor, nn
 
 from hydralv_tune.artifacts.records import FORMAT, load_checkpoint
@@ -40,21 +39,26 @@ from hydralv_tune.trial.fitted_normalisation import (
     fit_image,
     padded_normalisation,
 )
+from hydralv_tune.trial.scoring.stitching import (
+    BACKGROUND,
+    Lane,
+    Predictor,
+    Size3,
+    Span,
+    Windows,
+    predicted_sections,
+)
 
 Array = npt.NDArray[Any]
 Probabilities = npt.NDArray[np.float16]
 Progress = Callable[[int, int], None]
-Size3 = tuple[int, int, int]
 
-BACKGROUND = (0.0, 0.0, -1.0)
-"""What a window that the mask leaves out is: neither instance nor boundary, distance outside."""
-LOWEST = (0.0, 0.0, -1.0)
 PAD_MODES = {"reflect": "reflect", "constant": "constant", "replicate": "edge", "circular": "wrap"}
 """Our padding modes as NumPy names them."""
 CPU_WINDOWS = 4
 """Windows at once on a CPU where the candidate does not say: one at a time is the slowest way."""
 VOLUME_SHARE = 0.5
-"""Share of the free GPU memory that image and stitched result may take before they stay behind."""
+"""Share of the free GPU memory that a layer of windows may take before it stays behind."""
 
 
 def pick_device(name: str = "auto") -> torch.device:
@@ -159,36 +163,28 @@ class LowMemoryWarning(UserWarning):
 
 
 @dataclass(frozen=True)
-class _Job:
-    """What does not change while a volume is predicted."""
+class _InMemory:
+    """A padded volume, (z, y, x) float32, in memory."""
 
-    network: nn.Module
-    padded: Array
-    candidate: Candidate
-    windows: Windows
-    transforms: tuple[Transform, ...]
-    device: torch.device
-    progress: Progress | None
-    wanted: Array | None
+    array: Array
+
+    def read(self, z: Span, y: Span, x: Span) -> Array:
+        """Return the box between first and end places."""
+        return self.array[slice(*z), slice(*y), slice(*x)]
 
 
 @dataclass(frozen=True)
-class Windows:
-    """How a volume is cut, padded and joined again.
+class _Job:
+    """What does not change while a volume is predicted."""
 
-    Args:
-        shape: (z, y, x) of the padded volume.
-        before: Voxels padded before each axis.
-        size: (z, y, x) of a window.
-        overlap: Share of a window that the next one covers again.
-        count: Number of windows.
-    """
-
+    predictor: Predictor
+    padded: _InMemory
     shape: Size3
-    before: Size3
-    size: Size3
-    overlap: float
-    count: int
+    candidate: Candidate
+    windows: Windows
+    device: torch.device
+    progress: Progress | None
+    wanted: _InMemory | None
 
 
 def plan_windows(shape: Sequence[int], candidate: Candidate) -> Windows:
@@ -289,43 +285,30 @@ def predict(
     if mask is not None and mask.shape != image.shape:
         raise ValueError(f"mask has shape {mask.shape}, but the image has {image.shape}.")
     windows = plan_windows(image.shape, candidate)
+    target = torch.device(device)
     job = _Job(
-        network=network,
-        padded=_padded(np.asarray(image), windows, candidate, normalisation),
+        predictor=window_predictor(network, candidate, transforms_of(candidate), target),
+        padded=_InMemory(_padded(np.asarray(image), windows, candidate, normalisation)),
+        shape=cast(Size3, image.shape),
         candidate=candidate,
         windows=windows,
-        transforms=transforms_of(candidate),
-        device=torch.device(device),
+        device=target,
         progress=progress,
-        wanted=None if mask is None else _zero_padded(np.asarray(mask) > 0, windows),
+        wanted=None if mask is None else _InMemory(_zero_padded(np.asarray(mask) > 0, windows)),
     )
     was_training = network.training
     network.eval()
     try:
-        stitched = _within_memory(job)
+        result = _within_memory(job)
     finally:
         network.train(was_training)
-    inside = tuple(
-        slice(before, before + side)
-        for before, side in zip(windows.before, image.shape, strict=True)
-    )
-    probabilities = stitched[(slice(None), *inside)]
-    if not bool(torch.isfinite(probabilities).all()):
-        raise TrialFailed(
-            "prediction",
-            "the network gives values that are not finite; its training diverged. Try a smaller "
-            "learning rate",
-            retry=False,
-        )
-    lowest = torch.tensor(LOWEST, device=probabilities.device).view(3, 1, 1, 1)
-    result = probabilities.clamp(lowest, torch.ones_like(lowest)).half().cpu().numpy()
     if mask is not None and candidate.inference.test_time_augmentation.apply_mask:
         result[:, ~(np.asarray(mask) > 0)] = np.array(BACKGROUND, np.float16)[:, None]
-    return cast(Probabilities, result)
+    return result
 
 
-def _within_memory(job: _Job) -> Tensor:
-    """Return the stitched result; windows at once are halved while the GPU's memory runs out."""
+def _within_memory(job: _Job) -> Probabilities:
+    """Return the probabilities; windows at once are halved while the GPU's memory runs out."""
     window = job.candidate.inference.sliding_window
     batch = window.sw_batch_size or max(
         job.candidate.system.inference.batch_size, CPU_WINDOWS if job.device.type == "cpu" else 1
@@ -377,52 +360,35 @@ def window_predictor(
     return lambda inputs: ensemble(probabilities, inputs, transforms, tta.ensemble_mode)
 
 
-def _stitched(job: _Job, batch: int) -> Tensor:
-    """Return the blended probabilities (3, z, y, x) of the padded volume, float32."""
-    candidate, windows, device = job.candidate, job.windows, job.device
-    window = candidate.inference.sliding_window
-    predicted = window_predictor(job.network, candidate, job.transforms, device)
-    background = torch.tensor(BACKGROUND, device=device).view(1, 3, 1, 1, 1)
+def _stitched(job: _Job, batch: int) -> Probabilities:
+    """Return the probabilities of the volume, (3, z, y, x)."""
+    windows, device = job.windows, job.device
     done = 0
 
-    def of_windows(inputs: Tensor, places: Sequence[Sequence[slice]]) -> Tensor:
+    def count(more: int) -> None:
         nonlocal done
-        chosen = [
-            index
-            for index, place in enumerate(places)
-            if job.wanted is None or job.wanted[tuple(place[2:])].any()
-        ]
-        result = background.expand(len(places), 3, *inputs.shape[2:]).clone()
-        if chosen:
-            result[chosen] = predicted(inputs[chosen])
-        done += len(places)
-        if job.progress is not None:
+        done += more
+        if job.progress is not None and more:
             job.progress(done, windows.count)
-        return result
 
-    # The volume and its result stay on the host where they would crowd the network out.
-    home = device if _fits(windows.shape, device) else torch.device("cpu")
-    with torch.inference_mode():
-        stitched = sliding_window_inference(
-            torch.from_numpy(job.padded)[None, None].to(home),
-            windows.size,
-            batch,
-            of_windows,
-            overlap=windows.overlap,
-            mode=window.blending,
-            sigma_scale=window.sigma_scale,
-            sw_device=device,
-            device=home,
-            with_coord=True,
-        )
-    return cast(Tensor, stitched)[0]
+    # A layer stays on the host where it would crowd the network out.
+    home = device if _fits(windows, device) else torch.device("cpu")
+    result = np.empty((3, *job.shape), np.float16)
+    wanted = job.wanted
+    for first, values in predicted_sections(
+        job.padded, job.candidate, windows, Lane((0, 0, 0), job.shape), predictor=job.predictor,
+        wanted=lambda z, y, x: None if wanted is None else wanted.read(z, y, x), batch=batch,
+        device=device, progress=count, home=home,
+    ):  # fmt: skip
+        result[:, first : first + values.shape[1]] = values
+    return result
 
 
-def _fits(shape: Size3, device: torch.device) -> bool:
-    """Return whether image, result and weights of that shape leave the GPU room for a network."""
+def _fits(windows: Windows, device: torch.device) -> bool:
+    """Return whether a layer of windows with its sums leaves the GPU room for a network."""
     if device.type != "cuda":
         return True
-    needed = math.prod(shape) * 4 * (1 + 2 * 3 + 1)
+    needed = windows.size[0] * math.prod(windows.shape[1:]) * 4 * (1 + 2 * 3 + 1)
     return needed < VOLUME_SHARE * torch.cuda.mem_get_info(device)[0]
 
 

@@ -26,8 +26,16 @@ Size3 = tuple[int, int, int]
 Box = tuple[slice, slice, slice]
 Domain = Callable[[Array, Array | None], npt.NDArray[np.bool_]]
 
-BYTES_A_VOXEL = 40
-"""What decoding takes at its peak for each voxel of a block: probabilities, graph, labels, mask."""
+PLACE_BYTES = 12
+"""What decoding takes at its peak for each voxel of a block: places of the graph, labels, mask."""
+NODE_BYTES = 60
+"""What it takes besides for each voxel that may be seed or foreground: values, ranks, queues."""
+MAP_BYTES = 6
+"""Of the probabilities of a voxel, where a decoder wants them in memory."""
+SLAB_BYTES = 40
+"""What it takes to label a voxel of a slab."""
+SLAB = 16
+"""Sections that are read at once from what lies on disk: a chunk holds as many."""
 EVERYWHERE = np.ones((3, 3, 3), bool)
 
 
@@ -46,6 +54,45 @@ def domain_of(name: str, arguments: Mapping[str, Any]) -> Domain | None:
     return None if domain is None else lambda maps, mask: domain(maps, mask, used)
 
 
+def nodes_of(name: str, arguments: Mapping[str, Any]) -> Domain | None:
+    """Return what tells the voxels that take most of the memory, likewise; the domain if None."""
+    used = {**decoder_arguments(name), **arguments}
+    nodes = DECODERS[name].nodes
+    return None if nodes is None else lambda maps, mask: nodes(maps, mask, used)
+
+
+class MapsOnDisk:
+    """A box of probabilities that is read a few sections at a time, as `maps[:, z]`.
+
+    Args:
+        stored: (3, Z, Y, X) on disk.
+        box: Which part of them.
+    """
+
+    ndim = 4
+
+    def __init__(self, stored: Any, box: Box) -> None:
+        self._stored, self._box = stored, box
+        self.shape = (3, *(part.stop - part.start for part in box))
+        self.dtype = np.dtype(stored.dtype)
+        self._first, self._slab = 0, np.zeros((3, 0), self.dtype)
+
+    def __getitem__(self, where: tuple[slice, int]) -> Array:
+        """Return channels of one section, (c, y, x)."""
+        channels, z = where
+        if not self._first <= z < self._first + self._slab.shape[1]:
+            place = self._box[0].start + z
+            # Whole chunks, so that each is unpacked once.
+            end = min(place - place % SLAB + SLAB, self._box[0].stop)
+            self._first = z
+            self._slab = np.asarray(self._stored[(slice(None), slice(place, end), *self._box[1:])])
+        return self._slab[channels, z - self._first]
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> Array:
+        """Return all of it in memory."""
+        return np.asarray(self._stored[(slice(None), *self._box)], dtype)
+
+
 @dataclass(frozen=True)
 class Components:
     """The 26-connected components of a domain.
@@ -54,34 +101,37 @@ class Components:
         roots: (provisional ids + 1,), the component of each provisional label; 0 is none.
         boxes: (components + 1, 3, 2), first and end voxel along each axis.
         voxels: (components + 1,), their sizes.
+        nodes: (components + 1,), how many of those take most of the memory.
     """
 
     roots: Ints
     boxes: Ints
     voxels: Ints
+    nodes: Ints
 
     def __len__(self) -> int:
         return len(self.boxes) - 1
 
 
 def label_components(
-    slabs: Sequence[slice], domain_at: Callable[[slice], npt.NDArray[np.bool_]],
+    slabs: Sequence[slice], domain_at: Callable[[slice], tuple[Array, Array]],
     write: Callable[[slice, Array], None],
 ) -> Components:  # fmt: skip
     """Label a domain slab by slab, and find what belongs together across them.
 
     Args:
         slabs: Of sections, in order and without gaps.
-        domain_at: The domain of a slab, (z, y, x) booleans.
+        domain_at: Domain and nodes of a slab, both (z, y, x) booleans.
         write: Keeps the provisional labels (z, y, x) of a slab, uint32.
     """
     total = 0
     pairs: list[Array] = []
     boxes: list[Ints] = [np.zeros((1, 3, 2), np.int64)]
-    voxels: list[Ints] = [np.zeros(1, np.int64)]
+    voxels: list[Ints] = [np.zeros((1, 2), np.int64)]
     last: Array | None = None
     for slab in slabs:
-        labels, count = ndimage.label(domain_at(slab), structure=EVERYWHERE)
+        domain, nodes = domain_at(slab)
+        labels, count = ndimage.label(domain, structure=EVERYWHERE)
         labels = np.where(labels > 0, labels.astype(np.uint32) + np.uint32(total), np.uint32(0))
         found = ndimage.find_objects((labels - np.uint32(total) * (labels > 0)).astype(np.int32))
         boxes.append(
@@ -90,7 +140,15 @@ def label_components(
             )
         )
         boxes[-1][:, 0] += slab.start
-        voxels.append(np.bincount(labels[labels > 0] - np.uint32(total), minlength=count + 1)[1:])
+        voxels.append(
+            np.stack(
+                [
+                    np.bincount(labels[inside] - np.uint32(total), minlength=count + 1)[1:]
+                    for inside in (labels > 0, nodes & (labels > 0))
+                ],
+                1,
+            )
+        )
         if last is not None:
             pairs.append(_touching(last, labels[0]))
         write(slab, labels)
@@ -129,9 +187,9 @@ def _joined(total: int, pairs: Sequence[Array], boxes: Ints, voxels: Ints) -> Co
     np.minimum.at(joined[:, :, 0], roots[1:], boxes[1:, :, 0])
     np.maximum.at(joined[:, :, 1], roots[1:], boxes[1:, :, 1])
     joined[0] = 0
-    sizes = np.zeros(count, np.int64)
+    sizes = np.zeros((count, 2), np.int64)
     np.add.at(sizes, roots[1:], voxels[1:])
-    return Components(roots=roots, boxes=joined, voxels=sizes)
+    return Components(roots=roots, boxes=joined, voxels=sizes[:, 0], nodes=sizes[:, 1])
 
 
 @dataclass(frozen=True)
@@ -147,13 +205,20 @@ class Block:
     components: Ints
 
 
-def plan_blocks(shape: Size3, components: Components, *, memory_bytes: float) -> list[Block]:
+def plan_blocks(
+    shape: Size3, components: Components, *, memory_bytes: float, place_bytes: float = PLACE_BYTES
+) -> list[Block]:
     """Return blocks that hold every component whole and fit into the memory, in raster order.
+
+    Args:
+        shape: (z, y, x) of the volume.
+        components: Of the domain.
+        memory_bytes: What decoding a block may take.
+        place_bytes: What it takes for each voxel of the block's box, its nodes apart.
 
     Raises:
         InputError: One component alone does not fit.
     """
-    most = max(int(memory_bytes / BYTES_A_VOXEL), 1)
     blocks: list[Block] = []
     waiting = [np.arange(1, len(components) + 1)]
     while waiting:
@@ -163,19 +228,20 @@ def plan_blocks(shape: Size3, components: Components, *, memory_bytes: float) ->
         boxes = components.boxes[chosen]
         low = np.maximum(boxes[:, :, 0].min(0) - 1, 0)
         high = np.minimum(boxes[:, :, 1].max(0) + 1, shape)
-        if math.prod((high - low).tolist()) <= most:
+        nodes = int(components.nodes[chosen].sum())
+        needed = math.prod((high - low).tolist()) * place_bytes + nodes * NODE_BYTES
+        if needed <= memory_bytes:
             z, y, x = (slice(int(a), int(b)) for a, b in zip(low, high, strict=True))
             blocks.append(Block((z, y, x), chosen))
             continue
         if len(chosen) == 1:
             size = (high - low).tolist()
-            needed = math.prod(size) * BYTES_A_VOXEL / 1e9
             raise InputError(
                 f"--memory-gb: one connected region of {int(components.voxels[chosen[0]]):,} "
                 f"voxels spans {size[0]} x {size[1]} x {size[2]} voxels (z, y, x), and is decoded "
-                f"as one: that takes {needed:.1f} GB of the memory for decoding. Allow "
-                f"{math.ceil(2 * needed)} GB, give a mask of the tissue, or cut the region with "
-                "--set flood=support and a higher floor, for example --set floor=0.3."
+                f"as one: that takes {needed / 1e9:.1f} GB of the memory for decoding. Allow "
+                f"{math.ceil(needed / 1e9 + 1)} GB, give a mask of the tissue, or cut the region "
+                "with --set flood=support and a higher floor, for example --set floor=0.3."
             )
         middle = boxes.mean(2)
         axis = int(np.argmax(np.ptp(middle, axis=0) if len(chosen) > 2 else high - low))
@@ -186,26 +252,31 @@ def plan_blocks(shape: Size3, components: Components, *, memory_bytes: float) ->
 
 
 def decode_block(
-    block: Block, maps: Array, provisional: Array, components: Components, name: str,
+    block: Block, maps: Any, provisional: Any, components: Components, name: str,
     arguments: Mapping[str, Any],
 ) -> npt.NDArray[np.int32]:  # fmt: skip
     """Return the instances of a block, (z, y, x) of its box, ids from 1.
 
     Args:
         block: Which components.
-        maps: (3, z, y, x), the probabilities of its box.
-        provisional: (z, y, x), the provisional labels of its box.
+        maps: (3, z, y, x), the probabilities of its box, in memory or on disk.
+        provisional: (Z, Y, X), the provisional labels of the volume, in memory or on disk.
         components: Of the volume.
         name: Of the decoder.
         arguments: Of the decoder.
     """
     member = np.zeros(len(components) + 1, bool)
     member[block.components] = True
-    mask = member[components.roots][provisional]
+    member = member[components.roots]
+    mask = np.zeros([part.stop - part.start for part in block.box], bool)
+    for z in range(0, len(mask), SLAB):
+        first = block.box[0].start + z
+        sections = slice(first, min(first + SLAB, block.box[0].stop))
+        mask[z : z + SLAB] = member[np.asarray(provisional[(sections, *block.box[1:])])]
     return decode(name, maps, mask, **arguments)
 
 
 def sections_of(shape: Size3, *, memory_bytes: float) -> Iterator[slice]:
     """Return slabs of sections that fit into the memory, at least one section each."""
-    depth = max(int(memory_bytes / (BYTES_A_VOXEL * shape[1] * shape[2])), 1)
+    depth = max(int(memory_bytes / (SLAB_BYTES * shape[1] * shape[2])), 1)
     return (slice(z, min(z + depth, shape[0])) for z in range(0, shape[0], depth))

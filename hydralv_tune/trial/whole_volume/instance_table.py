@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -50,7 +50,7 @@ class InstanceTable:
 
 
 def instances_of(
-    labels: Array, binary: Array, mask: Array | None, *, first: Sequence[int],
+    labels: Array, binary: Callable[[int], Array], mask: Array | None, *, first: Sequence[int],
     shape: Sequence[int], voxel_size_nm: Sequence[float] | None,
     origin_nm: Sequence[float] | None,
 ) -> dict[str, Array]:  # fmt: skip
@@ -58,7 +58,7 @@ def instances_of(
 
     Args:
         labels: (z, y, x), ids from 1 without gaps.
-        binary: (z, y, x), the probability of an instance.
+        binary: The probability of an instance in section z of the box, (y, x).
         mask: (z, y, x) booleans, or None.
         first: (z, y, x) of the box in the volume.
         shape: (Z, Y, X) of the volume.
@@ -73,10 +73,7 @@ def instances_of(
         `touches_border`, of the volume; `touches_mask`, its end;
         `probability`, the mean. Columns in nm are NaN where the voxel size is not known.
     """
-    found = regionprops_table(
-        labels, np.asarray(binary, np.float32),
-        properties=("label", "centroid", "bbox", "num_pixels", "intensity_mean"),
-    )  # fmt: skip
+    found = regionprops_table(labels, properties=("label", "centroid", "bbox", "num_pixels"))
     spacing = np.array([np.nan] * 3 if voxel_size_nm is None else voxel_size_nm, float)
     origin = np.zeros(3) if origin_nm is None else np.asarray(origin_nm, float)
     low = np.array(first)
@@ -105,8 +102,19 @@ def instances_of(
     ends = np.array(shape)
     columns["touches_border"] = ((boxes[:, 0] + low == 0) | (boxes[:, 1] + low == ends)).any(1)
     columns["touches_mask"] = _at_the_mask(labels, mask, len(voxels))
-    columns["probability"] = found["intensity_mean"].astype(np.float64)
+    columns["probability"] = _mean(labels, binary, len(voxels))[columns["id"] - 1]
     return columns
+
+
+def _mean(labels: Array, binary: Callable[[int], Array], count: int) -> Array:
+    """Return the mean probability of each id from 1, read section by section."""
+    sums, sizes = np.zeros(count + 1), np.zeros(count + 1)
+    for z, section in enumerate(labels):
+        if section.any():
+            weights = np.asarray(binary(z), np.float64).ravel()
+            sums += np.bincount(section.ravel(), weights, minlength=count + 1)
+            sizes += np.bincount(section.ravel(), minlength=count + 1)
+    return sums[1:] / np.maximum(sizes[1:], 1)
 
 
 def _surface(labels: Array, number: int, box: Array, spacing: Array) -> float:
@@ -125,5 +133,6 @@ def _at_the_mask(labels: Array, mask: Array | None, count: int) -> npt.NDArray[n
     result = np.zeros(count + 1, bool)
     if mask is not None:
         inner = ndimage.binary_erosion(mask > 0, border_value=1)
-        result[np.unique(labels[~inner])] = True
+        for section, apart in zip(labels, inner, strict=True):
+            result[section[~apart]] = True
     return result[1:]

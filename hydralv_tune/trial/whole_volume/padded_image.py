@@ -14,11 +14,11 @@ from hydralv_tune.config.candidate import Candidate
 from hydralv_tune.data.volumes import Sections
 from hydralv_tune.numerics.normalisation import Normalisation
 from hydralv_tune.trial.fitted_normalisation import padded_normalisation
-from hydralv_tune.trial.scoring.prediction import PAD_MODES, Windows
+from hydralv_tune.trial.scoring.prediction import PAD_MODES
+from hydralv_tune.trial.scoring.stitching import Span, Windows
 
 Array = npt.NDArray[Any]
 Ints = npt.NDArray[np.int64]
-Span = tuple[int, int]
 OUTSIDE = -1
 """In a table of places: a constant stands there, no voxel."""
 

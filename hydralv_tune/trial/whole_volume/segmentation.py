@@ -30,20 +30,20 @@ from hydralv_tune.data.formats.files import LazyArray, create_array, locate, ope
 from hydralv_tune.data.truth import annotated_sections
 from hydralv_tune.data.volumes import Volume, VolumePaths
 from hydralv_tune.numerics.normalisation import Normalisation
-from hydralv_tune.numerics.watershed.decoders import decode
+from hydralv_tune.numerics.watershed.decoders import DECODERS, decode
 from hydralv_tune.trial.fitted_normalisation import fitted_normalisation
 from hydralv_tune.trial.scoring.prediction import (
-    BACKGROUND,
     load_network,
     pick_device,
     plan_windows,
     transforms_of,
     window_predictor,
 )
+from hydralv_tune.trial.scoring.stitching import BACKGROUND, Lane, Span, predicted_sections
 from hydralv_tune.trial.whole_volume import decoding
 from hydralv_tune.trial.whole_volume.instance_table import InstanceTable, instances_of
-from hydralv_tune.trial.whole_volume.padded_image import PaddedImage, Span
-from hydralv_tune.trial.whole_volume.prediction import Lane, plan_lanes, predicted_sections
+from hydralv_tune.trial.whole_volume.lanes import plan_lanes
+from hydralv_tune.trial.whole_volume.padded_image import PaddedImage
 
 Array = npt.NDArray[Any]
 Size3 = tuple[int, int, int]
@@ -148,11 +148,40 @@ class Work:
     def components(self) -> decoding.Components:
         """Return the components of the domain."""
         with np.load(self.folder / "components.npz") as kept:
-            return decoding.Components(kept["roots"], kept["boxes"], kept["voxels"])
+            return decoding.Components(**{key: kept[key] for key in kept.files})
+
+    @property
+    def has_blocks(self) -> bool:
+        """Return whether the blocks have been planned."""
+        return (self.folder / "blocks.npz").exists()
+
+    def keep_blocks(self, blocks: Sequence[decoding.Block]) -> None:
+        """Keep the blocks for workers and later runs."""
+        _save(
+            self.folder / "blocks.npz",
+            boxes=np.array([[(p.start, p.stop) for p in block.box] for block in blocks])
+            .reshape(-1, 3, 2).astype(np.int64),
+            components=np.concatenate([np.zeros(0, np.int64), *(b.components for b in blocks)]),
+            counts=np.array([len(block.components) for block in blocks], np.int64),
+        )  # fmt: skip
+
+    @cached_property
+    def blocks(self) -> list[decoding.Block]:
+        """Return the blocks that were planned."""
+        with np.load(self.folder / "blocks.npz") as kept:
+            parts = np.split(kept["components"], np.cumsum(kept["counts"])[:-1])
+            return [
+                decoding.Block(cast(Any, tuple(slice(a, b) for a, b in box.tolist())), part)
+                for box, part in zip(kept["boxes"], parts, strict=False)
+            ]
 
     def block_file(self, number: int) -> Path:
-        """Return where the instances of a block are kept."""
+        """Return where the table of a block is kept; it is there once the block is done."""
         return self.folder / f"block_{number}.npz"
+
+    def block_labels(self, number: int) -> Path:
+        """Return where the labels of a block are kept."""
+        return self.folder / f"block_{number}.zarr"
 
     @contextmanager
     def inputs(self) -> Iterator[tuple[LazyArray, LazyArray | None]]:
@@ -233,9 +262,8 @@ def _begin(
         windows = plan_windows(shape, model.candidate)
     lanes = plan_lanes(shape, windows, memory_bytes=0.4 * memory_bytes, least=workers)
     plan = {
-        "image": str(Path(paths.image).absolute()) if Path(paths.image).exists() else paths.image,
-        "mask": paths.mask,
-        "label": paths.label,
+        "image": _absolute(paths.image),
+        "mask": None if paths.mask is None else _absolute(paths.mask),
         "shape": list(shape),
         **placement,
         "files": [_state_of(p) for p in (paths.image, paths.mask) if p is not None],
@@ -255,7 +283,9 @@ def _begin(
     work = Work(work.folder)
     shutil.rmtree(work.folder, ignore_errors=True)
     work.folder.mkdir(parents=True)
-    block = (3, 16, *(min(side, 256) for side in shape[1:]))
+    # No chunk lies in two lanes, which may be written at once.
+    sides = zip(range(3), shape, (decoding.SLAB, 256, 256), strict=True)
+    block = (3, *(_chunk({lane.low[a] for lane in lanes}, min(n, most)) for a, n, most in sides))
     zarr.create_array(
         work.folder / "probabilities.zarr", shape=(3, *shape), chunks=block, dtype="float16",
         compressors=[zarr.codecs.BloscCodec(cname="lz4", clevel=1)], fill_value=0,
@@ -288,6 +318,25 @@ class _Sections:
         depth = min(self.array.chunks[0] if self.array.chunks else 1, 64)
         for z in range(0, self.shape[0], depth):
             yield from self.array[z : z + depth]
+
+
+def _absolute(path: str) -> str:
+    """Return a path that means the same in another folder."""
+    location = locate(path)
+    if location.url is not None:
+        return path
+    return str(replace(location, path=location.path.absolute()))
+
+
+def _chunk(starts: set[int], most: int) -> int:
+    """Return the side of chunks of which each lies in one lane, `most` if it can be.
+
+    Args:
+        starts: Where lanes begin along the axis.
+        most: The largest side.
+    """
+    step = math.gcd(*starts)
+    return most if step == 0 else step if step <= most else math.gcd(step, most)
 
 
 def _state_of(path: str) -> list[Any]:
@@ -390,24 +439,31 @@ def _mask_box(
 
 
 def _plan_blocks(work: Work, memory_bytes: float, say: Say) -> list[decoding.Block]:
-    """Return the blocks to decode: the volume as one where it fits."""
-    shape = work.shape
-    whole = decoding.Block(
-        cast(Any, tuple(slice(0, side) for side in shape)), np.zeros(0, np.int64)
-    )
-    domain = decoding.domain_of(work.plan["decoder"], work.plan["arguments"])
-    fits = math.prod(shape) * decoding.BYTES_A_VOXEL <= memory_bytes
-    if fits:
-        return [whole]
-    if domain is None:
-        needed = (math.prod(shape) * decoding.BYTES_A_VOXEL + PROGRAM_BYTES) / 1e9
+    """Return the blocks to decode, the volume as one where it fits; they are kept on disk."""
+    if work.has_blocks:
+        return work.blocks
+    shape, name = work.shape, work.plan["decoder"]
+    place_bytes = decoding.PLACE_BYTES
+    if not DECODERS[name].by_section:
+        place_bytes += decoding.MAP_BYTES
+    domain = decoding.domain_of(name, work.plan["arguments"])
+    needed = math.prod(shape) * (place_bytes + decoding.NODE_BYTES)
+    if needed <= memory_bytes:
+        whole = cast(Any, tuple(slice(0, side) for side in shape))
+        blocks = [decoding.Block(whole, np.zeros(0, np.int64))]
+    elif domain is None:
         raise InputError(
-            f"--memory-gb: the decoder {work.plan['decoder']} can only decode a volume at once, "
-            f"which takes {needed:.1f} GB here. Allow that much, or crop the volume."
+            f"--memory-gb: the decoder {name} can only decode a volume at once, which takes "
+            f"{(needed + PROGRAM_BYTES) / 1e9:.1f} GB here. Allow that much, or crop the volume."
         )
-    if not (work.folder / "components.npz").exists():
-        _find_components(work, domain, memory_bytes, say)
-    return decoding.plan_blocks(shape, work.components, memory_bytes=memory_bytes)
+    else:
+        if not (work.folder / "components.npz").exists():
+            _find_components(work, domain, memory_bytes, say)
+        blocks = decoding.plan_blocks(
+            shape, work.components, memory_bytes=memory_bytes, place_bytes=place_bytes
+        )
+    work.keep_blocks(blocks)
+    return blocks
 
 
 def _find_components(work: Work, domain: decoding.Domain, memory_bytes: float, say: Say) -> None:
@@ -419,11 +475,14 @@ def _find_components(work: Work, domain: decoding.Domain, memory_bytes: float, s
         overwrite=True,
     )  # fmt: skip
     kept = work.provisional
+    nodes = decoding.nodes_of(work.plan["decoder"], work.plan["arguments"])
     with work.inputs() as (_, mask):
 
-        def at(slab: slice) -> npt.NDArray[np.bool_]:
+        def at(slab: slice) -> tuple[Array, Array]:
             say("find regions", slab.start, shape[0])
-            return domain(np.asarray(maps[:, slab]), None if mask is None else mask[slab])
+            values, valid = np.asarray(maps[:, slab]), None if mask is None else mask[slab]
+            inside = domain(values, valid)
+            return inside, inside if nodes is None else nodes(values, valid)
 
         def write(slab: slice, labels: Array) -> None:
             kept[slab] = labels
@@ -436,24 +495,34 @@ def _find_components(work: Work, domain: decoding.Domain, memory_bytes: float, s
 def decode_one(folder: str, number: int) -> None:
     """Decode one block into the work folder."""
     work = Work(Path(folder))
-    plan = work.plan
-    block = _plan_blocks(work, plan["memory_bytes"], lambda *_: None)[number]
-    maps = np.asarray(work.probabilities[(slice(None), *block.box)])
+    plan, block = work.plan, work.blocks[number]
+    name, arguments = plan["decoder"], plan["arguments"]
+    stored = decoding.MapsOnDisk(work.probabilities, block.box)
+    maps: Any = stored if DECODERS[name].by_section else np.asarray(stored)
     with work.inputs() as (_, mask):
         valid = None if mask is None else mask[block.box] > 0
-    with as_input_error(plan["decoder"]):
+    with as_input_error(name):
         if len(block.components):
             labels = decoding.decode_block(
-                block, maps, np.asarray(work.provisional[block.box]), work.components,
-                plan["decoder"], plan["arguments"],
-            )  # fmt: skip
+                block, maps, work.provisional, work.components, name, arguments
+            )
+        elif valid is not None and not valid.any():
+            labels = np.zeros(valid.shape, np.int32)
         else:
-            labels = decode(plan["decoder"], maps, valid, **plan["arguments"])
+            labels = decode(name, maps, valid, **arguments)
     rows = instances_of(
-        labels, maps[0], valid, first=[part.start for part in block.box], shape=work.shape,
+        labels, lambda z: stored[slice(0, 1), z][0], valid,
+        first=[part.start for part in block.box], shape=work.shape,
         voxel_size_nm=plan["voxel_size_nm"], origin_nm=plan["origin_nm"],
     )  # fmt: skip
-    _save(work.block_file(number), labels=labels, **rows)
+    kept = zarr.create_array(
+        work.block_labels(number), shape=labels.shape, dtype=labels.dtype, overwrite=True,
+        chunks=(decoding.SLAB, *(min(side, 256) for side in labels.shape[1:])),
+        compressors=[zarr.codecs.BloscCodec(cname="zstd", clevel=1)],
+    )  # fmt: skip
+    for z in range(0, len(labels), decoding.SLAB):
+        kept[z : z + decoding.SLAB] = labels[z : z + decoding.SLAB]
+    _save(work.block_file(number), **rows)
 
 
 def _write_labels(
@@ -462,15 +531,24 @@ def _write_labels(
     """Write the instances of all blocks, numbered through, and return their table."""
     columns: list[dict[str, Array]] = []
     firsts = [0]
+    if not blocks:  # the domain is empty
+        nothing = np.zeros((1, 1, 1), np.int32)
+        columns.append(
+            instances_of(
+                nothing, nothing.__getitem__, None, first=(0, 0, 0), shape=work.shape,
+                voxel_size_nm=work.plan["voxel_size_nm"], origin_nm=work.plan["origin_nm"],
+            )
+        )  # fmt: skip
+        firsts.append(0)
     for number in range(len(blocks)):
         with np.load(work.block_file(number)) as kept:
-            columns.append({key: kept[key] for key in kept.files if key != "labels"})
+            columns.append({key: kept[key] for key in kept.files})
         firsts.append(firsts[-1] + len(columns[-1]["id"]))
     total = firsts[-1]
     dtype = np.uint16 if total < TOO_MANY_FOR_UINT16 else np.uint32
     shape, plan = work.shape, work.plan
-    depth = 16
-    held: dict[int, Array] = {}
+    stored: list[Any] = [zarr.open(work.block_labels(n), mode="r") for n in range(len(blocks))]
+    depth = decoding.SLAB
     with create_array(
         out, shape, dtype, voxel_size_nm=plan["voxel_size_nm"], origin_nm=plan["origin_nm"]
     ) as target:
@@ -480,14 +558,39 @@ def _write_labels(
             for number, block in enumerate(blocks):
                 low, high = max(z, block.box[0].start), min(end, block.box[0].stop)
                 if low >= high:
-                    held.pop(number, None)
                     continue
-                if number not in held:
-                    with np.load(work.block_file(number)) as kept:
-                        held[number] = kept["labels"]
-                part = held[number][low - block.box[0].start : high - block.box[0].start]
+                part = stored[number][low - block.box[0].start : high - block.box[0].start]
                 place = slab[low - z : high - z, block.box[1], block.box[2]]
                 np.copyto(place, (part + firsts[number]).astype(dtype), where=part > 0)
             target[z:end, :, :] = slab
             say("write", end, shape[0])
-    return InstanceTable.joined(columns, firsts)
+    table = InstanceTable.joined(columns, firsts)
+    if plan["mask"] is None:
+        return table
+    return InstanceTable({**table.columns, "mask_component": _hosts(work, out, total)})
+
+
+def _hosts(work: Work, out: Path, total: int) -> Array:
+    """Return the 26-connected component of the mask that holds each instance, counted from 1.
+
+    Args:
+        work: Of the segmentation.
+        out: The labels, with ids from 1 without gaps.
+        total: How many there are.
+    """
+    found = np.zeros(total + 1, np.int64)
+    with work.inputs() as (_, mask), open_lazy(out, ndim=3) as labels:
+        assert mask is not None
+        inside_of = mask
+
+        def at(slab: slice) -> tuple[Array, Array]:
+            inside = inside_of[slab] > 0
+            return inside, inside
+
+        def note(slab: slice, provisional: Array) -> None:
+            ids = labels[slab]
+            found[ids[ids > 0]] = provisional[ids > 0]
+
+        slabs = list(decoding.sections_of(work.shape, memory_bytes=work.plan["memory_bytes"] / 4))
+        components = decoding.label_components(slabs, at, note)
+    return np.asarray(components.roots[found[1:]])

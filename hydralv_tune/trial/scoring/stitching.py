@@ -1,7 +1,7 @@
-"""Probabilities of a volume of any size, written section by section as they become final.
+"""Probabilities of a volume from windows, section by section as they become final.
 
-Windows are taken in the order and with the weights of `predict`. Those that begin at one section
-are a layer; what lies before the next layer is final and leaves the memory.
+Windows that begin at one section are a layer; what lies before the next layer is final and leaves
+the memory. `predict` and the segmentation of large volumes both take their values from here.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -20,14 +20,41 @@ from torch import Tensor
 
 from hydralv_tune.config.candidate import Candidate
 from hydralv_tune.config.errors import TrialFailed
-from hydralv_tune.trial.scoring.prediction import BACKGROUND, LOWEST, Size3, Windows
-from hydralv_tune.trial.whole_volume.padded_image import PaddedImage, Span
 
 Array = npt.NDArray[Any]
+Size3 = tuple[int, int, int]
+Span = tuple[int, int]
 Predictor = Callable[[Tensor], Tensor]
 Wanted = Callable[[Span, Span, Span], Array | None]
-BYTES_A_VOXEL = 4 * (3 + 1 + 2)
-"""Of a lane's layer: sums of three channels, their weight, image and one temporary, float32."""
+
+BACKGROUND = (0.0, 0.0, -1.0)
+"""What a window that the mask leaves out is: neither instance nor boundary, distance outside."""
+LOWEST = (0.0, 0.0, -1.0)
+
+
+class Padded(Protocol):
+    """A padded, normalised volume that is read box by box."""
+
+    def read(self, z: Span, y: Span, x: Span) -> npt.NDArray[np.float32]: ...
+
+
+@dataclass(frozen=True)
+class Windows:
+    """How a volume is cut, padded and joined again.
+
+    Args:
+        shape: (z, y, x) of the padded volume.
+        before: Voxels padded before each axis.
+        size: (z, y, x) of a window.
+        overlap: Share of a window that the next one covers again.
+        count: Number of windows.
+    """
+
+    shape: Size3
+    before: Size3
+    size: Size3
+    overlap: float
+    count: int
 
 
 @dataclass(frozen=True)
@@ -53,47 +80,10 @@ def starts_of(windows: Windows) -> tuple[list[int], list[int], list[int]]:
     return starts[0], starts[1], starts[2]
 
 
-def plan_lanes(
-    shape: Sequence[int], windows: Windows, *, memory_bytes: float, least: int = 1
-) -> list[Lane]:
-    """Return the lanes of a volume, each small enough to be predicted within the memory.
-
-    One lane, where it fits, computes every window once; windows at a border between lanes are
-    computed for both.
-
-    Args:
-        shape: (z, y, x) of the volume.
-        windows: How it is cut.
-        memory_bytes: What the sums of one layer may take.
-        least: How many lanes there are at least, as far as the sections go: one a worker.
-    """
-    columns = [1, 1]
-    while True:
-        sides = [math.ceil(shape[1 + axis] / columns[axis]) for axis in range(2)]
-        wide = [
-            min(s + 2 * w, p)
-            for s, w, p in zip(sides, windows.size[1:], windows.shape[1:], strict=True)
-        ]
-        if windows.size[0] * wide[0] * wide[1] * BYTES_A_VOXEL <= memory_bytes or max(sides) == 1:
-            break
-        columns[0 if sides[0] >= sides[1] else 1] += 1
-    rows = min(max(math.ceil(least / math.prod(columns)), 1), math.ceil(shape[0] / windows.size[0]))
-    cuts = [_cuts(shape[0], rows), _cuts(shape[1], columns[0]), _cuts(shape[2], columns[1])]
-    return [Lane((z[0], y[0], x[0]), (z[1], y[1], x[1])) for z, y, x in product(*cuts)]
-
-
-def _cuts(side: int, count: int) -> list[Span]:
-    """Return an axis in parts of nearly equal length, cut at multiples of 16 where it can be."""
-    step = math.ceil(side / count)
-    if count > 1 and step > 16:
-        step = math.ceil(step / 16) * 16
-    return [(first, min(first + step, side)) for first in range(0, side, step)]
-
-
 def predicted_sections(
-    image: PaddedImage, candidate: Candidate, windows: Windows, lane: Lane, *,
+    image: Padded, candidate: Candidate, windows: Windows, lane: Lane, *,
     predictor: Predictor, wanted: Wanted, batch: int, device: torch.device,
-    progress: Callable[[int], None], start: int | None = None,
+    progress: Callable[[int], None], start: int | None = None, home: torch.device | None = None,
 ) -> Iterator[tuple[int, npt.NDArray[np.float16]]]:  # fmt: skip
     """Yield final probabilities of a lane, from its first section on.
 
@@ -109,6 +99,7 @@ def predicted_sections(
         device: Where the network is.
         progress: Called with the number of windows done since the last call.
         start: Begin at this section of the volume, which an earlier call has reached.
+        home: Where a layer and its sums are; where the network is if None.
 
     Yields:
         (first section, (3, z, y, x) float16) without gaps.
@@ -120,9 +111,10 @@ def predicted_sections(
     size, before = windows.size, windows.before
     low = [v + b for v, b in zip(lane.low, before, strict=True)]
     high = [v + b for v, b in zip(lane.high, before, strict=True)]
+    home = device if home is None else home
     emitted = low[0] if start is None else start + before[0]
     weight = compute_importance_map(
-        size, mode=window.blending, sigma_scale=window.sigma_scale, device=device,
+        size, mode=window.blending, sigma_scale=window.sigma_scale, device=home,
         dtype=torch.float32,
     )  # fmt: skip
     columns = [
@@ -133,15 +125,15 @@ def predicted_sections(
     span_y = (min(columns[1]), max(columns[1]) + size[1])
     span_x = (min(columns[2]), max(columns[2]) + size[2])
     sides = (high[1] - low[1], high[2] - low[2])
-    sums = torch.zeros((3, size[0], *sides), device=device)
-    weights = torch.zeros((size[0], *sides), device=device)
-    background = torch.tensor(BACKGROUND, device=device).view(3, 1, 1, 1)
+    sums = torch.zeros((3, size[0], *sides), device=home)
+    weights = torch.zeros((size[0], *sides), device=home)
+    background = torch.tensor(BACKGROUND, device=home).view(3, 1, 1, 1)
     top = layers[0]
     for number, z in enumerate(layers):
         _roll(sums, weights, z - top)
         top = z
         span_z = (z, z + size[0])
-        layer = torch.from_numpy(image.read(span_z, span_y, span_x)).to(device)
+        layer = torch.from_numpy(image.read(span_z, span_y, span_x)).to(home)
         mask = wanted(span_z, span_y, span_x)
         places = list(product(columns[1], columns[2]))
         corners = {(y, x): (y - span_y[0], x - span_x[0]) for y, x in places}
@@ -149,7 +141,10 @@ def predicted_sections(
             place for place, (y, x) in corners.items()
             if mask is None or mask[:, y : y + size[1], x : x + size[2]].any()
         ]  # fmt: skip
-        results = _results(layer, [corners[place] for place in chosen], size, predictor, batch)
+        progress(len(places) - len(chosen))
+        results = _results(
+            layer, [corners[place] for place in chosen], size, predictor, batch, device, progress
+        )
         found = dict(zip(chosen, results, strict=True))
         for y, x in places:
             inner_y, outer_y = _overlap(y, size[1], low[1], high[1])
@@ -158,7 +153,6 @@ def predicted_sections(
             value = found[y, x][:, :, inner_y, inner_x] if (y, x) in found else background
             sums[:, :, outer_y, outer_x] += value * part
             weights[:, outer_y, outer_x] += part
-        progress(len(places))
         end = high[0] if number + 1 == len(layers) else min(layers[number + 1], high[0])
         if end > emitted:
             inside = slice(emitted - top, end - top)
@@ -173,17 +167,21 @@ def _overlap(first: int, side: int, low: int, high: int) -> tuple[slice, slice]:
 
 
 def _results(
-    layer: Tensor, corners: Sequence[tuple[int, int]], size: Size3, predictor: Predictor, batch: int
-) -> list[Tensor]:
+    layer: Tensor, corners: Sequence[tuple[int, int]], size: Size3, predictor: Predictor,
+    batch: int, device: torch.device, progress: Callable[[int], None],
+) -> list[Tensor]:  # fmt: skip
     """Return the probabilities of the windows of a layer that begin at the given corners."""
     results: list[Tensor] = []
+    # Of nearly equal size: a window that is left over alone costs as much as two.
+    parts = np.array_split(np.arange(len(corners)), max(math.ceil(len(corners) / batch), 1))
     with torch.inference_mode():
-        for first in range(0, len(corners), batch):
+        for part in parts if corners else ():
             inputs = [
                 layer[None, :, y : y + size[1], x : x + size[2]]
-                for y, x in corners[first : first + batch]
+                for y, x in (corners[index] for index in part)
             ]
-            results.extend(predictor(torch.stack(inputs)))
+            results.extend(predictor(torch.stack(inputs).to(device)).to(layer.device))
+            progress(len(inputs))
     return results
 
 
