@@ -170,7 +170,7 @@ class Sampler(StrictModel):
     seed: Whole = Field(0, description="Of the sampling.")
     startup_trials: Whole = Field(5, description="Random ones before the model is asked.")
     min_distance: Annotated[float, Field(ge=0, lt=1)] = Field(
-        0.1,
+        0.05,
         description="A proposal is drawn again where an earlier trial has the same choices and all "
         "numbers within this share of their ranges, log where log; 0: only where it is equal.",
     )
