@@ -168,17 +168,19 @@ class Driver:
 
     def _next_trial(self, target: int) -> Asked | Literal["wait", "done"]:
         """Return a new trial if one is wanted; under the mutex."""
-        counts = count_states(self.study.trials())
+        trials = self.study.trials()
+        counts = count_states(trials)
         finished = counts["complete"] + counts["pruned"]
         if finished >= target:
             return "done"
         if finished + counts["running"] >= target:
             return "wait"
-        while waiting_trials(self.study.optuna):
-            asked = self._new_trial()
+        while counts["waiting"]:
+            asked = self._new_trial(trials)
             if asked is not None:
                 return asked
-        trials = self.study.trials()
+            trials = self.study.trials()
+            counts = count_states(trials)
         self._tried.update(trials)
         is_full = self._tried.untried(random.Random(len(trials))) is None
         share = self.space.pruner.revive
@@ -187,7 +189,7 @@ class Driver:
             enqueue(self.study.optuna, paused.params, successor_attributes(paused))
         elif is_full:
             return "wait" if counts["running"] else "done"
-        return self._new_trial() or "wait"
+        return self._new_trial(trials) or "wait"
 
     def report(
         self,
@@ -402,10 +404,13 @@ class Driver:
         with contextlib.suppress(UpdateFinishedTrialError, ValueError):
             self.study.optuna.tell(trial.number, state=TrialState.FAIL)
 
-    def _new_trial(self) -> Asked | None:
-        """Ask Optuna for a trial and claim it; None where its parameters were tried before."""
+    def _new_trial(self, trials: list[TrialView]) -> Asked | None:
+        """Ask Optuna for a trial and claim it; None where its parameters were tried before.
+
+        Args:
+            trials: Of the study, as they are now, but for one that was just enqueued.
+        """
         study = self.study.optuna
-        trials = self.study.trials()
         self._tried.update(trials)
         seed = self.space.sampler.seed * 1_000_003 + len(trials)
         study.sampler = ProposalSampler(
