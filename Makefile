@@ -29,7 +29,7 @@ demo: $(BIN)/.installed ## the main job on a phantom: study, best config, report
 test: $(BIN)/.installed-test ## the whole test suite but soak and random kills
 	$(BIN)/python -m pytest -n 2 --dist loadfile --durations 60 -m "not slow"
 
-soak: $(BIN)/.installed-test ## 500 trials that crash and hang, and drivers killed at random
+soak: $(BIN)/.installed-test ## 500 trials that crash and hang, drivers killed and databases changed at random
 	$(BIN)/python -m pytest -m slow
 
 check: $(BIN)/.installed-test ## lint, types and the import floors

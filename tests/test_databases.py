@@ -335,6 +335,25 @@ class Meddler:
             self.later = threading.Timer(1.0, lambda: self._run(*undo))
         self.later.start()
 
+    def rename_a_table(self) -> None:
+        self._run("ALTER TABLE trials RENAME TO trials_of_before")
+
+    def migrate_it_to_a_newer_optuna(self) -> None:
+        self._run(
+            "UPDATE alembic_version SET version_num = 'v9.9.9.z'",
+            "UPDATE version_info SET library_version = '9.0.0'",
+            "ALTER TABLE trial_heartbeats RENAME TO trial_signs_of_life",
+            "ALTER TABLE trials RENAME COLUMN datetime_start TO started_at",
+        )
+
+    def put_the_tables_of_an_older_optuna_in_it(self) -> None:
+        self._run(
+            "UPDATE version_info SET library_version = '2.10.1'",
+            "UPDATE alembic_version SET version_num = 'v2.6.0.a'",
+            "DROP TABLE trial_heartbeats",
+            "ALTER TABLE trial_intermediate_values DROP COLUMN intermediate_value_type",
+        )
+
     def remove_the_file(self) -> None:
         assert self.path is not None
         self.path.unlink()
@@ -348,25 +367,34 @@ class Meddler:
         shutil.copy(self.folder / "early.db", self.path)
 
 
+CHANGED_TABLES = (
+    "rename_a_table", "migrate_it_to_a_newer_optuna", "put_the_tables_of_an_older_optuna_in_it",
+)  # fmt: skip
 EVERYWHERE = (
     "delete_the_study", "put_another_study_in_its_place",
     "enqueue_what_cannot_be", "fail_a_running_trial", "ask_and_never_tell", "add_a_finished_trial",
-    "run_another_study_beside_it", "make_it_read_only_for_a_moment",
+    "run_another_study_beside_it", "make_it_read_only_for_a_moment", *CHANGED_TABLES,
 )  # fmt: skip
 ON_FILES = ("remove_the_file", "replace_the_file", "copy_an_older_state_over_it")
 ENDS = {
-    "delete_the_study", "put_another_study_in_its_place", *ON_FILES,
+    "delete_the_study", "put_another_study_in_its_place", *ON_FILES, *CHANGED_TABLES,
 }  # fmt: skip
 """After these the study cannot simply go on."""
 
 
-def chaos(storage: str, folder: Path, what: str, seed: int) -> str:
-    """Meddle with a study at a random moment, start it again, and check; return how it ended."""
+def chaos(storage: str, folder: Path, what: str, at: int) -> str:
+    """Meddle with a study at one turn of its driver, start it again, check, and say how it ended.
+
+    Args:
+        storage: An empty database.
+        folder: For the study's folder, and copies of the database.
+        what: A method of `Meddler`.
+        at: The turn; a study that nobody meddles with takes some fifteen.
+    """
     target, out = 5, folder / "out"
     start = Start(storage, "s", make_space(), out)
     study = start.open({})
     meddler = Meddler(storage, folder)
-    at = random.Random(seed).randrange(22)
     try:
         with Driver(study, out=out) as driver:
             drive(driver, out, target, getattr(meddler, what), at)
@@ -414,16 +442,43 @@ def test_what_others_do_to_a_running_study_ends_in_order_or_does_no_harm(
     storage: str, tmp_path: Path, what: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("hydralv_tune.study.storage_url.BUSY_TIMEOUT_S", 0.2)
-    # What ends a study comes early enough that trials are still to come.
-    seed = len(what) + 2 * (what in ENDS)
-    assert chaos(storage, tmp_path, what, seed=seed) == ("refused" if what in ENDS else "finished")
+    ended = chaos(storage, tmp_path, what, at=1 + len(what) % 5)
+    assert ended == ("refused" if what in ENDS else "finished")
 
 
 @pytest.mark.parametrize("what", ON_FILES)
 def test_a_file_that_goes_away_under_a_running_study_ends_it_in_order(
     tmp_path: Path, what: str
 ) -> None:
-    chaos(f"sqlite:///{tmp_path / 'study.db'}", tmp_path, what, seed=3)
+    chaos(f"sqlite:///{tmp_path / 'study.db'}", tmp_path, what, at=7)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(7200)
+@pytest.mark.parametrize("what", [*EVERYWHERE, *ON_FILES])
+@pytest.mark.parametrize("kind", ["sqlite", "postgresql"])
+def test_what_others_do_at_any_moment_ends_in_order_or_does_no_harm(
+    tmp_path: Path,
+    what: str,
+    kind: str,
+    request: pytest.FixtureRequest,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """`HYDRALV_CHAOS_ROUNDS` is the number of rounds on SQLite; PostgreSQL has a third of them."""
+    if kind == "postgresql" and what in ON_FILES:
+        pytest.skip("a database on a server is no file")
+    monkeypatch.setattr("hydralv_tune.study.storage_url.BUSY_TIMEOUT_S", 0.2)
+    rounds = int(os.environ.get("HYDRALV_CHAOS_ROUNDS", "2"))
+    ends: list[str] = []
+    for number in range(rounds if kind == "sqlite" else -(-rounds // 3)):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        storage = f"sqlite:///{folder / 'study.db'}"
+        if kind == "postgresql":
+            storage = str(request.getfixturevalue("postgres").new_database())
+        at = random.Random(f"{what}-{kind}-{number}").randrange(14)
+        ends.append(chaos(storage, folder, what, at))
+    assert what in ENDS or set(ends) == {"finished"}, ends
 
 
 def leave_record(folder: Path, trial: Asked, state: str) -> dict[str, float]:

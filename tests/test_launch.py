@@ -13,13 +13,16 @@ import time
 import tracemalloc
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import h5py
 import numpy as np
+import psutil
 import pytest
 from commands_in_a_process import environment
+from study_checks import check_truth, evaluations
 
 from hydralv_tune.artifacts.records import plain
 from hydralv_tune.cli.live_view import event_line
@@ -111,18 +114,21 @@ def test_one_study_tells_every_end_as_it_was(fake_study: Any) -> None:
             "retry"} <= kinds  # fmt: skip
 
 
-def test_sigterm_saves_and_the_same_command_goes_on(fake_study: Any) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_saves_and_the_same_command_goes_on(
+    fake_study: Any, number: signal.Signals
+) -> None:
     config = {"trials": 2, "steps": 8, "step_s": 0.4}
     driver = fake_study.start(**config)
-    fake_study.until(
-        lambda rows: sum(row.get("event") == "evaluation" for row in rows) >= 4, timeout_s=120
-    )
-    driver.send_signal(signal.SIGTERM)
+    fake_study.until(evaluations(4))
+    driver.send_signal(number)
     assert fake_study.wait(driver, 120) == 130
     facts = fake_study.said()[-1]["facts"]
     assert facts["trials"]["running"] == 0
     assert facts["trials"]["complete"] == 0
     assert facts["trials"]["waiting"] == facts["trials"]["fail"] == 2
+    if number == signal.SIGHUP:
+        return  # what follows is the same
     facts = fake_study.run(**config)
     assert facts["trials"] == {"complete": 2, "pruned": 0, "fail": 2, "running": 0, "waiting": 0}
     study = open_readonly(facts["storage"], "fake")
@@ -130,6 +136,25 @@ def test_sigterm_saves_and_the_same_command_goes_on(fake_study: Any) -> None:
     assert all("SIGTERM" in t.user_attrs["reason"] for t in study.trials() if t.state == "FAIL")
     for steps in fake_study.steps().values():
         assert [step for _, step in steps] == list(range(1, 9))
+
+
+def test_scancel_ends_every_process_at_once_and_is_an_interruption(fake_study: Any) -> None:
+    """SLURM sends SIGTERM to all processes of a job: driver, Ray's daemons and workers."""
+    config = {"trials": 2, "steps": 8, "step_s": 0.4}
+    driver = fake_study.start(**config)
+    fake_study.until(evaluations(4))
+    family = [psutil.Process(driver.pid)]
+    family += family[0].children(recursive=True)
+    assert any("raylet" in process.name() for process in family)
+    for process in family:
+        with suppress(psutil.NoSuchProcess):
+            process.send_signal(signal.SIGTERM)
+    assert fake_study.wait(driver, 120) == 130, fake_study.errors()
+    assert "Ray" not in fake_study.errors()
+    facts = fake_study.run(**config)
+    study = open_readonly(facts["storage"], "fake")
+    check_truth(study, fake_study.steps(), 2)
+    assert all(trial.attempt == 1 for trial in study.trials()), "an interruption is no fault"
 
 
 class TwoNodes:

@@ -17,6 +17,7 @@ from hydralv_tune.numerics.watershed.decoders import CONTOUR, decode
 from hydralv_tune.trial.scoring.sweep.sweep import Grid, sweep
 
 CASES = int(os.environ.get("HYDRALV_FUZZ_CASES", "40"))
+FIRST = int(os.environ.get("HYDRALV_FUZZ_FIRST", "0"))
 TYPES = ("u1", "i1", "<u2", ">i2", "<u4", ">u4", "<i4", "<u8", ">u8", "<i8", ">i8")
 
 
@@ -120,7 +121,7 @@ def masks(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray | None
 
 @pytest.mark.parametrize("block", range(4))
 def test_scores_equal_their_definitions(block: int) -> None:
-    for case in range(block, 3 * CASES, 4):
+    for case in range(FIRST + block, FIRST + 3 * CASES, 4):
         rng = np.random.default_rng(case)
         shape = tuple(int(n) for n in rng.integers(1, 6, 3))
         truth = rng.integers(0, rng.integers(2, 7), shape)
@@ -153,7 +154,7 @@ def test_scores_equal_their_definitions(block: int) -> None:
 @pytest.mark.parametrize("block", range(4))
 def test_decode_and_sweep_equal_their_definitions(block: int) -> None:
     extra = [name for name, metric in METRICS.items() if metric.stacked]
-    for case in range(block, CASES, 4):
+    for case in range(FIRST + block, FIRST + CASES, 4):
         rng = np.random.default_rng(case)
         shape = (3, *(int(n) for n in rng.integers(2, 5, 3)))
         maps = (rng.integers(0, 5, shape) / 4).astype(np.float32)

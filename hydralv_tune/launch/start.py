@@ -12,7 +12,7 @@ from hydralv_tune.config.errors import StudyError
 from hydralv_tune.config.search_space import SearchSpace
 from hydralv_tune.config.secrets import mask_passwords
 from hydralv_tune.config.yaml_io import dump_yaml
-from hydralv_tune.study.database import DatabaseAway, database_errors
+from hydralv_tune.study.database import DatabaseAway, StudyGone, database_errors, gone_before
 from hydralv_tune.study.earlier import FEWEST, Guide, Lesson, lesson_of, shelf
 from hydralv_tune.study.find import find_study_within
 from hydralv_tune.study.mutex import StudyMutex
@@ -89,6 +89,9 @@ class Start:
         except DatabaseAway as error:
             opened.close()
             raise StudyError(f"--storage: {opened.storage} does not answer: {error}.") from None
+        except StudyGone as error:
+            opened.close()
+            raise gone_before(opened.storage, self.study, error) from None
         except BaseException:
             opened.close()
             raise

@@ -19,7 +19,8 @@ from hydralv_tune.study.mutex import MutexLost
 from hydralv_tune.study.optuna_private import NOT_FOUND
 from hydralv_tune.study.storage_url import engine_options, masked, reason_of, sqlite_file
 
-optuna.logging.set_verbosity(optuna.logging.WARNING)
+# What it warns of, such as tables that went away, is told in our words.
+optuna.logging.set_verbosity(optuna.logging.ERROR)
 
 
 MOVED_TABLES = re.compile(r"no such (table|column)|(relation|column) .* does not exist")
@@ -41,6 +42,20 @@ class StudyGone(HydraLVError):
     def __init__(self, what: str, text: str | None = None) -> None:
         super().__init__(text or what)
         self.what = what
+
+
+def gone_before(storage: str, name: str, error: StudyGone) -> StudyError:
+    """Return the refusal of a study that was lost before it is run.
+
+    Args:
+        storage: Its URL, masked.
+        name: Of the study.
+        error: What became of it.
+    """
+    return StudyError(
+        f"--storage: study '{name}' in {storage} {error.what}. Put the database back as it was, or "
+        "move it away and make the study again from its trials: `hydralv-tune recover OUT`."
+    )
 
 
 class DatabaseFile:
@@ -112,15 +127,15 @@ def open_storage(url: sqlalchemy.engine.URL, *, create: bool) -> RDBStorage:
 
     Args:
         url: From `parse_storage`.
-        create: Make the tables where there are none.
+        create: Make the tables where there are none at all; single missing ones are not made.
 
     Raises:
         StudyError: Another version of Optuna made its tables.
     """
+    options = engine_options(url)
+    skipped = not create or has_tables(url, options)
     try:
-        storage = RDBStorage(
-            url_template(url), engine_kwargs=engine_options(url), skip_table_creation=not create
-        )
+        storage = RDBStorage(url_template(url), engine_kwargs=options, skip_table_creation=skipped)
     except RuntimeError as error:  # the tables are of another Optuna
         raise StudyError(f"--storage: {masked(url)} {_other_optuna(url, str(error))}") from None
     if sqlite_file(url) is not None:

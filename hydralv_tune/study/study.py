@@ -21,6 +21,7 @@ from hydralv_tune.study.database import (
     DatabaseAway,
     StudyGone,
     database_errors,
+    gone_before,
     has_tables,
     load_named,
     open_storage,
@@ -133,6 +134,8 @@ class Study:
                 study._enqueue_warm_starts()
         except DatabaseAway as error:
             raise StudyError(f"--storage: {masked(url)} does not answer: {error}.") from None
+        except StudyGone as error:
+            raise gone_before(masked(url), name, error) from None
         finally:
             mutex.close()
         return study
