@@ -51,6 +51,8 @@ class Registration:
 
 
 _made: dict[tuple[str, str], Registration] = {}
+_of_plugins: set[tuple[str, str]] = set()
+"""What plugins have registered."""
 
 
 def recorded(function: Callable[P, R]) -> Callable[P, R]:
@@ -68,8 +70,11 @@ def recorded(function: Callable[P, R]) -> Callable[P, R]:
 
 
 def registrations() -> list[Registration]:
-    """Return what was registered in this process, by plugins too."""
-    return list(_made.values())
+    """Return what was registered in this process, but by plugins, which a worker imports itself.
+
+    A worker cannot unpickle a function of a plugin's file before it has imported that file.
+    """
+    return [made for key, made in _made.items() if key not in _of_plugins]
 
 
 def register_again(others: Sequence[Registration]) -> None:
@@ -104,8 +109,10 @@ def load_plugins() -> None:
         plugins[f"{VARIABLE}: {name}"] = partial(_import, name)
     for place in [place for place in plugins if place not in _begun]:
         _begun.add(place)
+        before = set(_made)
         try:
             _load(place, plugins[place])
+            _of_plugins.update(_made.keys() - before)
         except InputError:
             _begun.discard(place)
             raise
