@@ -410,7 +410,7 @@ def _plan(
     test_block["apply_mask"] = paths_of(data, "mask") is not None
     notes.append(
         "Its state of 28 January cannot train these losses (it hands each a weight) and stops "
-        "when it prints the error; that of 19 January does both."
+        "when it prints the error; by its source, that of 19 January does both."
     )
     mapping["test"] = {
         # That version reads the transform of its test images here and nowhere else.
