@@ -313,7 +313,7 @@ def test_a_late_attempt_leaves_the_shared_copy_of_a_complete_one_alone(trial: Tr
     assert [message["kind"] for message in late] == ["started", "evaluation"]
     trial.mirror("c").pull()
     assert held(trial.folder / "c") == complete
-    with pytest.raises(TrialTakenOver, match="attempt 4 goes on"):
+    with pytest.raises(TrialTakenOver, match="attempt 4 has taken"):
         trial.mirror("a").push(3)
     # Nor does it count where its files came in after the last check.
     push_unseen(trial, "3.9", {"state": "3"})
@@ -412,7 +412,7 @@ def test_an_earlier_attempt_that_comes_late_does_not_take_the_folder_from_a_late
     later.take()
     for holds in (True, False):  # while the later one works, and while it awaits an answer
         late = FolderClaim(tmp_path, 3, wait_s=0.2)
-        with pytest.raises(TrialTakenOver, match="attempt 4 goes on"):
+        with pytest.raises(TrialTakenOver, match="attempt 4 has taken"):
             late.take()
         assert folder_owner(tmp_path) == 4
         assert not later.is_lost()
