@@ -74,13 +74,13 @@ class TestPresets:
                 "motion_blur": {"prob": 0.3, "sections": [2, 2], "kernel_size": 9},
             },
         )
-        assert chosen["flip"] == {"prob": 0.8, "spatial_axis": (0, 1, 2)}
-        assert chosen["rotate"] == {"prob": 0.8, "spatial_axes": (1, 2)}
-        assert chosen["affine"]["shear_range"] == (0.05, 0.05, 0.05)
-        assert chosen["intensity"]["contrast_range"] == (0.8, 1.2)
+        assert chosen["flip"] == {"prob": 0.8, "spatial_axis": [0, 1, 2]}
+        assert chosen["rotate"] == {"prob": 0.8, "spatial_axes": [1, 2]}
+        assert chosen["affine"]["shear_range"] == [0.05, 0.05, 0.05]
+        assert chosen["intensity"]["contrast_range"] == [0.8, 1.2]
         assert chosen["misalignment"]["rotate_ratio"] == 0.3
-        assert chosen["missing_section"]["num_sections"] == (2, 2)
-        assert chosen["motion_blur"]["sections"] == (2, 2)
+        assert chosen["missing_section"]["num_sections"] == 2
+        assert chosen["motion_blur"]["sections"] == [2, 2]
         patches = random_patches()
         after = augment(patches, chosen, seeded())
         assert changed(patches, after).flatten(1).any(1).all()
