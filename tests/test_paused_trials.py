@@ -111,20 +111,21 @@ def test_twelve_kills_with_paused_trials_lose_nothing_and_train_nothing_twice(
     storage: str, make_driver: Callable[..., Driver]
 ) -> None:
     """Kills come while a trial is asked for, trained, or was told, also one that goes on."""
-    space = make_space(pruner=PAUSING, sampler={"name": "random"})
+    space = make_space(pruner={**PAUSING, "revive": 0.5}, sampler={"name": "random"})
     chance, steps, kills = random.Random(7), dict[int, list[tuple[int, int]]](), 0
     driver, wanted, revived_when_killed = make_driver(storage, space), 24, 0
     while (trial := driver.ask(wanted)) != "done":
         assert isinstance(trial, Asked)
         made = steps.setdefault(trial.root, [])
-        quality = random.Random(trial.root).random()
-        dies_at = chance.randint(0, STEPS) if kills < 12 and chance.random() < 0.5 else None
+        first, quality = (random.Random(trial.root + i).random() for i in (0, 1000))
+        dies_at = chance.randint(0, STEPS) if kills < 12 and chance.random() < 0.35 else None
         state = None
         for step in range(len(made) + 1, STEPS + 1):
             if dies_at is not None and step > dies_at:
                 break
             made.append((trial.number, step))
-            if driver.report(trial.number, step, quality / step, -0.3) == "prune":
+            seen = first if step == 1 else quality
+            if driver.report(trial.number, step, seen, -0.3) == "prune":
                 driver.tell(trial.number, paused())
                 state = "PRUNED"
                 break
