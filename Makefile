@@ -27,7 +27,7 @@ demo: $(BIN)/.installed ## the main job on a phantom: study, best config, report
 	$(BIN)/hydralv-tune demo
 
 test: $(BIN)/.installed-test ## the whole test suite but soak and random kills
-	$(BIN)/python -m pytest -n 2 --dist loadfile --durations 60 -m "not slow"
+	$(BIN)/python -m pytest -n 3 --dist loadfile --durations 60 -m "not slow"
 
 soak: $(BIN)/.installed-test ## 500 trials that crash and hang, drivers killed and databases changed at random
 	$(BIN)/python -m pytest -m slow
