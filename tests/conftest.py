@@ -117,6 +117,8 @@ class FakeStudy:
                 stderr=err,
                 env={**os.environ, "OMP_NUM_THREADS": "1", **(environment or {})},
                 start_new_session=True,
+                # A test run under `nohup` would hand on that SIGHUP is ignored.
+                preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),
             )
         self.processes.append(process)
         return process

@@ -368,7 +368,7 @@ def test_wrong_fixed_arguments_are_refused(fixed: dict[str, Any], reason: str) -
         (lambda m, t: (m, t, t == 0), "no labelled voxel"),
         (lambda m, t: (m, t, np.zeros(t.shape)), "no valid voxel"),
         (lambda m, t: (m, t, np.ones((2, 2, 2))), "mask has shape"),
-        (lambda m, t: ([m, m], [t], None), "as many"),
+        (lambda m, t: ([m, m], [t], None), "same number of each"),
         (lambda m, t: ([m, m], [t, np.zeros_like(t)], None), "volume 2 of 2"),
     ],
 )
@@ -382,7 +382,7 @@ def test_wrong_settings_are_refused() -> None:
     maps, truth, _ = noisy()
     with pytest.raises(ValueError, match="must be at least 1"):
         sweep(maps, truth, None, Grid(CONTOUR, {}), threads=0)
-    with pytest.raises(ValueError, match="number of seconds from 0"):
+    with pytest.raises(ValueError, match="0 or more seconds"):
         sweep(maps, truth, None, Grid(CONTOUR, {}), time_limit_s=float("nan"))
     with pytest.raises(ValueError, match="Unknown metric"):
         sweep(maps, truth, None, Grid(CONTOUR, {}), objective=SimpleNamespace(metric="accuracy"))
