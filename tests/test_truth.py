@@ -231,6 +231,9 @@ def test_every_command_compares_size_and_origin_of_its_files(
     out = ("--out", str(tmp_path / "o.h5"))
     score, sweep_ = ("score", "--prediction", seg), ("sweep", "--probabilities", p)
     inspect = ("inspect", "--image", seg)
+    best = tmp_path / "best.ckpt"
+    best.touch()  # the files come first
+    segment = ("segment", str(best), "--image", seg)
     for words in (
         (*score, "--label", seg_wrong),
         (*score, "--label", seg, "--mask", mask_wrong),
@@ -239,9 +242,9 @@ def test_every_command_compares_size_and_origin_of_its_files(
         (*sweep_, "--label", seg, "--mask", mask_wrong),
         (*sweep_, "--label", seg, "--mask", "none", "--scored-mask", mask_wrong),
         ("decode", "--probabilities", p, "--mask", mask_wrong, *out),
-        ("segment", "gone.ckpt", "--image", seg, "--label", seg_wrong, *out),
-        ("segment", "gone.ckpt", "--image", seg, "--mask", mask_wrong, *out),
-        ("segment", "gone.ckpt", "--image", seg, "--label", seg, "--scored-mask", mask_wrong, *out),
+        (*segment, "--label", seg_wrong, *out),
+        (*segment, "--mask", mask_wrong, *out),
+        (*segment, "--label", seg, "--scored-mask", mask_wrong, *out),
         (*inspect, "--label", seg_wrong),
         (*inspect, "--label", seg, "--mask", mask_wrong),
         (*inspect, "--label", seg, "--scored-mask", mask_wrong),
