@@ -257,7 +257,7 @@ def test_every_command_compares_size_and_origin_of_its_files(
     assert exit_code([*score, "--label", seg, "--mask", "none", "--scored-mask", "none"]) == 0
     write_array(tmp_path / "short.h5", boxes()[1:])
     short = ("--label", seg, "--scored-mask", str(tmp_path / "short.h5"))
-    assert exit_code(["segment", "gone.ckpt", "--image", seg, *short, *out]) == 2
+    assert exit_code([*segment, *short, *out]) == 2
     assert "the scored mask has shape (8, 16, 20)" in capsys.readouterr().err
 
 

@@ -537,7 +537,7 @@ def test_segment_refuses_what_it_cannot_segment_with(
     )
     assert "would be lost" in refused(capsys, fitting, "--image", paths.image, "--out", paths.image)
     sections = np.zeros((20, 72, 72), np.uint8)
-    sections[1::2] = 1
+    sections[4:8] = sections[10:15] = 1
     write_array(tmp_path / "sections.h5", sections)
     assert "--scored-mask" in refused(capsys, fitting, *rest, "--mask", tmp_path / "sections.h5")
     assert "nonsense" in refused(capsys, fitting, *rest, "--set", "nonsense=1")
