@@ -320,6 +320,8 @@ class Driver:
                     yield
             except DatabaseAway:
                 self._answered_at = -math.inf
+                # A session that was begun while the database was read-only stays so.
+                self.study.rdb.engine.dispose()
                 self._file.check()  # that may be why
                 raise
         except StudyGone as error:
