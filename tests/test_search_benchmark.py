@@ -60,6 +60,7 @@ def test_a_rate_between_two_tabulated_ones_has_a_curve_between_theirs(search: Mo
     )
 
 
+@pytest.mark.slow
 def test_what_was_kept_is_not_run_again(search: ModuleType, tmp_path: Path) -> None:
     kept = tmp_path / "kept.json"
     (found,) = search.run_all([None], 1, 1, kept, math.inf)
