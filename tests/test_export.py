@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shlex
 import shutil
+import subprocess
+import sys
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +17,7 @@ import pandas as pd
 import pytest
 import torch
 import yaml
+from safetensors import safe_open
 
 from hydralv_tune.artifacts.records import load_checkpoint, read_record
 from hydralv_tune.cli.main import exit_code
@@ -21,13 +26,19 @@ from hydralv_tune.config.errors import InputError, StudyError
 from hydralv_tune.config.files import load_candidate
 from hydralv_tune.config.paths import known_names
 from hydralv_tune.config.yaml_io import dump_yaml
-from hydralv_tune.data.volumes import VolumePaths, read_volume
+from hydralv_tune.data.volumes import VolumePaths, read_array, read_volume, write_array
 from hydralv_tune.numerics.networks.registry import build_network
 from hydralv_tune.numerics.networks.weights import match_weights
+from hydralv_tune.numerics.test_time_augmentation import activate
 from hydralv_tune.results.export.export import changed_keys, export_best
+from hydralv_tune.results.export.models import window_of
 from hydralv_tune.results.export.pytc import peer_config, peer_step, peer_weights
 from hydralv_tune.results.export.pytc_blocks import PeerData
 from hydralv_tune.study.study import Study, open_readonly
+from hydralv_tune.trial.fitted_normalisation import fit_image
+from hydralv_tune.trial.scoring.prediction import load_network
+
+REPOSITORY = Path(__file__).parents[1]
 
 DATA = PeerData(
     volumes=[VolumePaths("im", "im.h5", "lab.h5", "mask.h5")],
@@ -357,3 +368,89 @@ def test_every_recipe_survives_being_written_and_read(name: str, tmp_path: Path)
     path = tmp_path / "again.yaml"
     path.write_text(dump_yaml(changed_keys(candidate)))
     assert load_candidate(path) == candidate
+
+
+def network_and_window(finished_study: Any) -> tuple[Any, Any, np.ndarray]:
+    """Return network, candidate and a window of the study's image."""
+    study = open_readonly(finished_study.storage, finished_study.name)
+    folder = study.folder_of(study.best())
+    study.close()
+    network, candidate = load_network(folder / "best.ckpt")
+    size = window_of(candidate)
+    image = read_array(finished_study.folder / "im.h5")
+    assert all(side <= n for side, n in zip(size, image.shape, strict=True))
+    return network, candidate, image[tuple(slice(side) for side in size)]
+
+
+def at_once(network: Any, candidate: Any, window: np.ndarray) -> np.ndarray:
+    """Return what the network says of a window, normalised by itself and not padded."""
+    shown = fit_image(window, candidate.data).apply(window)
+    with torch.inference_mode():
+        logits = network(torch.from_numpy(shown)[None, None])
+    tta = candidate.inference.test_time_augmentation
+    return activate(logits, tta.channel_activations)[0].numpy()
+
+
+def test_the_page_gives_the_same_probabilities_without_this_package(
+    finished_study: Any, tmp_path: Path
+) -> None:
+    network, candidate, window = network_and_window(finished_study)
+    assert candidate.data.image_transform.normalize == "0-1"
+    document = export_best(
+        finished_study.storage, "tiny", tmp_path / "best.pt", format="torchscript"
+    )
+    write_array(tmp_path / "im.h5", window)
+    page = (REPOSITORY / "docs/howto/use-the-model-elsewhere.md").read_text()
+    code = page.split("```python\n")[1].split("```")[0]
+    code += "import sys\nassert not [m for m in sys.modules if m.startswith('hydralv')]\n"
+    (tmp_path / "page.py").write_text(code)
+    subprocess.run([sys.executable, "page.py"], cwd=tmp_path, check=True, timeout=200)
+    found = np.load(tmp_path / "probabilities.npy")
+    np.testing.assert_allclose(found, at_once(network, candidate, window), atol=1e-5)
+    extra = {"hydralv.json": ""}
+    torch.jit.load(tmp_path / "best.pt", _extra_files=extra)
+    told_there = json.loads(extra["hydralv.json"])
+    assert told_there["decoding"]["kwargs"] == best_record(finished_study).decoding["kwargs"]
+    with safe_open(document["safetensors"], "pt") as weights:
+        assert json.loads(weights.metadata()["candidate"])["model"] == json.loads(
+            json.dumps(candidate.as_mapping()["model"], default=list)
+        )
+        for name, value in network.state_dict().items():
+            assert torch.equal(weights.get_tensor(name), value)
+
+
+def test_a_model_of_bioimage_io_has_what_its_description_names(
+    finished_study: Any, tmp_path: Path
+) -> None:
+    """`bioimageio.core`, which is no dependency, was run on such a file by hand."""
+    network, candidate, _ = network_and_window(finished_study)
+    document = export_best(
+        finished_study.storage, "tiny", tmp_path / "best.zip", format="bioimageio"
+    )
+    with zipfile.ZipFile(document["out"]) as package:
+        package.extractall(tmp_path / "model")
+    rdf = yaml.safe_load((tmp_path / "model" / "rdf.yaml").read_text())
+    named = [rdf["documentation"], *rdf["attachments"], rdf["weights"]["torchscript"]]
+    named += [rdf[side][0]["test_tensor"] for side in ("inputs", "outputs")]
+    for entry in named:
+        content = (tmp_path / "model" / entry["source"]).read_bytes()
+        assert hashlib.sha256(content).hexdigest() == entry["sha256"]
+    raw = np.load(tmp_path / "model" / "test_input.npy")
+    stated = np.load(tmp_path / "model" / "test_output.npy")
+    assert str(raw.dtype) == rdf["inputs"][0]["data"]["type"]
+    assert [step["id"] for step in rdf["inputs"][0]["preprocessing"]] == [
+        "ensure_dtype", "scale_range",
+    ]  # fmt: skip
+    spread = (raw - raw.min()) / (float(raw.max()) - raw.min() + 1e-6)
+    traced = torch.jit.load(tmp_path / "model" / "weights.pt")
+    found = traced(torch.from_numpy(spread.astype(np.float32)))[0].detach().numpy()
+    np.testing.assert_allclose(found, stated[0], atol=1e-4)
+    np.testing.assert_allclose(stated[0], at_once(network, candidate, raw[0, 0]), atol=1e-5)
+
+
+@pytest.mark.parametrize(("format", "suffix"), [("torchscript", ".pt"), ("bioimageio", ".zip")])
+def test_a_model_is_refused_a_name_of_another_kind(
+    finished_study: Any, tmp_path: Path, format: str, suffix: str
+) -> None:
+    with pytest.raises(InputError, match=rf"must end with \{suffix}"):
+        export_best(finished_study.storage, "tiny", tmp_path / "best.yaml", format=format)

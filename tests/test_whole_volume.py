@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from scipy import ndimage
 
 from hydralv_tune.artifacts.records import FORMAT, FORMAT_VERSION
@@ -554,3 +558,56 @@ def test_parts_of_one_volume_are_scored_as_the_whole(phantom: Phantom) -> None:
         if (mask := phantom.mask[z : z + 3]).any()
     ]
     assert score(of_one_volume(parts)).as_dict() == whole.as_dict()
+
+
+@pytest.mark.timeout(600)
+def test_two_ray_workers_write_the_file_that_one_process_writes(
+    tmp_path: Path, model: Model, paths: VolumePaths
+) -> None:
+    """Two nodes of one core each; image and mask are named as in this folder."""
+    script = tmp_path / "cluster.py"
+    script.write_text(CLUSTER)
+    environment = {**os.environ, "RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
+    best = tmp_path / "best.yaml"
+    step = {"name": model.decoder, "kwargs": dict(model.arguments)}
+    best.write_text(yaml.safe_dump({"test": {"decoding": [step]}}))
+    words = ["segment", "best.yaml", "--image", "im.h5", "--mask", "mask.h5", "--device", "cpu",
+             "--memory-gb", "2", "--json"]  # fmt: skip
+
+    def segmented(*more: str) -> dict[str, Any]:
+        done = subprocess.run(
+            [sys.executable, "-m", "hydralv_tune", *words, *more], cwd=tmp_path, text=True,
+            capture_output=True, env={**environment, "OMP_NUM_THREADS": "1"}, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr[-3000:]
+        return json.loads(done.stdout)
+
+    alone = segmented("--out", "alone.h5", "--table", "alone.csv")
+    assert alone["instances"] > 2
+    with subprocess.Popen(
+        [sys.executable, str(script)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        env=environment,
+    ) as cluster:  # fmt: skip
+        assert cluster.stdin is not None
+        assert cluster.stdout is not None
+        address = cluster.stdout.readline().strip()
+        segmented("--out", "spread.h5", "--table", "spread.csv", "--ray-address", address)
+        cluster.stdin.close()
+    for suffix in (".h5", ".csv"):
+        one, other = (tmp_path / f"{name}{suffix}" for name in ("alone", "spread"))
+        assert one.read_bytes() == other.read_bytes(), suffix
+
+
+CLUSTER = '''
+"""Two Ray nodes of one core each, until stdin ends."""
+import sys
+
+from ray.cluster_utils import Cluster
+
+cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+cluster.add_node(num_cpus=1)
+cluster.wait_for_nodes()
+print(cluster.address, flush=True)
+sys.stdin.read()
+cluster.shutdown()
+'''

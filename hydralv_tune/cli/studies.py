@@ -118,14 +118,6 @@ def run(
     warm_start_from: Annotated[
         str | None, typer.Option(help="Add the fitting trials of this study of the same storage.")
     ] = None,
-    learn_from: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="FOLDER_OR_URL[/STUDY]",
-            help="Try first what did well in this earlier study; may be repeated. none: nothing.",
-            parser=_expanded_place,
-        ),
-    ] = None,
     settings: Settings = None,
     json: Json = False,
 ) -> None:
@@ -152,7 +144,6 @@ def run(
         checkpoints=checkpoints,
         extend=extend,
         warm_start_from=warm_start_from,
-        learn_from=learn_from or [],
     )
     _show_facts(facts, json)
     if not json:
@@ -332,10 +323,15 @@ def export(
     storage: Storage = None,
     study: StudyName = None,
     out: Annotated[
-        Path | None, path_option(help="Where the best config goes. Default: FOLDER/best.yaml")
+        Path | None,
+        path_option(help="Where the best config goes. Default: best.yaml, .pt or .zip in FOLDER"),
     ] = None,
     format: Annotated[
-        str, typer.Option(help="hydralv, pytc (today's PyTorch Connectomics) or pytc-2026-01.")
+        str,
+        typer.Option(
+            help="hydralv, pytc (today's PyTorch Connectomics), pytc-2026-01, torchscript or "
+            "bioimageio."
+        ),
     ] = "hydralv",
     table: Annotated[
         Path | None, path_option(help="Also write all trials to this CSV or Parquet file.")
@@ -372,7 +368,8 @@ def export(
     """
     from hydralv_tune.study.find import check_place, find_study
 
-    target = _out_in(place, out, "best.yaml", "export --out")
+    name = {"torchscript": "best.pt", "bioimageio": "best.zip"}.get(format, "best.yaml")
+    target = _out_in(place, out, name, "export --out")
     check_folder("--out", target.parent)
     if table is not None:
         check_folder("--table", table.parent)

@@ -23,6 +23,12 @@ from hydralv_tune.config.yaml_io import dump_yaml
 from hydralv_tune.data.volumes import VolumePaths, read_volume, write_array
 from hydralv_tune.numerics.metrics.registry import SUMMARY
 from hydralv_tune.results.best_trial import BestTrial, best_portable, load_best_trial
+from hydralv_tune.results.export.models import (
+    MODEL_FORMATS,
+    export_bioimageio,
+    export_torchscript,
+    write_safetensors,
+)
 from hydralv_tune.results.export.pytc import PEER_FORMATS, peer_config, peer_weights
 from hydralv_tune.results.export.pytc_blocks import PeerData, deeply_supervised
 from hydralv_tune.study.study import open_readonly
@@ -30,7 +36,7 @@ from hydralv_tune.study.trial_views import guard_warnings
 from hydralv_tune.trial.fitted_normalisation import fit_image
 from hydralv_tune.trial.scoring.prediction import load_network
 
-FORMATS = ("hydralv", *PEER_FORMATS)
+FORMATS = ("hydralv", *PEER_FORMATS, *MODEL_FORMATS)
 CHECKPOINT_KEYS = ("format", "version", "candidate", "weights")
 """What prediction needs; optimizer, schedule and random states stay behind."""
 
@@ -53,7 +59,8 @@ def export_best(
     Args:
         storage: Of the study.
         study: Its name.
-        out: The YAML file; the checkpoint goes beside it under the same stem.
+        out: The YAML file; the checkpoint goes beside it under the same stem. A .pt file for
+            TorchScript, a .zip for bioimage.io.
         format: One of `FORMATS`.
         table: Also write all trials here, as CSV or Parquet by its suffix.
         folder: Where the trials of the study are now; where the database says so by default.
@@ -76,7 +83,13 @@ def export_best(
     out = Path(out)
     if format not in FORMATS:
         raise InputError(f"export --format: {unknown_name('format', format, FORMATS)}")
-    if out.suffix not in (".yaml", ".yml"):
+    if format in MODEL_FORMATS:
+        if out.suffix != MODEL_FORMATS[format]:
+            raise InputError(
+                f"export --out: {out} must end with {MODEL_FORMATS[format]} for --format {format}. "
+                f"Name it {out.with_suffix(MODEL_FORMATS[format])}."
+            )
+    elif out.suffix not in (".yaml", ".yml"):
         raise InputError(
             f"export --out: {out} is no .yaml file; the checkpoint goes beside it as .ckpt."
         )
@@ -85,6 +98,10 @@ def export_best(
     with load_best_trial(storage, study, folder, number=trial, portable=portable) as best:
         if format == "hydralv":
             document = _export_own(best, out)
+        elif format == "torchscript":
+            document = export_torchscript(best, out)
+        elif format == "bioimageio":
+            document = export_bioimageio(best, out)
         else:
             newer = format == "pytc" if scikit_image_026 is None else scikit_image_026
             document = _export_peer(best, out, format, write_normalised, newer)
@@ -103,10 +120,12 @@ def _export_own(best: BestTrial, out: Path) -> dict[str, Any]:
     candidate = exported_candidate(best)
     text = _comments(_head_lines(best)) + dump_yaml(changed_keys(candidate))
     _write_weights(checkpoint, kept)
+    inert = write_safetensors(out.with_suffix(".safetensors"), *load_network(best.checkpoint))
     write_atomically(out, text.encode())
     return {
         "out": str(out),
         "checkpoint": str(checkpoint),
+        "safetensors": str(inert),
         "commands": own_commands(best, out, checkpoint),
     }
 
