@@ -395,7 +395,6 @@ def test_the_page_gives_the_same_probabilities_without_this_package(
     finished_study: Any, tmp_path: Path
 ) -> None:
     network, candidate, window = network_and_window(finished_study)
-    assert candidate.data.image_transform.normalize == "0-1"
     document = export_best(
         finished_study.storage, "tiny", tmp_path / "best.pt", format="torchscript"
     )
@@ -438,10 +437,12 @@ def test_a_model_of_bioimage_io_has_what_its_description_names(
     raw = np.load(tmp_path / "model" / "test_input.npy")
     stated = np.load(tmp_path / "model" / "test_output.npy")
     assert str(raw.dtype) == rdf["inputs"][0]["data"]["type"]
-    assert [step["id"] for step in rdf["inputs"][0]["preprocessing"]] == [
-        "ensure_dtype", "scale_range",
-    ]  # fmt: skip
-    spread = (raw - raw.min()) / (float(raw.max()) - raw.min() + 1e-6)
+    assert candidate.data.image_transform.normalize == "z_section"
+    assert rdf["inputs"][0]["preprocessing"] == [
+        {"id": "ensure_dtype", "kwargs": {"dtype": "float32"}},
+        {"id": "zero_mean_unit_variance", "kwargs": {"axes": ["y", "x"], "eps": 1e-6}},
+    ]
+    spread = (raw - raw.mean((3, 4), keepdims=True)) / raw.std((3, 4), keepdims=True)
     traced = torch.jit.load(tmp_path / "model" / "weights.pt")
     found = traced(torch.from_numpy(spread.astype(np.float32)))[0].detach().numpy()
     np.testing.assert_allclose(found, stated[0], atol=1e-4)

@@ -118,6 +118,14 @@ def run(
     warm_start_from: Annotated[
         str | None, typer.Option(help="Add the fitting trials of this study of the same storage.")
     ] = None,
+    learn_from: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="FOLDER_OR_URL[/STUDY]",
+            help="Try first what did well in this earlier study; may be repeated. none: nothing.",
+            parser=_expanded_place,
+        ),
+    ] = None,
     settings: Settings = None,
     json: Json = False,
 ) -> None:
@@ -144,6 +152,7 @@ def run(
         checkpoints=checkpoints,
         extend=extend,
         warm_start_from=warm_start_from,
+        learn_from=learn_from or [],
     )
     _show_facts(facts, json)
     if not json:
