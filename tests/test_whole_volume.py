@@ -560,6 +560,7 @@ def test_parts_of_one_volume_are_scored_as_the_whole(phantom: Phantom) -> None:
     assert score(of_one_volume(parts)).as_dict() == whole.as_dict()
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_two_ray_workers_write_the_file_that_one_process_writes(
     tmp_path: Path, model: Model, paths: VolumePaths
