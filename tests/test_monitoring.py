@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -143,22 +144,22 @@ def test_losses_come_every_fifty_steps_and_trials_can_be_compared(tmp_path: Path
         },
         place="test",
     )  # fmt: skip
-    record = run_trial(
-        TrialSpec(
-            number=0, root=0, candidate=chosen, objective=Objective(), volumes=[], study="s",
-            grid=DecodingGrid.model_validate({"grid": {"min_seed_size": [1]}}),
-            out=str(tmp_path), device="cpu", threads=1,
-        ),
-        lambda _: None,
-        volumes=[volume()],
+    spec = TrialSpec(
+        number=0, root=0, candidate=chosen, objective=Objective(), volumes=[], study="s",
+        grid=DecodingGrid.model_validate({"grid": {"min_seed_size": [1]}}),
+        out=str(tmp_path), device="cpu", threads=1,
     )  # fmt: skip
+    run_trial(spec, lambda _: None, volumes=[volume()])
+    # Scored again under another grid, it trains nothing, and hides nothing of what it wrote.
+    other = DecodingGrid.model_validate({"grid": {"min_seed_size": [1, 6]}})
+    record = run_trial(replace(spec, grid=other), lambda _: None, volumes=[volume()])
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     assert [event.step for event in events.Scalars(LOSS)] == [50, 100]
     first, second = (event.value for event in events.Scalars(LOSS))
     assert second < first
     assert [event.step for event in events.Scalars("score/f1_iou50")] == [120]
-    (result,) = events.Scalars("result/f1_iou50")
+    result = events.Scalars("result/f1_iou50")[-1]
     assert result.value == pytest.approx(record.metrics["f1_iou50"])
     compared = events.summary_metadata["_hparams_/session_start_info"].plugin_data.content
     assert b"optimization.optimizer.lr" in compared

@@ -492,7 +492,8 @@ class TrialRun:
     def _shown_on(self) -> Monitor:
         """Return what writes to TensorBoard."""
         if self._monitor is None:
-            self._monitor = Monitor(self.out / "tensorboard", step=self._begins_at or 0)
+            begins_at = self._step if self._begins_at is None else self._begins_at
+            self._monitor = Monitor(self.out / "tensorboard", step=begins_at)
         return self._monitor
 
     def _show_losses(self) -> None:
