@@ -14,15 +14,13 @@ import numpy.typing as npt
 from hydralv_tune.artifacts.writing import write_atomically
 from hydralv_tune.config.errors import as_input_error
 from hydralv_tune.data.formats.files import create_array, open_lazy
-from hydralv_tune.numerics.metrics.contingency import contingency_table, of_one_volume
+from hydralv_tune.numerics.metrics.contingency import SLAB, of_one_volume, slab_tables
 from hydralv_tune.numerics.metrics.instance_errors import segment_kinds, truth_kinds
 
 Point = tuple[str, int, tuple[int, int, int]]
 """What is wrong, the id, and a voxel (z, y, x) of the instance."""
 
 SERVER = "http://127.0.0.1:9000"
-SLAB = 16
-"""Sections in memory at once while instances are compared."""
 BLOCK_SECTIONS = 64
 """Sections in memory at once while a volume is written: a block of precomputed holds as many."""
 
@@ -54,16 +52,7 @@ def wrong_instances(
     Raises:
         ValueError: Shapes differ.
     """
-    tables = []
-    for part in _slabs(truth):
-        inside = [np.asarray(mask[part]) > 0 for mask in masks]
-        here = np.all(inside, axis=0) if inside else None
-        if here is None or here.any():
-            tables.append(
-                contingency_table(
-                    prediction=prediction[part], truth=truth[part], mask=here, ignore=ignore
-                )
-            )
+    tables = list(slab_tables(prediction, truth, masks, ignore=ignore))
     if not tables:
         return []
     table = of_one_volume(tables)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from hydralv_tune.artifacts.writing import write_atomically
@@ -69,7 +70,7 @@ class Start:
                 found.close()
         if self.warm_start_from is not None:
             self._source().close()
-        self._lessons()
+        _ = self._lessons  # refused here where one cannot be read
 
     def open(self, fingerprints: Mapping[str, str]) -> Study:
         """Open the study, or make it, and store what is new.
@@ -129,14 +130,15 @@ class Start:
             opened.remember_lessons([])
         elif self.learn_from:
             known = {lesson.source for lesson in stored or []}
-            new = [lesson for lesson in self._lessons() if lesson.source not in known]
+            new = [lesson for lesson in self._lessons if lesson.source not in known]
             opened.remember_lessons([*(stored or []), *new])
         elif stored is None:
             has_use = self.space.sampler.name == "tpe" and not opened.has_begun()
             opened.remember_lessons(Guide(self.space, shelf()).lessons if has_use else [])
 
+    @cached_property
     def _lessons(self) -> list[Lesson]:
-        """Return what the named earlier studies teach.
+        """Return what the named earlier studies teach, read once for all checks of a start.
 
         Raises:
             StudyError: There is no such study, it is this one, or it teaches this space nothing.

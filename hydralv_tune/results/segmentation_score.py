@@ -11,15 +11,12 @@ import numpy as np
 
 from hydralv_tune.config.errors import InputError, as_input_error
 from hydralv_tune.data.formats.files import open_lazy
-from hydralv_tune.numerics.metrics.contingency import contingency_table, of_one_volume
+from hydralv_tune.numerics.metrics.contingency import of_one_volume, slab_tables
 from hydralv_tune.numerics.metrics.instance_errors import segment_kinds
 from hydralv_tune.numerics.metrics.scores import ious, score
 
 if TYPE_CHECKING:
     import pandas as pd
-
-SECTIONS = 16
-"""Read at once: as many as a block on disk holds."""
 
 
 def scored_segmentation(
@@ -47,7 +44,6 @@ def scored_segmentation(
         VolumeError: A file cannot be read.
         InputError: The shapes differ, or there is no truth.
     """
-    tables = []
     with ExitStack() as stack:
         found = stack.enter_context(open_lazy(segmentation, ndim=3))
         truth = stack.enter_context(open_lazy(label, ndim=3))
@@ -58,18 +54,8 @@ def scored_segmentation(
                     f"{path}: has shape {other.shape}, but the image {found.shape}; both must be "
                     "equal. Give the one of this very volume."
                 )
-        for z in range(0, found.shape[0], SECTIONS):
-            part = slice(z, z + SECTIONS)
-            here = np.all([mask[part] > 0 for mask in valid], axis=0) if valid else None
-            if here is not None and not here.any():
-                continue
-            with as_input_error(label):
-                tables.append(
-                    contingency_table(
-                        prediction=found[part], truth=truth[part], mask=here, ignore=ignore
-                    )
-                )
-    table = of_one_volume(tables)
+        with as_input_error(label):
+            table = of_one_volume(list(slab_tables(found, truth, valid, ignore=ignore)))
     with as_input_error(label):
         figures = score(table).as_dict()
     return figures, _judged(rows, table)

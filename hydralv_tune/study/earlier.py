@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from hydralv_tune.config.search_space import SearchSpace
 from hydralv_tune.study.distributions import misfit
 from hydralv_tune.study.proposals import TriedCandidates, drawn, is_plain, position
-from hydralv_tune.study.trial_views import VIOLATIONS, TrialView, is_ended, superseded
+from hydralv_tune.study.trial_views import VIOLATIONS, TrialView, latest_ended
 
 Floats = NDArray[np.float64]
 
@@ -157,12 +157,7 @@ def lesson_of(
         source: Where it comes from, for people.
         most: Trials that are kept: evenly spread over the ranks.
     """
-    gone = superseded(trials)
-    known = [
-        trial
-        for trial in trials
-        if is_ended(trial) and trial.number not in gone and trial.params and is_plain(space, trial)
-    ]
+    known = [trial for trial in latest_ended(trials) if trial.params and is_plain(space, trial)]
     if len(known) < FEWEST:
         return None
     ranks = ranks_of(known)
@@ -304,12 +299,13 @@ class Guide:
             generator: Of the random numbers.
             fixed: Values that are given.
         """
-        gone = superseded(trials)
-        seen = [t for t in trials if t.params and t.number not in gone]
-        ended = [t for t in seen if is_ended(t) and is_plain(self.space, t)]
+        ended = [t for t in latest_ended(trials) if t.params and is_plain(self.space, t)]
         if not self.lessons or len(ended) >= GUIDED_TRIALS:
             return None
-        running = [t for t in seen if t.state == "RUNNING" and is_plain(self.space, t)]
+        # Nothing follows an attempt that runs.
+        running = [
+            t for t in trials if t.state == "RUNNING" and t.params and is_plain(self.space, t)
+        ]
         ranks = ranks_of(ended) if ended else np.zeros(0)
         pool = self._pool(
             [ended[i].params for i in np.argsort(ranks)[:BEST]], tried, generator, fixed

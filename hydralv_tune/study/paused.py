@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from hydralv_tune.study.earlier import ranks_of
-from hydralv_tune.study.trial_views import RESUMABLE, TrialView, is_ended, superseded
+from hydralv_tune.study.trial_views import RESUMABLE, TrialView, latest_ended
 
 
 def trial_to_revive(trials: Sequence[TrialView], share: float) -> TrialView | None:
@@ -20,8 +20,7 @@ def trial_to_revive(trials: Sequence[TrialView], share: float) -> TrialView | No
         share: Of all ended trials, compared at equal evaluations, among which it must be; 1 for
             the best paused one at any rank.
     """
-    gone = superseded(trials)
-    ended = [trial for trial in trials if is_ended(trial) and trial.number not in gone]
+    ended = latest_ended(trials)
     paused = [i for i, trial in enumerate(ended) if trial.user_attrs.get(RESUMABLE)]
     if not paused:
         return None

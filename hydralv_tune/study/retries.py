@@ -10,9 +10,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from hydralv_tune.study.trial_views import OVERRIDES, REVIVED, TrialView
+from hydralv_tune.study.trial_views import OVERRIDES, REVIVED, TrialView, superseded
 
 MAX_RESTARTS = 20
+"""After so many a trial is given up, or one that kills its driver would do so for ever."""
 
 
 def needs_successor(trial: TrialView, *, retries: int) -> bool:
@@ -52,7 +53,7 @@ def successor_attributes(trial: TrialView) -> dict[str, Any]:
 
 def missing_successors(trials: Sequence[TrialView], *, retries: int) -> list[TrialView]:
     """Return every FAIL that deserves another attempt and has none yet."""
-    followed = {trial.user_attrs.get("retry_of") for trial in trials}
+    followed = superseded(trials)
     return [
         trial
         for trial in trials

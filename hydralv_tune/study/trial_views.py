@@ -9,7 +9,7 @@ import math
 import os
 import platform
 import socket
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from functools import cache
@@ -34,9 +34,6 @@ BEHIND = 1000.0
 
 AT_MOST_ONE = ("adapted_rand_error", "adapted_rand_error_foreground", "f1_iou50")
 """Metrics whose objective is never above 1."""
-
-# A trial whose driver died again and again is given up, or it could bring drivers down for ever.
-
 
 VIOLATIONS = "violations"
 """Attribute of a trial: by how much the guard was violated at each evaluation, by step."""
@@ -285,6 +282,12 @@ def is_ended(trial: TrialView) -> bool:
     """Return whether this study ran a trial to its end, or until it was pruned."""
     known = bool(trial.intermediate) or trial.value is not None
     return trial.state in FINISHED and known and not (trial.is_imported or trial.is_foreign)
+
+
+def latest_ended(trials: Sequence[TrialView]) -> list[TrialView]:
+    """Return the ended trials, without those attempts that another one followed."""
+    gone = superseded(trials)
+    return [trial for trial in trials if is_ended(trial) and trial.number not in gone]
 
 
 def superseded(trials: Iterable[TrialView]) -> set[int]:

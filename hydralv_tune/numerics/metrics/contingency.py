@@ -5,7 +5,7 @@ A volume is passed over once; several volumes are joined as tables.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -222,6 +222,37 @@ def joined(tables: Sequence[ContingencyTable]) -> ContingencyTable:
         pair_segment=all_of("pair_segment", segments),
         pair_voxels=all_of("pair_voxels"),
     )
+
+
+SLAB = 16
+"""Sections in memory at once: as many as a block on disk holds."""
+
+
+def slab_tables(
+    prediction: Any,
+    truth: Any,
+    masks: Sequence[Any] = (),
+    *,
+    ignore: Collection[int] = (),
+) -> Iterator[ContingencyTable]:
+    """Yield the tables of a volume slab by slab; `of_one_volume` joins them.
+
+    Args:
+        prediction: (Z, Y, X) labels, in memory or on disk.
+        truth: (Z, Y, X) labels, likewise.
+        masks: (Z, Y, X) each, likewise; a voxel counts that lies in all of them.
+        ignore: Ids of the truth that mean "no label".
+
+    Raises:
+        ValueError: As `contingency_table`.
+    """
+    for z in range(0, truth.shape[0], SLAB):
+        part = slice(z, z + SLAB)
+        here = np.all([np.asarray(mask[part]) > 0 for mask in masks], axis=0) if masks else None
+        if here is None or here.any():
+            yield contingency_table(
+                prediction=prediction[part], truth=truth[part], mask=here, ignore=ignore
+            )
 
 
 def of_one_volume(parts: Sequence[ContingencyTable]) -> ContingencyTable:

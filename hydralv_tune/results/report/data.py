@@ -39,6 +39,7 @@ from hydralv_tune.results.scored_volumes import (
     judge_all,
     scored_volumes,
 )
+from hydralv_tune.study.study_folder import SPACE_FILE
 from hydralv_tune.study.trial_views import TrialView, count_states
 
 MOST_THUMBNAILS = 400
@@ -178,7 +179,7 @@ def gather(best: BestTrial, out: Path) -> ReportData:
     return ReportData(
         study=study.name,
         storage=study.storage,
-        space_file=out / "space.yaml",
+        space_file=out / SPACE_FILE,
         written=datetime.now().strftime("%Y-%m-%d %H:%M"),
         metric=objective.metric,
         guard_f1=objective.guard.f1_iou50,
