@@ -30,7 +30,7 @@ from hydralv_tune.study.driver import Driver
 from hydralv_tune.study.find import STORAGE_VARIABLE, find_study
 from hydralv_tune.study.recover import recover_study
 from hydralv_tune.study.storage_url import masked, parse_storage, sqlite_file, without_secrets
-from hydralv_tune.study.study import Study, open_all, open_readonly
+from hydralv_tune.study.study import Study, open_all, open_readonly, study_names
 from hydralv_tune.study.study_folder import owner_of
 from hydralv_tune.study.trial_views import Asked, TrialResult, count_states
 
@@ -156,7 +156,9 @@ def test_a_study_of_another_program_is_refused_and_left_alone(tmp_path: Path, ki
     theirs = optuna.create_study(
         study_name="s", storage=storage, directions=directions.get(kind, ["minimize"])
     )
-    if kind != "no trials":
+    if kind == "no trials":  # nor is it ours for a note of that name
+        theirs.set_user_attr("space", "the final frontier")
+    else:
         values = [0.5, 1.0][: len(theirs.directions)]
         theirs.add_trial(
             optuna.trial.create_trial(
@@ -178,6 +180,35 @@ def test_a_study_of_another_program_is_refused_and_left_alone(tmp_path: Path, ki
     assert open_all(storage) == []
     run_one(tmp_path / "out", storage, "ours")
     assert [study.name for study in open_all(storage)] == ["ours"]
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "CREATE TABLE studies (x)",
+        "CREATE TABLE studies (study_id INTEGER, study_name TEXT)",
+        "CREATE TABLE version_info (version_info_id INTEGER, schema_version INTEGER,"
+        " library_version TEXT); CREATE TABLE studies (x)",
+    ],
+)
+def test_tables_of_another_program_are_refused_and_left_alone(
+    tmp_path: Path, statement: str
+) -> None:
+    database = tmp_path / "theirs.db"
+    storage = f"sqlite:///{database}"
+    with sqlite3.connect(database) as connection:
+        connection.executescript(statement)
+    before = content(database)
+    for refused in (
+        lambda: Start(storage, "s", make_space(), tmp_path / "out").check({}),
+        lambda: Start(storage, "s", make_space(), tmp_path / "out").open({}),
+        lambda: open_readonly(storage, "s"),
+        lambda: open_all(storage),
+        lambda: study_names(storage),
+    ):
+        with pytest.raises(StudyError, match=r"has other tables now|was made by another Optuna"):
+            refused()
+    assert content(database) == before
 
 
 def test_a_database_of_another_optuna_says_how_to_upgrade_a_copy_of_it(tmp_path: Path) -> None:

@@ -6,10 +6,12 @@ import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import h5py
+import nibabel
 import numpy as np
 import pytest
 import tifffile
@@ -21,6 +23,7 @@ from hydralv_tune.data.volumes import (
     NO_MASK,
     Volume,
     VolumePaths,
+    check_heads,
     open_lazy,
     pairs,
     read_array,
@@ -364,6 +367,33 @@ def test_values_that_are_not_finite_are_refused(
 def test_a_boolean_image_is_refused(files: dict[str, Path], reader: Any) -> None:
     write_array(files["im"], np.ones(SHAPE, bool))
     refused(paths_of(files), "im.h5", "bool", reader=reader)
+
+
+def test_an_image_in_colours_of_a_palette_is_refused_and_labels_are_not(
+    files: dict[str, Path], reader: Any, tmp_path: Path
+) -> None:
+    colours = np.random.default_rng(0).integers(0, 65535, (3, 256)).astype(np.uint16)
+    for name in ("im", "label"):
+        array = read_array(files[name]).astype(np.uint8)
+        tifffile.imwrite(tmp_path / f"{name}.tif", array, photometric="palette", colormap=colours)
+    image, label = tmp_path / "im.tif", tmp_path / "label.tif"
+    refused(paths_of(files, image=image), "im.tif", "palette", reader=reader)
+    assert np.max(list(reader(paths_of(files, label=label)).label)) == 2
+    with pytest.raises(VolumeError, match="palette"):
+        check_heads(str(image), {})
+
+
+def test_files_that_lie_mirrored_on_each_other_are_refused(tmp_path: Path, reader: Any) -> None:
+    label = np.zeros(SHAPE, np.uint8)
+    label[3:6, 3:9, 3:9] = 1
+    for name, array, x in (("im", counted(), 8), ("same", label, 8), ("mirrored", label, -8)):
+        affine = np.diag([x, 8.0, 30.0, 1.0])
+        nibabel.save(nibabel.Nifti1Image(array.T, affine), tmp_path / f"{name}.nii.gz")
+    image = str(tmp_path / "im.nii.gz")
+    paths = VolumePaths("v", image, str(tmp_path / "same.nii.gz"))
+    assert reader(paths).label is not None
+    wrong = replace(paths, label=str(tmp_path / "mirrored.nii.gz"))
+    refused(wrong, "mirrored.nii.gz", "along x", "mirrored", reader=reader)
 
 
 @pytest.mark.parametrize(

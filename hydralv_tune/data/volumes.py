@@ -16,6 +16,7 @@ import numpy as np
 from hydralv_tune.config.errors import VolumeError
 from hydralv_tune.data.formats import suffix_of
 from hydralv_tune.data.formats.files import (
+    LazyArray,
     locate,
     open_lazy,
     read_array,
@@ -29,7 +30,7 @@ from hydralv_tune.data.truth import (
     tissue_of,
 )
 from hydralv_tune.data.volume_paths import NO_MASK, VolumePaths, pairs, volume_paths
-from hydralv_tune.data.voxel_size import VoxelSize
+from hydralv_tune.data.voxel_size import Directions, VoxelSize
 from hydralv_tune.numerics.metrics.contingency import split_unknown
 from hydralv_tune.numerics.normalisation import Normalisation
 
@@ -372,13 +373,25 @@ def _hint_on_channels(shape: tuple[int, ...]) -> str:
 
 
 def _check_image(path: str | Path, image: Sections) -> None:
-    """Refuse an image that is a mask or not finite."""
+    """Refuse an image that is a mask, in colours of a palette, or not finite."""
+    with open_lazy(path, ndim=3) as lazy:
+        _refuse_palette(path, lazy)
     if image.dtype.kind == "b":
         raise VolumeError(
             f"{path}: the image has dtype bool, which is a mask. Give the EM image with --image "
             "and the mask with --mask."
         )
     _refuse_not_finite(path, "image", image)
+
+
+def _refuse_palette(path: str | Path, image: LazyArray) -> None:
+    """Refuse an image whose numbers are no grey values."""
+    if image.palette:
+        raise VolumeError(
+            f"{path}: its numbers stand for colours of a palette (a coloured lookup table), not "
+            "for grey values; only labels and masks may be such. Save it in grey, in Fiji by Image "
+            "> Lookup Tables > Grays."
+        )
 
 
 def _refuse_not_finite(path: str | Path, kind: str, array: Sections) -> None:
@@ -429,19 +442,31 @@ def agreed_placement(*files: str | None) -> tuple[VoxelSize | None, VoxelSize | 
         files: Of one volume; None and `none` are left out.
 
     Raises:
-        VolumeError: A file cannot be opened, or two files contradict each other; a size of 1 x 1 x
-            1 nm, which tools write for unknown, contradicts none.
+        VolumeError: A file cannot be opened, or two files contradict each other in size, place or
+            direction; a size of 1 x 1 x 1 nm, which tools write for unknown, contradicts none.
     """
     sizes: dict[str, VoxelSize] = {}
     origins: dict[str, VoxelSize] = {}
+    directions: dict[str, Directions] = {}
     for path in files:
         if path is None or path == NO_MASK:
             continue
         with open_lazy(path) as lazy:
+            if lazy.directions is not None:
+                directions[path] = lazy.directions
             if lazy.voxel_size_nm is not None:
                 sizes[path] = lazy.voxel_size_nm
             if lazy.origin_nm is not None:
                 origins[path] = lazy.origin_nm
+    for path, other in directions.items():
+        first, own = next(iter(directions.items()))
+        mirrored = [name for name, a, b in zip("zyx", own, other, strict=True) if a != b]
+        if mirrored:
+            raise VolumeError(
+                f"{path}: along {', '.join(mirrored)} its voxels run the other way round than "
+                f"those of {first}, so the two would lie mirrored on each other. Save both in the "
+                "same orientation."
+            )
     known = {path: size for path, size in sizes.items() if size != UNIT_SIZE}
     _refuse_different("voxel size", known, [SAME_SIZE * s for s in next(iter(known.values()), ())])
     size = next(iter((known or sizes).values()), None)
@@ -461,6 +486,7 @@ def check_heads(image: str, others: Mapping[str, str | None]) -> None:
     """
     with open_lazy(image, ndim=3) as lazy:
         shape = lazy.shape
+        _refuse_palette(image, lazy)
     for kind, path in others.items():
         if path is not None:
             with open_lazy(path, ndim=3) as lazy:

@@ -10,6 +10,8 @@ import numpy as np
 
 VoxelSize = tuple[float, float, float]
 """(z, y, x) in nm."""
+Directions = tuple[int, int, int]
+"""(z, y, x): 1 where voxels follow an axis of the world, -1 where they run against it."""
 
 NM_OF_UNIT = {
     "pm": 1e-3,
@@ -40,12 +42,14 @@ class Placement:
     Args:
         voxel_size_nm: (z, y, x); None where the file does not say.
         origin_nm: (z, y, x) of the first voxel; None where the file does not say.
+        directions: How voxels run in the world; None where the file does not say.
         notes: What the file says in a way that is not understood, one sentence each.
     """
 
     voxel_size_nm: VoxelSize | None = None
     origin_nm: VoxelSize | None = None
     notes: tuple[str, ...] = ()
+    directions: Directions | None = None
 
 
 UNKNOWN = Placement()

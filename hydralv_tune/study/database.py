@@ -24,6 +24,8 @@ optuna.logging.set_verbosity(optuna.logging.ERROR)
 
 
 MOVED_TABLES = re.compile(r"no such (table|column)|(relation|column) .* does not exist")
+OPTUNA_TABLES = {"studies", "trials", "version_info", "alembic_version"}
+"""Optuna makes what is missing of the last two, even in a database that is not its own."""
 READ_ONLY = re.compile(r"readonly database|read-only (transaction|file system)", re.IGNORECASE)
 
 
@@ -122,6 +124,21 @@ def database_errors() -> Iterator[None]:
         raise
 
 
+@contextlib.contextmanager
+def while_opening(url: sqlalchemy.engine.URL) -> Iterator[None]:
+    """Turn what a database raises while it is opened to be read into a refusal."""
+    try:
+        with database_errors():
+            yield
+    except DatabaseAway as error:
+        raise StudyError(f"--storage: {masked(url)} does not answer: {error}.") from None
+    except StudyGone as error:
+        raise StudyError(
+            f"--storage: {masked(url)} {error.what}. Name the database of a study, put this one "
+            "back as it was, or make the study again from its trials: `hydralv-tune recover OUT`."
+        ) from None
+
+
 def open_storage(url: sqlalchemy.engine.URL, *, create: bool) -> RDBStorage:
     """Return Optuna's storage of a URL.
 
@@ -131,9 +148,14 @@ def open_storage(url: sqlalchemy.engine.URL, *, create: bool) -> RDBStorage:
 
     Raises:
         StudyError: Another version of Optuna made its tables.
+        StudyGone: Another program made them, or some are missing.
     """
     options = engine_options(url)
-    skipped = not create or has_tables(url, options)
+    found = tables(url, options)
+    if "studies" in found and not found >= OPTUNA_TABLES:
+        missing = ", ".join(sorted(OPTUNA_TABLES - found))
+        raise StudyGone(f"has other tables now (no such table: {missing})")
+    skipped = not create or "studies" in found
     try:
         storage = RDBStorage(url_template(url), engine_kwargs=options, skip_table_creation=skipped)
     except RuntimeError as error:  # the tables are of another Optuna
@@ -173,9 +195,14 @@ def url_template(url: sqlalchemy.engine.URL) -> str:
 
 def has_tables(url: sqlalchemy.engine.URL, options: Mapping[str, Any]) -> bool:
     """Return whether a database has tables of studies, without making any."""
+    return "studies" in tables(url, options)
+
+
+def tables(url: sqlalchemy.engine.URL, options: Mapping[str, Any]) -> set[str]:
+    """Return the names of the tables of a database."""
     engine = sqlalchemy.create_engine(url, **options)
     try:
-        return sqlalchemy.inspect(engine).has_table("studies")
+        return set(sqlalchemy.inspect(engine).get_table_names())
     finally:
         engine.dispose()
 

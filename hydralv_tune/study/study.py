@@ -26,6 +26,7 @@ from hydralv_tune.study.database import (
     load_named,
     open_storage,
     require_tables,
+    while_opening,
 )
 from hydralv_tune.study.distributions import (
     distribution_of,
@@ -120,8 +121,9 @@ class Study:
         options = engine_options(url)
         if not create:
             require_tables(url, options)
-            rdb = open_storage(url, create=False)
-            return cls(rdb, load_ours(rdb, name, masked(url)), masked(url), folder)
+            with while_opening(url):
+                rdb = open_storage(url, create=False)
+                return cls(rdb, load_ours(rdb, name, masked(url)), masked(url), folder)
         assert space is not None, "a study is made from its space"
         mutex = StudyMutex(url, name)
         try:
@@ -608,13 +610,10 @@ def open_if_exists(storage: str, name: str) -> Study | None:
     path = sqlite_file(url)
     if (path is not None and not path.exists()) or not has_tables(url, engine_options(url)):
         return None
-    rdb = open_storage(url, create=False)
-    try:
-        with database_errors():
-            if name in optuna.get_all_study_names(rdb):
-                return Study(rdb, load_ours(rdb, name, masked(url)), masked(url))
-    except DatabaseAway as error:
-        raise StudyError(f"--storage: {masked(url)} does not answer: {error}.") from None
+    with while_opening(url):
+        rdb = open_storage(url, create=False)
+        if name in optuna.get_all_study_names(rdb):
+            return Study(rdb, load_ours(rdb, name, masked(url)), masked(url))
     rdb.engine.dispose()
     return None
 
@@ -629,12 +628,12 @@ def study_names(storage: str) -> list[str]:
     probe(url, create=False)
     options = engine_options(url)
     require_tables(url, options)
-    rdb = open_storage(url, create=False)
-    try:
-        with database_errors():
+    with while_opening(url):
+        rdb = open_storage(url, create=False)
+        try:
             return sorted(optuna.get_all_study_names(rdb))
-    finally:
-        rdb.engine.dispose()
+        finally:
+            rdb.engine.dispose()
 
 
 def open_all(storage: str) -> list[Study]:
@@ -647,12 +646,19 @@ def open_all(storage: str) -> list[Study]:
     probe(url, create=False)
     options = engine_options(url)
     require_tables(url, options)
-    rdb = open_storage(url, create=False)
-    names = optuna.get_all_study_names(rdb)
+    with while_opening(url):
+        rdb = open_storage(url, create=False)
+        names = optuna.get_all_study_names(rdb)
+        found = [optuna.load_study(study_name=name, storage=rdb) for name in names]
+        ours = [study for study in found if is_ours(study)]
     if not names:
         raise StudyError(f"--storage: {masked(url)} holds no study. Start one with `run`.")
-    found = [optuna.load_study(study_name=name, storage=rdb) for name in names]
-    return [Study(rdb, study, masked(url)) for study in found if SPACE in study_attributes(study)]
+    return [Study(rdb, study, masked(url)) for study in ours]
+
+
+def is_ours(study: optuna.Study) -> bool:
+    """Return whether hydralv-tune made a study: its search space is stored in it."""
+    return isinstance(study_attributes(study).get(SPACE), Mapping)
 
 
 def load_ours(storage: RDBStorage, name: str, shown: str) -> optuna.Study:
@@ -662,7 +668,7 @@ def load_ours(storage: RDBStorage, name: str, shown: str) -> optuna.Study:
         StudyError: There is no study of that name, or another program made it.
     """
     study = load_named(storage, name, shown)
-    if SPACE not in study_attributes(study):
+    if not is_ours(study):
         directions = ", ".join(direction.name.lower() for direction in study.directions)
         raise StudyError(
             f"--study: study '{name}' in {shown} was not made by hydralv-tune: no search space is "

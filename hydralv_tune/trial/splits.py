@@ -172,8 +172,9 @@ def slab(volume: Volume, axis: int, start: int, stop: int) -> Volume:
 def _check_labelled(volume: Volume) -> None:
     """Refuse a part in which there is nothing to learn or to score."""
     if not has_truth(volume):
+        inside = "" if volume.where_scored is None else " inside the mask"
         raise VolumeError(
-            f"Volume '{volume.name}': the label has no labelled voxel inside the mask, so adapted "
+            f"Volume '{volume.name}': the label has no labelled voxel{inside}, so adapted "
             "Rand error is undefined. Check the label path, move data.split, or drop the volume."
         )
 

@@ -372,6 +372,28 @@ def test_a_tiff_that_is_no_volume_is_refused_as_what_it_is(
     assert word in refusal(tmp_path / "v.tif")
 
 
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, bool])
+@pytest.mark.parametrize("compression", [None, "zlib"])
+def test_a_tiff_whose_zero_is_white_is_refused(
+    tmp_path: Path, dtype: Any, compression: str | None
+) -> None:
+    options = {"photometric": "miniswhite", "compression": compression}
+    tifffile.imwrite(tmp_path / "v.tif", values(dtype), **options)
+    with pytest.raises(VolumeError, match=r"0 is white \(MinIsWhite\)"):
+        read_array(tmp_path / "v.tif", ndim=3)
+
+
+def test_numbers_of_a_palette_are_told_from_greys(tmp_path: Path) -> None:
+    ramp = np.stack([np.arange(256, dtype=np.uint16) * 257] * 3)
+    colours = np.random.default_rng(0).integers(0, 65535, (3, 256)).astype(np.uint16)
+    for name, palette in (("ramp", ramp), ("turned", ramp[:, ::-1]), ("colours", colours)):
+        path = tmp_path / f"{name}.tif"
+        tifffile.imwrite(path, values(), photometric="palette", colormap=palette)
+        with open_lazy(path, ndim=3) as lazy:
+            assert lazy.palette == (name != "ramp")
+            np.testing.assert_array_equal(lazy[...], values())
+
+
 def test_pages_of_other_shapes_and_second_series_are_refused(tmp_path: Path) -> None:
     with tifffile.TiffWriter(tmp_path / "two.tif") as file:
         file.write(values(), photometric="minisblack")
@@ -551,6 +573,26 @@ def test_a_nifti_that_lies_askew_is_refused(tmp_path: Path) -> None:
     affine[:2, :2] = [[0.8, -0.6], [0.6, 0.8]]
     nibabel.save(nibabel.Nifti1Image(values().T, affine), tmp_path / "v.nii")
     assert "askew" in refusal(tmp_path / "v.nii")
+
+
+def test_how_voxels_run_in_the_world_is_one_thing_in_nifti_and_nrrd(tmp_path: Path) -> None:
+    steps = np.diag([-8.0, -8.0, 30.0])
+    affine = np.eye(4)
+    affine[:3, :3], affine[:3, 3] = steps, (-1, -2, 3)
+    image = nibabel.Nifti1Image(values().T, affine)
+    image.header.set_xyzt_units("mm")
+    nibabel.save(image, tmp_path / "v.nii.gz")
+    # NIfTI counts x to the right and y to the front; this space does neither.
+    header = {
+        "space": "left-posterior-superior", "space directions": np.abs(steps),
+        "space origin": [1.0, 2.0, 3.0], "space units": ["mm"] * 3,
+    }  # fmt: skip
+    nrrd.write(str(tmp_path / "v.nrrd"), values().T, header)
+    for name in ("v.nii.gz", "v.nrrd"):
+        with open_lazy(tmp_path / name, ndim=3) as lazy:
+            assert lazy.directions == (1, -1, -1)
+            assert lazy.origin_nm == (3e6, -2e6, -1e6)
+            np.testing.assert_array_equal(lazy[...], values())
 
 
 def test_a_packed_file_of_another_kind_is_no_nifti(tmp_path: Path) -> None:

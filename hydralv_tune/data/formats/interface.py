@@ -13,7 +13,7 @@ import numpy as np
 
 from hydralv_tune.config.errors import VolumeError
 from hydralv_tune.data.formats.location import Location
-from hydralv_tune.data.voxel_size import UNKNOWN, Placement, VoxelSize
+from hydralv_tune.data.voxel_size import UNKNOWN, Directions, Placement, VoxelSize
 
 DEFAULT_DATASET = "main"
 Names = tuple[str, ...]
@@ -58,6 +58,7 @@ class Stored:
         placement: Of its voxels, along z, y, x.
         chunks: The blocks it is stored in; None where it is stored in one piece.
         close: Closes the file.
+        palette: Whether its numbers stand for colours of a palette: they can be ids, but no greys.
     """
 
     array: Any
@@ -65,6 +66,7 @@ class Stored:
     placement: Placement = UNKNOWN
     chunks: tuple[int, ...] | None = None
     close: Callable[[], None] = lambda: None
+    palette: bool = False
 
 
 class Target(Protocol):
@@ -88,7 +90,9 @@ class LazyArray:
         chunks: The blocks it is stored in; None where it is stored in one piece.
         voxel_size_nm: Size of a voxel along z, y, x; None where the file does not say.
         origin_nm: Where its first voxel lies along z, y, x; None where the file does not say.
+        directions: As those of its `Placement`.
         axes: Their names as the file gives them; None where it gives none.
+        palette: As that of `Stored`.
     """
 
     path: str
@@ -97,7 +101,9 @@ class LazyArray:
     chunks: tuple[int, ...] | None
     voxel_size_nm: VoxelSize | None
     origin_nm: VoxelSize | None
+    directions: Directions | None
     axes: Names | None
+    palette: bool
     _stored: Stored
     _order: tuple[int, ...]
 
@@ -210,7 +216,9 @@ def arranged(location: object, stored: Stored, ndim: int | None, axes: str) -> L
         chunks=None if stored.chunks is None else tuple(stored.chunks[axis] for axis in order),
         voxel_size_nm=stored.placement.voxel_size_nm,
         origin_nm=stored.placement.origin_nm,
+        directions=stored.placement.directions,
         axes=stored.axes,
+        palette=stored.palette,
         _stored=stored,
         _order=order,
     )

@@ -35,7 +35,7 @@ def open_stored(location: Location) -> Stored:
     header, count = image.header, len(image.shape)
     directions, origins = image.affine[:3, :3], image.affine[:3, 3]
     sizes = np.linalg.norm(directions, axis=0)
-    axes = list("xyz"[:count])
+    axes, forward = list("xyz"[:count]), None
     if (sizes > 0).all() and count >= 3:
         unit = np.abs(directions) / sizes
         places = unit.argmax(axis=0)
@@ -45,6 +45,8 @@ def open_stored(location: Location) -> Stored:
                 f"{np.round(directions, 4).tolist()}). Resample it along its axes."
             )
         axes = ["xyz"[i] for i in places]
+        signs = {a: int(np.sign(directions["xyz".index(a), i])) for i, a in enumerate(axes)}
+        forward = (signs["z"], signs["y"], signs["x"])
     axes += ["t", "c", *[UNNAMED] * 3][: max(count - 3, 0)]
     unit_name = header.get_xyzt_units()[0]
     nm = [nm_of(unit_name)] * 3
@@ -55,5 +57,6 @@ def open_stored(location: Location) -> Stored:
         in_nm([by_axis.get(a, 0) for a in "zyx"], nm) if known else None,
         in_nm(origins[::-1], nm, positive=False) if known else None,
         notes,
+        forward,
     )
     return Stored(image.dataobj, tuple(axes), placement)

@@ -17,6 +17,8 @@ ERRORS = (nrrd.NRRDError,)
 """What pynrrd raises beside the usual errors."""
 SPACE_KINDS = ("domain", "space", "none", "???", "")
 KINDS = {"time": "t", "list": "c", "vector": "c", "scalar": "c", "stub": "c"}
+BACKWARD = (("left", "lps", "las"), ("posterior", "lps"), ("inferior",))
+"""Words of a space whose x, y, z run against those of NIfTI: right, anterior, superior."""
 ALIGNED = 1e-3
 
 
@@ -58,10 +60,20 @@ def _axes_and_placement(
     nm = [nm_of(unit)] * 3
     by_axis = dict(zip(axes, sizes, strict=True))
     origin = header.get("space origin")
+    space = str(header.get("space", "")).lower()
+    turned = [-1 if any(word in space for word in words) else 1 for words in BACKWARD]
+    forward = {
+        axis: int(np.sign(direction["xyz".index(axis)])) * turned["xyz".index(axis)]
+        for axis, direction in zip(axes, directions, strict=True)
+        if direction is not None
+    }
+    if origin is not None and len(origin) == len(turned):
+        origin = np.asarray(origin, float) * turned
     return tuple(axes), Placement(
         in_nm([by_axis.get(axis, np.nan) for axis in "zyx"], nm),
         None if origin is None else in_nm(list(origin)[::-1], nm, positive=False),
         () if unit is None or nm[0] is not None else (unknown_unit(unit),),
+        (forward["z"], forward["y"], forward["x"]) if set(forward) == set("xyz") else None,
     )
 
 

@@ -112,6 +112,8 @@ def _tiff(path: Path) -> np.ndarray:
 
     stored = tiff.open_stored(Location(path))
     try:
+        if stored.palette:
+            raise VolumeError(f"{path}: it is in colours of a palette. Save it in grey.")
         if stored.axes is None or "".join(stored.axes) != "yx":
             raise VolumeError(
                 f"{path}: its axes are {', '.join(stored.axes or ())}, but one grey section is "

@@ -35,7 +35,7 @@ def open_stored(location: Location) -> Stored:
     """Open a stack: mapped where its pages are contiguous, else read page by page.
 
     Raises:
-        VolumeError: It holds more than one stack, or its pages are turned or missing.
+        VolumeError: It holds more than one stack, its pages are turned or missing, or 0 is white.
         EOFError: Voxels are missing. tifffile raises what else it cannot read.
     """
     with logged_errors_raised():
@@ -53,7 +53,8 @@ def open_stored(location: Location) -> Stored:
                 array = _Pages(series)
             else:
                 array = series.asarray() if series.size else np.empty(series.shape, series.dtype)
-            return Stored(array, axes, _placement(file), close=file.close)
+            palette = _is_palette(location, series.keyframe)
+            return Stored(array, axes, _placement(file), close=file.close, palette=palette)
         except BaseException:
             file.close()
             raise
@@ -123,6 +124,24 @@ def _only_series(location: Location, file: tifffile.TiffFile) -> Any:
             f"only upright ones ({UPRIGHT}) are read. Save them upright."
         )
     return series
+
+
+def _is_palette(location: Location, page: Any) -> bool:
+    """Return whether numbers stand for colours; not where the palette is that of grey values.
+
+    Raises:
+        VolumeError: 0 is white: some programs turn the values around and some do not.
+    """
+    if page.photometric == tifffile.PHOTOMETRIC.MINISWHITE:
+        raise VolumeError(
+            f"{location}: it says that 0 is white (MinIsWhite), so its values may be turned around "
+            "(dark for bright) or not, as the program that wrote them took it. Save it with 0 for "
+            "black, in Fiji by Image > Lookup Tables > Grays, and look whether it is right."
+        )
+    if page.photometric != tifffile.PHOTOMETRIC.PALETTE:
+        return False
+    greys = np.linspace(0, 1, page.colormap.shape[1])
+    return not np.allclose(page.colormap / page.colormap.max(initial=1), greys, atol=1 / 128)
 
 
 def _axes(file: tifffile.TiffFile, series: Any) -> Names | None:
