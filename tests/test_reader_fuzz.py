@@ -119,6 +119,12 @@ def tiff(random: Random, folder: Path) -> Made:
     ):
         options["photometric"], named = "rgb", "zyxs"[-array.ndim :]
         array = array.astype("u1")
+    elif form in ("plain", "shaped") and array.dtype == np.uint8 and random.random() < 0.4:
+        options["photometric"] = pick(random, ["miniswhite", "palette"])
+        options["colormap"] = random.integers(0, 65535, (3, 256)).astype(np.uint16)
+        if options["photometric"] == "miniswhite":
+            del options["colormap"]
+            named = ""
     try:
         tifffile.imwrite(folder / "v.tif", array, **options)
         tifffile.imread(folder / "v.tif")

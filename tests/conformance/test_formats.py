@@ -465,6 +465,20 @@ def test_a_scale_that_mirrors_an_axis_or_is_none_is_refused(
     assert "mirrors an axis or is no scale" in refusal(path)
 
 
+def test_a_translation_by_nothing_says_where_an_image_is(tmp_path: Path) -> None:
+    path = Path(ome_zarr(tmp_path, values()))
+    group = zarr.open_group(path)
+    image = dict(group.attrs["multiscales"][0])
+    del image["coordinateTransformations"]
+    group.attrs["multiscales"] = [image]
+    with open_lazy(path, ndim=3) as lazy:
+        assert lazy.origin_nm == (0, 0, 0), "a label of another origin is not of this image"
+    image["datasets"][0]["coordinateTransformations"].pop()
+    group.attrs["multiscales"] = [image]
+    with open_lazy(path, ndim=3) as lazy:
+        assert lazy.origin_nm is None
+
+
 @pytest.mark.parametrize(
     ("attributes", "said"),
     [

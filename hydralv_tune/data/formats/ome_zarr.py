@@ -116,7 +116,7 @@ def _placement(
     location: object, axes: Names, units: list[Any], steps: list[list[Mapping[str, Any]]]
 ) -> Placement:
     """Return the placement after the transformations of a level, then those of all levels."""
-    scale, offset = np.ones(len(axes)), np.zeros(len(axes))
+    scale, offset, is_placed = np.ones(len(axes)), np.zeros(len(axes)), False
     for transformation in (one for step in steps for one in step):
         kind = transformation.get("type")
         if kind == "identity":
@@ -136,7 +136,7 @@ def _placement(
         if kind == "scale":
             scale, offset = scale * values, offset * values
         elif kind == "translation":
-            offset = offset + values
+            offset, is_placed = offset + values, True
     if not any(steps):
         return Placement()
     space = [axes.index(axis) for axis in "zyx" if axis in axes]
@@ -144,7 +144,7 @@ def _placement(
     notes = [unknown_unit(units[i]) for i in space if units[i] and nm_of(units[i]) is None]
     return Placement(
         in_nm(scale[space], known),
-        in_nm(offset[space], known, positive=False) if offset.any() else None,
+        in_nm(offset[space], known, positive=False) if is_placed else None,
         tuple(notes[:1]),
     )
 
