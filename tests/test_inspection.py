@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
 from hydralv_tune.data.inspection import characteristics, find_pieces, touching_pairs
-from hydralv_tune.data.volumes import Volume, VolumePaths, read_volume
+from hydralv_tune.data.volumes import Volume, VolumePaths, read_volume, write_array
 from hydralv_tune.numerics.phantom.volume import make_phantom
 
 SHAPE = (12, 60, 60)
@@ -217,6 +218,36 @@ def test_float_images_and_sparse_ids_are_taken() -> None:
     assert facts["instance_size_voxels"]["max"] == 192
     assert facts["dtype"] == "float32"
     assert facts["warnings"] == []
+
+
+def test_large_ids_are_named_as_the_file_has_them(tmp_path: Path) -> None:
+    small = balls()
+    small[2:5, 7, 4:12] = 0  # id 1 in two pieces close together
+    small[small == 12] = 2  # id 2 far apart
+    small[0, 0, 0] = 40  # tiny
+    mask = np.zeros(SHAPE, np.uint8)
+    mask[:, :24] = 1
+    write_array(tmp_path / "im.h5", noise())
+    write_array(tmp_path / "mask.h5", mask)
+    large = np.where(small > 0, small.astype(np.uint64) * 7 + 2**40, 0)
+    found = []
+    for name, label in (("small", small), ("large", large)):
+        path = tmp_path / f"{name}.h5"
+        write_array(path, label)
+        volume = read_volume(
+            VolumePaths("v", str(tmp_path / "im.h5"), str(path), str(tmp_path / "mask.h5"))
+        )
+        found.append(characteristics(volume))
+    few, many = found
+    for key in ("fragmented_ids", "wrapped_ids"):
+        assert many[key] == [one * 7 + 2**40 for one in few[key]]
+        assert many[key]
+    names = {one: str(one * 7 + 2**40) for one in (1, 2, 7, 8, 9, 40)}
+    warning_of(many, "far apart", names[2])
+    warning_of(many, "several pieces close together", names[1])
+    warning_of(many, "wholly outside", f"{names[7]}, {names[8]}, {names[9]}")
+    warning_of(many, "under 30 voxels", names[40])
+    assert "uint8" not in str(many["warnings"]), "ids that large were never bytes"
 
 
 def test_without_a_label_the_image_is_still_judged() -> None:

@@ -286,12 +286,12 @@ def decode(
         from hydralv_tune.results.segmentation import load_thresholds
 
         step = load_thresholds(candidate, changed=changed)
+    size, origin = agreed_placement(probabilities, mask)
     maps = read_probabilities(probabilities)
     with as_input_error(probabilities):
         labels = decode_labels(
             step.name, maps, read_tissue(mask, maps.shape[1:])[0], **step.decoder_arguments()
         )
-    size, origin = agreed_placement(probabilities, mask)
     write_array(out, narrowed(out, labels), voxel_size_nm=size, origin_nm=origin)
     document = {"instances": int(labels.max(initial=0)), "out": str(out)}
     if json:

@@ -64,7 +64,7 @@ def characteristics(volume: Volume) -> dict[str, Any]:
 
 
 def _label_facts(volume: Volume, warnings: list[str]) -> dict[str, Any]:
-    """Return the figures of label and mask."""
+    """Return the figures of label and mask; ids are those of the file."""
     label, mask = volume.label, volume.mask
     facts: dict[str, Any] = {
         "instances": None,
@@ -84,7 +84,9 @@ def _label_facts(volume: Volume, warnings: list[str]) -> dict[str, Any]:
     inside = label if mask is None else label[mask]
     in_mask = int(np.count_nonzero(inside))
     pieces = find_pieces(label, volume.voxel_size_nm)
-    fragmented, wrapped = _broken_ids(pieces)
+    fragmented, wrapped = (
+        [volume.id_in_file(one) for one in broken] for broken in _broken_ids(pieces)
+    )
     pairs = touching_pairs(label)
     facts |= {
         "instances": len(ids),
@@ -99,13 +101,14 @@ def _label_facts(volume: Volume, warnings: list[str]) -> dict[str, Any]:
         "instances_in_mask": int(np.count_nonzero(np.unique(inside))),
         "touching_instances": len(np.unique(pairs)),
         "touching_pairs": len(pairs),
-        "fragmented_ids": [int(i) for i in fragmented],
-        "wrapped_ids": [int(i) for i in wrapped],
+        "fragmented_ids": fragmented,
+        "wrapped_ids": wrapped,
         "label_voxels_outside_mask": int(sizes.sum()) - in_mask,
     }
-    _judge_ids(label, ids, pieces, fragmented, wrapped, warnings)
-    _judge_sizes(ids, sizes, warnings)
-    _judge_mask(label, mask, ids, sizes, warnings)
+    shown = ids if volume.label_ids is None else volume.label_ids[ids - 1]
+    _judge_ids(label, shown, pieces, fragmented, wrapped, warnings)
+    _judge_sizes(shown, sizes, warnings)
+    _judge_mask(label, mask, shown, sizes, warnings)
     return facts
 
 
@@ -265,9 +268,9 @@ def _judge_mask(
         return
     outside_ids, outside = np.unique(label[~mask], return_counts=True)
     outside, outside_ids = outside[outside_ids > 0], outside_ids[outside_ids > 0]
-    whole = sizes[np.searchsorted(ids, outside_ids)]
-    hidden = outside_ids[outside == whole]
-    cut = outside_ids[outside < whole]
+    places = np.searchsorted(np.unique(label[label > 0]), outside_ids)
+    whole = sizes[places]
+    hidden, cut = ids[places[outside == whole]], ids[places[outside < whole]]
     if len(hidden):
         warnings.append(
             f"{len(hidden)} of {len(ids)} instances lie wholly outside the mask and count nowhere: "
