@@ -30,7 +30,7 @@ from hydralv_tune.config.errors import InputError, TrialFailed, TrialInterrupted
 from hydralv_tune.config.files import candidate_from_mapping
 from hydralv_tune.config.search_space import Objective
 from hydralv_tune.data.formats.files import LazyArray
-from hydralv_tune.data.volumes import Volume, VolumePaths, write_array
+from hydralv_tune.data.volumes import Volume, VolumePaths, read_labels, write_array
 from hydralv_tune.numerics.metrics import scores
 from hydralv_tune.numerics.watershed.decoders import decode
 from hydralv_tune.trial.record import plan_findings
@@ -316,6 +316,20 @@ def test_a_held_out_volume_is_scored_within_its_mask(tmp_path: Path) -> None:
     write_array(Path(held.mask or ""), mask)
     part = run(spec(tmp_path / "part", brief(data={**data, "val_mask": held.mask})))
     assert [r.metrics["instances_true"] for r in (whole, part)] == [3, 1]
+
+
+def test_what_is_no_label_in_the_training_is_none_in_the_held_out_volume(tmp_path: Path) -> None:
+    held = written(tmp_path / "held", volume(3, "held"))
+    data = {"split": {"kind": "volumes"}, "val_image": held.image, "val_label": held.label}
+    label = read_labels(held.label or "").astype(np.int32)
+    label[label == 1] = -1
+    label[label == 2] = 999
+    write_array(Path(held.label or ""), label)
+    paths = replace(written(tmp_path / "train", volume()), ignore_labels=(-1, 999))
+    record = run(spec(tmp_path / "out", brief(data=data), volumes=[paths]), volumes=None)
+    assert record.metrics["instances_true"] == 1
+    with pytest.raises(InputError, match="--ignore-label -1"):
+        run(spec(tmp_path / "unsaid", brief(data=data)))
 
 
 def test_a_finished_folder_asks_for_its_held_out_volume_too(tmp_path: Path) -> None:
@@ -730,7 +744,7 @@ def test_a_volume_of_its_own_is_scored_where_the_candidate_names_one(tmp_path: P
     # Over the limit it stays on disk, as one that is trained on does.
     for limit_gb, on_disk in ((8.0, False), (1e-4, True)):
         limited = candidate(data={**data, "memory_limit_gb": limit_gb})
-        opened = held_out_volumes(limited.data)[0].image
+        opened = held_out_volumes(limited.data, [])[0].image
         assert isinstance(getattr(opened, "array", None), LazyArray) == on_disk
 
 

@@ -142,7 +142,7 @@ def run_study(
     fingerprints = {volume.name: volume.fingerprint() for volume in read}
     start.check(fingerprints)
     if read:
-        check_candidates(space, read)
+        check_candidates(space, read, volumes)
     interrupted: str | None = None
     opened: Study | None = None
     tell_stage(on_event, f"Joining Ray at {ray_address}." if ray_address else "Starting Ray.")
@@ -198,12 +198,15 @@ def _facts(study: Study, out: Path, checkpoints: str | None) -> dict[str, Any]:
     return study.facts()
 
 
-def check_candidates(space: SearchSpace, volumes: Sequence[Volume]) -> None:
+def check_candidates(
+    space: SearchSpace, volumes: Sequence[Volume], paths: Sequence[VolumePaths]
+) -> None:
     """Refuse volumes that no trial could be trained or scored on, as `train` refuses them at once.
 
     Args:
         space: Its base is checked, and each warm start whose `data` differ from the base's.
         volumes: As `open_volumes` returns them.
+        paths: Of the same.
 
     Raises:
         InputError: A part of the split has no truth, a held-out volume is unknown, and the like.
@@ -211,7 +214,7 @@ def check_candidates(space: SearchSpace, volumes: Sequence[Volume]) -> None:
     base = space.candidate({})
     starts = [space.candidate({}, space.warm_start(name).overrides) for name in space.warm_starts]
     for candidate in (base, *(start for start in starts if start.data != base.data)):
-        planned_split(candidate, volumes, held_out_volumes(candidate.data))
+        planned_split(candidate, volumes, held_out_volumes(candidate.data, paths))
 
 
 def open_volumes(space: SearchSpace, volumes: Sequence[VolumePaths]) -> list[Volume]:

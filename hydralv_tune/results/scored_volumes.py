@@ -135,7 +135,7 @@ def _plan(best: BestTrial) -> SplitPlan:
     record, candidate = best.record, best.candidate
     limit_gb = candidate.data.memory_limit_gb
     volumes = [read_or_open(paths, limit_gb) for paths in best.volumes]
-    held_out = held_out_volumes(candidate.data)
+    held_out = held_out_volumes(candidate.data, best.volumes)
     for volume, entry in zip([*volumes, *held_out], record.volumes, strict=True):
         if volume.fingerprint() != entry.get("fingerprint"):
             raise InputError(

@@ -64,7 +64,7 @@ def run_trial(
     out = Path(spec.out)
     with stage("reading"):
         given = _read(spec) if volumes is None else list(volumes)
-        held_out = held_out_volumes(spec.candidate.data)
+        held_out = held_out_volumes(spec.candidate.data, spec.volumes)
     found = _finished(spec, [*given, *held_out])
     if found is not None:
         return found

@@ -194,11 +194,12 @@ def read_or_open(paths: VolumePaths, limit_gb: float) -> Volume:
     return open_volume(paths) if large else read_volume(paths)
 
 
-def held_out_volumes(data: Data) -> list[Volume]:
+def held_out_volumes(data: Data, trained: Sequence[VolumePaths]) -> list[Volume]:
     """Return the volumes that a candidate names for validation, opened as those to train on.
 
     Args:
         data: `data` of the candidate.
+        trained: Volumes to train on: the ids that mean "no label" are the same in both.
 
     Raises:
         VolumeError: One cannot be read.
@@ -209,7 +210,9 @@ def held_out_volumes(data: Data) -> list[Volume]:
     def listed(paths: str | list[str] | None) -> list[str]:
         return [] if paths is None else [paths] if isinstance(paths, str) else list(paths)
 
-    named = volume_paths(listed(data.val_image), listed(data.val_label), listed(data.val_mask))
+    files = (listed(given) for given in (data.val_image, data.val_label, data.val_mask))
+    ignored = sorted({number for paths in trained for number in paths.ignore_labels})
+    named = volume_paths(*files, ignore_labels=ignored)
     return [read_or_open(paths, data.memory_limit_gb) for paths in named]
 
 
