@@ -30,7 +30,7 @@ from hydralv_tune.data.truth import (
     tissue_of,
 )
 from hydralv_tune.data.volume_paths import NO_MASK, VolumePaths, pairs, volume_paths
-from hydralv_tune.data.voxel_size import Directions, VoxelSize
+from hydralv_tune.data.voxel_size import Placement, VoxelSize
 from hydralv_tune.numerics.metrics.contingency import split_unknown
 from hydralv_tune.numerics.normalisation import Normalisation
 
@@ -445,19 +445,12 @@ def agreed_placement(*files: str | None) -> tuple[VoxelSize | None, VoxelSize | 
         VolumeError: A file cannot be opened, or two files contradict each other in size, place or
             direction; a size of 1 x 1 x 1 nm, which tools write for unknown, contradicts none.
     """
-    sizes: dict[str, VoxelSize] = {}
-    origins: dict[str, VoxelSize] = {}
-    directions: dict[str, Directions] = {}
+    stated: dict[str, Placement] = {}
     for path in files:
-        if path is None or path == NO_MASK:
-            continue
-        with open_lazy(path) as lazy:
-            if lazy.directions is not None:
-                directions[path] = lazy.directions
-            if lazy.voxel_size_nm is not None:
-                sizes[path] = lazy.voxel_size_nm
-            if lazy.origin_nm is not None:
-                origins[path] = lazy.origin_nm
+        if path is not None and path != NO_MASK:
+            with open_lazy(path) as lazy:
+                stated[path] = lazy.placement
+    directions = {path: one.directions for path, one in stated.items() if one.directions}
     for path, other in directions.items():
         first, own = next(iter(directions.items()))
         mirrored = [name for name, a, b in zip("zyx", own, other, strict=True) if a != b]
@@ -467,10 +460,22 @@ def agreed_placement(*files: str | None) -> tuple[VoxelSize | None, VoxelSize | 
                 f"those of {first}, so the two would lie mirrored on each other. Save both in the "
                 "same orientation."
             )
+    bare = {path: (one.bare_size, one.bare_origin) for path, one in stated.items()}
+    _agreed(bare, "in a unit that is no length")
+    return _agreed({p: (one.voxel_size_nm, one.origin_nm) for p, one in stated.items()}, "nm")
+
+
+def _agreed(
+    stated: Mapping[str, tuple[VoxelSize | None, VoxelSize | None]], unit: str
+) -> tuple[VoxelSize | None, VoxelSize | None]:
+    """Return the first voxel size and origin of some files, having refused those that differ."""
+    sizes = {path: size for path, (size, _) in stated.items() if size is not None}
+    origins = {path: origin for path, (_, origin) in stated.items() if origin is not None}
     known = {path: size for path, size in sizes.items() if size != UNIT_SIZE}
-    _refuse_different("voxel size", known, [SAME_SIZE * s for s in next(iter(known.values()), ())])
+    first = next(iter(known.values()), ())
+    _refuse_different("voxel size", known, [SAME_SIZE * s for s in first], unit)
     size = next(iter((known or sizes).values()), None)
-    _refuse_different("origin", origins, [s / 2 for s in size or UNIT_SIZE])
+    _refuse_different("origin", origins, [s / 2 for s in size or UNIT_SIZE], unit)
     return size, next(iter(origins.values()), None)
 
 
@@ -504,7 +509,7 @@ def first_voxel_size(paths: VolumePaths) -> VoxelSize | None:
 
 
 def _refuse_different(
-    what: str, stated: Mapping[str, VoxelSize], tolerance: Sequence[float]
+    what: str, stated: Mapping[str, VoxelSize], tolerance: Sequence[float], unit: str
 ) -> None:
     """Refuse files of one volume that state different sizes or places of its voxels."""
     for path, other in list(stated.items())[1:]:
@@ -513,7 +518,7 @@ def _refuse_different(
             shown, others = (" x ".join(f"{n:g}" for n in values) for values in (own, other))
             key = "voxel_size_nm" if what == "voxel size" else "origin_nm"
             raise VolumeError(
-                f"{path}: its {what} is {others} nm (z, y, x), but that of {first} is {shown} nm; "
+                f"{path}: its {what} is {others} {unit} (z, y, x), but that of {first} is {shown}; "
                 "the files of one volume must agree. Give files of the same volume, or correct "
                 f"the one that is wrong: in HDF5 and Zarr the attribute {key} of the array."
             )

@@ -43,6 +43,8 @@ class Placement:
         voxel_size_nm: (z, y, x); None where the file does not say.
         origin_nm: (z, y, x) of the first voxel; None where the file does not say.
         directions: How voxels run in the world; None where the file does not say.
+        bare_size: The voxel size as a number, where its unit is no known length; else None.
+        bare_origin: The same of the origin.
         notes: What the file says in a way that is not understood, one sentence each.
     """
 
@@ -50,6 +52,8 @@ class Placement:
     origin_nm: VoxelSize | None = None
     notes: tuple[str, ...] = ()
     directions: Directions | None = None
+    bare_size: VoxelSize | None = None
+    bare_origin: VoxelSize | None = None
 
 
 UNKNOWN = Placement()
@@ -105,6 +109,29 @@ def in_nm(values: Any, units: Sequence[float | None], *, positive: bool = True) 
     return z, y, x
 
 
+def measured(
+    size: Any,
+    origin: Any,
+    units: Sequence[float | None],
+    notes: Sequence[str] = (),
+    directions: Directions | None = None,
+) -> Placement:
+    """Return the placement of lengths in some units; bare numbers where one is not known.
+
+    Args:
+        size: Of a voxel along z, y, x; None where the file does not say.
+        origin: The same of the first voxel.
+        units: Nanometres in the unit of each axis, None where it is unknown.
+        notes: As those of `Placement`.
+        directions: As those of `Placement`.
+    """
+    known = None not in units
+    scale = units if known else [1.0] * 3
+    found = in_nm(size, scale), in_nm(origin, scale, positive=False)
+    in_unit, bare = (found, (None, None)) if known else ((None, None), found)
+    return Placement(*in_unit, tuple(notes), directions, *bare)
+
+
 def placement_from(attributes: Mapping[str, Any], axes: Sequence[str] | None = None) -> Placement:
     """Return the placement that EM tools write as attributes of an array.
 
@@ -136,7 +163,20 @@ def placement_from(attributes: Mapping[str, Any], axes: Sequence[str] | None = N
     for key, units in (("origin_nm", [1.0] * 3), ("offset", units_given)):
         if key in attributes and origin is None:
             origin = in_nm(attributes[key], units, positive=False)
-    return Placement(in_zyx(size, axes), in_zyx(origin, axes), tuple(notes))
+    bare = UNKNOWN
+    if size is None and None in units_given:
+        bare = measured(
+            attributes.get("voxel_size", attributes.get("resolution")),
+            attributes.get("offset"),
+            units_given,
+        )
+    return Placement(
+        in_zyx(size, axes),
+        in_zyx(origin, axes),
+        tuple(notes),
+        bare_size=in_zyx(bare.bare_size, axes),
+        bare_origin=in_zyx(bare.bare_origin, axes),
+    )
 
 
 def unknown_unit(unit: Any) -> str:

@@ -8,6 +8,7 @@ import re
 import struct
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from PIL import Image
 from hydralv_tune.config.errors import InputError, VolumeError
 from hydralv_tune.data.formats import FORMATS
 from hydralv_tune.data.formats.files import create_array, open_lazy, read_array, write_array
+from hydralv_tune.data.volumes import agreed_placement
 
 SHAPE = (5, 12, 17)
 SIZE = (30.0, 8.0, 8.5)
@@ -465,6 +467,150 @@ def test_a_scale_that_mirrors_an_axis_or_is_none_is_refused(
     assert "mirrors an axis or is no scale" in refusal(path)
 
 
+def bare_hdf5(path: Path, size: list[float], origin: list[float]) -> str:
+    """In pixels, as some acquisition programs write it."""
+    with h5py.File(path.with_suffix(".h5"), "w") as file:
+        file["main"] = values()
+        file["main"].attrs.update({"resolution": size, "offset": origin, "units": "pixels"})
+    return str(path.with_suffix(".h5"))
+
+
+def bare_zarr(path: Path, size: list[float], origin: list[float]) -> str:
+    """OME-Zarr, which may leave units out."""
+    group = zarr.open_group(path.with_suffix(".zarr"), mode="w", zarr_format=2)
+    group.create_array("0", data=values())
+    steps = [
+        {"type": "scale", "scale": size},
+        {"type": "translation", "translation": origin},
+    ]
+    group.attrs["multiscales"] = [
+        {
+            "axes": [{"name": name, "type": "space"} for name in "zyx"],
+            "datasets": [{"path": "0", "coordinateTransformations": steps}],
+        }
+    ]
+    return str(path.with_suffix(".zarr"))
+
+
+def bare_nifti(path: Path, size: list[float], origin: list[float]) -> str:
+    """NIfTI as nibabel writes it where nobody says a unit."""
+    affine = np.diag([*size[::-1], 1.0])
+    affine[:3, 3] = origin[::-1]
+    nibabel.save(nibabel.Nifti1Image(values().T, affine), path.with_suffix(".nii"))
+    return str(path.with_suffix(".nii"))
+
+
+def bare_nrrd(path: Path, size: list[float], origin: list[float]) -> str:
+    """NRRD without units."""
+    header = {
+        "space dimension": 3,
+        "space directions": np.diag(size[::-1]),
+        "space origin": origin[::-1],
+    }
+    nrrd.write(str(path.with_suffix(".nrrd")), values().T, header)
+    return str(path.with_suffix(".nrrd"))
+
+
+def bare_imagej(path: Path, size: list[float], origin: list[float]) -> str:
+    """ImageJ, calibrated in pixels."""
+    z, y, x = size
+    places = [-o / s for o, s in zip(origin, size, strict=True)]
+    metadata = dict(zip(("zorigin", "yorigin", "xorigin"), places, strict=True))
+    tifffile.imwrite(
+        path.with_suffix(".tif"), values(), imagej=True, resolution=(1 / x, 1 / y),
+        metadata={"axes": "ZYX", "spacing": z, "unit": "pixel", **metadata},
+    )  # fmt: skip
+    return str(path.with_suffix(".tif"))
+
+
+@pytest.mark.filterwarnings("ignore:.*is no known length")
+@pytest.mark.parametrize("write", [bare_hdf5, bare_zarr, bare_nifti, bare_nrrd, bare_imagej])
+def test_files_of_one_volume_agree_where_their_unit_is_not_known_too(
+    tmp_path: Path, write: Callable[[Path, list[float], list[float]], str]
+) -> None:
+    size, origin = [30.0, 8.0, 8.0], [60.0, 0.0, 16.0]
+    image = write(tmp_path / "image", size, origin)
+    assert agreed_placement(image, write(tmp_path / "same", size, origin)) == (None, None)
+    other = write(tmp_path / "other", [30.0, 16.0, 16.0], origin)
+    with pytest.raises(VolumeError, match=r"other.*voxel size is 30 x 16 x 16 in a unit that is"):
+        agreed_placement(image, other)
+    moved = write(tmp_path / "moved", size, [0.0, 0.0, 16.0])
+    with pytest.raises(VolumeError, match=r"moved.*origin is .*0 x .*0 x 16 in a unit that is no"):
+        agreed_placement(image, moved)
+
+
+@pytest.mark.parametrize(
+    ("attributes", "size", "said"),
+    [
+        ({"resolution": [8, 8, 30], "units": ["nm", "nm", "um"]}, (30_000, 8, 8), None),
+        ({"resolution": [8, 8, 30], "units": ["nm"]}, (30, 8, 8), None),
+        ({"resolution": [8, -8, 30]}, None, "sizes z, y, x = [30.0, -8.0, 8.0]"),
+        ({"resolution": [8, 8, 30], "units": ["nm", "px", "nm"]}, None, "The unit 'px'"),
+        (
+            {"transform": {"axes": ["x", "y", "z"], "scale": [8, 8, 30], "units": ["px"] * 3}},
+            None,
+            "The unit 'px'",
+        ),
+    ],
+)
+def test_each_axis_of_n5_has_its_own_unit_and_what_is_no_size_is_told(
+    tmp_path: Path, attributes: dict[str, Any], size: Any, said: str | None
+) -> None:
+    path = n5(tmp_path, values())
+    file = tmp_path / "v.n5" / "volumes" / "raw" / "s0" / "attributes.json"
+    kept = ("dimensions", "blockSize", "dataType", "compression")
+    own = {key: value for key, value in json.loads(file.read_text()).items() if key in kept}
+    file.write_text(json.dumps({**own, **attributes}))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        with open_lazy(path, ndim=3) as lazy:
+            assert lazy.voxel_size_nm == size
+    told = [str(w.message) for w in caught if issubclass(w.category, UserWarning)]
+    assert (said in told[0]) if said else not told
+
+
+def test_a_transformation_by_infinity_is_refused(tmp_path: Path) -> None:
+    path = Path(ome_zarr(tmp_path, values()))
+    group = zarr.open_group(path)
+    image = dict(group.attrs["multiscales"][0])
+    for kind in ("scale", "translation"):
+        steps = [{"type": kind, kind: [1.0] * 4 + [float("inf")]}]
+        group.attrs["multiscales"] = [{**image, "coordinateTransformations": steps}]
+        assert "is not understood" in refusal(path)
+
+
+def test_links_of_hdf5_are_followed_or_named(tmp_path: Path) -> None:
+    with h5py.File(tmp_path / "there.h5", "w") as file:
+        file["raw"] = values()
+    for name, target, dataset in (
+        ("good", "there.h5", "main"), ("other", "there.h5", "em"), ("gone", "gone.h5", "main"),
+    ):  # fmt: skip
+        with h5py.File(tmp_path / f"{name}.h5", "w") as file:
+            file[dataset] = h5py.ExternalLink(target, "/raw")
+    for name in ("good.h5", "other.h5", "good.h5:main"):
+        np.testing.assert_array_equal(read_array(tmp_path / name, ndim=3), values())
+    assert "'main' is a link to gone.h5, which is not there" in refusal(tmp_path / "gone.h5")
+    with h5py.File(tmp_path / "soft.h5", "w") as file:
+        file["a"], file["b"] = values() + 1, values()
+        file["main"] = h5py.SoftLink("/b")
+        file["latest"] = h5py.SoftLink("/gone")
+    np.testing.assert_array_equal(read_array(tmp_path / "soft.h5", ndim=3), values())
+    assert "'latest' is a link to /gone" in refusal(f"{tmp_path / 'soft.h5'}:latest")
+
+
+def test_an_mrc_of_an_unknown_kind_is_not_called_damaged(tmp_path: Path) -> None:
+    content = bytearray(Path(mrc(tmp_path, values())).read_bytes())
+    content[12:16] = struct.pack("<i", 101)
+    (tmp_path / "packed.mrc").write_bytes(content)
+    assert "of a kind that is not known" in refusal(tmp_path / "packed.mrc")
+
+
+def test_plain_sections_of_tifffile_are_a_stack(tmp_path: Path) -> None:
+    for z, section in enumerate(values()):
+        tifffile.imwrite(tmp_path / f"s{z}.tif", section)
+    np.testing.assert_array_equal(read_array(tmp_path, ndim=3), values())
+
+
 def test_a_translation_by_nothing_says_where_an_image_is(tmp_path: Path) -> None:
     path = Path(ome_zarr(tmp_path, values()))
     group = zarr.open_group(path)
@@ -604,7 +750,7 @@ def test_how_voxels_run_in_the_world_is_one_thing_in_nifti_and_nrrd(tmp_path: Pa
     nrrd.write(str(tmp_path / "v.nrrd"), values().T, header)
     for name in ("v.nii.gz", "v.nrrd"):
         with open_lazy(tmp_path / name, ndim=3) as lazy:
-            assert lazy.directions == (1, -1, -1)
+            assert lazy.placement.directions == (1, -1, -1)
             assert lazy.origin_nm == (3e6, -2e6, -1e6)
             np.testing.assert_array_equal(lazy[...], values())
 

@@ -40,11 +40,7 @@ def open_stored(location: Location) -> Stored:
             raise VolumeError(
                 f"{location}: an Imaris file, whose arrays are padded. Export it as TIFF or HDF5."
             )
-        names: list[str] = []
-        file.visititems(
-            lambda name, item: names.append(name) if isinstance(item, h5py.Dataset) else None
-        )
-        dataset = file[choose_dataset(location, names)]
+        dataset = file[choose_dataset(location, _names(location, file))]
         _check_parts(location, dataset)
         _load_filters(location, dataset)
         axes, tagged = _axes(location, dataset)
@@ -97,6 +93,34 @@ def attributes_of(placement: Placement) -> dict[str, Any]:
         origin = list(placement.origin_nm)
         attributes |= {"origin_nm": origin, "offset": origin}
     return attributes
+
+
+def _names(location: Location, file: h5py.File) -> list[str]:
+    """Return the names of all datasets; of links that of the one that is meant, or of all alone.
+
+    Raises:
+        VolumeError: The link that is meant leads nowhere.
+    """
+    names: list[str] = []
+    file.visititems(
+        lambda name, item: names.append(name) if isinstance(item, h5py.Dataset) else None
+    )
+    wanted = location.dataset or DEFAULT_DATASET
+    for name in [wanted] if names else [*file]:
+        link = file.get(name, getlink=True)
+        if name in names or not isinstance(link, h5py.SoftLink | h5py.ExternalLink):
+            continue
+        try:
+            item = file[name]
+        except (KeyError, OSError) as error:
+            place = getattr(link, "filename", link.path)
+            raise VolumeError(
+                f"{location}: its dataset '{name}' is a link to {place}, which is not there. Put "
+                "it there, or name the file that holds the voxels."
+            ) from error
+        if isinstance(item, h5py.Dataset):
+            names.append(name)
+    return names
 
 
 def _check_parts(location: Location, dataset: h5py.Dataset) -> None:
@@ -162,12 +186,13 @@ def _placement(
 ) -> Placement:
     """Return what the dataset, or else a group that holds it, says of its placement."""
     notes: list[str] = []
-    origin = None
+    origin = bare_size = bare_origin = None
     node: Any = dataset
     while True:
         found = placement_from(node.attrs, axes)
         notes += found.notes
         origin = found.origin_nm if origin is None else origin
+        bare_size, bare_origin = bare_size or found.bare_size, bare_origin or found.bare_origin
         if found.voxel_size_nm is not None:
             return Placement(found.voxel_size_nm, origin, tuple(notes))
         if node.name == "/":
@@ -176,4 +201,5 @@ def _placement(
     spatial = [entry for entry in tagged if str(entry.get("key")).lower() in ("z", "y", "x")]
     sizes = [entry.get("resolution", 0) for entry in spatial]
     units = [nm_of(str(entry.get("description", "")).split(" ")[-1]) for entry in spatial]
-    return Placement(in_zyx(in_nm(sizes, units), axes), origin, tuple(notes))
+    size = in_zyx(in_nm(sizes, units), axes)
+    return Placement(size, origin, tuple(notes), None, bare_size, bare_origin)

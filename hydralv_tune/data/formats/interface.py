@@ -13,7 +13,7 @@ import numpy as np
 
 from hydralv_tune.config.errors import VolumeError
 from hydralv_tune.data.formats.location import Location
-from hydralv_tune.data.voxel_size import UNKNOWN, Directions, Placement, VoxelSize
+from hydralv_tune.data.voxel_size import UNKNOWN, Placement, VoxelSize
 
 DEFAULT_DATASET = "main"
 Names = tuple[str, ...]
@@ -90,7 +90,6 @@ class LazyArray:
         chunks: The blocks it is stored in; None where it is stored in one piece.
         voxel_size_nm: Size of a voxel along z, y, x; None where the file does not say.
         origin_nm: Where its first voxel lies along z, y, x; None where the file does not say.
-        directions: As those of its `Placement`.
         axes: Their names as the file gives them; None where it gives none.
         palette: As that of `Stored`.
     """
@@ -101,7 +100,6 @@ class LazyArray:
     chunks: tuple[int, ...] | None
     voxel_size_nm: VoxelSize | None
     origin_nm: VoxelSize | None
-    directions: Directions | None
     axes: Names | None
     palette: bool
     _stored: Stored
@@ -148,6 +146,11 @@ class LazyArray:
             box.append(slice(start, max(stop, start), step))
             squeezed.append(number)
         return box, squeezed
+
+    @property
+    def placement(self) -> Placement:
+        """Return all that the file says of the place of its voxels."""
+        return self._stored.placement
 
     @property
     def ndim(self) -> int:
@@ -216,7 +219,6 @@ def arranged(location: object, stored: Stored, ndim: int | None, axes: str) -> L
         chunks=None if stored.chunks is None else tuple(stored.chunks[axis] for axis in order),
         voxel_size_nm=stored.placement.voxel_size_nm,
         origin_nm=stored.placement.origin_nm,
-        directions=stored.placement.directions,
         axes=stored.axes,
         palette=stored.palette,
         _stored=stored,

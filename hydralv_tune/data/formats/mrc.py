@@ -23,7 +23,15 @@ def open_stored(location: Location) -> Stored:
         VolumeError: Its axes are in no order that is known. mrcfile raises what else it cannot
             read, and where the length of the file is not what the header says.
     """
-    file = mrcfile.mmap(location.path, mode="r", permissive=False)
+    try:
+        file = mrcfile.mmap(location.path, mode="r", permissive=False)
+    except ValueError as error:
+        if "nrecognised mode" not in str(error):
+            raise
+        raise VolumeError(
+            f"{location}: its voxels are of a kind that is not known ({error}). Save them as "
+            "bytes, 16-bit integers or floats, for example with newstack -mode 1 of IMOD."
+        ) from error
     try:
         header, array = file.header, file.data
         order = [int(header[name]) for name in ("mapc", "mapr", "maps")]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from hydralv_tune.config.errors import VolumeError
 from hydralv_tune.data.formats.interface import UNNAMED, Names, Stored, axis_letters, choose_dataset
 from hydralv_tune.data.formats.location import Location
 from hydralv_tune.data.formats.tensors import Tensors
-from hydralv_tune.data.voxel_size import Placement, in_nm, nm_of, units_of, unknown_unit
+from hydralv_tune.data.voxel_size import Placement, in_nm, measured, nm_of, no_size, unknown_unit
 
 MARK = "attributes.json"
 ARRAY_KEYS = ("dimensions", "blockSize", "dataType", "compression")
@@ -121,12 +121,10 @@ def _placement(folder: Path) -> Placement:
         transform, pixel = attributes.get("transform"), attributes.get("pixelResolution")
         if isinstance(transform, dict) and {"axes", "scale"} <= set(transform):
             order = [list(map(str.lower, transform["axes"])).index(a) for a in "zyx"]
-            units = units_of([transform.get("units", [None] * 3)[i] for i in order], 3)
+            units = transform.get("units", [None] * 3)
             offsets = transform.get("translate", [0, 0, 0])
-            return Placement(
-                in_nm([transform["scale"][i] for i in order], units),
-                in_nm([offsets[i] for i in order], units, positive=False),
-            )
+            scale = transform["scale"]
+            return _placed(*([values[i] for i in order] for values in (scale, offsets, units)))
         if pixel is not None:
             sizes, unit = (
                 (pixel.get("dimensions"), pixel.get("unit", "um"))
@@ -134,20 +132,27 @@ def _placement(folder: Path) -> Placement:
                 else (pixel, "um")
             )
             values = np.asarray(sizes, dtype=float)[:3] * factors[:3]
-            return _placed(values, attributes, unit)
+            return _along_zyx(values, attributes.get("offset"), unit)
         if "resolution" in attributes:
             unit = attributes.get("units", attributes.get("unit", "nm"))
-            unit = unit[0] if isinstance(unit, list) else unit
             factor = 1.0 if place == folder else factors[:3]
             values = np.asarray(attributes["resolution"], dtype=float)[:3] * factor
-            return _placed(values, attributes, unit)
+            return _along_zyx(values, attributes.get("offset"), unit)
     return Placement()
 
 
-def _placed(values: np.ndarray, attributes: Mapping[str, Any], unit: Any) -> Placement:
-    """Return the placement of sizes along x, y, z, and of the offset beside them."""
-    nm = [nm_of(unit)] * 3
-    notes = () if nm[0] is not None else (unknown_unit(unit),)
-    offset = attributes.get("offset")
-    origin = None if offset is None else in_nm(list(offset)[:3][::-1], nm, positive=False)
-    return Placement(in_nm(values[::-1], nm), origin, notes)
+def _along_zyx(values: np.ndarray, offset: Any, units: Any) -> Placement:
+    """Return the placement of sizes along x, y, z, of the offset beside them, and their units."""
+    given = units if isinstance(units, list) and units else [units]
+    one_each = given[:3] if len(given) >= 3 else given[:1] * 3
+    origin = None if offset is None else list(offset)[:3][::-1]
+    return _placed(values[::-1], origin, one_each[::-1])
+
+
+def _placed(size: Any, origin: Any, units: Sequence[Any]) -> Placement:
+    """Return the placement of lengths along z, y, x, with a note where the size is none."""
+    known = [nm_of(unit) for unit in units]
+    notes = [unknown_unit(u) for u, nm in zip(units, known, strict=True) if u and nm is None]
+    if not notes and None not in known and in_nm(size, known) is None:
+        notes = [no_size(f"sizes z, y, x = {np.asarray(size).tolist()}")]
+    return measured(size, origin, known, notes[:1])

@@ -11,7 +11,7 @@ from nibabel.wrapstruct import WrapStructError
 from hydralv_tune.config.errors import VolumeError
 from hydralv_tune.data.formats.interface import UNNAMED, Stored
 from hydralv_tune.data.formats.location import Location
-from hydralv_tune.data.voxel_size import Placement, in_nm, nm_of, unknown_unit
+from hydralv_tune.data.voxel_size import measured, nm_of, unknown_unit
 
 ERRORS = (ImageFileError, HeaderDataError, WrapStructError)
 """What nibabel raises beside the usual errors."""
@@ -50,12 +50,13 @@ def open_stored(location: Location) -> Stored:
     axes += ["t", "c", *[UNNAMED] * 3][: max(count - 3, 0)]
     unit_name = header.get_xyzt_units()[0]
     nm = [nm_of(unit_name)] * 3
-    known = header["pixdim"][1:4].all() and unit_name != "unknown"
     by_axis = dict(zip(axes, sizes, strict=False))
     notes = () if nm[0] is not None or unit_name == "unknown" else (unknown_unit(unit_name),)
-    placement = Placement(
-        in_nm([by_axis.get(a, 0) for a in "zyx"], nm) if known else None,
-        in_nm(origins[::-1], nm, positive=False) if known else None,
+    known = header["pixdim"][1:4].all()
+    placement = measured(
+        [by_axis.get(a, 0) for a in "zyx"] if known else None,
+        origins[::-1] if known else None,
+        nm,
         notes,
         forward,
     )

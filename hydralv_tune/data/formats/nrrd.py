@@ -11,7 +11,7 @@ import numpy as np
 from hydralv_tune.config.errors import VolumeError
 from hydralv_tune.data.formats.interface import LETTERS, UNNAMED, Stored
 from hydralv_tune.data.formats.location import Location
-from hydralv_tune.data.voxel_size import Placement, in_nm, nm_of, unknown_unit
+from hydralv_tune.data.voxel_size import Placement, measured, nm_of, unknown_unit
 
 ERRORS = (nrrd.NRRDError,)
 """What pynrrd raises beside the usual errors."""
@@ -69,9 +69,10 @@ def _axes_and_placement(
     }
     if origin is not None and len(origin) == len(turned):
         origin = np.asarray(origin, float) * turned
-    return tuple(axes), Placement(
-        in_nm([by_axis.get(axis, np.nan) for axis in "zyx"], nm),
-        None if origin is None else in_nm(list(origin)[::-1], nm, positive=False),
+    return tuple(axes), measured(
+        [by_axis.get(axis, np.nan) for axis in "zyx"],
+        None if origin is None else list(origin)[::-1],
+        nm,
         () if unit is None or nm[0] is not None else (unknown_unit(unit),),
         (forward["z"], forward["y"], forward["x"]) if set(forward) == set("xyz") else None,
     )

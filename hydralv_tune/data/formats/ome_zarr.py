@@ -12,7 +12,7 @@ import numpy as np
 from hydralv_tune.config.errors import VolumeError
 from hydralv_tune.data.formats.interface import Names, Target, axis_letters
 from hydralv_tune.data.formats.location import Location
-from hydralv_tune.data.voxel_size import Placement, in_nm, nm_of, unknown_unit
+from hydralv_tune.data.voxel_size import Placement, measured, nm_of, unknown_unit
 
 SMALLEST_LEVEL = 256
 """Voxels of the longest side of a pyramid's coarsest level."""
@@ -122,7 +122,8 @@ def _placement(
         if kind == "identity":
             continue
         values = np.asarray(transformation.get(str(kind), ()), dtype=float)
-        if kind not in ("scale", "translation") or values.shape != scale.shape:
+        is_known = kind in ("scale", "translation") and values.shape == scale.shape
+        if not is_known or not np.isfinite(values).all():
             raise VolumeError(
                 f"{location}: its coordinate transformation {dict(transformation)} is not "
                 "understood; known are identity, scale and translation, with a number for each "
@@ -142,11 +143,7 @@ def _placement(
     space = [axes.index(axis) for axis in "zyx" if axis in axes]
     known = [nm_of(units[i]) for i in space]
     notes = [unknown_unit(units[i]) for i in space if units[i] and nm_of(units[i]) is None]
-    return Placement(
-        in_nm(scale[space], known),
-        in_nm(offset[space], known, positive=False) if is_placed else None,
-        tuple(notes[:1]),
-    )
+    return measured(scale[space], offset[space] if is_placed else None, known, notes[:1])
 
 
 @contextmanager

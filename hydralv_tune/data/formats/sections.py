@@ -114,9 +114,11 @@ def _tiff(path: Path) -> np.ndarray:
     try:
         if stored.palette:
             raise VolumeError(f"{path}: it is in colours of a palette. Save it in grey.")
-        if stored.axes is None or "".join(stored.axes) != "yx":
+        # What tifffile writes of a plain array names no axes.
+        axes = ("y", "x") if stored.axes is None and len(stored.array.shape) == 2 else stored.axes
+        if axes is None or "".join(axes) != "yx":
             raise VolumeError(
-                f"{path}: its axes are {', '.join(stored.axes or ())}, but one grey section is "
+                f"{path}: its axes are {', '.join(axes or 'not named')}, but one grey section is "
                 "required. Keep the sections of one stack alone in a folder."
             )
         return np.asarray(stored.array[:, :])

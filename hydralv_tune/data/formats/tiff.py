@@ -18,6 +18,7 @@ from hydralv_tune.data.voxel_size import (
     Placement,
     VoxelSize,
     in_nm,
+    measured,
     nm_of,
     no_size,
     placement_from,
@@ -246,7 +247,8 @@ def _ome_placement(xml: str) -> Placement:
     units = [pixels.get(f"PhysicalSize{axis}Unit", "um") for axis in "ZYX"]
     known = [nm_of(unit) for unit in units]
     size = in_nm(sizes, known)
-    return Placement(size, None, _notes(size, f"PhysicalSize Z, Y, X = {sizes}", units))
+    notes = _notes(size, f"PhysicalSize Z, Y, X = {sizes}", units)
+    return measured(sizes, None, known, notes)
 
 
 def _imagej_placement(file: tifffile.TiffFile, imagej: Mapping[str, Any]) -> Placement:
@@ -260,15 +262,14 @@ def _imagej_placement(file: tifffile.TiffFile, imagej: Mapping[str, Any]) -> Pla
     unit = imagej.get("unit", "pixel")
     units = [imagej.get("zunit", unit), imagej.get("yunit", unit), unit]
     known = [nm_of(one) for one in units]
-    size = in_nm([imagej["spacing"], y[1] / y[0], x[1] / x[0]], known)
+    sizes = [imagej["spacing"], y[1] / y[0], x[1] / x[0]]
     names = ("zorigin", "yorigin", "xorigin")
     origin = None
-    if size is not None and any(name in imagej for name in names):
+    if any(name in imagej for name in names):
         places = [float(imagej.get(name, 0)) for name in names]
-        origin = in_nm(
-            [-p * s for p, s in zip(places, size, strict=True)], [1.0] * 3, positive=False
-        )
-    return Placement(size, origin, _notes(size, f"spacing = {imagej['spacing']}", units))
+        origin = [-p * s for p, s in zip(places, sizes, strict=True)]
+    notes = _notes(in_nm(sizes, known), f"spacing = {imagej['spacing']}", units)
+    return measured(sizes, origin, known, notes)
 
 
 def _notes(size: VoxelSize | None, stated: str, units: Sequence[Any]) -> tuple[str, ...]:

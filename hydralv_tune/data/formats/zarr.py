@@ -148,6 +148,9 @@ def _stored(
             placement.voxel_size_nm or found.voxel_size_nm,
             placement.origin_nm or found.origin_nm,
             tuple(dict.fromkeys(placement.notes + found.notes)),
+            None,
+            placement.bare_size or found.bare_size,
+            placement.bare_origin or found.bare_origin,
         )
     return Stored(array, axes, placement, tuple(array.chunks))
 
