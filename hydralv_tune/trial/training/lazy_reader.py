@@ -210,9 +210,9 @@ def held_out_volumes(data: Data, trained: Sequence[VolumePaths]) -> list[Volume]
     def listed(paths: str | list[str] | None) -> list[str]:
         return [] if paths is None else [paths] if isinstance(paths, str) else list(paths)
 
-    files = (listed(given) for given in (data.val_image, data.val_label, data.val_mask))
+    images, labels, masks = map(listed, (data.val_image, data.val_label, data.val_mask))
     ignored = sorted({number for paths in trained for number in paths.ignore_labels})
-    named = volume_paths(*files, ignore_labels=ignored)
+    named = volume_paths(images, labels, masks, ignore_labels=ignored)
     return [read_or_open(paths, data.memory_limit_gb) for paths in named]
 
 
