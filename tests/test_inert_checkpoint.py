@@ -183,3 +183,12 @@ def test_an_object_that_holds_itself_has_plain_values(tmp_path: Path) -> None:
     path = tmp_path / "loop.ckpt"
     torch.save({"loop": loop}, path)
     assert isinstance(plain_values(read_inert_checkpoint(path)), dict)
+
+
+def test_what_is_nested_without_end_is_refused_in_one_sentence(tmp_path: Path) -> None:
+    depth = 50_000
+    lists = b"]" * depth + b"a" * (depth - 1)
+    content = b"\x80\x02}X\x03\x00\x00\x00cfg" + lists + b"s."
+    stored = read_inert_checkpoint(archive(tmp_path / "deep.ckpt", content))
+    with pytest.raises(CheckpointError, match="nested too deeply"):
+        plain_values(stored)

@@ -177,7 +177,7 @@ def test_sections_standardised_here_are_written_or_told() -> None:
             "deep_supervision is off",
         ),
         ({"model": {"dropout": 0.2}}, "dropout 0.2: its RSUNet has none"),
-        ({"inference": {"sliding_window": {"blending": "gaussian"}}}, "distance_transform"),
+        ({"inference": {"sliding_window": {"blending": "gaussian"}}}, "blended as logits"),
         ({"data": {"label_transform": {"edt_voxel_size": "volume"}}}, "there they are in voxels"),
     ],
 )
@@ -186,6 +186,45 @@ def test_what_is_otherwise_there_is_told(partial: dict[str, Any], said: str) -> 
     step = candidate.test.decoding[0]
     for schema in ("pytc", "pytc-2026-01"):
         assert any(said in note for note in peer_config(candidate, step, DATA, schema=schema).notes)
+
+
+def test_a_gaussian_is_another_blending_in_todays_version_alone() -> None:
+    candidate = load_candidate("baseline")
+    for schema, blending in (("pytc", "distance_transform"), ("pytc-2026-01", "gaussian")):
+        written = peer_config(candidate, candidate.test.decoding[0], DATA, schema=schema)
+        assert f"'blending': '{blending}'" in str(written.mapping)
+        told = any("distance_transform" in note for note in written.notes)
+        assert told == (schema == "pytc")
+
+
+def test_losses_are_told_what_weighs_their_voxels() -> None:
+    model = {
+        "loss_functions": ["DiceLoss", "BCEWithLogitsLoss", "FocalLoss", "L1Loss", "SmoothL1Loss"],
+        "loss_kwargs": [{}, {"pos_weight": 3.0}, {}, {"tanh": True},
+                        {"foreground_weight": "balanced"}],
+        "loss_weights": [1.0] * 5,
+        "multi_task_config": [[0, 1, "label", [0, 1]], [1, 2, "boundary", [2]],
+                              [2, 3, "edt", [3, 4]]],
+        "loss_balancing": {"strategy": "none"},
+    }  # fmt: skip
+    candidate = load_candidate("baseline", {"model": model})
+    step = candidate.test.decoding[0]
+    today = peer_config(candidate, step, DATA, schema="pytc")
+    losses = today.mapping["default"]["model"]["loss"]["losses"]
+    assert losses[0]["kwargs"] == {"sigmoid": True}
+    assert [entry["function"] for entry in losses[1:4]] == [
+        "WeightedBCEWithLogitsLoss", "FocalLoss", "WeightedMAELoss",
+    ]  # fmt: skip
+    assert [entry.get("pos_weight") for entry in losses] == [None, 3.0, None, 1.0, "auto"]
+    assert any(note.startswith("FocalLoss: outside the mask") for note in today.notes)
+    assert any(note.startswith("SmoothL1Loss: it balances") for note in today.notes)
+    assert not any("counts everywhere" in note for note in today.notes)
+    january = peer_config(candidate, step, DATA, schema="pytc-2026-01")
+    block = january.mapping["model"]
+    assert block["loss_functions"][1:4] == [entry["function"] for entry in losses[1:4]]
+    assert block["loss_kwargs"][:2] == [{"sigmoid": True}, {"pos_weight": 3.0}]
+    assert any("foreground_weight balanced not carried over" in note for note in january.notes)
+    assert any("counts everywhere" in note for note in january.notes)
 
 
 def test_a_note_says_which_scikit_image_the_size_is_written_for() -> None:

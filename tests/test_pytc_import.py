@@ -235,6 +235,19 @@ def test_what_only_the_test_stage_says_is_listed_with_what_to_do(today: Path) ->
     assert "connected parts" in left["decoding.postprocessing.instance_cc3d.connectivity"].meaning
 
 
+def test_a_loss_weighs_and_squashes_as_it_did_there(today: Path) -> None:
+    kwargs = imported(today).candidate["model"]["loss_kwargs"]
+    assert kwargs[0]["sigmoid"] is True
+    assert kwargs[2]["foreground_weight"] == "balanced"
+    profiles = today.parent / "profiles.yaml"
+    plain = profiles.read_text().replace("{function: DiceLoss, kwargs: {sigmoid: true}",
+                                         "{function: DiceLoss")  # fmt: skip
+    profiles.write_text(plain.replace("MSELoss, weight: 2.0", "MSELoss, pos_weight: 1.0"))
+    kwargs = imported(today).candidate["model"]["loss_kwargs"]
+    assert kwargs[0]["sigmoid"] is False
+    assert "foreground_weight" not in kwargs[2]
+
+
 def test_padding_is_that_which_the_volumes_were_trained_with(january: Path) -> None:
     january.write_text(
         JANUARY.replace(

@@ -61,6 +61,13 @@ def test_a_value_inside_itself_is_refused() -> None:
         parse_yaml("model: {filters: &l [*l, 2]}", "x.yaml")
 
 
+def test_aliases_of_aliases_without_end_are_refused_at_once() -> None:
+    lines = ["a0: &a0 [1, 2]"] + [f"a{i}: &a{i} [*a{i - 1}, *a{i - 1}]" for i in range(1, 40)]
+    with pytest.raises(ConfigError, match=r"x\.yaml: its aliases repeat so much"):
+        parse_yaml("\n".join(lines), "x.yaml")
+    assert parse_yaml("\n".join(lines[:8]), "x.yaml")["a1"] == [[1, 2], [1, 2]]
+
+
 def test_a_file_holds_a_mapping(tmp_path: Path) -> None:
     path = tmp_path / "a.yaml"
     path.write_text("")

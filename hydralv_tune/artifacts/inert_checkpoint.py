@@ -206,8 +206,16 @@ def plain_values(value: Any) -> Any:
 
     An inert object becomes the mapping of its state, or its items, or its arguments. Tensors, and
     what holds itself, become None.
+
+    Raises:
+        CheckpointError: It is nested too deeply.
     """
-    return _plain(value, {})
+    try:
+        return _plain(value, {})
+    except RecursionError as error:
+        raise CheckpointError(
+            "What the checkpoint holds beside its weights is nested too deeply to be read."
+        ) from error
 
 
 def _plain(value: Any, known: dict[int, Any]) -> Any:

@@ -10,7 +10,7 @@ import typer
 
 from hydralv_tune.cli.console import print_facts, print_json, say
 from hydralv_tune.cli.options import Json, check_folder, path_option
-from hydralv_tune.config.errors import InputError
+from hydralv_tune.config.errors import CheckpointError, InputError
 
 YAML = (".yaml", ".yml")
 SEARCHED: dict[str, dict[str, Any]] = {
@@ -69,8 +69,12 @@ def import_(
         partial = merged(partial, weights)
     candidate = candidate_from_mapping(partial, place=str(out), base=baseline())
     head = [f"Imported from {file.name} of PyTorch Connectomics."]
-    if imported.left_out:
-        head += ["Left out:", *(f"- {entry}" for entry in imported.left_out)]
+    groups = {
+        "left out, a result may differ": [e for e in imported.left_out if e.matters],
+        "left out, without effect": [e for e in imported.left_out if not e.matters],
+    }
+    for title, entries in groups.items():
+        head += [f"{title.capitalize()}:", *(f"- {e}" for e in entries)] if entries else []
     written = {str(out): dump_yaml(partial)}
     if space is not None:
         around = _space_around(out, candidate.optimization.optimizer.lr, imported.grid)
@@ -90,10 +94,11 @@ def import_(
         print_json(document)
         return
     print_facts("Imported", {key: v for key, v in document.items() if key != "left_out"})
-    for entry in imported.left_out:
-        say(f"left out: {entry}")
-    if not imported.left_out:
-        say("Nothing was left out.")
+    for title, entries in groups.items():
+        for entry in entries:
+            say(f"{title}: {entry}")
+    if imported.whole:
+        say("Nothing was left out that a result may depend on.")
     if command:
         print(shlex.join(command))
 
@@ -106,7 +111,11 @@ def _configuration_of(path: Path) -> dict[str, Any]:
     """
     from hydralv_tune.artifacts.inert_checkpoint import plain_values, read_inert_checkpoint
 
-    stored = plain_values(read_inert_checkpoint(path).get("hyper_parameters"))
+    content = read_inert_checkpoint(path)
+    try:
+        stored = plain_values(content.get("hyper_parameters"))
+    except CheckpointError as error:
+        raise CheckpointError(f"import: {path}: {error}") from error
     configuration = stored.get("cfg") if isinstance(stored, dict) else None
     if not isinstance(configuration, dict):
         raise InputError(

@@ -29,6 +29,10 @@ SCHEDULES = {
     "warmupcosine": "WarmupCosineLR", "warmupcosinelr": "WarmupCosineLR",
     "cosineannealinglr": "WarmupCosineLR", "constant": "constant", "constantlr": "constant",
 }  # fmt: skip
+OVERLAPS = ("DiceLoss", "TverskyLoss")
+OVERLAPS_AND_MORE = ("DiceCELoss", "DiceFocalLoss")
+VOXEL_WEIGHTED = ("SmoothL1Loss", "WeightedMSELoss", "WeightedMAELoss")
+"""Losses that today's version balances between the classes unless `pos_weight` is said."""
 GRID_VALUES = {"threshold": 5, "size": 3}
 """Values that a range becomes in the decoding grid, for a threshold and for a size."""
 
@@ -68,6 +72,12 @@ WITHOUT_EFFECT = (
     "data.train.label_aux_type",
     "data.val.label_aux_type", "data.val_resolution", "data.cached_sampling_max_attempts",
     "data.dataloader.cached_sampling_max_attempts", "data.label_transform.cache_dir",
+    "data.label_transform.keys", "data.label_transform.stack_outputs", "data.stride",
+    "data.label_transform.output_dtype", "data.label_transform.output_key_format",
+    "data.label_transform.skeleton_distance", "data.label_transform.edge_mode",
+    "data.label_transform.boundary_thickness", "inference.batch_size", "inference.num_workers",
+    "data.train_image_key", "data.train_label_key", "data.val_image_key", "data.val_label_key",
+    "test.data.cache_suffix", "tune.data.cache_suffix", "test.data.image_transform.pad_mode",
 )  # fmt: skip
 """Keys that name devices, logs and files, or the tool's own search: a result does not depend on
 them here."""
@@ -114,6 +124,8 @@ MEANINGS = {
     "model.primary_head": "a network has one head here",
     "data.split_": "volumes are split by data.split here: say its kind",
     "data.dataloader.cached_sampling_foreground_threshold": "written as data.sampling",
+    "model.deep_supervision_clamp_": "logits beyond 20 are not cut off here",
+    "model.num_groups": "it is read with norm group alone, and its RSUNet reads rsunet_num_groups",
     "tune.parameter_space": "each range is swept at a few values instead of sampled",
 }  # fmt: skip
 
@@ -400,8 +412,22 @@ class _Importer:
                 self.leave("model.loss_functions", f"there is no {name} here; the baseline's "
                            "losses of the three channels are taken")  # fmt: skip
                 return
-            kept.append({key: value for key, value in (given or {}).items() if key in known})
-            lost += [f"{name}.{key}" for key in (given or {}) if key not in known]
+            own = dict(given or {})
+            if name in OVERLAPS:
+                # That tool's default, MONAI's, is the overlap of logits.
+                own.setdefault("sigmoid", False)
+            elif name in OVERLAPS_AND_MORE and not own.get("sigmoid"):
+                own["sigmoid"] = True
+                self.leave(f"model.loss_kwargs.{name}.sigmoid", "its Dice was taken of logits; "
+                           "here it is taken of probabilities")  # fmt: skip
+            if "balanced" in own.values():
+                self.leave(f"model.loss_kwargs.{name}", "foreground is balanced by a factor of 10 "
+                           "at most there, of 100 here", matters=False)  # fmt: skip
+            elif "foreground_weight" in own:
+                self.leave(f"model.loss_kwargs.{name}", "its mean divides by the number of voxels, "
+                           "ours by their weights, which makes the loss smaller")  # fmt: skip
+            kept.append({key: value for key, value in own.items() if key in known})
+            lost += [f"{name}.{key}" for key in own if key not in known]
         for key in lost:
             self.leave(f"model.loss_kwargs.{key}", "the loss has no such argument here")
         strategy = balancing.get("strategy") if isinstance(balancing, Mapping) else None
@@ -807,10 +833,7 @@ def _losses_of(train: Mapping[str, Any], model: dict[str, Any]) -> None:
     for index, entry in enumerate(entries):
         names.append(entry.get("function"))
         weights.append(float(entry.get("weight", 1.0)))
-        given = dict(entry.get("kwargs") or {})
-        if isinstance(entry.get("pos_weight"), int | float):
-            given["pos_weight"] = entry["pos_weight"]
-        kwargs.append(given)
+        kwargs.append({**(entry.get("kwargs") or {}), **_voxel_weight(entry)})
         chosen = numbers_of(entry.get("target_slice", entry.get("pred_slice")), channels)
         if chosen is not None and len(chosen):
             tasks.setdefault((chosen[0], chosen[-1] + 1), []).append(index)
@@ -825,6 +848,17 @@ def _losses_of(train: Mapping[str, Any], model: dict[str, Any]) -> None:
         ],
     }
     _drop(train, "model.loss.losses")
+
+
+def _voxel_weight(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """Return how a loss term of today weighs foreground, as an argument of the loss here."""
+    weight = entry.get("pos_weight")
+    if entry.get("function") in VOXEL_WEIGHTED:
+        weight = "balanced" if weight in (None, "auto") else weight
+        return {} if weight == 1 else {"foreground_weight": weight}
+    if weight is None:
+        return {}
+    return {"pos_weight": "balanced" if weight == "auto" else weight}
 
 
 def _volumes_of(

@@ -62,6 +62,10 @@ _FastLoader = _strict(getattr(yaml, "CSafeLoader", yaml.SafeLoader))
 """Seven times as fast; the other one says better what is wrong."""
 
 
+MOST_VALUES = 1_000_000
+"""Values of a file, aliases written out; a configuration has hundreds."""
+
+
 class _Dumper(yaml.SafeDumper):
     """A safe dumper that writes short lists on one line, as people write them."""
 
@@ -84,8 +88,34 @@ def parse_yaml(text: str, place: str) -> Any:
         place: File or option it came from, for the message.
 
     Raises:
-        ConfigError: It does not parse, holds a key twice, or asks for a Python object.
+        ConfigError: It does not parse, holds a key twice, asks for a Python object, or is nested or
+            repeated beyond measure.
     """
+    value = _loaded(text, place)
+    try:
+        count = _unfolded(value, {})
+    except RecursionError as error:
+        raise ConfigError(f"{place}: nested too deeply to be read.") from error
+    if count > MOST_VALUES:
+        raise ConfigError(
+            f"{place}: its aliases repeat so much that it holds {count:.0e} values, of which "
+            f"{MOST_VALUES:.0e} are read."
+        )
+    return value
+
+
+def _unfolded(value: Any, known: dict[int, int]) -> int:
+    """Return how many values there are, aliases written out; `known` has those counted."""
+    if not isinstance(value, dict | list):
+        return 1
+    if id(value) not in known:
+        entries = value.values() if isinstance(value, dict) else value
+        known[id(value)] = 1 + sum(_unfolded(entry, known) for entry in entries)
+    return known[id(value)]
+
+
+def _loaded(text: str, place: str) -> Any:
+    """Return the value of a YAML text, with one object for each alias."""
     with suppress(yaml.YAMLError, RecursionError):
         return yaml.load(text, Loader=_FastLoader)
     try:

@@ -17,6 +17,7 @@ from hydralv_tune.config.candidate import Candidate, DecodingStep
 from hydralv_tune.config.pytc_portability import obstacles
 from hydralv_tune.numerics.watershed.decoders import decoder_arguments
 from hydralv_tune.results.export.pytc_blocks import (
+    OVER_ALL_VOXELS,
     PeerData,
     augmentation_blocks,
     data_block,
@@ -24,6 +25,7 @@ from hydralv_tune.results.export.pytc_blocks import (
     depth_weights,
     listed,
     loss_entries,
+    loss_terms,
     monai_block,
     monitor_block,
     network_block,
@@ -110,6 +112,10 @@ def peer_config(
     if schema not in PEER_FORMATS:
         raise ValueError(f"Unknown format '{schema}'. Known: {', '.join(PEER_FORMATS)}.")
     notes = _notes(candidate, step, data)
+    notes.append(
+        "Its windows are blended as logits, ours as probabilities: they differ a little where "
+        "windows overlap."
+    )
     build = _head if schema == "pytc" else _plan
     # Through JSON, so that no list is shared and YAML writes no anchors.
     return PeerConfig(json.loads(json.dumps(build(candidate, step, data, notes))), tuple(notes))
@@ -160,8 +166,6 @@ def _notes(candidate: Candidate, step: DecodingStep, data: PeerData) -> list[str
     against = obstacles(candidate)
     if against:
         notes.append("The weights are NOT loadable there: " + " ".join(against))
-    if any(volume.mask for volume in data.volumes):
-        notes.append("The loss counted inside the mask alone; there it counts everywhere.")
     if step.decoder_arguments().get("flood", "support") == "support" and (
         step.name == "decode_instance_binary_contour_distance"
     ):
@@ -211,15 +215,6 @@ def _notes(candidate: Candidate, step: DecodingStep, data: PeerData) -> list[str
             + ("0.26 and later (one voxel less is written)." if data.drops_exact_size
                else "earlier ones. export --scikit-image-026 says otherwise.")
         )  # fmt: skip
-    window = candidate.inference.sliding_window
-    if window.blending == "gaussian":
-        notes.append(
-            "Windows were blended by a Gaussian; today's tool has none, so distance_transform, the "
-            "closest, is written. It blends logits, ours probabilities: they differ a little "
-            "between windows."
-        )
-    if model.loss_balancing.strategy == "uncertainty":
-        notes.append("Uncertainty balancing: check that its optimizer is given those parameters.")
     if candidate.optimization.scheduler.name == "constant":
         notes.append("The constant schedule is written as a cosine that ends where it starts.")
     return notes
@@ -254,6 +249,13 @@ def _model(candidate: Candidate, data: PeerData, notes: list[str]) -> dict[str, 
     if weights is not None:
         loss["deep_supervision_weights"] = weights
     loss["losses"] = loss_entries(candidate, notes)
+    if paths_of(data, "mask") is not None:
+        notes.extend(
+            f"{name}: outside the mask its voxels count as zeros in the mean, so its share of the "
+            "loss is smaller where a mask leaves out more."
+            for name in dict.fromkeys(model.loss_functions)
+            if name in OVER_ALL_VOXELS
+        )
     loss["loss_balancing"] = {"strategy": strategy, **gradnorm}
     return {**block, "loss": loss}
 
@@ -321,6 +323,13 @@ def _head(
     candidate: Candidate, step: DecodingStep, data: PeerData, notes: list[str]
 ) -> dict[str, Any]:
     """Return the candidate in today's schema."""
+    if candidate.inference.sliding_window.blending == "gaussian":
+        notes.append(
+            "Windows were blended by a Gaussian; today's tool has none, so distance_transform, the "
+            "closest, is written."
+        )
+    if any(volume.mask for volume in data.volumes) and paths_of(data, "mask") is None:
+        notes.append("Some volumes have a mask and some none; it takes all or none, so none.")
     return {
         "experiment_name": data.experiment,
         "description": data.description,
@@ -362,21 +371,29 @@ def _plan(
     model["deep_supervision"] = deeply_supervised(candidate)
     patch = list(candidate.data.patch_size)
     model |= {"input_size": patch, "output_size": patch}
-    terms = [dict(kwargs) for kwargs in candidate.model.loss_kwargs]
-    # A list, so that none is left out once one is found.
-    if any([term.pop("foreground_weight", None) is not None for term in terms]):  # noqa: C419
-        notes.append("foreground_weight of a loss is not carried over.")
-    model["loss_kwargs"] = terms or [{} for _ in candidate.model.loss_functions]
+    terms = loss_terms(candidate, notes, today=False)
+    model["loss_functions"] = [name for name, _, _ in terms]
+    model["loss_kwargs"] = [
+        own if positive is None else {**own, "pos_weight": float(positive)}
+        for _, own, positive in terms
+    ]
     model["deep_supervision_weights"] = depth_weights(candidate)
     if candidate.model.loss_balancing.strategy == "none":
         # `none` was an error there; nothing at all means none.
         del model["loss_balancing"]["strategy"]
+    elif candidate.model.loss_balancing.strategy == "uncertainty":
+        notes.append(
+            "Uncertainty balancing: that version gives its optimizer the network alone, so the "
+            "weights of the losses are never learned and stay equal."
+        )
     if data.weights is not None and not obstacles(candidate):
         model |= {"external_weights_path": data.weights, "external_weights_key_prefix": PREFIX}
     transform = mapping["data"]["image_transform"]
     transform["normalize"] = (
         "none" if data.normalised else NORMALISATIONS[candidate.data.image_transform.normalize]
     )
+    if any(volume.mask for volume in data.volumes):
+        notes.append("The loss counted inside the mask alone; there it counts everywhere.")
     padded = any(candidate.data.pad_size)
     if padded:
         notes.append(

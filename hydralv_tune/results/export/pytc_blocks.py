@@ -41,6 +41,16 @@ SINGLE_IN_JANUARY = {
 """Knobs that are pairs here and one number in the schema of January 2026."""
 PEER_LEVELS = 5
 """Its RSUNet has four heads beside the output, so deep supervision fails with more levels."""
+WEIGHTED_FORMS = {
+    "BCEWithLogitsLoss": "WeightedBCEWithLogitsLoss",
+    "MSELoss": "WeightedMSELoss",
+    "L1Loss": "WeightedMAELoss",
+}
+"""Losses whose `tanh`, `pos_weight` and mask only that tool's weighted form takes; else equal."""
+VOXEL_WEIGHTED = ("SmoothL1Loss", "WeightedMSELoss", "WeightedMAELoss")
+"""Losses that today's version balances between the classes unless `pos_weight` is said."""
+OVER_ALL_VOXELS = ("FocalLoss", "DiceCELoss", "DiceFocalLoss")
+"""Losses whose mean counts the voxels outside the mask too, as zeros, in today's version."""
 DEFAULT_ON = ("flip", "rotate", "intensity")
 """What that tool does unless it is switched off."""
 
@@ -131,25 +141,67 @@ def depth_weights(candidate: Candidate) -> list[float] | None:
     return weights[:1] + weights[:0:-1]
 
 
-def loss_entries(candidate: Candidate, notes: list[str]) -> list[dict[str, Any]]:
-    """Return the loss terms with their channels."""
+def loss_terms(
+    candidate: Candidate, notes: list[str], *, today: bool
+) -> list[tuple[str, dict[str, Any], float | str | None]]:
+    """Return name, arguments and `pos_weight` of each loss, as that tool has to be told them.
+
+    Args:
+        candidate: What was trained.
+        notes: Takes what cannot be told.
+        today: Whether for today's version, which weighs voxels by `pos_weight` beside the
+            arguments; January's has it among the arguments of one loss.
+    """
     model = candidate.model
-    kwargs = [*model.loss_kwargs, *({} for _ in model.loss_functions)]
+    terms: list[tuple[str, dict[str, Any], float | str | None]] = []
+    for index, ours in enumerate(model.loss_functions):
+        given = model.loss_kwargs[index] if index < len(model.loss_kwargs) else {}
+        name = WEIGHTED_FORMS.get(ours, ours)
+        own = {key: listed(value) for key, value in given.items() if value is not None}
+        if name.startswith(("Dice", "Tversky")):
+            # Its default is False: the overlap of logits.
+            own.setdefault("sigmoid", True)
+        foreground, positive = own.pop("foreground_weight", None), own.pop("pos_weight", None)
+        if foreground is not None and name == "WeightedBCEWithLogitsLoss" and positive is None:
+            positive, foreground = foreground, None
+            notes.append(
+                f"{ours}: foreground_weight is written as pos_weight; voxels weigh the same, but "
+                "its mean divides by their number, not by their weights."
+            )
+        if today and name in VOXEL_WEIGHTED:
+            positive, foreground = 1.0 if foreground is None else foreground, None
+            if isinstance(positive, float | int) and positive != 1:
+                notes.append(
+                    f"{ours}: foreground_weight is written as pos_weight; its mean divides by the "
+                    "number of voxels, not by their weights."
+                )
+        if foreground is not None:
+            notes.append(f"{ours}: foreground_weight {foreground} not carried over.")
+        if isinstance(positive, str) and today:
+            positive = "auto"
+            notes.append(f"{ours}: it balances foreground by a factor of 10 at most, ours by 100.")
+        elif isinstance(positive, str):
+            positive = None
+            notes.append(
+                f"{ours}: foreground is not balanced there, since that version counts no batch; "
+                "pos_weight takes a number."
+            )
+        terms.append((name, own, positive))
+    return terms
+
+
+def loss_entries(candidate: Candidate, notes: list[str]) -> list[dict[str, Any]]:
+    """Return the loss terms with their channels, as today's version takes them."""
+    model = candidate.model
+    terms = loss_terms(candidate, notes, today=True)
     entries = []
     for first, end, _, indices in model.multi_task_config:
         for index in indices:
-            own = dict(kwargs[index])
-            entry: dict[str, Any] = {
-                "function": model.loss_functions[index],
-                "weight": model.loss_weights[index],
-            }
-            if model.loss_functions[index].startswith(("Dice", "Tversky")):
-                own.setdefault("sigmoid", True)
-            if own.pop("foreground_weight", None) is not None:
-                notes.append(f"{model.loss_functions[index]}: foreground_weight not carried over.")
-            if "pos_weight" in own:
-                entry["pos_weight"] = own.pop("pos_weight")
-            entry["kwargs"] = {k: listed(v) for k, v in own.items()}
+            name, own, positive = terms[index]
+            entry: dict[str, Any] = {"function": name, "weight": model.loss_weights[index]}
+            if positive is not None:
+                entry["pos_weight"] = positive
+            entry["kwargs"] = own
             entry["pred_slice"] = entry["target_slice"] = f"{first}:{end}"
             entries.append(entry)
     return entries
