@@ -117,6 +117,7 @@ def test_two_drivers_share_a_study_and_one_takes_over_from_the_other(
     assert not [path for path in written if b"s3cr3t" in path.read_bytes()]
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_late_results_of_a_driver_that_was_stopped_are_refused(
     fake_study: Any, postgres: Any

@@ -83,6 +83,7 @@ def test_workers_are_still_told_to_stop_after_the_flag_did_not_answer(fake_study
     assert fake_study.said()[-1]["facts"]["trials"]["waiting"] == 2
 
 
+@pytest.mark.slow
 def test_a_mended_study_outlives_its_next_failure(fake_study: Any) -> None:
     failing = {"trials": 3, "steps": 3, "rates": {"error": 1.0}}
     driver = fake_study.start(**failing)

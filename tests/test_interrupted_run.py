@@ -86,7 +86,9 @@ def stopped_run(tmp_path: Path, number: signal.Signals) -> tuple[list[str], str]
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    "number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)]
+)
 def test_a_stopped_run_saves_and_the_same_command_ends_with_exactly_its_trials(
     tmp_path: Path, number: signal.Signals
 ) -> None:
@@ -110,6 +112,7 @@ def test_a_stopped_run_saves_and_the_same_command_ends_with_exactly_its_trials(
     )
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_stopped_run_goes_on_under_a_changed_grid_with_extend(tmp_path: Path) -> None:
     words, _ = stopped_run(tmp_path, signal.SIGTERM)

@@ -115,7 +115,9 @@ def test_one_study_tells_every_end_as_it_was(fake_study: Any) -> None:
             "retry"} <= kinds  # fmt: skip
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, pytest.param(signal.SIGHUP, marks=pytest.mark.slow)]
+)
 def test_a_signal_saves_and_the_same_command_goes_on(
     fake_study: Any, number: signal.Signals
 ) -> None:
@@ -347,7 +349,7 @@ def test_a_process_that_hangs_before_it_works_frees_its_place_and_is_tried_again
     one.coordinator.on_death("a", "killed")
     first, second = one.driver.study.trials()
     assert (first.state, first.user_attrs["retry"]) == ("FAIL", "counted")
-    assert re.search(r"not begun after 30\d s", first.user_attrs["reason"])
+    assert re.search(r"not started after 30\d s", first.user_attrs["reason"])
     assert first.user_attrs["seconds"] > 300
     assert (second.state, second.attempt) == ("WAITING", 2)
 

@@ -14,7 +14,7 @@ from study_checks import check_truth, evaluations
 from hydralv_tune.study.study import open_readonly
 
 
-@pytest.mark.parametrize("victim", ["raylet", "gcs_server"])
+@pytest.mark.parametrize("victim", [pytest.param("raylet", marks=pytest.mark.slow), "gcs_server"])
 def test_ray_killed_under_the_driver_ends_in_order_and_goes_on(
     fake_study: Any, victim: str
 ) -> None:
@@ -54,6 +54,7 @@ def two_at_work(rows: list[dict[str, Any]]) -> bool:
     return len(evaluated - {r["number"] for r in rows if r.get("event") == "trial_finished"}) >= 2
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_a_node_of_a_cluster_dies_and_the_study_goes_on(fake_study: Any) -> None:
     """Two nodes on one machine; each worker says which one it is on by its parent."""
@@ -74,7 +75,7 @@ def test_a_node_of_a_cluster_dies_and_the_study_goes_on(fake_study: Any) -> None
         address = cluster.stdout.readline().strip()
         assert ":" in address, address
         driver = fake_study.start(
-            trials=8, steps=12, step_s=0.5, options={"ray_address": address, "cpus_per_trial": 1},
+            trials=8, steps=40, step_s=0.5, options={"ray_address": address, "cpus_per_trial": 1},
             environment={"RAY_AUTH_MODE": "disabled"},
         )  # fmt: skip
         # One core a node: two at work at once are on both.

@@ -69,6 +69,7 @@ def test_what_was_kept_is_not_run_again(search: ModuleType, tmp_path: Path) -> N
     assert kept.stat().st_mtime_ns == before
 
 
+@pytest.mark.slow
 def test_a_simulated_study_keeps_to_its_budget_and_its_best_never_rises(
     search: ModuleType,
 ) -> None:

@@ -96,6 +96,7 @@ def test_a_finished_study_is_whole_at_its_new_place(place: Path) -> None:
     check_finished_trials(place)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_a_finished_study_takes_one_more_trial(place: Path) -> None:
     expected = EXPECTED["finished"]
