@@ -26,6 +26,8 @@ REPOSITORY = Path(__file__).parents[1]
 
 # Ray's workers are nice, so that a test which trains on one would wait for all other tests.
 os.environ.update(RAY_worker_niceness="0")
+# Hundreds of processes start here: none should compile the package anew.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 
 @pytest.fixture(scope="session")
