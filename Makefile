@@ -4,7 +4,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help install test-install demo test soak check bench clean
+.PHONY: help install test-install demo test test-failed soak check bench clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -28,6 +28,9 @@ demo: $(BIN)/.installed ## the main job on a phantom: study, best config, report
 
 test: $(BIN)/.installed-test ## the whole test suite but soak and random kills
 	$(BIN)/python -m pytest -n 3 --dist loadfile --durations 60 -m "not slow"
+
+test-failed: $(BIN)/.installed-test ## what failed last, once more and one at a time
+	$(BIN)/python -m pytest --last-failed --last-failed-no-failures none -m "not slow"
 
 soak: $(BIN)/.installed-test ## 500 trials that crash and hang, drivers killed and databases changed at random
 	$(BIN)/python -m pytest -m slow
