@@ -476,7 +476,7 @@ def test_a_slab_that_leaves_nothing_is_refused() -> None:
     with pytest.raises(VolumeError, match=r"leaves -3 to train on.*data\.split\.margin"):
         split_volumes([volume()], split("holdout", fraction=0.25), receptive_field=(12, 1, 1))
     empty = slab(volume(), 0, 0, 2)
-    with pytest.raises(VolumeError, match="no labelled voxel inside the mask"):
+    with pytest.raises(VolumeError, match=r"no labelled voxel( inside the mask)?, so"):
         split_volumes([empty], split("none"), receptive_field=(1, 1, 1))
 
 

@@ -17,7 +17,9 @@ Ints = npt.NDArray[np.int64]
 Ids = npt.NDArray[np.uint64]
 Mask = npt.NDArray[np.bool_]
 
-EMPTY_TRUTH = "the label has no labelled voxel inside the mask, so adapted Rand error is undefined"
+EMPTY_TRUTH = (
+    "the label has no labelled voxel where it is scored, so adapted Rand error is undefined"
+)
 
 
 @dataclass(frozen=True, slots=True)
