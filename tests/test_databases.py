@@ -58,6 +58,7 @@ def run_one(folder: Path, storage: str, name: str = "s") -> None:
         ("sqlite://runs/s.db", "2 slashes after 'sqlite:'.*Write sqlite:///runs/s.db"),
         ("sqlite:runs/s.db", "0 slashes after 'sqlite:'.*Write sqlite:///runs/s.db"),
         ("sqlite:/abs/s.db", "1 slash after 'sqlite:'.*Write sqlite:////abs/s.db"),
+        ("sqlite:////~/s.db", "it has 4 slashes. Write sqlite:///~/s.db"),
         ("runs/s.db", "is a path and no database URL. Write it like sqlite:///runs/s.db"),
         ("postgresql:/u:secret@h/d", r"Write postgresql://u:\*\*\*@h/d"),
     ],

@@ -71,6 +71,11 @@ def parse_storage(storage: str) -> URL:
         )
     if backend == "sqlite":
         _refuse_no_file(url, shown)
+        if str(url.database).startswith("/~"):
+            raise StudyError(
+                f"--storage: '{shown}' names a folder '~' at the root, for it has 4 slashes. Write "
+                f"{shown.replace(':////~', ':///~')} for your home folder."
+            )
         url = url.set(database=expanded(str(url.database)))
     elif "@" in (url.host or ""):
         raise StudyError(
