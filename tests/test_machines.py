@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from commands_in_a_process import environment
 
+from hydralv_tune.cli.main import exit_code
 from hydralv_tune.config.errors import InputError
 from hydralv_tune.launch.cluster import LONGEST_SOCKET, SOCKET_BYTES, ray_folder
 from hydralv_tune.study.study import open_readonly
@@ -104,3 +105,13 @@ def test_a_study_runs_whatever_the_temporary_folder(
     storage = fake_study.said()[-1]["facts"]["storage"]
     assert [trial.state for trial in open_readonly(storage, "fake").trials()] == ["COMPLETE"]
     assert kind == "gone" or not (folder / "ray").exists()
+
+
+def test_a_working_folder_that_was_removed_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    assert exit_code(["check", "baseline"]) == 2
+    assert "the folder that you are in was removed" in capsys.readouterr().err

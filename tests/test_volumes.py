@@ -219,6 +219,11 @@ def test_a_file_of_another_format_is_refused(tmp_path: Path, name: str) -> None:
     refused(tmp_path / name, name)
 
 
+def test_a_pipe_is_refused_instead_of_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "v.h5")
+    refused(tmp_path / "v.h5", "a pipe or a device", "Write it to one first")
+
+
 def test_folders_that_are_no_zarr_are_refused(tmp_path: Path) -> None:
     (tmp_path / "empty.zarr").mkdir()
     refused(tmp_path / "empty.zarr", "empty.zarr", "no Zarr metadata")

@@ -129,6 +129,11 @@ def exit_code(arguments: Sequence[str] | None = None) -> int:
     """
     words = sys.argv[1:] if arguments is None else list(arguments)
     try:
+        os.getcwd()
+    except FileNotFoundError:
+        say("error: the folder that you are in was removed. Change to one that exists: cd")
+        return EXIT_WRONG_INPUT
+    try:
         code = command_line(words)(args=words, standalone_mode=False)
     except ClickError as error:
         say(f"error: {error.format_message()}")

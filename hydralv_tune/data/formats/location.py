@@ -107,6 +107,11 @@ def format_of(location: Location) -> Format:
             f"({', '.join(known.marks) or 'it is a file'}); it is empty or was copied in part. "
             "Copy it again, or name another."
         )
+    if not path.is_file():
+        raise VolumeError(
+            f"{location}: a pipe or a device, but a volume is read from a file. Write it to one "
+            "first."
+        )
     try:
         with path.open("rb") as file:
             head = file.read(HEAD_BYTES)
