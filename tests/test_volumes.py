@@ -372,6 +372,8 @@ def test_values_that_are_not_finite_are_refused(
 def test_a_boolean_image_is_refused(files: dict[str, Path], reader: Any) -> None:
     write_array(files["im"], np.ones(SHAPE, bool))
     refused(paths_of(files), "im.h5", "bool", reader=reader)
+    with pytest.raises(VolumeError, match="dtype bool, which is a mask"):
+        check_heads(str(files["im"]), {})
 
 
 def test_an_image_in_colours_of_a_palette_is_refused_and_labels_are_not(

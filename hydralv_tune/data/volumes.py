@@ -375,17 +375,17 @@ def _hint_on_channels(shape: tuple[int, ...]) -> str:
 def _check_image(path: str | Path, image: Sections) -> None:
     """Refuse an image that is a mask, in colours of a palette, or not finite."""
     with open_lazy(path, ndim=3) as lazy:
-        _refuse_palette(path, lazy)
+        _refuse_no_grey(path, lazy)
+    _refuse_not_finite(path, "image", image)
+
+
+def _refuse_no_grey(path: str | Path, image: LazyArray) -> None:
+    """Refuse an image whose numbers are no grey values."""
     if image.dtype.kind == "b":
         raise VolumeError(
             f"{path}: the image has dtype bool, which is a mask. Give the EM image with --image "
             "and the mask with --mask."
         )
-    _refuse_not_finite(path, "image", image)
-
-
-def _refuse_palette(path: str | Path, image: LazyArray) -> None:
-    """Refuse an image whose numbers are no grey values."""
     if image.palette:
         raise VolumeError(
             f"{path}: its numbers stand for colours of a palette (a coloured lookup table), not "
@@ -491,7 +491,7 @@ def check_heads(image: str, others: Mapping[str, str | None]) -> None:
     """
     with open_lazy(image, ndim=3) as lazy:
         shape = lazy.shape
-        _refuse_palette(image, lazy)
+        _refuse_no_grey(image, lazy)
     for kind, path in others.items():
         if path is not None:
             with open_lazy(path, ndim=3) as lazy:
