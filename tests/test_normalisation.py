@@ -190,3 +190,19 @@ def test_wrong_input_is_refused_with_a_reason() -> None:
         normalise(np.full((2, 3, 4), np.nan))
     with pytest.raises(ValueError, match=r"\(Z, Y, X\)"):
         normalise(image[0])
+
+
+@pytest.mark.parametrize("section", [0, 3, 5])
+def test_a_voxel_that_is_no_number_is_refused_wherever_the_volume_lies(section: int) -> None:
+    image = volume().astype(np.float32)
+    image[section, 4, 5] = np.nan
+    for fit in (fit_image, stream_normalisation):
+        with pytest.raises(ValueError, match="not finite"):
+            fit(image, Data())
+
+
+def test_values_beyond_single_precision_are_refused() -> None:
+    image = volume().astype(np.float64) * 1e300
+    for fit in (fit_image, stream_normalisation):
+        with pytest.raises(ValueError, match=r"to 2\.\d*e\+302, more than single precision"):
+            fit(image, Data())

@@ -19,6 +19,7 @@ MODES = ("0-1", "z_volume", "z_section", "none")
 FILLS = ("constant", "zeros")
 FILL_SHARE = 0.05
 """From this share of a section on, voxels of one constant value are fill, not tissue."""
+NOT_FINITE = "the image holds values that are not finite (NaN or inf)."
 FLAT = 1e-6
 """A spread under this share of the largest value is rounding: such a section becomes 0."""
 
@@ -130,12 +131,13 @@ def fit_normalisation(
     sections = _counted(volume, None if mask is None else _as_array(mask) > 0, fill)
     if clip_low == 0 and clip_high == 1:
         counted = [volume] if fill == "zeros" else [s for s in sections if s.size]
-        low = float(min(values.min() for values in counted))
-        high = float(max(values.max() for values in counted))
+        # NumPy keeps a NaN of any section; Python's own minimum loses it.
+        low = float(np.min([values.min() for values in counted]))
+        high = float(np.max([values.max() for values in counted]))
     else:
         low, high = map(float, np.quantile(np.concatenate(sections), [clip_low, clip_high]))
     if not (np.isfinite(low) and np.isfinite(high)):
-        raise ValueError("the image holds values that are not finite (NaN or inf).")
+        raise ValueError(NOT_FINITE)
     return normalisation_of(mode, low, high, sections, len(volume))
 
 
@@ -150,7 +152,15 @@ def normalisation_of(
         high: Largest intensity kept.
         sections: The voxels of each that statistics come from; read where the mode has any.
         depth: Number of sections.
+
+    Raises:
+        ValueError: The range is beyond that of single precision.
     """
+    if max(abs(low), abs(high)) > float(np.finfo(np.float32).max):
+        raise ValueError(
+            f"the image holds values from {low:g} to {high:g}, more than single precision can "
+            "hold. Scale it down."
+        )
     if mode.startswith("z_"):
         moments = [_moments(section, low, high) for section in sections]
         mean, deviation, voxels = (np.array(column) for column in zip(*moments, strict=True))

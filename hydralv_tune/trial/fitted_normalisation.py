@@ -16,6 +16,7 @@ from hydralv_tune.config.candidate import Data, ImageTransform
 from hydralv_tune.config.errors import as_input_error
 from hydralv_tune.data.volumes import Sections, Volume
 from hydralv_tune.numerics.normalisation import (
+    NOT_FINITE,
     Normalisation,
     fit_normalisation,
     normalisation_of,
@@ -39,9 +40,9 @@ def fitted_normalisation(volume: Volume, data: Data) -> Normalisation:
     """
     if volume.normalisation is not None:
         return volume.normalisation
-    if not isinstance(volume.image, np.ndarray):
-        return stream_normalisation(volume.image, data)
     with as_input_error(f"Volume '{volume.name}'"):
+        if not isinstance(volume.image, np.ndarray):
+            return stream_normalisation(volume.image, data)
         return fit_image(volume.image, data)
 
 
@@ -74,6 +75,9 @@ def stream_normalisation(image: Sections, data: Data) -> Normalisation:
     Args:
         image: (Z, Y, X).
         data: `data` of the candidate.
+
+    Raises:
+        ValueError: The image holds values that are not finite.
     """
     chosen = data.image_transform
     low, high = _clip_range(image, chosen)
@@ -93,6 +97,8 @@ def _clip_range(image: Sections, chosen: ImageTransform) -> tuple[float, float]:
     for section in image:
         tissue = tissue_of(section, chosen.fill)
         whole.append((float(section.min()), float(section.max())))
+        if not np.isfinite(whole[-1]).all():
+            raise ValueError(NOT_FINITE)
         if not tissue.size:
             continue
         ends.append((float(tissue.min()), float(tissue.max())))
