@@ -391,6 +391,54 @@ def test_page_fits_a_phone_and_a_desk_without_an_error(
     assert errors == []
 
 
+CONTRAST = """
+const base = matchMedia("(prefers-color-scheme: dark)").matches ? [18, 18, 18] : [255, 255, 255];
+const mixed = (over, under) => under.map((c, i) => over[3] * over[i] + (1 - over[3]) * c);
+const colour = text => {
+  const [red, green, blue, alpha] = text.match(/[\\d.]+/g).map(Number);
+  return [red, green, blue, alpha ?? 1];
+};
+const linear = c => c <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4;
+const luminance = rgb => rgb.reduce(
+  (sum, c, i) => sum + linear(c / 255) * [0.2126, 0.7152, 0.0722][i], 0);
+const ground = element => {
+  const layers = [];
+  for (let at = element; at; at = at.parentElement) {
+    layers.unshift(colour(getComputedStyle(at).backgroundColor));
+  }
+  return layers.reduce((under, over) => mixed(over, under), base);
+};
+const faint = [];
+const walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+for (let node = walker.nextNode(); node; node = walker.nextNode()) {
+  const element = node.parentElement;
+  const box = element.getBoundingClientRect();
+  const style = getComputedStyle(element);
+  if (!node.data.trim() || !box.width || !box.height || style.visibility === "hidden") continue;
+  const ink = element.closest("svg") ? style.fill : style.color;
+  if (element.closest("script,style,noscript") || !ink.startsWith("rgb")) continue;
+  const under = ground(element);
+  const [one, other] = [luminance(mixed(colour(ink), under)), luminance(under)];
+  const ratio = (Math.max(one, other) + 0.05) / (Math.min(one, other) + 0.05);
+  if (ratio < 4.5) faint.push(`${ratio.toFixed(2)} ${element.tagName} ${node.data.trim()}`);
+}
+return faint;
+"""
+"""The texts whose contrast against what lies under them is below what WCAG asks of text, 4.5."""
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_every_text_can_be_read(page: Path, chromium: Any, scheme: str) -> None:
+    feature = {"name": "prefers-color-scheme", "value": scheme}
+    chromium.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [feature]})
+    try:
+        chromium.get(page.as_uri())
+        assert chromium.execute_script("return document.body.innerText.length") > 1000
+        assert chromium.execute_script(CONTRAST) == []
+    finally:
+        chromium.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
+
+
 def test_a_prediction_of_nothing_is_all_missed(tmp_path: Path) -> None:
     truth = cubes((1, 1, 1), (8, 10, 10))
     nothing = np.zeros_like(truth)

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -18,6 +19,7 @@ from typing import Any
 
 import optuna
 import pytest
+import sqlalchemy
 from optuna.trial import TrialState
 from study_checks import DECAY, LR, make_space
 
@@ -889,6 +891,33 @@ def test_a_folder_belongs_to_one_study(storage: str, tmp_path: Path) -> None:
     with pytest.raises(StudyError, match="another study of the name 's'"):
         begin(storage, home).check({})
     assert study_names(storage) == []
+
+
+def test_an_empty_database_answers(storage: str) -> None:
+    if storage.startswith("sqlite"):
+        Path(storage.removeprefix("sqlite:///")).touch()
+    assert study_names(storage) == []
+
+
+@pytest.mark.parametrize("password", [None, "wrong"])
+def test_a_missing_password_is_asked_for_where_it_belongs(
+    postgres: Any, password: str | None
+) -> None:
+    name = f"u{uuid.uuid4().hex[:8]}"
+    postgres.server.psql(f"CREATE ROLE {name} LOGIN PASSWORD 'right';")
+    rules = postgres.folder / "data" / "pg_hba.conf"
+    trusting = rules.read_text()
+    rules.write_text(f"local all {name} scram-sha-256\nhost all {name} all md5\n{trusting}")
+    postgres.server.psql("SELECT pg_reload_conf();")
+    url = sqlalchemy.make_url(postgres.url()).set(username=name)
+    try:
+        assert isinstance(study_names(url.set(password="right").render_as_string(False)), list)
+        with pytest.raises(StudyError, match="lets nobody in without") as caught:
+            study_names(url.set(password=password).render_as_string(False))
+    finally:
+        rules.write_text(trusting)
+    assert f":5432:postgres:{name}:PASSWORD" in str(caught.value)
+    assert "wrong" not in str(caught.value)
 
 
 def test_a_folder_from_before_such_marks_is_its_studys(storage: str, tmp_path: Path) -> None:

@@ -164,6 +164,8 @@ def _only(url: str) -> str:
     names = _names(url)
     if len(names) == 1:
         return names[0]
+    if not names:
+        raise StudyError(f"{mask_passwords(url)} holds no study. Start one with `run`.")
     known = ", ".join(names[:12])
     raise StudyError(
         f"{mask_passwords(url)} holds {len(names)} studies: {known}. Name one with --study."

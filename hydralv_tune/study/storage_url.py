@@ -21,6 +21,7 @@ BUSY_TIMEOUT_S = 15.0  # how long SQLite waits for another writer
 # A driver that is stopped (SIGSTOP) inside the study mutex must not hold it for ever.
 IDLE_IN_TRANSACTION_MS = 60_000
 BEGINNING = re.compile(r"(?P<kind>sqlite|postgres(?:ql)?)(?:\+\w+)?:(?P<slashes>/*)")
+PASSWORD = re.compile("no password supplied|password authentication failed")
 EXAMPLES = "sqlite:///runs/study.db or postgresql+psycopg://user@host/database"
 DRIVERS = {
     "sqlite": ("sqlite:///", "pysqlite"),
@@ -204,12 +205,25 @@ def probe(url: URL, *, create: bool) -> None:
             else:
                 connection.execute(sqlalchemy.text("SELECT 1"))
     except (SQLAlchemyError, NoSuchModuleError, UnicodeError) as error:
+        reason = reason_of(error)
+        if PASSWORD.search(reason):
+            raise StudyError(
+                f"--storage: {masked(url)} lets nobody in without the right password: {reason}. "
+                f"Give it in the variable PGPASSWORD, or in a file that only you can read and that "
+                f"PGPASSFILE names, by default ~/.pgpass, as a line {_password_line(url)}"
+            ) from None
         raise StudyError(
-            f"--storage: {masked(url)} does not answer: {reason_of(error)}. "
+            f"--storage: {masked(url)} does not answer: {reason}. "
             "Check the address, and that the database runs."
         ) from None
     finally:
         engine.dispose()
+
+
+def _password_line(url: URL) -> str:
+    """Return the line of a password file that serves a URL; its host is compared as text."""
+    parts = (url.host or "localhost", url.port or 5432, url.database or url.username, url.username)
+    return ":".join(map(str, (*parts, "PASSWORD")))
 
 
 def _refuse_unwritable(path: Path) -> None:

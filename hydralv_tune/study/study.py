@@ -622,12 +622,12 @@ def study_names(storage: str) -> list[str]:
     """Return the names of the studies in a storage.
 
     Raises:
-        StudyError: The storage does not exist, does not answer, or holds no study.
+        StudyError: The storage does not exist or does not answer.
     """
     url = parse_storage(storage)
     probe(url, create=False)
-    options = engine_options(url)
-    require_tables(url, options)
+    if not has_tables(url, engine_options(url)):
+        return []
     with while_opening(url):
         rdb = open_storage(url, create=False)
         try:
