@@ -227,6 +227,21 @@ def test_losses_are_told_what_weighs_their_voxels() -> None:
     assert any("counts everywhere" in note for note in january.notes)
 
 
+def test_what_came_later_in_january_is_told() -> None:
+    steps = {
+        "stops at min_instance_size when": DecodingStep(kwargs={"min_instance_size": 50}),
+        "stops at decode_distance_watershed when": DecodingStep(
+            name="decode_instance_watershed_distance", kwargs={}
+        ),
+    }
+    candidate = load_candidate("baseline")
+    for said, step in steps.items():
+        exported = peer_config(candidate, step, DATA, schema="pytc-2026-01")
+        assert any(said in note for note in exported.notes)
+    plain = peer_config(candidate, DecodingStep(kwargs={}), DATA, schema="pytc-2026-01")
+    assert not any("when it decodes" in note for note in plain.notes)
+
+
 def test_a_note_says_which_scikit_image_the_size_is_written_for() -> None:
     step = DecodingStep(kwargs={"min_instance_size": 50})
     candidate = load_candidate("baseline")

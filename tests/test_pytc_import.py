@@ -243,9 +243,12 @@ def test_a_loss_weighs_and_squashes_as_it_did_there(today: Path) -> None:
     plain = profiles.read_text().replace("{function: DiceLoss, kwargs: {sigmoid: true}",
                                          "{function: DiceLoss")  # fmt: skip
     profiles.write_text(plain.replace("MSELoss, weight: 2.0", "MSELoss, pos_weight: 1.0"))
-    kwargs = imported(today).candidate["model"]["loss_kwargs"]
-    assert kwargs[0]["sigmoid"] is False
+    result = imported(today)
+    kwargs = result.candidate["model"]["loss_kwargs"]
+    assert kwargs[0]["sigmoid"] is True
     assert "foreground_weight" not in kwargs[2]
+    left = {entry.key: entry.meaning for entry in result.left_out if entry.matters}
+    assert "taken of logits there" in left["model.loss_kwargs.DiceLoss.sigmoid"]
 
 
 def test_padding_is_that_which_the_volumes_were_trained_with(january: Path) -> None:

@@ -29,8 +29,7 @@ SCHEDULES = {
     "warmupcosine": "WarmupCosineLR", "warmupcosinelr": "WarmupCosineLR",
     "cosineannealinglr": "WarmupCosineLR", "constant": "constant", "constantlr": "constant",
 }  # fmt: skip
-OVERLAPS = ("DiceLoss", "TverskyLoss")
-OVERLAPS_AND_MORE = ("DiceCELoss", "DiceFocalLoss")
+OVERLAPS = ("DiceLoss", "TverskyLoss", "DiceCELoss", "DiceFocalLoss")
 VOXEL_WEIGHTED = ("SmoothL1Loss", "WeightedMSELoss", "WeightedMAELoss")
 """Losses that today's version balances between the classes unless `pos_weight` is said."""
 GRID_VALUES = {"threshold": 5, "size": 3}
@@ -413,13 +412,11 @@ class _Importer:
                            "losses of the three channels are taken")  # fmt: skip
                 return
             own = dict(given or {})
-            if name in OVERLAPS:
-                # That tool's default, MONAI's, is the overlap of logits.
-                own.setdefault("sigmoid", False)
-            elif name in OVERLAPS_AND_MORE and not own.get("sigmoid"):
+            if name in OVERLAPS and not own.get("sigmoid"):
+                # That tool's default, MONAI's, is the overlap of what the network gives.
                 own["sigmoid"] = True
-                self.leave(f"model.loss_kwargs.{name}.sigmoid", "its Dice was taken of logits; "
-                           "here it is taken of probabilities")  # fmt: skip
+                self.leave(f"model.loss_kwargs.{name}.sigmoid", "the overlap was taken of logits "
+                           "there; here it is taken of probabilities")  # fmt: skip
             if "balanced" in own.values():
                 self.leave(f"model.loss_kwargs.{name}", "foreground is balanced by a factor of 10 "
                            "at most there, of 100 here", matters=False)  # fmt: skip

@@ -425,9 +425,20 @@ def _plan(
     if test_block.pop("rotate90_k", None) is not None:
         notes.append("rotate90_k: that version takes all four quarter turns.")
     test_block["apply_mask"] = paths_of(data, "mask") is not None
+    decoding = peer_step(step, drops_exact_size=data.drops_exact_size)
+    later = {
+        "decode_distance_watershed": decoding["name"] == "decode_distance_watershed",
+        "min_instance_size": "min_instance_size" in decoding["kwargs"],
+    }
+    if any(later.values()):
+        absent = " and ".join(name for name, used in later.items() if used)
+        notes.append(
+            f"Its state of 19 January stops at {absent} when it decodes, which came with that of "
+            "28 January."
+        )
     notes.append(
         "Its state of 28 January cannot train these losses (it hands each a weight) and stops "
-        "when it prints the error; by its source, that of 19 January does both."
+        "when it prints the error; that of 19 January does both."
     )
     mapping["test"] = {
         # That version reads the transform of its test images here and nowhere else.
@@ -435,7 +446,7 @@ def _plan(
             **{f"test_{key}": value for key, value in data_block(data).items()},
             "image_transform": dict(transform),
         },
-        "decoding": [peer_step(step, drops_exact_size=data.drops_exact_size)],
+        "decoding": [decoding],
         "evaluation": {"enabled": True, "metrics": ["adapted_rand"]},
     }
     if padded:
