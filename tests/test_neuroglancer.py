@@ -4,12 +4,22 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 
-from hydralv_tune.artifacts.neuroglancer import write_view, wrong_instances
+from hydralv_tune.artifacts.neuroglancer import Point, wrong_instances
 from hydralv_tune.data.volumes import open_lazy, read_array, write_array
+from hydralv_tune.numerics.metrics.contingency import of_one_volume, slab_tables
+from hydralv_tune.results.segmentation_score import assess
+
+
+def points_on(prediction: np.ndarray, truth: np.ndarray, *masks: Any, **rest: Any) -> list[Point]:
+    """Return a point on each wrong instance."""
+    tables = list(slab_tables(prediction, truth, *masks, **rest))
+    return wrong_instances(prediction, truth, of_one_volume(tables))
 
 
 def test_wrong_instances_are_found_with_a_voxel_of_their_own() -> None:
@@ -17,7 +27,7 @@ def test_wrong_instances_are_found_with_a_voxel_of_their_own() -> None:
     truth[:, 2:6, 2:6] = prediction[:, 2:6, 2:6] = 1
     truth[:, 2:6, 12:16] = 5
     prediction[:, 12:16, 2:6] = 9
-    points = wrong_instances(prediction, truth)
+    points = points_on(prediction, truth)
     assert {(kind, number) for kind, number, _ in points} == {("missed", 5), ("invented", 9)}
     for kind, number, at in points:
         assert (truth if kind == "missed" else prediction)[at] == number
@@ -28,7 +38,7 @@ def test_an_instance_over_many_sections_has_one_point_near_its_centre() -> None:
     # A ring, whose centre lies outside of it.
     truth[:, 4:20, 4:20] = 7
     truth[:, 8:16, 8:16] = 0
-    ((kind, number, (z, y, x)),) = wrong_instances(np.zeros_like(truth), truth)
+    ((kind, number, (z, y, x)),) = points_on(np.zeros_like(truth), truth)
     assert (kind, number, z) == ("missed", 7, 24)
     assert truth[z, y, x] == 7
     voxels = np.argwhere(truth == 7)
@@ -42,8 +52,8 @@ def test_what_lies_outside_the_mask_or_is_ignored_is_no_fault() -> None:
     nothing = np.zeros_like(truth)
     left = np.zeros(truth.shape, bool)
     left[:, :, :10] = True
-    assert [number for _, number, _ in wrong_instances(nothing, truth, [left])] == [3]
-    assert [number for _, number, _ in wrong_instances(nothing, truth, ignore=[3])] == [4]
+    assert [number for _, number, _ in points_on(nothing, truth, [left])] == [3]
+    assert [number for _, number, _ in points_on(nothing, truth, ignore=[3])] == [4]
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
@@ -58,12 +68,13 @@ def test_a_view_has_layers_that_are_read_and_a_state_that_names_them(
     placed = {"voxel_size_nm": (30, 8, 8), "origin_nm": (300, 80, 160)}
     for name, array in (("im", image), ("label", truth), ("seg", truth * 0)):
         write_array(tmp_path / f"{name}.h5", array, **placed)
-    files = {
-        "image": tmp_path / "im.h5",
-        "truth": tmp_path / "label.h5",
-        "segmentation": tmp_path / "seg.h5",
-    }
-    path = write_view(tmp_path / "view", files)
+    assessed = assess(
+        tmp_path / "seg.h5", pd.DataFrame({"id": []}), image=str(tmp_path / "im.h5"),
+        label=str(tmp_path / "label.h5"), view=tmp_path / "view",
+    )  # fmt: skip
+    path = assessed.view
+    assert path is not None
+    assert assessed.figures["missed"] == [5]
     state = json.loads(path.read_text())
     assert state["dimensions"]["z"] == [30e-9, "m"]
     assert [(layer["name"], layer["type"]) for layer in state["layers"]] == [

@@ -8,6 +8,7 @@ from contextlib import closing
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import numpy as np
 import pytest
@@ -211,6 +212,7 @@ class _Links(HTMLParser):
     def __init__(self) -> None:
         super().__init__()
         self.links: list[str] = []
+        self.followed: list[str] = []
         self.images = 0
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
@@ -218,7 +220,7 @@ class _Links(HTMLParser):
         self.images += tag == "img"
         for name, value in attrs:
             if name in ("src", "href", "srcset", "action") and value:
-                self.links.append(value)
+                (self.followed if tag == "a" else self.links).append(value)
 
 
 def test_page_needs_no_network(page: Path) -> None:
@@ -226,6 +228,16 @@ def test_page_needs_no_network(page: Path) -> None:
     links.feed(page.read_text())
     assert all(link.startswith(("#", "data:")) for link in links.links)
     assert "default-src 'none'" in page.read_text()
+
+
+def test_the_files_of_the_best_trial_are_links_that_open(page: Path) -> None:
+    links = _Links()
+    links.feed(page.read_text())
+    files = [(page.parent / unquote(a)).resolve() for a in links.followed if a[0] != "#"]
+    assert {"segmentation_0.h5", "sweep.parquet", "best.ckpt"} <= {file.name for file in files}
+    assert all(file.is_file() for file in files)
+    written = (page.parent / "report.md").read_text()
+    assert all(f"]({a})" in written for a in links.followed if a[0] != "#")
 
 
 def test_page_says_what_the_record_says(page: Path, finished_study: Any) -> None:

@@ -41,7 +41,7 @@ from hydralv_tune.trial.scoring.stitching import Lane, predicted_sections
 from hydralv_tune.trial.whole_volume import decoding, segmentation
 from hydralv_tune.trial.whole_volume.lanes import plan_lanes
 from hydralv_tune.trial.whole_volume.padded_image import PaddedImage
-from hydralv_tune.trial.whole_volume.segmentation import Model, segment_volume
+from hydralv_tune.trial.whole_volume.segmentation import Model, Segmented, segmented_volume
 
 CONTOUR = "decode_instance_binary_contour_distance"
 DISTANCE = "decode_instance_watershed_distance"
@@ -52,6 +52,12 @@ CPU = torch.device("cpu")
 def phantom() -> Phantom:
     """Return a small volume with touching vesicles."""
     return make_phantom((20, 72, 72), instances=5, seed=5)
+
+
+def segment_volume(*words: Any, **options: Any) -> Segmented:
+    """Return what a segmentation gives, of which nothing but the labels is kept."""
+    with segmented_volume(*words, **options) as found:
+        return found
 
 
 def candidate_of(**changes: Any) -> Candidate:
@@ -453,6 +459,18 @@ def test_a_killed_segmentation_goes_on_and_writes_the_same_file(
     segment_volume(model, paths, out, **settings, say=lambda step, done, _: started.append(done))
     assert started[0] > 0, "it began anew"
     assert out.read_bytes() == whole.read_bytes()
+
+
+def test_what_fails_after_the_labels_does_not_lose_them(
+    tmp_path: Path, model: Model, paths: VolumePaths
+) -> None:
+    out = tmp_path / "seg.h5"
+    with pytest.raises(OSError, match="full"), segmented_volume(model, paths, out, memory_gb=2):
+        raise OSError("the disk of the table is full")
+    steps: list[tuple[str, int, int]] = []
+    segment_volume(model, paths, out, memory_gb=2, say=lambda *step: steps.append(step))
+    assert [step for step, done, whole in steps if done < whole] == [], "it began anew"
+    assert not segmentation.work_folder(out).exists()
 
 
 def test_other_thresholds_do_not_go_on_from_a_killed_segmentation(

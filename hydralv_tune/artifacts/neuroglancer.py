@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Protocol
@@ -12,9 +12,8 @@ import numpy as np
 import numpy.typing as npt
 
 from hydralv_tune.artifacts.writing import write_atomically
-from hydralv_tune.config.errors import as_input_error
 from hydralv_tune.data.formats.files import create_array, open_lazy
-from hydralv_tune.numerics.metrics.contingency import SLAB, of_one_volume, slab_tables
+from hydralv_tune.numerics.metrics.contingency import SLAB, ContingencyTable
 from hydralv_tune.numerics.metrics.instance_errors import segment_kinds, truth_kinds
 
 Point = tuple[str, int, tuple[int, int, int]]
@@ -35,29 +34,17 @@ class Sections(Protocol):
 
 
 def wrong_instances(
-    prediction: Sections,
-    truth: Sections,
-    masks: Sequence[Sections] = (),
-    *,
-    ignore: Collection[int] = (),
+    prediction: Sections, truth: Sections, compared: ContingencyTable
 ) -> list[Point]:
     """Return a point on each instance that is missed, split, merged or invented.
 
     Args:
         prediction: (Z, Y, X) labels, in memory or on disk; read slab by slab.
         truth: (Z, Y, X) labels, likewise.
-        masks: (Z, Y, X) each, likewise; a voxel counts that lies in all of them.
-        ignore: Ids of the truth that mean "no label".
-
-    Raises:
-        ValueError: Shapes differ.
+        compared: The table of both.
     """
-    tables = list(slab_tables(prediction, truth, masks, ignore=ignore))
-    if not tables:
-        return []
-    table = of_one_volume(tables)
-    wrong = {i: kind for i, kind in truth_kinds(table).items() if kind != "true"}
-    invented = {i: kind for i, kind in segment_kinds(table).items() if kind == "invented"}
+    wrong = {i: kind for i, kind in truth_kinds(compared).items() if kind != "true"}
+    invented = {i: kind for i, kind in segment_kinds(compared).items() if kind == "invented"}
     return [
         (kinds[number], number, place)
         for labels, kinds in ((truth, wrong), (prediction, invented))
@@ -157,30 +144,25 @@ def write_view(
     folder: str | Path,
     volumes: Mapping[str, str | Path],
     *,
-    masks: Sequence[str] = (),
-    ignore: Collection[int] = (),
+    compared: ContingencyTable | None = None,
     progress: Callable[[str, int, int], None] = lambda step, done, whole: None,
 ) -> Path:
     """Write volumes as neuroglancer reads them, a state that shows them, and return its path.
 
     Args:
         folder: A folder to serve; `NAME.precomputed` and `state.json` go there.
-        volumes: Files by name: `image`, `segmentation`, and `truth` where there is one; then each
-            wrong instance gets a point.
-        masks: Where the truth is known, as files; a voxel counts that lies in all of them.
-        ignore: Ids of the truth that mean "no label".
+        volumes: Files by name: `image`, `segmentation`, and `truth` where there is one.
+        compared: The table of segmentation and truth; then each wrong instance gets a point.
         progress: Told the step, the sections done and those there are.
 
     Raises:
         VolumeError: A file cannot be read, or the folder cannot be written.
-        InputError: The shapes differ.
     """
     target = Path(folder)
     with ExitStack() as stack:
         opened = {
             name: stack.enter_context(open_lazy(path, ndim=3)) for name, path in volumes.items()
         }
-        inside = [stack.enter_context(open_lazy(mask, ndim=3)) for mask in masks]
         placed = opened["image"]
         size = placed.voxel_size_nm or (1.0, 1.0, 1.0)
         origin = placed.origin_nm or (0.0, 0.0, 0.0)
@@ -195,11 +177,8 @@ def write_view(
                     out[z:end, :, :] = array[z:end].astype(dtype)
                     progress(f"write {name}", end, array.shape[0])
         points: list[Point] = []
-        if "truth" in opened:
-            with as_input_error(str(volumes["truth"])):
-                points = wrong_instances(
-                    opened["segmentation"], opened["truth"], inside, ignore=ignore
-                )
+        if compared is not None:
+            points = wrong_instances(opened["segmentation"], opened["truth"], compared)
     state = neuroglancer_state(
         {name: f"precomputed://{SERVER}/{name}.precomputed" for name in volumes},
         voxel_size_nm=size, origin_nm=origin, points=points,

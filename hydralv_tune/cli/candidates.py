@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -230,13 +230,12 @@ def segment(
     check_heads(image, {"label": label, "mask": mask, "scored mask": scored_mask})
     import psutil
 
-    from hydralv_tune.artifacts.neuroglancer import write_view
     from hydralv_tune.artifacts.writing import write_frame
     from hydralv_tune.config.files import parse_overrides
     from hydralv_tune.data.truth import ANNOTATED_NOTE
     from hydralv_tune.results.segmentation import load_model, tissue_and_scored
-    from hydralv_tune.results.segmentation_score import scored_segmentation
-    from hydralv_tune.trial.whole_volume.segmentation import Jobs, segment_volume
+    from hydralv_tune.results.segmentation_score import assess
+    from hydralv_tune.trial.whole_volume.segmentation import Jobs, segmented_volume
 
     changed = parse_overrides(settings or [])
     model = load_model(expanded(best), study=study, changed=changed)
@@ -252,31 +251,25 @@ def segment(
 
             jobs = stack.enter_context(ray_jobs(ray_address))
         say_step = stack.enter_context(step_progress())
-        found = segment_volume(
-            model, VolumePaths(image, image, label, tissue), out, memory_gb=memory, device=device,
-            jobs=jobs, say=say_step,
-        )  # fmt: skip
-        rows = found.table.frame()
-        scores: dict[str, Any] = {}
-        inside = [path for path in (tissue, scored_mask) if path is not None]
-        if label is not None:
-            scores, rows = scored_segmentation(
-                out, label, rows, masks=inside, ignore=ignore_label or []
+        found = stack.enter_context(
+            segmented_volume(
+                model, VolumePaths(image, image, label, tissue), out, memory_gb=memory,
+                device=device, jobs=jobs, say=say_step,
             )
-        view = None
-        if neuroglancer is not None:
-            shown = {"image": image, "truth": label, "segmentation": out}
-            view = write_view(
-                neuroglancer, {name: path for name, path in shown.items() if path is not None},
-                masks=inside, ignore=ignore_label or [], progress=say_step,
-            )  # fmt: skip
+        )  # fmt: skip
+        assessed = assess(
+            out, found.table.frame(), image=image, label=label,
+            masks=[path for path in (tissue, scored_mask) if path is not None],
+            ignore=ignore_label or [], view=neuroglancer, progress=say_step,
+        )  # fmt: skip
+        written = None if table is None else str(write_frame(assessed.rows, table))
     document = {
         "out": str(out),
         "instances": found.instances,
-        "table": None if table is None else str(write_frame(rows, table)),
-        "neuroglancer": None if view is None else str(view),
+        "table": written,
+        "neuroglancer": None if assessed.view is None else str(assessed.view),
         "seconds": round(time.perf_counter() - started, 3),
-        **scores,
+        **assessed.figures,
     }
     if json:
         print_json(document)

@@ -90,13 +90,23 @@ def tissue_and_scored(mask: str | None, scored: str | None) -> tuple[str | None,
     Args:
         mask: Given as where tissue is, or None.
         scored: Given as where the truth is known, or None.
+
+    Raises:
+        InputError: The mask leaves out whole sections, so it cannot say where tissue is.
     """
-    if mask is None or scored is not None:
-        return mask, scored
+    if mask is None:
+        return None, scored
     with open_lazy(mask, ndim=3) as opened:
-        occupied = [bool((opened[z : z + 1] > 0).any()) for z in range(opened.shape[0])]
-    sparse = annotated_sections(occupied) and longest_run(occupied) <= FEW_SECTIONS
-    return (None, mask) if sparse else (mask, None)
+        occupied = [bool((section > 0).any()) for section in opened]
+    if not annotated_sections(occupied):
+        return mask, scored
+    if scored is None and longest_run(occupied) <= FEW_SECTIONS:
+        return None, mask
+    raise InputError(
+        f"{mask}: the mask leaves out whole sections, so it says what was annotated, not where "
+        "tissue is, and instances would be cut at its sections. Leave --mask out, or give the "
+        "tissue; score with --scored-mask."
+    )
 
 
 def _trained_as(checkpoint: Path) -> Candidate:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import struct
 import warnings
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -46,6 +46,8 @@ SYNONYMS = {
 }
 LETTERS = {name: letter for letter, names in SYNONYMS.items() for name in names}
 UNNAMED = "?"
+MOST_SECTIONS = 64
+"""Read at once, however many a chunk holds."""
 
 
 @dataclass(frozen=True)
@@ -126,6 +128,12 @@ class LazyArray:
         values = values.reshape(values.shape[: len(self._order)])
         values = values.astype(self.dtype, copy=False)
         return values[tuple(0 if gone else slice(None) for gone in squeezed)]
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        """Yield the parts along the first axis; as many are read at once as a chunk holds."""
+        depth = min(self.chunks[0] if self.chunks else 1, MOST_SECTIONS)
+        for first in range(0, self.shape[0], depth):
+            yield from self[first : first + depth]
 
     def _box(self, index: Any) -> tuple[list[slice], list[bool]]:
         """Return a slice for each axis, and which axes an index by number drops."""

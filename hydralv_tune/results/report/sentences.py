@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+import os
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from hydralv_tune.artifacts.pictures import COLOURS
 from hydralv_tune.numerics.formatting import (
@@ -471,6 +474,19 @@ def changes_lead(data: ReportData) -> str:
     )
 
 
+def result_files(data: ReportData) -> list[tuple[str, str]]:
+    """Return what the best trial left behind: each file, and its address from the report."""
+    folder = data.best.folder
+    files = sorted(folder.glob("segmentation_*.h5"))
+    files += [folder / name for name in ("sweep.parquet", "best.ckpt", "record.json")]
+    home = data.space_file.absolute().parent
+    return [
+        (str(path), quote(Path(os.path.relpath(path.absolute(), home)).as_posix()))
+        for path in files
+        if path.is_file()
+    ]
+
+
 def provenance_rows(data: ReportData) -> list[tuple[str, str]]:
     """Return what made the best trial: volumes, versions, machine."""
     record = data.record
@@ -486,11 +502,6 @@ def provenance_rows(data: ReportData) -> list[tuple[str, str]]:
     package = record.provenance.get("package") or {}
     versions = record.provenance.get("versions") or {}
     commit = f", commit {str(package['git_commit'])[:12]}" if package.get("git_commit") else ""
-    folder = data.best.folder
-    files = [folder / name for name in ("best.ckpt", "record.json", "sweep.parquet")]
-    files += sorted(folder.glob("segmentation_*.h5"))
-    there = [str(path) for path in files if path.is_file()]
-    rows += [("files", ", ".join(there))] if there else []
     rows.append(("hydralv-tune", f"{package.get('version')}{commit}"))
     rows.append(("versions", ", ".join(f"{k} {v}" for k, v in versions.items())))
     host = record.provenance.get("host") or {}

@@ -145,12 +145,12 @@ def predicted_sections(
         results = _results(
             layer, [corners[place] for place in chosen], size, predictor, batch, device, progress
         )
-        found = dict(zip(chosen, results, strict=True))
+        left_out = set(places).difference(chosen)
         for y, x in places:
             inner_y, outer_y = _overlap(y, size[1], low[1], high[1])
             inner_x, outer_x = _overlap(x, size[2], low[2], high[2])
             part = weight[:, inner_y, inner_x]
-            value = found[y, x][:, :, inner_y, inner_x] if (y, x) in found else background
+            value = background if (y, x) in left_out else next(results)[:, :, inner_y, inner_x]
             sums[:, :, outer_y, outer_x] += value * part
             weights[:, outer_y, outer_x] += part
         end = high[0] if number + 1 == len(layers) else min(layers[number + 1], high[0])
@@ -169,20 +169,23 @@ def _overlap(first: int, side: int, low: int, high: int) -> tuple[slice, slice]:
 def _results(
     layer: Tensor, corners: Sequence[tuple[int, int]], size: Size3, predictor: Predictor,
     batch: int, device: torch.device, progress: Callable[[int], None],
-) -> list[Tensor]:  # fmt: skip
-    """Return the probabilities of the windows of a layer that begin at the given corners."""
-    results: list[Tensor] = []
+) -> Iterator[Tensor]:  # fmt: skip
+    """Yield the probabilities of windows of a layer, of which one batch is in memory.
+
+    Args:
+        corners: Where the windows begin.
+    """
     # Of nearly equal size: a window that is left over alone costs as much as two.
     parts = np.array_split(np.arange(len(corners)), max(math.ceil(len(corners) / batch), 1))
-    with torch.inference_mode():
-        for part in parts if corners else ():
-            inputs = [
-                layer[None, :, y : y + size[1], x : x + size[2]]
-                for y, x in (corners[index] for index in part)
-            ]
-            results.extend(predictor(torch.stack(inputs).to(device)).to(layer.device))
-            progress(len(inputs))
-    return results
+    for part in parts if corners else ():
+        inputs = [
+            layer[None, :, y : y + size[1], x : x + size[2]]
+            for y, x in (corners[index] for index in part)
+        ]
+        with torch.inference_mode():
+            found = predictor(torch.stack(inputs).to(device)).to(layer.device)
+        progress(len(inputs))
+        yield from found
 
 
 def _roll(sums: Tensor, weights: Tensor, step: int) -> None:

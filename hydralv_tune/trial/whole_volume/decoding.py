@@ -131,24 +131,14 @@ def label_components(
     last: Array | None = None
     for slab in slabs:
         domain, nodes = domain_at(slab)
-        labels, count = ndimage.label(domain, structure=EVERYWHERE)
-        labels = np.where(labels > 0, labels.astype(np.uint32) + np.uint32(total), np.uint32(0))
-        found = ndimage.find_objects((labels - np.uint32(total) * (labels > 0)).astype(np.int32))
-        boxes.append(
-            np.array([[(p.start, p.stop) for p in box] for box in found], np.int64).reshape(
-                -1, 3, 2
-            )
-        )
+        found, count = ndimage.label(domain, structure=EVERYWHERE)
+        spans = [[(p.start, p.stop) for p in box] for box in ndimage.find_objects(found)]
+        boxes.append(np.array(spans, np.int64).reshape(-1, 3, 2))
         boxes[-1][:, 0] += slab.start
-        voxels.append(
-            np.stack(
-                [
-                    np.bincount(labels[inside] - np.uint32(total), minlength=count + 1)[1:]
-                    for inside in (labels > 0, nodes & (labels > 0))
-                ],
-                1,
-            )
-        )
+        sizes = [np.bincount(found[at], minlength=count + 1)[1:] for at in (domain, nodes)]
+        voxels.append(np.stack(sizes, 1))
+        labels = found.astype(np.uint32)
+        np.add(labels, np.uint32(total), out=labels, where=found > 0)
         if last is not None:
             pairs.append(_touching(last, labels[0]))
         write(slab, labels)

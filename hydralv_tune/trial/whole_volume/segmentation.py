@@ -27,7 +27,6 @@ from hydralv_tune.config.candidate import Candidate
 from hydralv_tune.config.errors import InputError, as_input_error
 from hydralv_tune.config.files import candidate_from_mapping
 from hydralv_tune.data.formats.files import LazyArray, create_array, locate, open_lazy
-from hydralv_tune.data.truth import annotated_sections
 from hydralv_tune.data.volumes import Volume, VolumePaths
 from hydralv_tune.numerics.normalisation import Normalisation
 from hydralv_tune.numerics.watershed.decoders import DECODERS, decode
@@ -192,11 +191,15 @@ class Work:
             yield image, None if path is None else stack.enter_context(open_lazy(path, ndim=3))
 
 
-def segment_volume(
+@contextmanager
+def segmented_volume(
     model: Model, paths: VolumePaths, out: Path, *, memory_gb: float, device: str = "auto",
-    jobs: Jobs | None = None, say: Say = lambda step, done, whole: None, truth: bool = False,
-) -> Segmented:  # fmt: skip
-    """Write the instances of a volume, and return what there is of them.
+    jobs: Jobs | None = None, say: Say = lambda step, done, whole: None,
+) -> Iterator[Segmented]:  # fmt: skip
+    """Write the instances of a volume, and give what there is of them.
+
+    What was computed is kept until the block that uses it ends, so that no work is lost where
+    that is stopped or fails.
 
     Args:
         model: Weights and thresholds.
@@ -206,7 +209,6 @@ def segment_volume(
         device: As for `pick_device`.
         jobs: Who runs the jobs of a step.
         say: Is told how far each step is.
-        truth: Whether the table compares with the labels of `paths`.
 
     Raises:
         VolumeError: A file cannot be read or written, or the shapes differ.
@@ -224,8 +226,8 @@ def segment_volume(
         done += 1
         say("decode", done, len(blocks))
     table = _write_labels(work, out, blocks, say)
+    yield Segmented(out=out, instances=len(table), blocks=len(blocks), table=table)
     shutil.rmtree(work.folder)
-    return Segmented(out=out, instances=len(table), blocks=len(blocks), table=table)
 
 
 def work_folder(out: Path) -> Path:
@@ -251,12 +253,6 @@ def _begin(
                 raise InputError(
                     f"{paths.mask}: the mask has shape {mask.shape}, but the image {paths.image} "
                     f"has {shape}; both must be equal. Give the mask of this very volume."
-                )
-            if annotated_sections([bool((section > 0).any()) for section in _Sections(mask)]):
-                raise InputError(
-                    f"{paths.mask}: the mask leaves out whole sections, so it says what was "
-                    "annotated, not where tissue is, and instances would be cut at its sections. "
-                    "Leave --mask out, or give the tissue; score with --scored-mask."
                 )
     with as_input_error(paths.image):
         windows = plan_windows(shape, model.candidate)
@@ -292,32 +288,10 @@ def _begin(
     )  # fmt: skip
     volume = Volume(paths.name, cast(Any, None))
     with open_lazy(paths.image, ndim=3) as image:
-        fitted = fitted_normalisation(
-            replace(volume, image=cast(Any, _Sections(image))), model.candidate.data
-        )
+        fitted = fitted_normalisation(replace(volume, image=cast(Any, image)), model.candidate.data)
     _save(work.folder / "normalisation.npz", **asdict(fitted))
     write_atomically(work.folder / "plan.json", text.encode())
     return work
-
-
-@dataclass(frozen=True)
-class _Sections:
-    """A lazy array that is read section by section; a few at once, where it is stored so."""
-
-    array: LazyArray
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.array.shape
-
-    @property
-    def dtype(self) -> np.dtype[Any]:
-        return self.array.dtype
-
-    def __iter__(self) -> Iterator[Array]:
-        depth = min(self.array.chunks[0] if self.array.chunks else 1, 64)
-        for z in range(0, self.shape[0], depth):
-            yield from self.array[z : z + depth]
 
 
 def _absolute(path: str) -> str:
