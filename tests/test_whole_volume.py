@@ -473,6 +473,18 @@ def test_what_fails_after_the_labels_does_not_lose_them(
     assert not segmentation.work_folder(out).exists()
 
 
+def test_two_processes_do_not_segment_to_one_file(
+    tmp_path: Path, model: Model, paths: VolumePaths
+) -> None:
+    out = tmp_path / "seg.h5"
+    with segmented_volume(model, paths, out, memory_gb=2):
+        with pytest.raises(InputError, match="another process is segmenting"):
+            segment_volume(model, paths, out, memory_gb=2)
+        segment_volume(model, paths, tmp_path / "other.h5", memory_gb=2)
+    names = {path.name for path in tmp_path.iterdir()}
+    assert {name for name in names if name.startswith(("seg", "other"))} == {"seg.h5", "other.h5"}
+
+
 def test_other_thresholds_do_not_go_on_from_a_killed_segmentation(
     tmp_path: Path, model: Model, paths: VolumePaths
 ) -> None:

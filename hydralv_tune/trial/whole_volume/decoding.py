@@ -267,6 +267,7 @@ def decode_block(
 
 
 def sections_of(shape: Size3, *, memory_bytes: float) -> Iterator[slice]:
-    """Return slabs of sections that fit into the memory, at least one section each."""
+    """Return slabs of sections that fit into the memory, of whole chunks or at least a section."""
     depth = max(int(memory_bytes / (SLAB_BYTES * shape[1] * shape[2])), 1)
+    depth = depth - depth % SLAB if depth > SLAB else depth
     return (slice(z, min(z + depth, shape[0])) for z in range(0, shape[0], depth))

@@ -21,6 +21,7 @@ from typing import Any, cast
 import numpy as np
 import numpy.typing as npt
 import zarr
+from filelock import FileLock, Timeout
 
 from hydralv_tune.artifacts.writing import write_atomically
 from hydralv_tune.config.candidate import Candidate
@@ -212,22 +213,49 @@ def segmented_volume(
 
     Raises:
         VolumeError: A file cannot be read or written, or the shapes differ.
-        InputError: A connected region does not fit into the memory.
+        InputError: A connected region does not fit into the memory, or another process segments
+            to the same output.
         TrialFailed: The network gives values that are not finite.
     """
-    jobs = jobs or Jobs()
-    spread = max((memory_gb * 1e9 - PROGRAM_BYTES), LEAST_BYTES)
-    work = _begin(model, paths, out, memory_bytes=spread, device=device, workers=jobs.workers)
-    _predict(work, jobs, say)
-    blocks = _plan_blocks(work, spread, say)
-    missing = [n for n in range(len(blocks)) if not work.block_file(n).exists()]
-    done = len(blocks) - len(missing)
-    for _ in jobs.run(decode_one, str(work.folder), missing):
-        done += 1
-        say("decode", done, len(blocks))
-    table = _write_labels(work, out, blocks, say)
-    yield Segmented(out=out, instances=len(table), blocks=len(blocks), table=table)
-    shutil.rmtree(work.folder)
+    with _alone(out):
+        jobs = jobs or Jobs()
+        spread = max((memory_gb * 1e9 - PROGRAM_BYTES), LEAST_BYTES)
+        work = _begin(model, paths, out, memory_bytes=spread, device=device, workers=jobs.workers)
+        _predict(work, jobs, say)
+        blocks = _plan_blocks(work, spread, say)
+        missing = [n for n in range(len(blocks)) if not work.block_file(n).exists()]
+        done = len(blocks) - len(missing)
+        for _ in jobs.run(decode_one, str(work.folder), missing):
+            done += 1
+            say("decode", done, len(blocks))
+        table = _write_labels(work, out, blocks, say)
+        yield Segmented(out=out, instances=len(table), blocks=len(blocks), table=table)
+        shutil.rmtree(work.folder)
+
+
+@contextmanager
+def _alone(out: Path) -> Iterator[None]:
+    """Keep other processes from the work folder of an output, where the file system has locks.
+
+    Raises:
+        InputError: Another process segments to the same output.
+    """
+    lock = FileLock(work_folder(out).with_suffix(".lock"), timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise InputError(
+            f"{out}: another process is segmenting to it. Wait until it ends, or give another "
+            "--out."
+        ) from None
+    except (OSError, NotImplementedError):  # a file system without locks
+        pass
+    try:
+        yield
+    finally:
+        if lock.is_locked:
+            Path(lock.lock_file).unlink(missing_ok=True)
+            lock.release()
 
 
 def work_folder(out: Path) -> Path:
