@@ -71,6 +71,7 @@ def main() -> None:
     )
     parser.add_argument("--folder", type=Path, default=Path("runs/whole_volume"))
     parser.add_argument("--memory-gb", type=float, default=2.0)
+    parser.add_argument("--overlap", type=float, default=0.25, help="Of windows; 0 is lighter.")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--steps", nargs="+", choices=STEPS, default=STEPS)
     parser.add_argument("--piece-s", type=float, help="Kill a step after so many seconds.")
@@ -79,14 +80,14 @@ def main() -> None:
     folder = arguments.folder
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / "best.yaml").exists():
-        prepare(folder, tuple(arguments.shape))
+        prepare(folder, tuple(arguments.shape), arguments.overlap)
     bench = Bench(folder, arguments.memory_gb, arguments.threads, arguments.piece_s)
     for step in arguments.steps:
         getattr(bench, step)()
     print(json.dumps(bench.results, indent=1))
 
 
-def prepare(folder: Path, shape: tuple[int, int, int]) -> None:
+def prepare(folder: Path, shape: tuple[int, int, int], overlap: float) -> None:
     """Write image and mask, tile by tile, and a network with thresholds."""
     made = make_phantom(shape=TILE, instances=10, seed=1)
     # Tissue lies in every section, unlike in a mask of annotated sections, which is refused.
@@ -110,7 +111,7 @@ def prepare(folder: Path, shape: tuple[int, int, int]) -> None:
         "model": {"architecture": "monai_unet", "filters": [4, 8]},
         "data": {"patch_size": [16, 96, 96]},
         "inference": {
-            "sliding_window": {"window_size": [16, 96, 96], "overlap": 0.25},
+            "sliding_window": {"window_size": [16, 96, 96], "overlap": overlap},
             "test_time_augmentation": {"enabled": False},
         },
     }

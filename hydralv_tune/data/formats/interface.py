@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import struct
 import warnings
 import zlib
@@ -46,8 +47,8 @@ SYNONYMS = {
 }
 LETTERS = {name: letter for letter, names in SYNONYMS.items() for name in names}
 UNNAMED = "?"
-MOST_SECTIONS = 64
-"""Read at once, however many a chunk holds."""
+AT_ONCE_BYTES = 2**28
+"""Read at once while an array is iterated, however much a layer of chunks holds."""
 
 
 @dataclass(frozen=True)
@@ -131,7 +132,8 @@ class LazyArray:
 
     def __iter__(self) -> Iterator[np.ndarray]:
         """Yield the parts along the first axis; as many are read at once as a chunk holds."""
-        depth = min(self.chunks[0] if self.chunks else 1, MOST_SECTIONS)
+        one = max(math.prod(self.shape[1:]) * self.dtype.itemsize, 1)
+        depth = max(min(self.chunks[0] if self.chunks else 1, AT_ONCE_BYTES // one), 1)
         for first in range(0, self.shape[0], depth):
             yield from self[first : first + depth]
 

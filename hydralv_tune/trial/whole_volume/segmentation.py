@@ -56,6 +56,10 @@ LEAST_BYTES = 0.2e9
 WINDOW_COPIES = 8
 """How many arrays of a network's first width a window is worth while it is predicted."""
 TOO_MANY_FOR_UINT16 = 2**16
+ROWS = 256
+"""Written at once along y, or a multiple of it: chunks hold no more."""
+WRITTEN_BYTES = 32
+"""What it takes to put a voxel of several blocks together and to compress it."""
 
 
 @dataclass(frozen=True)
@@ -551,25 +555,46 @@ def _write_labels(
     shape, plan = work.shape, work.plan
     stored: list[Any] = [zarr.open(work.block_labels(n), mode="r") for n in range(len(blocks))]
     depth = decoding.SLAB
+    rows = int(plan["memory_bytes"] / (WRITTEN_BYTES * depth * shape[2])) // ROWS * ROWS or ROWS
+    strips = [
+        (slice(z, min(z + depth, shape[0])), slice(y, min(y + rows, shape[1])), slice(0, shape[2]))
+        for z in range(0, shape[0], depth)
+        for y in range(0, shape[1], rows)
+    ]
     with create_array(
         out, shape, dtype, voxel_size_nm=plan["voxel_size_nm"], origin_nm=plan["origin_nm"]
     ) as target:
-        for z in range(0, shape[0], depth):
-            end = min(z + depth, shape[0])
-            slab = np.zeros((end - z, *shape[1:]), dtype)
+        for strip in strips:
+            labels = np.zeros([part.stop - part.start for part in strip], dtype)
             for number, block in enumerate(blocks):
-                low, high = max(z, block.box[0].start), min(end, block.box[0].stop)
-                if low >= high:
-                    continue
-                part = stored[number][low - block.box[0].start : high - block.box[0].start]
-                place = slab[low - z : high - z, block.box[1], block.box[2]]
-                np.copyto(place, (part + firsts[number]).astype(dtype), where=part > 0)
-            target[z:end, :, :] = slab
-            say("write", end, shape[0])
+                _put(labels, strip, stored[number], block.box, firsts[number])
+            target[strip] = labels
+            say("write", strip[0].stop, shape[0])
     table = InstanceTable.joined(columns, firsts)
     if plan["mask"] is None:
         return table
     return InstanceTable({**table.columns, "mask_component": _hosts(work, out, total)})
+
+
+def _put(labels: Array, strip: decoding.Box, stored: Any, box: decoding.Box, first: int) -> None:
+    """Write the instances of a block into a part of the volume.
+
+    Args:
+        labels: Of the part, (z, y, x).
+        strip: Where the part lies in the volume.
+        stored: The labels of the block on disk, from 1.
+        box: Where the block lies.
+        first: What is added to its ids.
+    """
+    low = [max(a.start, b.start) for a, b in zip(strip, box, strict=True)]
+    high = [min(a.stop, b.stop) for a, b in zip(strip, box, strict=True)]
+    if any(a >= b for a, b in zip(low, high, strict=True)):
+        return
+    spans = list(zip(low, high, strict=True))
+    inner = tuple(slice(a - o.start, b - o.start) for (a, b), o in zip(spans, box, strict=True))
+    outer = tuple(slice(a - o.start, b - o.start) for (a, b), o in zip(spans, strip, strict=True))
+    part = stored[inner]
+    np.copyto(labels[outer], (part + first).astype(labels.dtype), where=part > 0)
 
 
 def _hosts(work: Work, out: Path, total: int) -> Array:
@@ -593,6 +618,6 @@ def _hosts(work: Work, out: Path, total: int) -> Array:
             ids = labels[slab]
             found[ids[ids > 0]] = provisional[ids > 0]
 
-        slabs = list(decoding.sections_of(work.shape, memory_bytes=work.plan["memory_bytes"] / 4))
+        slabs = list(decoding.sections_of(work.shape, memory_bytes=work.plan["memory_bytes"]))
         components = decoding.label_components(slabs, at, note)
     return np.asarray(components.roots[found[1:]])
