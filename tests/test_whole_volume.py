@@ -469,7 +469,7 @@ def test_what_fails_after_the_labels_does_not_lose_them(
         raise OSError("the disk of the table is full")
     steps: list[tuple[str, int, int]] = []
     segment_volume(model, paths, out, memory_gb=2, say=lambda *step: steps.append(step))
-    assert [step for step, done, whole in steps if done < whole] == [], "it began anew"
+    assert {step for step, done, whole in steps if done < whole} <= {"write"}, "it began anew"
     assert not segmentation.work_folder(out).exists()
 
 
