@@ -441,6 +441,7 @@ def test_a_model_of_bioimage_io_has_what_its_description_names(
     assert rdf["inputs"][0]["preprocessing"] == [
         {"id": "ensure_dtype", "kwargs": {"dtype": "float32"}},
         {"id": "zero_mean_unit_variance", "kwargs": {"axes": ["y", "x"], "eps": 1e-6}},
+        {"id": "ensure_dtype", "kwargs": {"dtype": "float32"}},
     ]
     spread = (raw - raw.mean((3, 4), keepdims=True)) / raw.std((3, 4), keepdims=True)
     traced = torch.jit.load(tmp_path / "model" / "weights.pt")

@@ -222,6 +222,9 @@ def preprocessing_of(candidate: Candidate) -> list[dict[str, Any]]:
     if chosen.normalize in ("z_volume", "z_section"):
         axes = space if chosen.normalize == "z_volume" else ["y", "x"]
         steps.append({"id": "zero_mean_unit_variance", "kwargs": {"axes": axes, "eps": SPREAD}})
+    # Where the last step is another, readers turn the result back into the type of the image.
+    if len(steps) > 1:
+        steps.append({"id": "ensure_dtype", "kwargs": {"dtype": "float32"}})
     return steps
 
 
