@@ -155,15 +155,14 @@ def predict(
         CheckpointError: The checkpoint cannot be read.
         InputError: The image is no (Z, Y, X) volume that the network can take.
     """
-    from hydralv_tune.trial.scoring.prediction import load_network, pick_device
-    from hydralv_tune.trial.scoring.prediction import predict as predict_volume
+    from hydralv_tune.trial.scoring.prediction import load_members, pick_device, predict_members
 
     array = image if isinstance(image, np.ndarray) else read_volume(image).image
     if array.ndim != 3:
         raise InputError(f"image: has shape {array.shape}, but must be (Z, Y, X).")
     target = pick_device(device)
-    network, candidate = load_network(expanded_path(checkpoint), device=target)
-    return predict_volume(network, array, candidate, device=target, progress=progress)
+    members = load_members(expanded_path(checkpoint), device=target)
+    return predict_members(members, array, device=target, progress=progress)
 
 
 def decode(

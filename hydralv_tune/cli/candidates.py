@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -141,17 +142,18 @@ def predict(
             f"{', '.join(sorted(PREDICTION_BLOCKS))} only. Leave it out."
         )
     from hydralv_tune.data.volumes import VolumePaths, read_volume, write_array
-    from hydralv_tune.trial.scoring.prediction import load_network, pick_device
-    from hydralv_tune.trial.scoring.prediction import predict as predict_volume
+    from hydralv_tune.trial.scoring.prediction import load_members, pick_device, predict_members
 
     target = pick_device(device)
-    network, candidate = load_network(checkpoint, device=target)
+    members = load_members(checkpoint, device=target)
     if overrides:
-        candidate = with_overrides(candidate, overrides)
+        members = [
+            replace(one, candidate=with_overrides(one.candidate, overrides)) for one in members
+        ]
     volume = read_volume(VolumePaths(name=image, image=image))
     started = time.perf_counter()
     with progress_bar("Predict") as move, as_input_error(image):
-        maps = predict_volume(network, volume.image, candidate, device=target, progress=move)
+        maps = predict_members(members, volume.image, device=target, progress=move)
     write_array(out, maps, voxel_size_nm=volume.voxel_size_nm, origin_nm=volume.origin_nm)
     document = {"out": str(out), "seconds": round(time.perf_counter() - started, 3)}
     if json:

@@ -58,6 +58,7 @@ COMMANDS: dict[str, dict[str, str]] = {
     "Studies": {
         "run": "studies:run",
         "status": "studies:status",
+        "ensemble": "studies:ensemble",
         "export": "studies:export",
         "report": "studies:report",
         "dashboard": "studies:dashboard",

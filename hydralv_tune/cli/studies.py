@@ -189,7 +189,7 @@ def _run(
     from hydralv_tune.results.publish import publish_study_end, publish_trial_change
     from hydralv_tune.study.find import StudyAddress
 
-    trials = options["trials"] or space.budget.trials
+    trials = int(options["trials"] or space.budget.trials)
     reader = _ProgressReader(StudyAddress(url, name), trials)
     log = folder / "run.log"
     with reader, LiveView(name, trials=trials, progress=reader.read, log=log) as view:
@@ -205,7 +205,16 @@ def _run(
             **options,
         )
     publish_study_end(url, name)
+    if _has_ended(facts, trials):
+        from hydralv_tune.results.ensemble import ensemble_after_study
+
+        ensemble_after_study(url, name, say)
     return facts
+
+
+def _has_ended(facts: dict[str, Any], trials: int) -> bool:
+    """Return whether all trials of a study are finished, and not a time limit reached alone."""
+    return int(facts["trials"]["complete"] + facts["trials"]["pruned"]) >= trials
 
 
 def _check_study_name(name: str, *, names_folder: bool) -> None:
@@ -354,6 +363,10 @@ def export(
             "--best-portable", help="The best trial whose network PyTorch Connectomics has."
         ),
     ] = False,
+    ensemble: Annotated[
+        bool,
+        typer.Option("--ensemble", help="The average that `ensemble` found, where it is kept."),
+    ] = False,
     write_normalised: Annotated[
         bool,
         typer.Option(
@@ -384,23 +397,32 @@ def export(
         check_folder("--table", table.parent)
     if trial is not None and best_portable:
         raise InputError("export: --trial and --best-portable name two trials. Give one of them.")
+    if ensemble:
+        _check_alone(format, trial=trial is not None, portable=best_portable, out=target)
     if storage is None:
         check_place(place)
-    from hydralv_tune.results.export.export import export_best
+    from hydralv_tune.results.export.export import export_best, write_table
 
     found = find_study(place, storage=storage, study=study)
-    document = export_best(
-        found.storage,
-        found.name,
-        target,
-        format=format,
-        table=table,
-        folder=found.folder,
-        trial=trial,
-        portable=best_portable,
-        write_normalised=write_normalised,
-        scikit_image_026=scikit_image_026,
-    )
+    if ensemble:
+        from hydralv_tune.results.ensemble import export_ensemble
+
+        document = export_ensemble(found.storage, found.name, target, found.folder)
+        if table is not None:
+            document["table"] = str(write_table(found.storage, found.name, table))
+    else:
+        document = export_best(
+            found.storage,
+            found.name,
+            target,
+            format=format,
+            table=table,
+            folder=found.folder,
+            trial=trial,
+            portable=best_portable,
+            write_normalised=write_normalised,
+            scikit_image_026=scikit_image_026,
+        )
     if json:
         print_json(document)
         return
@@ -413,6 +435,23 @@ def export(
         say(f"Table: {document['table']}")
     for command in document["commands"]:
         print(command)
+
+
+def _check_alone(format: str, *, trial: bool, portable: bool, out: Path) -> None:
+    """Refuse what does not go together with `export --ensemble`."""
+    if trial or portable:
+        raise InputError(
+            "export: --ensemble and --trial or --best-portable name two things. Give one of them."
+        )
+    if format != "hydralv":
+        raise InputError(
+            f"export --format: {format} holds one network, but --ensemble is several. Leave "
+            "--format out, or export the best trial."
+        )
+    if out.suffix not in (".yaml", ".yml"):
+        raise InputError(
+            f"export --out: {out} is no .yaml file; the checkpoint goes beside it as .ckpt."
+        )
 
 
 def _out_in(place: str | None, out: Path | None, name: str, option: str) -> Path:
@@ -456,6 +495,44 @@ def report(
     for warning in warnings:
         say(f"warning: {warning}")
     say(f"Report: {page}")
+
+
+def ensemble(
+    place: Place = None,
+    storage: Storage = None,
+    study: StudyName = None,
+    members: Annotated[
+        int, typer.Option(min=1, help="Different trials that are averaged at most.")
+    ] = 3,
+    timeout_s: Annotated[
+        float | None,
+        typer.Option(min=1.0, help="What it may take: fewer trials, coarser grids. Default: all."),
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    json: Json = False,
+) -> None:
+    """Find the best average of a study's networks, and what it gains where it was not chosen.
+
+    Example: `hydralv-tune ensemble runs/smoke`
+    """
+    from hydralv_tune.study.find import check_place, find_study
+
+    if storage is None:
+        check_place(place)
+    from hydralv_tune.results.ensemble import find_ensemble
+
+    found = find_study(place, storage=storage, study=study)
+    facts = find_ensemble(
+        found.storage, found.name, found.folder, members=members, limit_s=timeout_s, device=device,
+        say=say,
+    )  # fmt: skip
+    if json:
+        print_json(facts)
+        return
+    print_facts(f"Ensemble of study {found.name}", facts)
+    say(facts["sentence"])
+    if facts["out"] is not None:
+        print(f"hydralv-tune segment {shlex.quote(facts['out'])} --image IMAGE.h5 --out SEG.h5")
 
 
 def dashboard(

@@ -153,6 +153,15 @@ class Objective(StrictModel):
         return metric
 
 
+class EnsembleBudget(StrictModel):
+    """`budget.ensemble`: the average of several networks, looked for when a study is over."""
+
+    members: Whole = Field(3, description="Different networks at most; 0: none is looked for.")
+    time_share: Annotated[float, Field(gt=0, le=1)] = Field(
+        0.1, description="Of the time that all trials took together."
+    )
+
+
 class Budget(StrictModel):
     """`budget`: whichever limit comes first ends the study."""
 
@@ -161,6 +170,7 @@ class Budget(StrictModel):
     gpu_hours: Positive | None = Field(None, description="Summed over all trials.")
     trial_timeout_s: Positive | None = Field(None, description="A trial that hangs is failed.")
     retries: Whole = Field(2, description="Further attempts after a crash or out of memory.")
+    ensemble: EnsembleBudget = Field(default_factory=EnsembleBudget)
 
 
 class Sampler(StrictModel):

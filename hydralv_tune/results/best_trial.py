@@ -101,7 +101,7 @@ def load_best_trial(
     """
     study = open_readonly(storage, name, folder)
     try:
-        yield _chosen_trial(study, number, portable)
+        yield chosen_trial(study, number, portable)
     finally:
         study.close()
 
@@ -120,8 +120,18 @@ def _goes_over(study: Study, view: TrialView) -> bool:
     return not obstacles(candidate_from_mapping(config, place=str(folder), base={}))
 
 
-def _chosen_trial(study: Study, number: int | None, portable: bool) -> BestTrial:
-    """Return the best trial of an open study, or the one asked for."""
+def chosen_trial(study: Study, number: int | None = None, portable: bool = False) -> BestTrial:
+    """Return the best trial of an open study, or the one asked for.
+
+    Args:
+        study: Open.
+        number: As for `load_best_trial`.
+        portable: As for `load_best_trial`.
+
+    Raises:
+        StudyError: As for `load_best_trial`.
+        InputError: As for `load_best_trial`.
+    """
     view = study.best()
     if portable:
         view = best_portable(study)

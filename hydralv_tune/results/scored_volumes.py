@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -110,7 +112,7 @@ def scored_volumes(best: BestTrial) -> list[ScoredVolume]:
     Raises:
         InputError: A volume is gone or has changed, or so has a checkpoint.
     """
-    plan = _plan(best)
+    plan = split_of(best)
     parts = [(index, part) for index, fold in enumerate(plan.folds) for part in fold.score]
     scored = []
     for number, (_, part) in enumerate(parts):
@@ -127,7 +129,7 @@ def scored_volumes(best: BestTrial) -> list[ScoredVolume]:
     return scored
 
 
-def _plan(best: BestTrial) -> SplitPlan:
+def split_of(best: BestTrial) -> SplitPlan:
     """Return the split of the trial over its volumes, which must be those it was trained on.
 
     Of a volume over `data.memory_limit_gb` the same sections are scored as in the trial.
@@ -154,23 +156,45 @@ def _plan(best: BestTrial) -> SplitPlan:
 
 def _decoded_again(best: BestTrial, plan: SplitPlan, changed: dict[str, Any]) -> list[ScoredVolume]:
     """Return the scored volumes, predicted and decoded, with some decoder arguments changed."""
-    device = pick_device("auto")
     scored = []
     arguments = {**best.step.decoder_arguments(), **changed}
-    for fold in plan.folds:
-        path = best.checkpoint
-        if len(plan.folds) > 1:
-            path = best.folder / fold.name / "best.ckpt"
-        network, candidate = load_network(path, device=device)
+    for part, maps in predicted_parts(best, plan):
+        with as_input_error(f"Volume '{part.name}'"):
+            segments = decode(best.step.name, maps, part.mask, **arguments)
+        scored.append(ScoredVolume(part, segments))
+    return scored
+
+
+def predicted_parts(
+    best: BestTrial, plan: SplitPlan, device: str = "auto"
+) -> Iterator[tuple[Volume, Array]]:
+    """Yield each volume that a trial was scored on, with the probabilities of its fold's network.
+
+    Args:
+        best: The trial.
+        plan: Its split, as `split_of` gives.
+        device: As for `pick_device`.
+
+    Raises:
+        InputError: A checkpoint is gone, or a volume cannot be predicted.
+    """
+    where = pick_device(device)
+    for fold, path in zip(plan.folds, fold_checkpoints(best, plan), strict=True):
+        network, candidate = load_network(path, device=where)
         for part in fold.score:
             with as_input_error(f"Volume '{part.name}'"):
                 maps = predict(
-                    network, part.image, candidate, device=device, mask=part.mask,
+                    network, part.image, candidate, device=where, mask=part.mask,
                     normalisation=part.normalisation,
                 )  # fmt: skip
-                segments = decode(best.step.name, maps, part.mask, **arguments)
-            scored.append(ScoredVolume(part, segments))
-    return scored
+            yield part, maps
+
+
+def fold_checkpoints(best: BestTrial, plan: SplitPlan) -> list[Path]:
+    """Return the checkpoint of each fold."""
+    if len(plan.folds) == 1:
+        return [best.checkpoint]
+    return [best.folder / fold.name / "best.ckpt" for fold in plan.folds]
 
 
 def score_under_volume_flood(best: BestTrial) -> dict[str, Any]:
@@ -183,7 +207,7 @@ def score_under_volume_flood(best: BestTrial) -> dict[str, Any]:
         best.step.name != "decode_instance_binary_contour_distance"
     ):
         return best.record.metrics
-    parts = _decoded_again(best, _plan(best), {"flood": "volume"})
+    parts = _decoded_again(best, split_of(best), {"flood": "volume"})
     return score(joined([part.table for part in parts])).as_dict()
 
 

@@ -45,9 +45,12 @@ def load_model(
         checkpoint, step = path, _step_beside(path)
     else:
         checkpoint, step = _of_study(best, study)
-    candidate = _trained_as(checkpoint)
+    members = _trained_as(checkpoint)
     step = _changed(step, changed)
-    return Model(checkpoint, candidate, step.name, step.decoder_arguments())
+    return Model(
+        checkpoint, members[0][0], step.name, step.decoder_arguments(),
+        members=members if len(members) > 1 else (),
+    )  # fmt: skip
 
 
 def load_thresholds(
@@ -109,11 +112,11 @@ def tissue_and_scored(mask: str | None, scored: str | None) -> tuple[str | None,
     )
 
 
-def _trained_as(checkpoint: Path) -> Candidate:
-    """Return the candidate of a checkpoint, whose weights fit."""
-    from hydralv_tune.trial.scoring.prediction import load_network
+def _trained_as(checkpoint: Path) -> tuple[tuple[Candidate, float], ...]:
+    """Return candidate and weight of each network of a checkpoint, whose weights fit."""
+    from hydralv_tune.trial.scoring.prediction import load_members
 
-    return load_network(checkpoint)[1]
+    return tuple((one.candidate, one.share) for one in load_members(checkpoint))
 
 
 def _exported_step(path: Path) -> DecodingStep:

@@ -117,9 +117,8 @@ def _export_own(best: BestTrial, out: Path) -> dict[str, Any]:
     checkpoint = out.with_suffix(".ckpt")
     content = load_checkpoint(best.checkpoint)
     kept = {key: content[key] for key in CHECKPOINT_KEYS if key in content}
-    candidate = exported_candidate(best)
-    text = _comments(_head_lines(best)) + dump_yaml(changed_keys(candidate))
-    _write_weights(checkpoint, kept)
+    text = exported_text(best, _head_lines(best))
+    write_weights(checkpoint, kept)
     inert = write_safetensors(out.with_suffix(".safetensors"), *load_network(best.checkpoint))
     write_atomically(out, text.encode())
     return {
@@ -128,6 +127,16 @@ def _export_own(best: BestTrial, out: Path) -> dict[str, Any]:
         "safetensors": str(inert),
         "commands": own_commands(best, out, checkpoint),
     }
+
+
+def exported_text(best: BestTrial, lines: list[str]) -> str:
+    """Return the YAML file of a trial with its thresholds, under lines of comment.
+
+    Args:
+        best: The trial, with the thresholds to write.
+        lines: What its head says.
+    """
+    return _comments(lines) + dump_yaml(changed_keys(exported_candidate(best)))
 
 
 def exported_candidate(best: BestTrial) -> Candidate:
@@ -307,7 +316,7 @@ def _export_peer(
     if not against:
         lines += ["", f"Weights: {weights}, tensors under state_dict with the prefix 'model.'."]
         network, _ = load_network(best.checkpoint)
-        _write_weights(weights, peer_weights(network, heads=deeply_supervised(best.candidate)))
+        write_weights(weights, peer_weights(network, heads=deeply_supervised(best.candidate)))
     lines += ["Its loader does not check decoder names or arguments; this export did."]
     write_atomically(out, (_comments(lines) + dump_yaml(config.mapping)).encode())
     command = shlex.join(["python", "scripts/main.py", "--config", str(out.absolute())])
@@ -384,8 +393,13 @@ def _volume_flood_lines(best: BestTrial) -> list[str]:
     return [title, *_score_lines(metrics)]
 
 
-def _write_weights(path: Path, content: Mapping[str, Any]) -> None:
-    """Write a checkpoint whole or not at all."""
+def write_weights(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a checkpoint whole or not at all.
+
+    Args:
+        path: Where it goes.
+        content: Tensors and plain values.
+    """
     buffer = io.BytesIO()
     torch.save(dict(content), buffer)
     write_atomically(path, buffer.getvalue())

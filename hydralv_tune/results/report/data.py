@@ -24,6 +24,7 @@ from hydralv_tune.numerics.formatting import number_of
 from hydralv_tune.numerics.metrics.instance_errors import InstanceError, bootstrap
 from hydralv_tune.numerics.metrics.registry import METRICS
 from hydralv_tune.results.best_trial import BestTrial
+from hydralv_tune.results.ensemble import kept_facts
 from hydralv_tune.results.report.findings import (
     Change,
     Ranks,
@@ -143,6 +144,7 @@ class ReportData:
     sizes_lost: Sequence[int]
     pictures: Mapping[str, bytes]
     space_file: Path
+    ensemble: Mapping[str, Any] | None = None
     notes: Sequence[str] = field(default_factory=list)
 
     @property
@@ -204,6 +206,7 @@ def gather(best: BestTrial, out: Path) -> ReportData:
         sizes_found=_sizes(judgement, found=True),
         sizes_lost=_sizes(judgement, found=False),
         pictures=_pictures(best, compared),
+        ensemble=kept_facts(study.out),
         notes=notes,
     )
 

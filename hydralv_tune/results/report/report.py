@@ -24,6 +24,7 @@ SECTIONS = (
     ("limits", "What limits it"),
     ("targets", "Targets"),
     ("history", "Search"),
+    ("ensemble", "Ensemble"),
     ("comparison", "Baseline"),
     ("thresholds", "Thresholds"),
     ("instances", "Instances"),
@@ -79,13 +80,17 @@ def render(data: ReportData) -> str:
     from plotly.offline import get_plotlyjs
 
     figures, width = _figures(data)
+    absent = {
+        *(() if data.limits else ("limits",)),
+        *(() if data.ensemble else ("ensemble",)),
+    }
     most = max((limit.worth for limit in data.limits), default=0.0)
     return _template("page.html.j2", autoescape=True).render(
         **_facts(data),
         plotly=Markup(get_plotlyjs().replace("</script", "<\\/script")),
         figures={name: Markup(text) for name, text in figures.items()},
         parallel_width=width,
-        sections=[pair for pair in SECTIONS if pair[0] != "limits" or data.limits],
+        sections=[pair for pair in SECTIONS if pair[0] not in absent],
         colours=KIND_COLOURS,
         limit_width=lambda limit: 100.0 * max(limit.worth, 0.0) / most if most > 0 else 0.0,
         images={name: _data_url(content) for name, content in data.pictures.items()},

@@ -513,3 +513,16 @@ def provenance_rows(data: ReportData) -> list[tuple[str, str]]:
                      f"steps of {training.get('effective_batch')} patches, seed {record.seed}")
     )  # fmt: skip
     return rows
+
+
+def ensemble_rows(data: ReportData) -> list[tuple[str, str, str]]:
+    """Return name, figure of the best trial alone, and of the ensemble: both where not chosen."""
+    facts = data.ensemble
+    if facts is None:
+        return []
+    alone = facts["single"]
+    return [
+        (label, figure(alone[name]), figure(facts[name]))
+        for name, label, _ in figure_names()
+        if name in alone and name in facts
+    ]

@@ -112,6 +112,44 @@ def load_network(
     Raises:
         CheckpointError: The file is missing, damaged, of another tool, or its weights do not fit.
     """
+    members = load_members(checkpoint, device=device)
+    if len(members) > 1:
+        raise CheckpointError(
+            f"{checkpoint}: holds an ensemble of {len(members)} networks, but one network is "
+            "needed. Give best.ckpt of a trial, or an export of one."
+        )
+    return members[0].network, members[0].candidate
+
+
+@dataclass(frozen=True)
+class Member:
+    """One network of a checkpoint.
+
+    Args:
+        network: In evaluation mode.
+        candidate: What it was trained as.
+        share: Its weight in the average of all; 1 where there is no other.
+    """
+
+    network: nn.Module
+    candidate: Candidate
+    share: float = 1.0
+
+
+def load_members(
+    checkpoint: str | Path, *, device: torch.device | str = "cpu", only: int | None = None
+) -> list[Member]:
+    """Return every network of a checkpoint: those of an ensemble, or the one of a trial.
+
+    Args:
+        checkpoint: As for `load_network`; that of an ensemble has `members` instead, each with
+            `candidate`, `weights`, `version` and `share`.
+        device: Where the networks go.
+        only: Number of the one to load; all of them without.
+
+    Raises:
+        CheckpointError: As for `load_network`.
+    """
     path = Path(checkpoint)
     content = load_checkpoint(path)
     if content.get("format") != FORMAT:
@@ -122,6 +160,16 @@ def load_network(
             else " Give best.ckpt of a trial, or an exported checkpoint."
         )
         raise CheckpointError(f"{path}: is no checkpoint of hydralv-tune.{hint}")
+    parts = content.get("members") or [content]
+    return [
+        _member(part, path, device)
+        for number, part in enumerate(parts)
+        if only is None or number == only
+    ]
+
+
+def _member(content: Mapping[str, Any], path: Path, device: torch.device | str) -> Member:
+    """Return one network with the candidate that it was trained as."""
     mapping, weights = content.get("candidate"), content.get("weights")
     if not isinstance(mapping, Mapping) or not isinstance(weights, Mapping):
         raise CheckpointError(
@@ -139,7 +187,7 @@ def load_network(
         raise CheckpointError(f"{path}: {error}") from error
     # As in training: convolutions are up to 1.7 times faster in this order on a CPU.
     network.to(device).to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
-    return network.eval(), candidate
+    return Member(network.eval(), candidate, float(content.get("share", 1.0)))
 
 
 def _check_groups(candidate: Candidate, path: Path) -> None:
@@ -280,8 +328,7 @@ def predict(
         TrialFailed: The network gives values that are not finite, or one window does not fit
             into the GPU's memory.
     """
-    if image.ndim != 3 or not image.size:
-        raise ValueError(f"image has shape {image.shape}, but must be (Z, Y, X).")
+    _check_image(image)
     if mask is not None and mask.shape != image.shape:
         raise ValueError(f"mask has shape {mask.shape}, but the image has {image.shape}.")
     windows = plan_windows(image.shape, candidate)
@@ -305,6 +352,68 @@ def predict(
     if mask is not None and candidate.inference.test_time_augmentation.apply_mask:
         result[:, ~(np.asarray(mask) > 0)] = np.array(BACKGROUND, np.float16)[:, None]
     return result
+
+
+def predict_members(
+    members: Sequence[Member],
+    image: Array,
+    *,
+    device: torch.device | str = "cpu",
+    progress: Progress | None = None,
+    mask: Array | None = None,
+) -> Probabilities:
+    """Return the probabilities of a volume: the weighted mean of what each network gives.
+
+    Args:
+        members: As `load_members` gives; each normalises and is cut as it was trained.
+        image: As for `predict`.
+        device: Where the networks are.
+        progress: As for `predict`; windows of all networks are counted together.
+        mask: As for `predict`.
+
+    Returns:
+        As `predict`; of a single network exactly that.
+
+    Raises:
+        ValueError: As for `predict`.
+        TrialFailed: As for `predict`.
+    """
+    _check_image(image)
+    counts = [plan_windows(image.shape, member.candidate).count for member in members]
+    whole = sum(counts)
+    maps = []
+    for number, member in enumerate(members):
+        before = sum(counts[:number])
+
+        def count(done: int, _: int, before: int = before) -> None:
+            if progress is not None:
+                progress(before + done, whole)
+
+        maps.append(
+            predict(
+                member.network, image, member.candidate, device=device, progress=count, mask=mask
+            )
+        )
+    return maps[0] if len(maps) == 1 else averaged(maps, [member.share for member in members])
+
+
+def _check_image(image: Array) -> None:
+    """Refuse what is no volume."""
+    if image.ndim != 3 or not image.size:
+        raise ValueError(f"image has shape {image.shape}, but must be (Z, Y, X).")
+
+
+def averaged(maps: Sequence[Array], shares: Sequence[float]) -> Probabilities:
+    """Return the weighted mean of probabilities, (3, Z, Y, X) float16.
+
+    Args:
+        maps: (3, Z, Y, X) each.
+        shares: Weight of each; they add up to 1.
+    """
+    total = np.zeros(maps[0].shape, np.float32)
+    for one, share in zip(maps, shares, strict=True):
+        total += np.float32(share) * one.astype(np.float32)
+    return total.astype(np.float16)
 
 
 def _within_memory(job: _Job) -> Probabilities:

@@ -33,7 +33,8 @@ from hydralv_tune.numerics.normalisation import Normalisation
 from hydralv_tune.numerics.watershed.decoders import DECODERS, decode
 from hydralv_tune.trial.fitted_normalisation import fitted_normalisation
 from hydralv_tune.trial.scoring.prediction import (
-    load_network,
+    averaged,
+    load_members,
     pick_device,
     plan_windows,
     transforms_of,
@@ -68,15 +69,17 @@ class Model:
 
     Args:
         checkpoint: Weights and the candidate they were trained as.
-        candidate: How windows are predicted.
+        candidate: How windows are predicted; of an ensemble, those of its first network.
         decoder: The name of the decoder.
         arguments: Its thresholds.
+        members: Candidate and weight of each network of an ensemble; empty for a single one.
     """
 
     checkpoint: Path
     candidate: Candidate
     decoder: str
     arguments: Mapping[str, Any]
+    members: tuple[tuple[Candidate, float], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -224,8 +227,14 @@ def segmented_volume(
     with _alone(out):
         jobs = jobs or Jobs()
         spread = max((memory_gb * 1e9 - PROGRAM_BYTES), LEAST_BYTES)
-        work = _begin(model, paths, out, memory_bytes=spread, device=device, workers=jobs.workers)
-        _predict(work, jobs, say)
+        folder = work_folder(out)
+        work = _begin(
+            model, paths, folder, memory_bytes=spread, device=device, workers=jobs.workers
+        )
+        if model.members:
+            _predict_members(work, model, paths, jobs, say)
+        else:
+            _predict(work, jobs, say)
         blocks = _plan_blocks(work, spread, say)
         missing = [n for n in range(len(blocks)) if not work.block_file(n).exists()]
         done = len(blocks) - len(missing)
@@ -272,10 +281,11 @@ def work_folder(out: Path) -> Path:
 
 
 def _begin(
-    model: Model, paths: VolumePaths, out: Path, *, memory_bytes: float, device: str, workers: int
-) -> Work:
+    model: Model, paths: VolumePaths, folder: Path, *, memory_bytes: float, device: str,
+    workers: int, member: int = 0,
+) -> Work:  # fmt: skip
     """Return the work folder: an earlier one of the very same work, or a fresh one."""
-    work = Work(work_folder(out))
+    work = Work(folder)
     with open_lazy(paths.image, ndim=3) as image:
         shape = image.shape
         placement = {"voxel_size_nm": image.voxel_size_nm, "origin_nm": image.origin_nm}
@@ -297,6 +307,7 @@ def _begin(
         "files": [_state_of(p) for p in (paths.image, paths.mask) if p is not None],
         "checkpoint": str(model.checkpoint.absolute()),
         "weights": sha256(model.checkpoint.read_bytes()).hexdigest(),
+        "member": member,
         "candidate": model.candidate.as_mapping(),
         "decoder": model.decoder,
         "arguments": dict(model.arguments),
@@ -386,6 +397,31 @@ def _predict(work: Work, jobs: Jobs, say: Say) -> None:
         say("predict", sum(_reached(work, n) - lane.low[0] for n, lane in enumerate(lanes)), depth)
 
 
+def _predict_members(work: Work, model: Model, paths: VolumePaths, jobs: Jobs, say: Say) -> None:
+    """Predict with each network of an ensemble in a work folder of its own, and average them."""
+    done = work.folder / "averaged"
+    if done.exists():
+        return
+    plan, parts = work.plan, []
+    for number, (candidate, _) in enumerate(model.members):
+        part = _begin(
+            replace(model, candidate=candidate, members=()), paths,
+            work.folder / f"member_{number}", memory_bytes=plan["memory_bytes"],
+            device=plan["device"], workers=jobs.workers, member=number,
+        )  # fmt: skip
+        _predict(part, jobs, say)
+        parts.append(part)
+    shares = [share for _, share in model.members]
+    target, sources = work.probabilities, [part.probabilities for part in parts]
+    memory = plan["memory_bytes"] / (len(parts) + 1)
+    for slab in decoding.sections_of(work.shape, memory_bytes=memory):
+        target[:, slab] = averaged([np.asarray(maps[:, slab]) for maps in sources], shares)
+        say("average", slab.stop, work.shape[0])
+    write_atomically(done, b"")
+    for part in parts:
+        shutil.rmtree(part.folder)
+
+
 def _reached(work: Work, number: int) -> int:
     """Return the section that a lane has reached."""
     try:
@@ -399,7 +435,7 @@ def predict_one(folder: str, number: int) -> None:
     work = Work(Path(folder))
     plan, lane, candidate = work.plan, work.lanes[number], work.candidate
     device = pick_device(plan["device"])
-    network, _ = load_network(plan["checkpoint"], device=device)
+    network = load_members(plan["checkpoint"], device=device, only=plan["member"])[0].network
     windows = plan_windows(work.shape, candidate)
     with np.load(work.folder / "normalisation.npz") as kept:
         fitted = Normalisation(**{key: kept[key] for key in kept.files})

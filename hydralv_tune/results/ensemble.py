@@ -1,0 +1,351 @@
+"""The ensemble of a study: networks of finished trials, averaged where that gains more than noise.
+
+`ensemble.json` in the study's folder says what was found. Where the ensemble is kept,
+`ensemble.ckpt` with its networks and `ensemble.yaml` with its thresholds lie beside it; they are
+taken wherever an exported trial is.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from hydralv_tune.artifacts.records import (
+    FORMAT,
+    FORMAT_VERSION,
+    load_checkpoint,
+    read_json,
+    write_json,
+)
+from hydralv_tune.artifacts.writing import write_atomically
+from hydralv_tune.config.errors import HydraLVError, InputError, StudyError, as_input_error
+from hydralv_tune.config.files import decoding_step
+from hydralv_tune.data.volumes import Volume
+from hydralv_tune.numerics.formatting import signed
+from hydralv_tune.numerics.metrics.registry import METRICS, SUMMARY
+from hydralv_tune.results.best_trial import BestTrial, chosen_trial
+from hydralv_tune.results.export.export import exported_text, own_commands, write_weights
+from hydralv_tune.results.scored_volumes import fold_checkpoints, predicted_parts, split_of
+from hydralv_tune.study.study import Study, open_readonly
+from hydralv_tune.study.trial_views import rank
+from hydralv_tune.trial.scoring.ensemble import (
+    LEVEL,
+    CrossFitted,
+    Picks,
+    cross_fitted,
+    selection_of,
+    shares_of,
+)
+from hydralv_tune.trial.splits import SplitPlan, describe
+
+FACTS, WEIGHTS, THRESHOLDS = "ensemble.json", "ensemble.ckpt", "ensemble.yaml"
+MEMBERS = 3
+CANDIDATES = 8
+"""The best trials are looked at, so many at most: each average is swept over the whole grid."""
+PREDICTION_SHARE = 0.5
+"""Share of the time limit after which no further trial is predicted."""
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    """A trial whose networks may be averaged, with what they predict where it was scored."""
+
+    trial: BestTrial
+    plan: SplitPlan
+    maps: Sequence[Any]
+    seconds: float
+
+    @property
+    def checkpoints(self) -> list[Path]:
+        """Return the checkpoint of each of its folds."""
+        return fold_checkpoints(self.trial, self.plan)
+
+
+def find_ensemble(
+    storage: str, name: str, folder: Path | None = None, *, members: int = MEMBERS,
+    limit_s: float | None = None, device: str = "auto", threads: int | None = None,
+    say: Say = lambda sentence: None,
+) -> dict[str, Any]:  # fmt: skip
+    """Look for the best average of a study's networks, keep it where it gains, and return facts.
+
+    Args:
+        storage: Of the study.
+        name: Of the study.
+        folder: Where the study is now; where the database says so by default.
+        members: Different trials that are averaged at most.
+        limit_s: What it may take: fewer trials are looked at and grids are thinned to fit.
+        device: As for `pick_device`.
+        threads: Of the sweeps; as many as there are cores without.
+        say: Told what is being done.
+
+    Returns:
+        The keys of the command `ensemble`, as plain JSON types; they are in the study's folder too.
+
+    Raises:
+        StudyError: No such storage or study, or fewer than two trials can be compared.
+        InputError: A volume has changed, or what was scored holds a single instance.
+    """
+    began = time.perf_counter()
+    study = open_readonly(storage, name, folder)
+    try:
+        if study.out is None:
+            raise StudyError(f"Study '{name}' in {storage} has no folder yet. Run it first.")
+        found, volumes, left_out = _candidates(study, began, limit_s, device, say)
+        space = study.space
+        left = None if limit_s is None else max(limit_s - (time.perf_counter() - began), 0.0)
+        selection = selection_of(
+            [one.maps for one in found], volumes, space.decoding, space.objective,
+            threads=threads,
+            # Each fold, and everything: all trials alone, then one round of averages at least.
+            sweep_s=None if left is None else left / (8 * len(found)),
+            deadline=None if left is None else time.perf_counter() + left,
+        )  # fmt: skip
+        say(f"Averages of {len(found)} trials are swept.")
+        with as_input_error(f"Study '{name}'"):
+            chosen = cross_fitted(selection, members)
+        facts = _facts(study, found, chosen, left_out)
+        facts["seconds"] = round(time.perf_counter() - began, 3)
+        _write(study, found, chosen, facts)
+        return facts
+    finally:
+        study.close()
+
+
+def ensemble_after_study(storage: str, name: str, say: Say) -> None:
+    """Look for the ensemble of a study that has just ended, as `budget.ensemble` says.
+
+    Nothing is done where its trials are those of the last time. What cannot be found is said, and
+    costs nothing else.
+
+    Args:
+        storage: Of the study.
+        name: Of the study.
+        say: Told what came out, or why nothing did.
+    """
+    try:
+        study = open_readonly(storage, name)
+        try:
+            budget, out, complete = study.space.budget.ensemble, study.out, _complete(study)
+            spent = sum(view.seconds for view in study.trials())
+        finally:
+            study.close()
+        if not budget.members or out is None or len(complete) < 2:
+            return
+        kept = kept_facts(out)
+        if kept is not None and kept["considered"] == complete:
+            return
+        facts = find_ensemble(
+            storage, name, members=budget.members, limit_s=budget.time_share * spent, say=say
+        )
+        say(facts["sentence"])
+    except (HydraLVError, OSError) as error:
+        say(f"No ensemble was looked for: {error}")
+
+
+def kept_facts(folder: Path | None) -> dict[str, Any] | None:
+    """Return what was found of the ensemble of a study, or None where none was looked for."""
+    path = None if folder is None else folder / FACTS
+    if path is None or not path.is_file():
+        return None
+    facts: dict[str, Any] = read_json(path)
+    return facts
+
+
+def export_ensemble(
+    storage: str, name: str, out: Path, folder: Path | None = None
+) -> dict[str, Any]:
+    """Write the ensemble of a study, networks and thresholds, and return where and how to use it.
+
+    Args:
+        storage: Of the study.
+        name: Of the study.
+        out: The YAML file; the checkpoint goes beside it under the same stem.
+        folder: Where the study is now; where the database says so by default.
+
+    Raises:
+        StudyError: No such storage or study.
+        InputError: None was looked for, or the best trial alone was kept.
+    """
+    study = open_readonly(storage, name, folder)
+    try:
+        facts = kept_facts(study.out)
+        if facts is None or study.out is None:
+            raise InputError(
+                f"export --ensemble: study '{name}' has none yet. Look for it with "
+                f"`hydralv-tune ensemble {study.out or 'FOLDER'}`."
+            )
+        if facts["kept"] != "ensemble":
+            raise InputError(
+                f"export --ensemble: {facts['sentence']} Export that trial, without --ensemble."
+            )
+        best = chosen_trial(study, int(facts["members"][0]["trial"]))
+        checkpoint = out.with_suffix(".ckpt")
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(checkpoint, (study.out / WEIGHTS).read_bytes())
+        write_atomically(out, (study.out / THRESHOLDS).read_bytes())
+        commands = own_commands(best, out, checkpoint)
+    finally:
+        study.close()
+    return {
+        "out": str(out),
+        "checkpoint": str(checkpoint),
+        # It is made of trials; none of it can be trained in one.
+        "commands": [line for line in commands if not line.startswith("hydralv-tune train")],
+        "warnings": [],
+    }
+
+
+def _complete(study: Study) -> list[int]:
+    """Return the numbers of the complete trials of a study itself, the best first."""
+    views = [
+        view
+        for view in study.trials()
+        if view.state == "COMPLETE" and not (view.is_imported or view.is_foreign)
+    ]
+    views.sort(key=lambda view: rank(view.violation, view.value, view.number))
+    return [view.number for view in views]
+
+
+def _candidates(
+    study: Study, began: float, limit_s: float | None, device: str, say: Say
+) -> tuple[list[_Candidate], list[Volume], list[str]]:
+    """Return the best trials that were scored on the same, what that is, and who is left out."""
+    found: list[_Candidate] = []
+    volumes: list[Volume] = []
+    left_out: list[str] = []
+    complete = _complete(study)
+    for number in complete:
+        late = limit_s is not None and time.perf_counter() - began > PREDICTION_SHARE * limit_s
+        if len(found) == CANDIDATES or (late and len(found) > 1):
+            left_out.append(f"{len(complete) - len(found)} trials behind the first {len(found)}")
+            break
+        try:
+            trial = chosen_trial(study, number)
+            plan = split_of(trial)
+            for path in fold_checkpoints(trial, plan):
+                load_checkpoint(path)
+        except (InputError, OSError) as error:
+            left_out.append(f"trial {number}: {error}")
+            continue
+        parts = [part for fold in plan.folds for part in fold.score]
+        if found and [*map(describe, parts)] != [*map(describe, volumes)]:
+            left_out.append(f"trial {number}: scored on other parts than the best one")
+            continue
+        say(f"Trial {number} is predicted where it was scored.")
+        start = time.perf_counter()
+        maps = [maps for _, maps in predicted_parts(trial, plan, device)]
+        found.append(_Candidate(trial, plan, maps, time.perf_counter() - start))
+        volumes = volumes or parts
+    if len(found) < 2:
+        because = f" Left out: {'; '.join(left_out)}." if left_out else ""
+        raise StudyError(
+            f"Study '{study.name}': an ensemble needs two complete trials with checkpoints, and "
+            f"there {'is' if len(found) == 1 else 'are'} {len(found)}.{because}"
+        )
+    return found, volumes, left_out
+
+
+def _facts(
+    study: Study, found: Sequence[_Candidate], chosen: CrossFitted, left_out: Sequence[str]
+) -> dict[str, Any]:
+    """Return what the command says, as plain JSON types."""
+    objective = study.space.objective
+    kept = "ensemble" if chosen.is_better else "single"
+    single = found[chosen.single[0]]
+
+    def trials(picks: Picks) -> dict[str, float]:
+        return {str(found[one].trial.view.number): share for one, share in shares_of(picks).items()}
+
+    picked = [(found[one], share) for one, share in shares_of(chosen.picks).items()]
+    cost = sum(one.seconds * len(one.checkpoints) for one, _ in picked) / single.seconds
+    facts: dict[str, Any] = {
+        "study": study.name,
+        "kept": kept,
+        "members": [
+            {
+                "trial": one.trial.view.number,
+                "share": share,
+                "networks": len(one.checkpoints),
+                "architecture": one.trial.candidate.model.architecture,
+                "value": one.trial.view.value,
+            }
+            for one, share in sorted(picked, key=lambda pair: -pair[1])
+        ],
+        **_summary(chosen.metrics),
+        "objective": objective.metric,
+        "gain": chosen.gain,
+        "gain_interval": list(chosen.interval),
+        "single": {"trial": single.trial.view.number, **_summary(chosen.single_metrics)},
+        "where_chosen": _summary(chosen.point.metrics),
+        "prediction_cost": cost,
+        "folds": [
+            {"ensemble": trials(picks), "single": trials(alone)} for picks, alone in chosen.folds
+        ],
+        "cells": chosen.cells,
+        "decoding": {"name": study.space.decoding.decoder, "kwargs": chosen.point.arguments},
+        "considered": _complete(study),
+        "left_out": list(left_out),
+    }
+    return {**facts, "sentence": _sentence(facts)}
+
+
+def _summary(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the figures that every summary has."""
+    return {name: metrics[name] for name in SUMMARY if metrics.get(name) is not None}
+
+
+def _sentence(facts: Mapping[str, Any]) -> str:
+    """Return what was found, as a reader needs it."""
+    single = facts["single"]["trial"]
+    if len(facts["members"]) == 1:
+        return f"No average of trials is better than trial {single} alone, which is kept."
+    names = ", ".join(f"{one['trial']} ({one['share']:.2g})" for one in facts["members"])
+    low, high = facts["gain_interval"]
+    what = METRICS[facts["objective"]].cost_label
+    change = (
+        f"Averaging trials {names} changes {what} by {signed(-facts['gain'])} "
+        f"({LEVEL:.0%} interval {signed(-high)} to {signed(-low)}, over {facts['cells']} parts of "
+        "space) against the best single trial, on instances that neither selection nor thresholds "
+        "saw"
+    )
+    if facts["kept"] == "ensemble":
+        times = f"{facts['prediction_cost']:.1f} times"
+        return f"{change}. It is kept; prediction takes {times} as long."
+    return f"{change}. That is within the noise: trial {single} alone is kept."
+
+
+def _write(
+    study: Study, found: Sequence[_Candidate], chosen: CrossFitted, facts: dict[str, Any]
+) -> None:
+    """Write the facts, and networks and thresholds where the ensemble is kept."""
+    assert study.out is not None, "checked before"
+    weights, thresholds = study.out / WEIGHTS, study.out / THRESHOLDS
+    if facts["kept"] == "ensemble":
+        members = []
+        for one, share in shares_of(chosen.picks).items():
+            paths = found[one].checkpoints
+            for path in paths:
+                content = load_checkpoint(path)
+                kept = {key: content[key] for key in ("version", "candidate", "weights")}
+                members.append({**kept, "share": share / len(paths)})
+        write_weights(weights, {"format": FORMAT, "version": FORMAT_VERSION, "members": members})
+        first = found[max(shares_of(chosen.picks).items(), key=lambda pair: pair[1])[0]].trial
+        step = decoding_step(facts["decoding"]["name"], facts["decoding"]["kwargs"])
+        lines = [
+            f"The ensemble of study '{study.name}': {len(members)} networks, in {WEIGHTS}.",
+            facts["sentence"],
+            f"What stands below but for the thresholds is trial {first.view.number}, its heaviest; "
+            "`train` of this file trains that one alone.",
+        ]
+        write_atomically(thresholds, exported_text(replace(first, step=step), lines).encode())
+        facts |= {"out": str(thresholds), "checkpoint": str(weights)}
+    else:
+        for path in (weights, thresholds):
+            path.unlink(missing_ok=True)
+        facts |= {"out": None, "checkpoint": None}
+    write_json(study.out / FACTS, facts)
