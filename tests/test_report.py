@@ -84,6 +84,15 @@ def test_what_the_study_searches_lies_beside_and_is_what_a_command_names(
     assert set(runs) == {str(page.parent / "space.yaml")}
 
 
+def test_what_was_trained_on_and_what_was_held_out_stand_beside_each_other(page: Path) -> None:
+    text = (page.parent / "report.md").read_text()
+    assert "## Trained on and held out" in text
+    assert "how it does elsewhere is not known" in text
+    rows = re.findall(r"^\| adapted Rand error \| (\S+) \| (\S+) \|$", text, re.M)
+    assert [(trained != "–", held_out) for trained, held_out in rows] == [(True, "–")]
+    assert 'id="held-out"' in page.read_text()
+
+
 def test_each_verdict_is_told_from_the_others(wrong: Any) -> None:
     truth, prediction = wrong
     table = contingency_table(prediction=prediction, truth=truth)

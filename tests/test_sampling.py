@@ -9,6 +9,7 @@ import h5py
 import numpy as np
 import pytest
 import torch
+from scipy import ndimage
 
 from hydralv_tune.config.candidate import Data
 from hydralv_tune.config.errors import ConfigError, VolumeError
@@ -508,3 +509,49 @@ def test_folds_of_one_volume_are_slabs_with_a_margin_on_both_sides() -> None:
     names = [[part.name for part in (*fold.train, *fold.score)] for fold in plan.folds]
     assert names[1] == ["v[y 0:14]", "v[y 34:48]", "v[y 16:32]"]
     assert names[0] == ["v[y 18:48]", "v[y 0:16]"]
+
+
+@pytest.mark.parametrize("lazy", [False, True])
+def test_blocks_hold_out_all_of_a_volume_and_train_on_nothing_near(lazy: bool) -> None:
+    given = volume()
+    places = np.arange(given.image.size, dtype=np.int32).reshape(given.image.shape)
+    given = replace(given, image=places, label=np.ones_like(places), mask=None)
+    plan = split_volumes(
+        [as_lazy(given) if lazy else given], split("blocks"), receptive_field=(99, 4, 6)
+    )
+
+    def places_in(part: Volume) -> np.ndarray:
+        return np.concatenate([np.ravel(section) for section in part.image])
+
+    assert plan.as_mapping()["kind"] == "blocks"
+    assert plan.margin == 6
+    assert "4 of 1×2×2 blocks" in plan.sentence
+    held_out = [places_in(part) for fold in plan.folds for part in fold.score]
+    np.testing.assert_array_equal(np.sort(np.concatenate(held_out)), places.ravel())
+    for fold in plan.folds:
+        (block,) = fold.score
+        inside = np.isin(places, places_in(block))
+        near = ndimage.binary_dilation(inside, np.ones((1, 9, 13)))  # 4 and 6 voxels on each side
+        trained = np.isin(places, np.concatenate([places_in(part) for part in fold.train]))
+        np.testing.assert_array_equal(trained, ~near)
+    names = [part.name for part in (*plan.folds[0].train, *plan.folds[0].score)]
+    assert names == ["v[y 28:48]", "v[x 34:56]", "v[y 0:24][x 0:28]"]
+
+
+def test_blocks_without_truth_are_no_folds_and_a_single_one_is_refused() -> None:
+    given = volume()
+    label = np.zeros_like(given.label)
+    label[:, :8, :] = 1
+    half = replace(given, label=label, mask=None)
+    plan = split_volumes([half], split("blocks", margin=2), receptive_field=(9, 9, 9))
+    assert [fold.name for fold in plan.folds] == ["fold_1", "fold_2"]
+    for fold in plan.folds:
+        assert all(part.label.any() for part in fold.train)
+    label[:, :, 20:] = 0
+    with pytest.raises(VolumeError, match=r"truth lies in 1 of the blocks"):
+        split_volumes(
+            [replace(half, label=label)], split("blocks", margin=0, blocks=[1, 1, 2]),
+            receptive_field=(9, 9, 9),
+        )  # fmt: skip
+    with pytest.raises(VolumeError, match="leaves nothing to train on"):
+        split_volumes([given], split("blocks", margin=40), receptive_field=(9, 9, 9))

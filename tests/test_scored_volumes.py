@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 from test_trial import candidate, spec, volume
 
+from hydralv_tune.artifacts.records import write_json
 from hydralv_tune.config.files import decoding_step
 from hydralv_tune.data.volumes import VolumePaths, write_array
 from hydralv_tune.numerics.metrics.contingency import joined
-from hydralv_tune.results.scored_volumes import scored_volumes
+from hydralv_tune.results.scored_volumes import figures_where_trained, scored_volumes
 from hydralv_tune.trial.run import run_trial
 
 
@@ -47,3 +49,40 @@ def test_the_part_of_a_large_volume_that_was_scored_is_found_and_decoded_again(
         table = joined([part.table for part in parts])
         assert len(table.truth_ids) == record.metrics["instances_true"]
     np.testing.assert_array_equal(kept[0].prediction, again[0].prediction)
+
+
+def test_what_was_trained_on_is_scored_under_the_same_thresholds_and_once(tmp_path: Path) -> None:
+    given = volume()
+    arrays = {"im": given.image, "label": given.label, "mask": given.mask.astype(np.uint8)}
+    for name, array in arrays.items():
+        write_array(tmp_path / f"{name}.h5", array)
+    paths = VolumePaths("balls", *(str(tmp_path / f"{name}.h5") for name in arrays))
+    split = {"kind": "blocks", "blocks": [1, 1, 2], "margin": 2}
+    halves = candidate(
+        data={**candidate().data.model_dump(mode="json"), "split": split},
+        optimization={"max_epochs": 2, "optimizer": {"lr": 2e-2}},
+        monitor={"evaluation": {"count": 1}, "early_stopping": {"enabled": False}},
+    )
+    out = tmp_path / "out"
+    record = run_trial(spec(out, halves, volumes=[paths]), lambda _: None)
+    assert [fold["name"] for fold in record.folds] == ["fold_1", "fold_2"]
+    best = SimpleNamespace(
+        record=record, candidate=halves, volumes=[paths], folder=out, checkpoint=out / "best.ckpt",
+        step=decoding_step(record.decoding["name"], record.decoding["kwargs"]),
+    )  # fmt: skip
+    figures = figures_where_trained(best)
+    # The truth of both folds' training parts, which end two voxels before what each holds out.
+    width = given.label.shape[2]
+    half = width // 2
+    inside = np.where(given.mask, given.label, 0)
+    parts = [inside[:, :, half + 2 :], inside[:, :, : half - 2]]
+    assert figures["instances_true"] == sum(len(np.unique(p[p > 0])) for p in parts)
+    assert figures["adapted_rand_error"] != record.metrics["adapted_rand_error"]
+    (out / "fold_1" / "best.ckpt").touch()
+    kept = json.loads((out / "trained_on.json").read_text())
+    write_json(out / "trained_on.json", {**kept, "metrics": {"f1_iou50": 0.123}})
+    assert figures_where_trained(best) == {"f1_iou50": 0.123}
+    changed = SimpleNamespace(
+        **{**vars(best), "step": decoding_step(best.step.name, {"min_instance_size": 50})}
+    )
+    assert figures_where_trained(changed) != {"f1_iou50": 0.123}

@@ -758,6 +758,7 @@ def test_a_volume_of_its_own_is_scored_where_the_candidate_names_one(tmp_path: P
             "by a network not trained on it",
         ),
         ({"kind": "cross_validation", "folds": 3, "axis": 2, "margin": 0}, "held out in turn"),
+        ({"kind": "blocks", "blocks": [1, 1, 2], "margin": 0}, "1×1×2 blocks"),
     ],
 )
 def test_every_split_admits_that_thresholds_were_chosen_on_what_is_scored(

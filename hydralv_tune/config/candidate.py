@@ -6,6 +6,7 @@ from `trials/baseline.yaml`.
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, field_validator
@@ -212,7 +213,7 @@ class Augmentation(StrictModel):
 class Split(StrictModel):
     """`data.split`: what is trained on and what is scored."""
 
-    kind: Literal["none", "holdout", "volumes", "cross_validation"] = Field(
+    kind: Literal["none", "holdout", "volumes", "cross_validation", "blocks"] = Field(
         "none", description="none scores on the training volume."
     )
     axis: Annotated[int, Field(ge=0, le=2)] = Field(0, description="Axis of the slabs.")
@@ -223,6 +224,17 @@ class Split(StrictModel):
     margin: Whole | None = Field(None, description="Voxels between; null: a receptive field.")
     volumes: list[str] = Field(default_factory=list, description="Names of held-out volumes.")
     folds: Annotated[int, Field(ge=2)] = Field(3, description="Of a cross-validation.")
+    blocks: Size3 = Field(
+        (1, 2, 2),
+        description="blocks: in how many each volume is cut (z, y, x); each is held out in turn.",
+    )
+
+    @property
+    def networks(self) -> int:
+        """Return how many networks a trial trains at most."""
+        if self.kind == "cross_validation":
+            return self.folds
+        return math.prod(self.blocks) if self.kind == "blocks" else 1
 
 
 class Data(StrictModel):

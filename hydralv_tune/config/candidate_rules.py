@@ -258,6 +258,10 @@ def check_data(candidate: Candidate, place: str) -> None:
     if data.split.volumes and data.split.kind != "volumes":
         refuse(place, "data.split.volumes", data.split.volumes,
                f"data.split.kind is {data.split.kind}", "Set it to volumes.")  # fmt: skip
+    if data.split.kind == "blocks" and data.split.networks < 2:
+        refuse(place, "data.split.blocks", list(data.split.blocks),
+               "one block is held out at a time, so there must be two at least",
+               "Try [1, 2, 2].")  # fmt: skip
     if len(set(data.split.volumes)) != len(data.split.volumes):
         refuse(place, "data.split.volumes", data.split.volumes, "a name stands twice")
 

@@ -75,9 +75,8 @@ def _check_search_methods(space: SearchSpace, split: Split, place: str) -> None:
     ):
         if name not in table:
             refuse(place, key, name, "it is unknown", known_step(name, table))
-    folds = split.folds if split.kind == "cross_validation" else 1
     least = pruners()[space.pruner.name].least_folds
-    if folds < least:
+    if split.networks < least:
         rule = f"it compares at least {least} folds"
         refuse(
             place, "pruner.name", space.pruner.name, rule, "Set fixed.data.split, or take median."

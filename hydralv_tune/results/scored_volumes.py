@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy import ndimage
 
+from hydralv_tune.artifacts.records import plain, read_json, write_json
 from hydralv_tune.config.errors import InputError, as_input_error
 from hydralv_tune.data.volumes import Volume, read_labels
 from hydralv_tune.numerics.metrics.contingency import (
@@ -25,10 +28,13 @@ from hydralv_tune.numerics.metrics.scores import score
 from hydralv_tune.numerics.watershed.decoders import decode
 from hydralv_tune.results.best_trial import BestTrial
 from hydralv_tune.trial.scoring.prediction import load_network, pick_device, predict
-from hydralv_tune.trial.splits import SplitPlan, needed_margin, split_volumes
+from hydralv_tune.trial.splits import SplitPlan, describe, needed_margin, split_volumes
 from hydralv_tune.trial.training.lazy_reader import held_out_volumes, part_to_score, read_or_open
 
 Array = npt.NDArray[Any]
+
+TRAINED_ON = "trained_on.json"
+"""File of a trial's folder with its figures on what it was trained on."""
 
 
 @dataclass(frozen=True)
@@ -147,10 +153,7 @@ def split_of(best: BestTrial) -> SplitPlan:
     plan = split_volumes(
         volumes, candidate.data, receptive_field=needed_margin(candidate), held_out=held_out
     )
-    folds = [
-        replace(fold, score=tuple(part_to_score(part, candidate.data) for part in fold.score))
-        for fold in plan.folds
-    ]
+    folds = [replace(fold, score=_as_scored(fold.score, best)) for fold in plan.folds]
     return replace(plan, folds=tuple(folds))
 
 
@@ -209,6 +212,51 @@ def score_under_volume_flood(best: BestTrial) -> dict[str, Any]:
         return best.record.metrics
     parts = _decoded_again(best, split_of(best), {"flood": "volume"})
     return score(joined([part.table for part in parts])).as_dict()
+
+
+def figures_where_trained(best: BestTrial) -> dict[str, Any]:
+    """Return the best trial's figures on what it was trained on, under its thresholds.
+
+    Where the trial was scored on that, they are those of its record. Otherwise its networks predict
+    it, once: the figures stay in the trial's folder, where that can be written.
+
+    Raises:
+        InputError: A volume or a checkpoint is gone or has changed.
+    """
+    if best.record.split.get("kind") in (None, "none"):
+        return best.record.metrics
+    plan, kept = split_of(best), best.folder / TRAINED_ON
+    paths = fold_checkpoints(best, plan)
+    arguments = best.step.decoder_arguments()
+    made_of = plain(
+        {
+            "weights": [sha256(path.read_bytes()).hexdigest() for path in paths],
+            "decoder": best.step.name,
+            "arguments": arguments,
+            "parts": [[describe(part) for part in fold.train] for fold in plan.folds],
+        }
+    )
+    if kept.is_file():
+        found = read_json(kept)
+        if {key: found.get(key) for key in made_of} == made_of:
+            return dict(found["metrics"])
+    trained = replace(
+        plan, folds=tuple(replace(fold, score=_as_scored(fold.train, best)) for fold in plan.folds)
+    )
+    tables = []
+    for part, maps in predicted_parts(best, trained):
+        with as_input_error(f"Volume '{part.name}'"):
+            segments = decode(best.step.name, maps, part.mask, **arguments)
+        tables.append(ScoredVolume(part, segments).table)
+    metrics: dict[str, Any] = plain(score(joined(tables)).as_dict())
+    with suppress(OSError):
+        write_json(kept, {**made_of, "metrics": metrics})
+    return metrics
+
+
+def _as_scored(parts: Sequence[Volume], best: BestTrial) -> tuple[Volume, ...]:
+    """Return parts in memory, of one that is read lazily the sections with most truth."""
+    return tuple(part_to_score(part, best.candidate.data) for part in parts)
 
 
 def judge_all(parts: list[ScoredVolume]) -> Judgement:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import Any
 
 from hydralv_tune.config.candidate import Candidate, Data, Split
@@ -80,7 +81,7 @@ def needed_margin(candidate: Candidate) -> Sequence[int]:
         ValueError: The network cannot be built.
     """
     split, model = candidate.data.split, candidate.model
-    if split.kind not in ("holdout", "cross_validation") or split.margin is not None:
+    if split.kind not in ("holdout", "cross_validation", "blocks") or split.margin is not None:
         return (0, 0, 0)
     from hydralv_tune.numerics.networks.receptive_field import receptive_field
 
@@ -131,6 +132,8 @@ def split_volumes(
         plan = _holdout(volumes, split, margin)
     elif split.kind == "volumes":
         plan = _by_name(volumes, split, held_out)
+    elif split.kind == "blocks":
+        plan = _folds_of_blocks(volumes, split, receptive_field)
     elif len(volumes) >= split.folds:
         plan = _folds_of_volumes(volumes, split)
     else:
@@ -264,3 +267,55 @@ def _folds_of_slabs(volumes: Sequence[Volume], split: Split, margin: int) -> Spl
         f"margin of {margin} voxels{CHOSEN_THERE}"
     )
     return SplitPlan("cross_validation", sentence, tuple(folds), margin=margin)
+
+
+def _folds_of_blocks(
+    volumes: Sequence[Volume], split: Split, receptive_field: Sequence[int]
+) -> SplitPlan:
+    """Return folds that each hold out one block of space of every volume.
+
+    Trained on is what lies beside the block, further away than the margin: on each side along each
+    cut axis, as large as the volume has it, so these parts share their corners. A block of a volume
+    without truth is held out by no fold; a fold that no volume has truth for does not exist.
+    """
+    margins = [side if split.margin is None else split.margin for side in receptive_field]
+    cut = [axis for axis in range(3) if split.blocks[axis] > 1]
+    folds = []
+    for place in product(*(range(count) for count in split.blocks)):
+        train, score = [], []
+        for volume in volumes:
+            spans = [
+                tuple(side * i // count for i in (index, index + 1))
+                for side, index, count in zip(volume.image.shape, place, split.blocks, strict=True)
+            ]
+            block = volume
+            for axis in cut:
+                block = slab(block, axis, *spans[axis])
+            if all(block.image.shape) and has_truth(block):
+                score.append(block)
+            for axis in cut:
+                low, high = spans[axis]
+                length, margin = volume.image.shape[axis], margins[axis]
+                sides = ((0, low - margin), (high + margin, length))
+                parts = [slab(volume, axis, a, b) for a, b in sides if b - a > 0]
+                train.extend(part for part in parts if has_truth(part))
+        if score and not train:
+            raise VolumeError(
+                f"Volume '{score[0].name}': a margin of {[margins[axis] for axis in cut]} voxels "
+                f"along {', '.join(AXES[axis] for axis in cut)} leaves nothing to train on. Set "
+                "data.split.margin, or fewer data.split.blocks."
+            )
+        if score:
+            folds.append(Fold(f"fold_{len(folds) + 1}", tuple(train), tuple(score)))
+    if len(folds) < 2:
+        raise VolumeError(
+            f"data.split.blocks is {list(split.blocks)}, but truth lies in {len(folds)} of the "
+            "blocks, and one is held out at a time. Set others, or data.split.kind: none."
+        )
+    sentence = (
+        f"mean over {len(folds)} of {'×'.join(map(str, split.blocks))} blocks (z×y×x) of each "
+        f"volume, each held out in turn with a margin of "
+        f"{', '.join(f'{margins[axis]} voxels along {AXES[axis]}' for axis in cut)}{CHOSEN_THERE}"
+    )
+    margin = max(margins[axis] for axis in cut)
+    return SplitPlan("blocks", sentence, tuple(folds), margin=margin)

@@ -95,6 +95,7 @@ CHANGES: list[tuple[str, tuple[str, ...], dict[str, Any], Any]] = [
         ["a"],
     ),
     ("data.split.folds", SPLIT, {"data.split.kind": "cross_validation", "data.split.folds": 2}, 3),
+    ("data.split.blocks", SPLIT, {"data.split.kind": "blocks", "data.split.margin": 1}, [1, 1, 2]),
     ("data.memory_limit_gb", ("read", "scored"), {}, 1e-6),
     (f"{WINDOW}.window_size", PREDICTED, {}, [4, 32, 32]),
     (f"{WINDOW}.sw_batch_size", ("at_once",), {}, 3),

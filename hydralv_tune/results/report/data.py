@@ -37,6 +37,7 @@ from hydralv_tune.results.report.limits import Limit, PlanTarget, kind_of, limit
 from hydralv_tune.results.scored_volumes import (
     Judgement,
     ScoredVolume,
+    figures_where_trained,
     judge_all,
     scored_volumes,
 )
@@ -145,6 +146,7 @@ class ReportData:
     pictures: Mapping[str, bytes]
     space_file: Path
     ensemble: Mapping[str, Any] | None = None
+    trained_on: Mapping[str, Any] | None = None
     notes: Sequence[str] = field(default_factory=list)
 
     @property
@@ -175,6 +177,11 @@ def gather(best: BestTrial, out: Path) -> ReportData:
         judgement = judge_all(scored_volumes(best))
     except (InputError, ValueError) as error:
         notes.append(f"The instances are not shown one by one: {error}")
+    trained_on: Mapping[str, Any] | None = None
+    try:
+        trained_on = figures_where_trained(best)
+    except (InputError, OSError, ValueError) as error:
+        notes.append(f"The figures on what was trained on are not shown: {error}")
     objective = study.space.objective
     baseline = _baseline(best, trials)
     compared = None if baseline is None or baseline.number == best.view.number else baseline
@@ -207,6 +214,7 @@ def gather(best: BestTrial, out: Path) -> ReportData:
         sizes_lost=_sizes(judgement, found=False),
         pictures=_pictures(best, compared),
         ensemble=kept_facts(study.out),
+        trained_on=trained_on,
         notes=notes,
     )
 

@@ -22,6 +22,7 @@ TEMPLATES = Path(__file__).parent
 SECTIONS = (
     ("next", "Do next"),
     ("limits", "What limits it"),
+    ("held-out", "Held out"),
     ("targets", "Targets"),
     ("history", "Search"),
     ("ensemble", "Ensemble"),

@@ -22,6 +22,7 @@ from hydralv_tune.numerics.formatting import (
     objective_label,
     voxel_size,
 )
+from hydralv_tune.numerics.metrics.registry import SUMMARY
 from hydralv_tune.results.report.data import KIND_COLOURS, ReportData, figure_names
 from hydralv_tune.results.report.limits import STILL_LEARNING
 from hydralv_tune.study.trial_views import TrialView, state_word
@@ -525,4 +526,26 @@ def ensemble_rows(data: ReportData) -> list[tuple[str, str, str]]:
         (label, figure(alone[name]), figure(facts[name]))
         for name, label, _ in figure_names()
         if name in alone and name in facts
+    ]
+
+
+def held_out_lead(data: ReportData) -> str:
+    """Return what the figures beside each other are of."""
+    split = data.record.split
+    if split.get("kind") in (None, "none"):
+        return (
+            "The best trial was trained and scored on the same voxels, so how it does elsewhere is "
+            "not known: `data.split.kind: blocks` tells, with one volume too."
+        )
+    return f"The best trial was {split.get('sentence')}."
+
+
+def held_out_rows(data: ReportData) -> list[tuple[str, str, str]]:
+    """Return name, figure on what the best trial was trained on, and on what was held out."""
+    held_out = {} if data.record.split.get("kind") in (None, "none") else data.metrics
+    trained = data.trained_on or {}
+    return [
+        (label, figure(trained.get(name)), figure(held_out.get(name)))
+        for name, label, _ in figure_names()
+        if name in SUMMARY and (name in trained or name in held_out)
     ]
