@@ -9,8 +9,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
+from hydralv_tune.cli.main import exit_code
 from hydralv_tune.config.errors import ConfigError
 from hydralv_tune.config.files import load_candidate
 from hydralv_tune.config.search_space import (
@@ -24,6 +26,7 @@ from hydralv_tune.config.search_space_files import check_file, explain_file, loa
 from hydralv_tune.config.search_space_rules import drawn
 from hydralv_tune.config.validation import merged, value_at
 from hydralv_tune.config.yaml_io import parse_yaml
+from hydralv_tune.data.volumes import write_array
 from hydralv_tune.trial.scoring.sweep.sweep import checked_axes
 
 REPOSITORY = Path(__file__).parents[1]
@@ -414,3 +417,41 @@ def test_swept_thresholds_are_a_partial_candidate(tmp_path: Path) -> None:
     step = load_candidate(path).test.decoding[0]
     assert step.name == name
     assert step.kwargs["binary_threshold"] == [0.5, 0.7]
+
+
+def test_the_small_space_is_for_minutes_of_a_core_and_every_network_of_it_fits() -> None:
+    from hydralv_tune.trial.scoring.prediction import network_of, plan_windows
+
+    space = load_space("hydra_lv_small")
+    assert space.budget.timeout_s == 3600
+    assert 0.99 in space.decoding.axes["binary_threshold.seed"]
+    for name in space.parameters["network"].choices:
+        candidate = space.candidate({"network": name})
+        assert sum(p.numel() for p in network_of(candidate).parameters()) < 1.2e6
+        assert plan_windows((24, 200, 200), candidate).count > 1
+        assert candidate.data.patch_size == (16, 64, 64)
+
+
+@pytest.mark.parametrize(("gpu", "space"), [(True, "hydra_lv"), (False, "hydra_lv_small")])
+def test_auto_is_the_space_for_this_machine_and_says_which(
+    gpu: bool, space: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    from hydralv_tune.cli import studies
+
+    seen: list[str] = []
+
+    def begun(name: str, *_: Any, **__: Any) -> dict[str, Any]:
+        seen.append(name)
+        return {"best": None, "study": name}
+
+    monkeypatch.setattr("torch.cuda.is_available", lambda: gpu)
+    monkeypatch.setattr(studies, "_run", begun)
+    for name in ("im", "label"):
+        write_array(tmp_path / f"{name}.h5", np.ones((4, 8, 8), np.uint8))
+    files = ["--image", str(tmp_path / "im.h5"), "--label", str(tmp_path / "label.h5")]
+    assert exit_code(["run", "auto", *files]) == 0
+    assert seen == [space]
+    assert f"so {space} is searched" in capsys.readouterr().err
+    assert exit_code(["run", "auto", *files, "--ray-address", "10.0.0.1:6379"]) == 2
+    assert "Name the space" in capsys.readouterr().err

@@ -108,12 +108,6 @@ CandidateName = Annotated[
     str,
     typer.Argument(help="A file, or a name in trials/.", autocompletion=completed("trials")),
 ]
-SpaceName = Annotated[
-    str,
-    typer.Argument(
-        help="A file, or a name in search_spaces/.", autocompletion=completed("search_spaces")
-    ),
-]
 Storage = Annotated[
     str,
     text_option("--storage", help="sqlite:///FILE, or postgresql+psycopg://…", parser=expanded_url),

@@ -23,8 +23,8 @@ from hydralv_tune.cli.options import (
     OptionalStorage,
     ScoredMasks,
     Settings,
-    SpaceName,
     check_folder,
+    completed,
     path_option,
     text_option,
     volumes_given,
@@ -79,6 +79,8 @@ CpusPerTrial = Annotated[
     int | None, typer.Option(min=1, help="CPU cores a trial takes. Default: all, divided fairly.")
 ]
 
+AUTO = "auto"
+"""In place of a space: the one that fits this machine."""
 WATCH_EVERY_S = 5.0
 DEMO_SHAPE = (24, 128, 128)
 DEMO_INSTANCES = 14
@@ -88,7 +90,14 @@ LONGEST_STUDY_NAME = 200
 
 
 def run(
-    space: SpaceName,
+    space: Annotated[
+        str,
+        typer.Argument(
+            help="A file, or a name in search_spaces/; auto: hydra_lv, or hydra_lv_small without "
+            "a GPU.",
+            autocompletion=completed("search_spaces"),
+        ),
+    ],
     image: Images,
     label: Labels = None,
     mask: Masks = None,
@@ -134,11 +143,17 @@ def run(
     Example: `hydralv-tune run smoke --image runs/phantom/im.h5 --label runs/phantom/label.h5
     --mask runs/phantom/mask.h5 --trials 2 --out runs/smoke`
     """
-    find_file(space, "search_spaces")
+    if space != AUTO:
+        find_file(space, "search_spaces")
+    elif ray_address is not None:
+        raise InputError(
+            f"run: {AUTO} looks at this machine, but the trials run in the cluster of "
+            "--ray-address. Name the space: hydra_lv, or hydra_lv_small."
+        )
     if not label:
         raise InputError("run: --label is missing; a study needs instance labels to score against.")
     facts = _run(
-        space,
+        space if space != AUTO else _space_for_this_machine(),
         volumes_given(image, label, mask or [], scored_mask or [], ignore_label or []),
         study=study,
         storage=storage,
@@ -157,6 +172,17 @@ def run(
     _show_facts(facts, json)
     if not json:
         _say_next(out or Path("runs") / facts["study"], facts["best"] is not None)
+
+
+def _space_for_this_machine() -> str:
+    """Return the space that this machine can search, and say which and why."""
+    import torch
+
+    if torch.cuda.is_available():
+        say("There is a GPU here, so hydra_lv is searched.")
+        return "hydra_lv"
+    say("There is no GPU here, so hydra_lv_small is searched: small networks, for an hour.")
+    return "hydra_lv_small"
 
 
 def _run(
