@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shlex
 import shutil
 import subprocess
@@ -456,3 +457,55 @@ def test_a_model_is_refused_a_name_of_another_kind(
 ) -> None:
     with pytest.raises(InputError, match=rf"must end with \{suffix}"):
         export_best(finished_study.storage, "tiny", tmp_path / "best.yaml", format=format)
+
+
+def test_every_export_has_a_certificate_of_what_it_was_chosen_on(
+    finished_study: Any, tmp_path: Path
+) -> None:
+    record = best_record(finished_study)
+    document = export_best(finished_study.storage, "tiny", tmp_path / "best.yaml")
+    path = Path(document["certificate"])
+    assert path == tmp_path / "best.certificate.md"
+    text = path.read_text()
+    error, f1 = record.metrics["adapted_rand_error"], record.metrics["f1_iou50"]
+    row = re.search(r"\| adapted Rand error \| (\S+) \| (\S+) to (\S+) \|", text)
+    assert row is not None
+    value, low, high = map(float, row.groups())
+    assert low <= value <= high
+    assert value == pytest.approx(error, abs=1e-4)
+    for words in (
+        record.split["sentence"], record.volumes[0]["fingerprint"], "Guard", "met",
+        f"one (seed {record.seed}), so the spread is not known",
+        f"hydralv-tune {record.provenance['versions']['hydralv-tune']}",
+        f"the winner of {record.sweep['combinations']:,} combinations",
+        "on the volume that it was trained on",
+        "thresholds and checkpoint were chosen on the same data",
+        f"F1 at IoU 0.5 {f1:.3f} (95 % interval",
+    ):  # fmt: skip
+        assert words in text
+    for format, name in (("torchscript", "best.pt"), ("pytc", "theirs.yaml")):
+        other = export_best(finished_study.storage, "tiny", tmp_path / name, format=format)
+        assert record.split["sentence"] in Path(other["certificate"]).read_text()
+
+
+def test_a_certificate_says_where_seeds_differ_and_where_a_volume_is_gone(
+    finished_study: Any, tmp_path: Path
+) -> None:
+    folder = tmp_path / "study"
+    shutil.copytree(finished_study.folder, folder)
+    storage = f"sqlite:///{folder / 'study.db'}"
+    study = open_readonly(storage, "tiny", folder)
+    best, other = study.best(), next(view for view in study.trials() if view.state == "COMPLETE")
+    if best.number == other.number:
+        other = [view for view in study.trials() if view.state == "COMPLETE"][1]
+    mine, theirs = (study.folder_of(view) / "record.json" for view in (best, other))
+    study.close()
+    document = json.loads(mine.read_text())
+    document["config"]["system"]["seed"] = document["seed"] = 7
+    document["value"] = best.value + 0.1
+    theirs.write_text(json.dumps(document))
+    (folder / "im.h5").unlink()
+    made = export_best(storage, "tiny", tmp_path / "best.yaml", folder=folder)
+    text = Path(made["certificate"]).read_text()
+    assert f"2: mean {best.value + 0.05:.4f}, from {best.value:.4f}" in text
+    assert "not measured, since" in text

@@ -158,6 +158,10 @@ def inspect(
     out: Annotated[
         Path | None, path_option(help="Folder for a PNG sheet of augmented patches.")
     ] = None,
+    propose: Annotated[
+        Path | None,
+        path_option(help="Write a search space that fits the first volume and this machine."),
+    ] = None,
     json: Json = False,
 ) -> None:
     """Say what is in the data and what is wrong with it.
@@ -168,6 +172,10 @@ def inspect(
         check_folder("--out", out)
     if candidate is not None:
         find_file(candidate, "trials")
+    if propose is not None:
+        check_file_out("--propose", propose, (".yaml", ".yml"), [*image, *(label or [])])
+        if not label:
+            raise InputError("inspect --propose: needs instance sizes, so give --label too.")
     given = volumes_given(image, label or [], mask or [], scored_mask or [], ignore_label or [])
     from hydralv_tune.data.inspection import characteristics
     from hydralv_tune.data.volumes import read_volume
@@ -178,6 +186,8 @@ def inspect(
         facts = {"image": paths.image, **characteristics(volume)}
         if candidate is not None or out is not None:
             facts.update(_plan(volume, candidate or "baseline", out))
+        if propose is not None and not documents:
+            facts["proposal"] = _propose(volume, propose)
         documents.append(facts)
     if json:
         one = documents[0]
@@ -193,6 +203,18 @@ def _print_volume(title: str, facts: dict[str, Any]) -> None:
     print_facts(title, facts)
     for warning in warnings:
         say(f"warning: {warning}")
+
+
+def _propose(volume: Volume, path: Path) -> dict[str, Any]:
+    """Write a search space for a volume and this machine, and return what it chooses."""
+    from hydralv_tune.artifacts.writing import write_atomically
+    from hydralv_tune.config.search_space_files import load_space
+    from hydralv_tune.trial.proposal import Machine, propose
+
+    proposal = propose(volume, Machine.here())
+    write_atomically(path, proposal.text().encode())
+    load_space(path)
+    return {"out": str(path), **proposal.facts()}
 
 
 def _plan(volume: Volume, name: str, out: Path | None) -> dict[str, Any]:

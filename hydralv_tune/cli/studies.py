@@ -457,6 +457,7 @@ def export(
     say(f"Config: {document['out']}")
     none = "none is written, since PyTorch Connectomics lacks this network"
     say(f"Checkpoint: {document['checkpoint'] or none}")
+    say(f"Certificate: {document['certificate']}")
     if "table" in document:
         say(f"Table: {document['table']}")
     for command in document["commands"]:

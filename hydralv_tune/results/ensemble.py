@@ -27,6 +27,7 @@ from hydralv_tune.data.volumes import Volume
 from hydralv_tune.numerics.formatting import signed
 from hydralv_tune.numerics.metrics.registry import METRICS, SUMMARY
 from hydralv_tune.results.best_trial import BestTrial, chosen_trial
+from hydralv_tune.results.export.certificate import write_certificate
 from hydralv_tune.results.export.export import exported_text, own_commands, write_weights
 from hydralv_tune.results.scored_volumes import fold_checkpoints, predicted_parts, split_of
 from hydralv_tune.study.study import Study, open_readonly
@@ -189,11 +190,13 @@ def export_ensemble(
         write_atomically(checkpoint, (study.out / WEIGHTS).read_bytes())
         write_atomically(out, (study.out / THRESHOLDS).read_bytes())
         commands = own_commands(best, out, checkpoint)
+        certificate = write_certificate(best, out, facts)
     finally:
         study.close()
     return {
         "out": str(out),
         "checkpoint": str(checkpoint),
+        "certificate": str(certificate),
         # It is made of trials; none of it can be trained in one.
         "commands": [line for line in commands if not line.startswith("hydralv-tune train")],
         "warnings": [],

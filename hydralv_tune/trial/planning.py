@@ -87,7 +87,7 @@ def plan_facts(
         "candidate": candidate.experiment_name,
         "architecture": candidate.model.architecture,
         "parameters": parameter_count(network),
-        "training_memory_gb": _memory_gb(candidate, network),
+        "training_memory_gb": training_memory_gb(candidate, network),
         "effective_batch": plan.effective_batch,
         "optimizer_steps_per_epoch": plan.steps_per_epoch,
         "patches_per_epoch": plan.patches_per_epoch,
@@ -123,8 +123,13 @@ def plan_facts(
     return facts
 
 
-def _memory_gb(candidate: Candidate, network: torch.nn.Module) -> float:
-    """Return the least memory that a micro-batch takes, from a step that only counts."""
+def training_memory_gb(candidate: Candidate, network: torch.nn.Module) -> float:
+    """Return the least memory that a micro-batch takes, from a step that only counts.
+
+    Args:
+        candidate: With its batch, patch and losses.
+        network: Its network.
+    """
     settings = candidate.optimization
     counted = training_bytes(
         deepcopy(network).to("meta").train(),

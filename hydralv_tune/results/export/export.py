@@ -23,6 +23,7 @@ from hydralv_tune.config.yaml_io import dump_yaml
 from hydralv_tune.data.volumes import VolumePaths, read_volume, write_array
 from hydralv_tune.numerics.metrics.registry import SUMMARY
 from hydralv_tune.results.best_trial import BestTrial, best_portable, load_best_trial
+from hydralv_tune.results.export.certificate import write_certificate
 from hydralv_tune.results.export.models import (
     MODEL_FORMATS,
     export_bioimageio,
@@ -71,7 +72,8 @@ def export_best(
             segments of exactly `min_instance_size` voxels; None: today's format does.
 
     Returns:
-        `out`, `checkpoint`, `commands`, `warnings`, and `table` where it was asked for; for
+        `out`, `checkpoint`, `commands`, `certificate` (what the export was chosen on, its figures
+        with intervals), `warnings`, and `table` where it was asked for; for
         PyTorch Connectomics also `portable`, whether its segmentation is the same, and `left_out`.
         Where it is not, the first of the warnings says why; `checkpoint` is None where its network
         does not exist there.
@@ -105,6 +107,7 @@ def export_best(
         else:
             newer = format == "pytc" if scikit_image_026 is None else scikit_image_026
             document = _export_peer(best, out, format, write_normalised, newer)
+        document["certificate"] = str(write_certificate(best, out))
         guard = best.study.space.objective.guard.f1_iou50
         document.setdefault("warnings", []).extend(guard_warnings(best.view, guard))
     if table is not None:

@@ -1,0 +1,93 @@
+"""What `inspect --propose` writes is a space that fits volume, instances and machine."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from hydralv_tune.cli.main import exit_code
+from hydralv_tune.config.errors import InputError
+from hydralv_tune.config.search_space_files import load_space
+from hydralv_tune.data.volumes import Volume, write_array
+from hydralv_tune.trial.proposal import Machine, propose
+
+CPU = Machine(gpu_gb=None, cores=2, memory_gb=8.0)
+
+
+def boxes(shape: tuple[int, int, int], side: tuple[int, int, int], count: int) -> Volume:
+    """Return a volume with so many boxes of one size."""
+    label = np.zeros(shape, np.int32)
+    steps = [n // (s + 2) for n, s in zip(shape, side, strict=True)]
+    assert math.prod(steps) >= count
+    for number in range(count):
+        z, y, x = (int(i) * (s + 2) for i, s in zip(np.unravel_index(number, steps), side,
+                                                    strict=True))  # fmt: skip
+        label[z : z + side[0], y : y + side[1], x : x + side[2]] = number + 1
+    return Volume("boxes", np.zeros(shape, np.uint8), label)
+
+
+def patch_of(volume: Volume) -> tuple[int, ...]:
+    """Return the proposed patch on two cores."""
+    return tuple(propose(volume, CPU).facts()["patch_size"])
+
+
+def test_large_instances_get_a_wide_patch_and_deep_ones_a_deep_one() -> None:
+    flat = patch_of(boxes((40, 300, 300), (3, 40, 40), 24))
+    deep = patch_of(boxes((80, 200, 200), (30, 20, 20), 24))
+    assert flat[1] > deep[1]
+    assert deep[0] > flat[0]
+    for patch in (flat, deep):
+        assert math.prod(patch) <= 16 * 64 * 64
+        assert patch[1] % 16 == patch[2] % 16 == 0
+
+
+def test_a_patch_is_no_larger_than_the_volume() -> None:
+    patch = patch_of(boxes((6, 64, 48), (4, 30, 20), 1))
+    assert all(side <= whole for side, whole in zip(patch, (6, 64, 48), strict=True))
+
+
+def test_few_instances_are_not_parted_and_many_leave_a_quarter() -> None:
+    few = propose(boxes((16, 64, 128), (8, 16, 16), 10), CPU)
+    assert few.facts()["split"] == {"kind": "none"}
+    assert any("too few to part" in reason for reason in few.reasons)
+    many = propose(boxes((16, 128, 256), (8, 16, 20), 24), CPU).facts()["split"]
+    assert many == {"kind": "holdout", "axis": 2, "fraction": 0.25, "margin": 20}
+
+
+def test_a_gpu_takes_the_large_space_and_a_small_one_a_smaller_batch() -> None:
+    volume = boxes((40, 160, 160), (12, 30, 30), 8)
+    large = propose(volume, Machine(80.0, 16, 64.0)).facts()
+    small = propose(volume, Machine(8.0, 16, 64.0)).facts()
+    assert large["space"] == small["space"] == "hydra_lv"
+    assert small["batch_size"] < large["batch_size"]
+
+
+def test_without_an_instance_there_is_nothing_to_go_by() -> None:
+    empty = Volume("empty", np.zeros((8, 64, 64), np.uint8), np.zeros((8, 64, 64), np.int32))
+    with pytest.raises(InputError, match="no labelled instance"):
+        propose(empty, CPU)
+
+
+def test_inspect_writes_a_space_that_a_study_takes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    volume = boxes((16, 128, 256), (8, 16, 20), 24)
+    write_array(tmp_path / "im.h5", volume.image)
+    write_array(tmp_path / "label.h5", volume.label)
+    files = ["--image", str(tmp_path / "im.h5"), "--label", str(tmp_path / "label.h5")]
+    out = tmp_path / "mine.yaml"
+    assert exit_code(["inspect", *files, "--propose", str(out), "--json"]) == 0
+    proposal = json.loads(capsys.readouterr().out)["proposal"]
+    space = load_space(out)
+    candidate = space.candidate({}, space.warm_start(space.warm_starts[0]).overrides)
+    assert list(candidate.data.patch_size) == proposal["patch_size"]
+    assert list(candidate.inference.sliding_window.window_size) == proposal["patch_size"]
+    assert candidate.system.training.batch_size == proposal["batch_size"]
+    assert candidate.data.split.kind == "holdout"
+    assert out.read_text().startswith("# Proposed over hydra_lv")
+    assert exit_code(["inspect", *files[:2], "--propose", str(out)]) == 2
+    assert "give --label too" in capsys.readouterr().err
