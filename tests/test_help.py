@@ -23,7 +23,8 @@ ALL = {
 }
 ORDER = (
     "doctor", "phantom", "inspect", "check", "list", "import", "train", "predict", "sweep",
-    "decode", "score", "run", "status", "enqueue", "recover", "export", "report",
+    "decode", "score", "run", "status", "enqueue", "recover", "ensemble", "export",
+    "report",
     "dashboard", "demo", "segment",
 )  # fmt: skip
 """Each after those whose files its example reads."""
@@ -33,7 +34,7 @@ SMALLER_TRAINING = (
     "data.patch_size=[8,32,32]", "inference.sliding_window.window_size=[8,64,64]",
     "system.training.batch_size=2", "system.cpu_threads=1",
 )  # fmt: skip
-SMALLER = {"--trials": "1"}
+SMALLER = {"--trials": "2"}
 PEER = "model: {architecture: rsunet, filters: [8, 16]}\ndata: {patch_size: [8, 32, 32]}\n"
 """A configuration of PyTorch Connectomics, which the example of `import` reads."""
 

@@ -221,7 +221,7 @@ def run_study(
     ):
         from hydralv_tune.results.ensemble import ensemble_after_study
 
-        ensemble_after_study(storage, name, lambda sentence: None)
+        ensemble_after_study(storage, name, lambda sentence: None, folder)
     return StudyResults(storage, name, folder)
 
 

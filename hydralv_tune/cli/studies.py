@@ -234,7 +234,7 @@ def _run(
     if _has_ended(facts, trials):
         from hydralv_tune.results.ensemble import ensemble_after_study
 
-        ensemble_after_study(url, name, say)
+        ensemble_after_study(url, name, say, folder)
     return facts
 
 

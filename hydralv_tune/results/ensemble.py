@@ -117,7 +117,7 @@ def find_ensemble(
         study.close()
 
 
-def ensemble_after_study(storage: str, name: str, say: Say) -> None:
+def ensemble_after_study(storage: str, name: str, say: Say, folder: Path | None = None) -> None:
     """Look for the ensemble of a study that has just ended, as `budget.ensemble` says.
 
     Nothing is done where its trials are those of the last time. What cannot be found is said, and
@@ -127,9 +127,10 @@ def ensemble_after_study(storage: str, name: str, say: Say) -> None:
         storage: Of the study.
         name: Of the study.
         say: Told what came out, or why nothing did.
+        folder: Where the study is now; where the database says so by default.
     """
     try:
-        study = open_readonly(storage, name)
+        study = open_readonly(storage, name, folder)
         try:
             budget, out, complete = study.space.budget.ensemble, study.out, _complete(study)
             spent = sum(view.seconds for view in study.trials())
@@ -141,8 +142,9 @@ def ensemble_after_study(storage: str, name: str, say: Say) -> None:
         if kept is not None and kept["considered"] == complete:
             return
         facts = find_ensemble(
-            storage, name, members=budget.members, limit_s=budget.time_share * spent, say=say
-        )
+            storage, name, folder, members=budget.members, limit_s=budget.time_share * spent,
+            say=say,
+        )  # fmt: skip
         say(facts["sentence"])
     except (HydraLVError, OSError) as error:
         say(f"No ensemble was looked for: {error}")

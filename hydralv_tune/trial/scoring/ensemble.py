@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -296,9 +296,11 @@ def cross_fitted(selection: Selection, most: int, *, seed: int = 0) -> CrossFitt
     metrics, single_metrics = (score(joined(tables)).as_dict() for tables in (together, alone))
     objective = selection.objective
     picks = selection.choose(most, everything)
+    # What is kept is decoded with thresholds of the whole grid, however little time there was.
+    last = selection if len(set(picks)) == 1 else replace(selection, sweep_s=None, _swept={})
     return CrossFitted(
         picks=picks,
-        point=selection.best_thresholds(picks, everything),
+        point=last.best_thresholds(picks, everything),
         single=selection.single(everything),
         metrics=metrics,
         single_metrics=single_metrics,
