@@ -60,7 +60,8 @@ def cells_of(truths: Sequence[Array], count: int) -> list[Array]:
         (Z, Y, X) int32 of each volume; the cells count on from volume to volume.
     """
     counts = [len(np.unique(truth[truth > 0])) for truth in truths]
-    whole, first, result = max(sum(counts), 1), 0, []
+    whole, first = max(sum(counts), 1), 0
+    result: list[Array] = []
     for truth, instances in zip(truths, counts, strict=True):
         own = min(max(round(count * instances / whole), 1), max(instances, 1))
         result.append(first + _slabs(truth, own))
@@ -89,7 +90,8 @@ def _slabs(truth: Array, count: int) -> npt.NDArray[np.int32]:
         if number:
             cuts.append((middles[parts[number - 1][-1]] + middles[part[0]]) / 2)
     background = np.searchsorted(np.array(cuts), along, side="right").astype(np.int32)
-    return np.where(dense > 0, cell[dense], np.broadcast_to(background, truth.shape))
+    inside = dense > 0
+    return np.where(inside, cell[dense], np.broadcast_to(background, truth.shape)).astype(np.int32)
 
 
 @dataclass
