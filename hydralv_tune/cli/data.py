@@ -180,7 +180,7 @@ def inspect(
     from hydralv_tune.data.inspection import characteristics
     from hydralv_tune.data.volumes import read_volume
 
-    documents = []
+    documents: list[dict[str, Any]] = []
     for paths in given:
         volume = read_volume(paths)
         facts = {"image": paths.image, **characteristics(volume)}

@@ -280,9 +280,10 @@ def _folds_of_blocks(
     """
     margins = [side if split.margin is None else split.margin for side in receptive_field]
     cut = [axis for axis in range(3) if split.blocks[axis] > 1]
-    folds = []
+    folds: list[Fold] = []
     for place in product(*(range(count) for count in split.blocks)):
-        train, score = [], []
+        train: list[Volume] = []
+        score: list[Volume] = []
         for volume in volumes:
             spans = [
                 tuple(side * i // count for i in (index, index + 1))
