@@ -21,6 +21,7 @@ from hydralv_tune.results import ensemble
 from hydralv_tune.results.ensemble import find_ensemble
 from hydralv_tune.results.report.report import write_report
 from hydralv_tune.results.segmentation import load_model
+from hydralv_tune.study.study import Study
 from hydralv_tune.trial.scoring.ensemble import (
     Selection,
     cells_of,
@@ -161,6 +162,11 @@ def study(finished_study: Any, tmp_path: Path) -> Path:
     """Return a copy of a study of three complete trials."""
     folder = tmp_path / "study"
     shutil.copytree(finished_study.folder, folder)
+    for record in folder.glob("trials/*/record.json"):
+        record.write_text(record.read_text().replace(str(finished_study.folder), str(folder)))
+    opened = Study.open(f"sqlite:///{folder / 'study.db'}", "tiny")
+    opened.remember("out", str(folder))
+    opened.close()
     return folder
 
 

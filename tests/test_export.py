@@ -494,17 +494,21 @@ def test_a_certificate_says_where_seeds_differ_and_where_a_volume_is_gone(
     folder = tmp_path / "study"
     shutil.copytree(finished_study.folder, folder)
     storage = f"sqlite:///{folder / 'study.db'}"
-    study = open_readonly(storage, "tiny", folder)
+    study = open_readonly(finished_study.storage, "tiny")
     best, other = study.best(), next(view for view in study.trials() if view.state == "COMPLETE")
     if best.number == other.number:
         other = [view for view in study.trials() if view.state == "COMPLETE"][1]
-    mine, theirs = (study.folder_of(view) / "record.json" for view in (best, other))
+    mine, theirs = (folder / "trials" / str(view.root) / "record.json" for view in (best, other))
     study.close()
     document = json.loads(mine.read_text())
     document["config"]["system"]["seed"] = document["seed"] = 7
     document["value"] = best.value + 0.1
+    gone = mine.read_text().replace(str(finished_study.folder / "im.h5"), str(folder / "gone.h5"))
+    mine.write_text(gone)
     theirs.write_text(json.dumps(document))
-    (folder / "im.h5").unlink()
+    marked = Study.open(storage, "tiny")
+    marked.remember("out", str(folder))
+    marked.close()
     made = export_best(storage, "tiny", tmp_path / "best.yaml", folder=folder)
     text = Path(made["certificate"]).read_text()
     assert f"2: mean {best.value + 0.05:.4f}, from {best.value:.4f}" in text

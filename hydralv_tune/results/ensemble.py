@@ -321,7 +321,8 @@ def _sentence(facts: Mapping[str, Any]) -> str:
     if facts["kept"] == "ensemble":
         times = f"{facts['prediction_cost']:.1f} times"
         return f"{change}. It is kept; prediction takes {times} as long."
-    return f"{change}. That is within the noise: trial {single} alone is kept."
+    verdict = "It is worse" if high < 0 else "That is within the noise"
+    return f"{change}. {verdict}: trial {single} alone is kept."
 
 
 def _write(

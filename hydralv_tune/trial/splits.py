@@ -300,12 +300,6 @@ def _folds_of_blocks(
                 sides = ((0, low - margin), (high + margin, length))
                 parts = [slab(volume, axis, a, b) for a, b in sides if b - a > 0]
                 train.extend(part for part in parts if has_truth(part))
-        if score and not train:
-            raise VolumeError(
-                f"Volume '{score[0].name}': a margin of {[margins[axis] for axis in cut]} voxels "
-                f"along {', '.join(AXES[axis] for axis in cut)} leaves nothing to train on. Set "
-                "data.split.margin, or fewer data.split.blocks."
-            )
         if score:
             folds.append(Fold(f"fold_{len(folds) + 1}", tuple(train), tuple(score)))
     if len(folds) < 2:
@@ -313,6 +307,13 @@ def _folds_of_blocks(
             f"data.split.blocks is {list(split.blocks)}, but truth lies in {len(folds)} of the "
             "blocks, and one is held out at a time. Set others, or data.split.kind: none."
         )
+    for fold in folds:
+        if not fold.train:
+            raise VolumeError(
+                f"Volume '{fold.score[0].name}': a margin of {[margins[axis] for axis in cut]} "
+                f"voxels along {', '.join(AXES[axis] for axis in cut)} leaves nothing to train "
+                "on. Set data.split.margin, or fewer data.split.blocks."
+            )
     sentence = (
         f"mean over {len(folds)} of {'×'.join(map(str, split.blocks))} blocks (z×y×x) of each "
         f"volume, each held out in turn with a margin of "
