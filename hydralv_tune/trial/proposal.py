@@ -227,8 +227,7 @@ def _memory(candidate: Candidate, patch: Size3, batch: int) -> float:
     training = candidate.system.training.model_copy(update={"batch_size": batch})
     system = candidate.system.model_copy(update={"training": training})
     changed = candidate.model_copy(update={"data": data, "system": system})
-    with torch.device("meta"):
-        return training_memory_gb(changed, network_of(changed))
+    return training_memory_gb(changed, network_of(changed))
 
 
 def _split(volume: Volume, extents: tuple[int, Array]) -> tuple[dict[str, Any], str]:
