@@ -58,6 +58,7 @@ def test_few_instances_are_not_parted_and_many_leave_a_quarter() -> None:
     assert many == {"kind": "holdout", "axis": 2, "fraction": 0.25, "margin": 20}
 
 
+@pytest.mark.slow
 def test_a_gpu_takes_the_large_space_and_a_small_one_a_smaller_batch() -> None:
     volume = boxes((40, 160, 160), (12, 30, 30), 8)
     large = propose(volume, Machine(80.0, 16, 64.0)).facts()
