@@ -28,7 +28,7 @@ Domain = Callable[[Array, Array | None], npt.NDArray[np.bool_]]
 
 PLACE_BYTES = 12
 """What decoding takes at its peak for each voxel of a block: places of the graph, labels, mask."""
-NODE_BYTES = 60
+NODE_BYTES = 120
 """What it takes besides for each voxel that may be seed or foreground: values, ranks, queues."""
 MAP_BYTES = 6
 """Of the probabilities of a voxel, where a decoder wants them in memory."""
