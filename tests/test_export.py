@@ -120,7 +120,8 @@ def test_peer_export_names_what_it_cannot_say_and_the_score_under_its_flood(
     head = [line for line in text.splitlines() if line.startswith("#")]
     assert any("flood: volume" in line for line in head)
     assert sum("adapted_rand_error " in line for line in head) == 2
-    assert any("inside the mask alone" in line for line in head)
+    # Today's losses count inside the mask alone too.
+    assert any("inside the mask alone" in line for line in head) is (format == "pytc-2026-01")
     mapping = yaml.safe_load(text)
     assert "&id" not in text
     model = mapping["default"]["model"] if format == "pytc" else mapping["model"]
@@ -176,6 +177,17 @@ def test_january_is_said_to_differ_where_the_volume_was_padded(
         assert document["portable"] is portable
         first = Path(document["out"]).read_text().splitlines()[0]
         assert ("windows lie elsewhere" in first) is not portable
+    content["config"]["data"]["image_transform"]["normalize"] = "z_volume"
+    record.write_text(json.dumps(content))
+    for written in (False, True):
+        document = export_best(
+            storage, "tiny", tmp_path / "p.yaml", format="pytc", write_normalised=written
+        )
+        assert document["portable"] is written
+        text = Path(document["out"]).read_text()
+        assert ("after it was padded" in text.splitlines()[0]) is not written
+        transform = yaml.safe_load(text)["default"]["data"]["image_transform"]
+        assert transform["normalize"] == ("none" if written else "normal")
 
 
 def test_a_trial_that_stays_here_names_the_best_that_goes_over(

@@ -397,7 +397,7 @@ def export(
         bool,
         typer.Option(
             "--write-normalised",
-            help="For PyTorch Connectomics: write images standardised by section beside.",
+            help="For PyTorch Connectomics: write images as the network sees them beside.",
         ),
     ] = False,
     scikit_image_026: Annotated[

@@ -123,16 +123,16 @@ def _placement(
             continue
         values = np.asarray(transformation.get(str(kind), ()), dtype=float)
         is_known = kind in ("scale", "translation") and values.shape == scale.shape
+        if is_known and kind == "scale" and not ((values > 0) & np.isfinite(values)).all():
+            raise VolumeError(
+                f"{location}: its scale {values.tolist()} mirrors an axis or is no scale; only "
+                "numbers above 0 are read. Save it with the axes in their own direction."
+            )
         if not is_known or not np.isfinite(values).all():
             raise VolumeError(
                 f"{location}: its coordinate transformation {dict(transformation)} is not "
                 "understood; known are identity, scale and translation, with a number for each "
                 "axis. Save it with one scale for each level."
-            )
-        if kind == "scale" and not (values > 0).all():
-            raise VolumeError(
-                f"{location}: its scale {values.tolist()} mirrors an axis or is no scale; only "
-                "numbers above 0 are read. Save it with the axes in their own direction."
             )
         if kind == "scale":
             scale, offset = scale * values, offset * values

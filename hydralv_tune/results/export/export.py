@@ -286,8 +286,8 @@ def _export_peer(
     """Write a configuration for PyTorch Connectomics and weights as it takes them."""
     weights = out.with_suffix(".ckpt").absolute()
     against = obstacles(best.candidate)
-    by_section = best.candidate.data.image_transform.normalize == "z_section"
-    normalised = write_normalised and by_section
+    unlike = normalised_otherwise(best.candidate, format)
+    normalised = write_normalised and unlike is not None
     data = PeerData(
         volumes=_normalised_volumes(best, out) if normalised else _absolute(best.volumes),
         voxel_size_nm=best.voxel_size_nm,
@@ -300,10 +300,10 @@ def _export_peer(
     with as_input_error(f"export --format {format}"):
         config = peer_config(best.candidate, best.step, data, schema=format)
     differs = []
-    if by_section and not normalised:
+    if unlike is not None and not normalised:
         differs.append(
-            "it cannot standardise sections (data.image_transform.normalize z_section); export "
-            "with --write-normalised to write the images as this network sees them."
+            f"{unlike}; export with --write-normalised to write the images as this network sees "
+            "them."
         )
     if format == "pytc-2026-01" and any(best.candidate.data.pad_size):
         differs.append(
@@ -372,8 +372,28 @@ def _absolute(volumes: list[VolumePaths]) -> list[VolumePaths]:
     ]
 
 
+def normalised_otherwise(candidate: Candidate, format: str) -> str | None:
+    """Return how that tool's intensities differ from those that the network was trained on.
+
+    Args:
+        candidate: Whose network goes over.
+        format: `pytc` or `pytc-2026-01`.
+    """
+    data = candidate.data
+    transform = data.image_transform
+    if transform.normalize == "z_section":
+        return "it cannot standardise sections (data.image_transform.normalize z_section)"
+    clips = (transform.clip_percentile_low, transform.clip_percentile_high) != (0.0, 1.0)
+    if format == "pytc" and any(data.pad_size) and (transform.normalize == "z_volume" or clips):
+        return (
+            "that version takes mean, deviation and percentiles of the volume after it was padded "
+            f"(data.pad_size {list(data.pad_size)}), so its intensities are others"
+        )
+    return None
+
+
 def _normalised_volumes(best: BestTrial, out: Path) -> list[VolumePaths]:
-    """Write each image as the network sees it, standardised by section, and return the volumes."""
+    """Write each image as the network sees it, normalised, and return the volumes."""
     written = []
     for index, volume in enumerate(_absolute(best.volumes)):
         image = read_volume(VolumePaths(name=volume.name, image=volume.image)).image

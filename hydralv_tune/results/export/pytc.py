@@ -47,6 +47,8 @@ DECODERS = {
     "decode_distance_watershed": "decode_distance_watershed",
 }
 NORMALISATIONS = {"0-1": "0-1", "z_volume": "normal", "z_section": "normal", "none": "none"}
+AS_WRITTEN = {"normalize": "none", "clip_percentile_low": 0.0, "clip_percentile_high": 1.0}
+"""Of `image_transform`, where the images are written as the network sees them."""
 BLENDINGS = {"gaussian": "distance_transform", "constant": "constant"}
 """Its own `bump` shrinks the logits tenfold where a single window reaches the rim."""
 PADDINGS = {"replicate": "edge", "reflect": "reflect", "constant": "constant"}
@@ -179,8 +181,8 @@ def _notes(candidate: Candidate, step: DecodingStep, data: PeerData) -> list[str
     )
     if data.normalised:
         notes.append(
-            "The images were written standardised section by section, as the network sees them; "
-            "do the same to every further volume."
+            "The images were written normalised, as the network sees them; do the same to every "
+            "further volume."
         )
     elif ours.image_transform.normalize == "z_section":
         notes.append(
@@ -275,9 +277,10 @@ def _head_data(candidate: Candidate, data: PeerData, notes: list[str]) -> dict[s
             "pad_mode": PADDINGS[ours.pad_mode],
         },
         "image_transform": {
-            "normalize": "none" if data.normalised else NORMALISATIONS[transform.normalize],
+            "normalize": NORMALISATIONS[transform.normalize],
             "clip_percentile_low": transform.clip_percentile_low,
             "clip_percentile_high": transform.clip_percentile_high,
+            **(AS_WRITTEN if data.normalised else {}),
         },
         "label_transform": {
             "targets": [
@@ -389,9 +392,9 @@ def _plan(
     if data.weights is not None and not obstacles(candidate):
         model |= {"external_weights_path": data.weights, "external_weights_key_prefix": PREFIX}
     transform = mapping["data"]["image_transform"]
-    transform["normalize"] = (
-        "none" if data.normalised else NORMALISATIONS[candidate.data.image_transform.normalize]
-    )
+    transform["normalize"] = NORMALISATIONS[candidate.data.image_transform.normalize]
+    if data.normalised:
+        transform |= AS_WRITTEN
     if any(volume.mask for volume in data.volumes):
         notes.append("The loss counted inside the mask alone; there it counts everywhere.")
     padded = any(candidate.data.pad_size)
