@@ -15,12 +15,15 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
 import pytest
 from commands_in_a_process import SMALL_DECODING
 from filelock import FileLock
+
+if TYPE_CHECKING:
+    from hydralv_tune.study.trial_views import TrialView
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -190,6 +193,31 @@ class FinishedStudy:
     folder: Path
     storage: str
     name: str
+
+    def copied_to(self, folder: Path) -> FinishedStudy:
+        """Return a copy in another folder, which a test may change."""
+        from hydralv_tune.study.study import Study
+
+        shutil.copytree(self.folder, folder)
+        copy = FinishedStudy(folder, f"sqlite:///{folder / 'study.db'}", self.name)
+        study = Study.open(copy.storage, copy.name)
+        study.remember("out", str(folder))
+        study.close()
+        return copy
+
+    def best(self) -> TrialView:
+        """Return the best trial."""
+        from hydralv_tune.study.study import open_readonly
+
+        study = open_readonly(self.storage, self.name)
+        best = study.best()
+        study.close()
+        assert best is not None
+        return best
+
+    def folder_of_best(self) -> Path:
+        """Return the folder of the best trial."""
+        return self.folder / "trials" / str(self.best().root)
 
 
 TINY_SPACE: dict[str, Any] = {

@@ -6,7 +6,6 @@ import hashlib
 import json
 import re
 import shlex
-import shutil
 import subprocess
 import sys
 import zipfile
@@ -158,21 +157,14 @@ def test_a_peer_export_with_its_images_written_gives_the_same_segmentation(
 def test_january_is_said_to_differ_where_the_volume_was_padded(
     finished_study: Any, tmp_path: Path
 ) -> None:
-    copied = tmp_path / "copy"
-    shutil.copytree(finished_study.folder, copied)
-    storage = f"sqlite:///{copied / 'study.db'}"
-    study = Study.open(storage, "tiny")
-    study.remember("out", str(copied))
-    best = study.best()
-    assert best is not None
-    record = study.folder_of(best) / "record.json"
-    study.close()
+    copied = finished_study.copied_to(tmp_path / "copy")
+    record = copied.folder_of_best() / "record.json"
     content = json.loads(record.read_text())
     content["config"]["data"]["pad_size"] = [2, 8, 8]
     record.write_text(json.dumps(content))
     for format, portable in (("pytc", True), ("pytc-2026-01", False)):
         document = export_best(
-            storage, "tiny", tmp_path / "p.yaml", format=format, write_normalised=True
+            copied.storage, "tiny", tmp_path / "p.yaml", format=format, write_normalised=True
         )
         assert document["portable"] is portable
         first = Path(document["out"]).read_text().splitlines()[0]
@@ -181,7 +173,7 @@ def test_january_is_said_to_differ_where_the_volume_was_padded(
     record.write_text(json.dumps(content))
     for written in (False, True):
         document = export_best(
-            storage, "tiny", tmp_path / "p.yaml", format="pytc", write_normalised=written
+            copied.storage, "tiny", tmp_path / "p.yaml", format="pytc", write_normalised=written
         )
         assert document["portable"] is written
         text = Path(document["out"]).read_text()
@@ -194,22 +186,24 @@ def test_a_trial_that_stays_here_names_the_best_that_goes_over(
     finished_study: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    copied = tmp_path / "copy"
-    shutil.copytree(finished_study.folder, copied)
-    storage = f"sqlite:///{copied / 'study.db'}"
-    study = Study.open(storage, "tiny")
-    study.remember("out", str(copied))
-    best = study.best()
-    assert best is not None
-    record = study.folder_of(best) / "record.json"
-    study.close()
+    copied = finished_study.copied_to(tmp_path / "copy")
+    best, record = copied.best(), copied.folder_of_best() / "record.json"
     content = json.loads(record.read_text())
     content["config"]["model"]["activation"] = "gelu"
     record.write_text(json.dumps(content))
     monkeypatch.chdir(tmp_path)
 
     def exported(*words: str) -> dict[str, Any]:
-        line = ["export", str(copied), "--format", "pytc", "--out", "p.yaml", "--json", *words]
+        line = [
+            "export",
+            str(copied.folder),
+            "--format",
+            "pytc",
+            "--out",
+            "p.yaml",
+            "--json",
+            *words,
+        ]
         assert exit_code(line) == 0
         return dict(json.loads(capsys.readouterr().out))
 
@@ -231,7 +225,7 @@ def test_a_trial_that_stays_here_names_the_best_that_goes_over(
     assert all(str(tmp_path / "p.yaml") in command for command in goes["commands"])
     exported("--trial", str(best.number))
     assert f"tiny_trial_{best.number}" in Path("p.yaml").read_text()
-    assert exit_code(["export", str(copied), "--trial", "77", "--out", "p.yaml"]) == 2
+    assert exit_code(["export", str(copied.folder), "--trial", "77", "--out", "p.yaml"]) == 2
     assert "77 is no finished trial. Known:" in " ".join(capsys.readouterr().err.split())
 
 
@@ -358,13 +352,9 @@ def test_unknown_format_names_the_known_ones(finished_study: Any, tmp_path: Path
 
 
 def test_missing_checkpoint_says_where_it_should_be(finished_study: Any, tmp_path: Path) -> None:
-    copied = tmp_path / "copy"
-    shutil.copytree(finished_study.folder, copied)
-    storage = f"sqlite:///{copied / 'study.db'}"
-    study = open_readonly(storage, "tiny")
-    study.remember("out", str(copied))
-    folder = study.folder_of(study.best())
-    study.close()
+    copied = finished_study.copied_to(tmp_path / "copy")
+    storage = copied.storage
+    folder = copied.folder_of_best()
     for path in folder.glob("best*.ckpt"):
         path.unlink()
     with pytest.raises(InputError, match=r"best\.ckpt.*no checkpoint any more"):
@@ -503,9 +493,8 @@ def test_every_export_has_a_certificate_of_what_it_was_chosen_on(
 def test_a_certificate_says_where_seeds_differ_and_where_a_volume_is_gone(
     finished_study: Any, tmp_path: Path
 ) -> None:
-    folder = tmp_path / "study"
-    shutil.copytree(finished_study.folder, folder)
-    storage = f"sqlite:///{folder / 'study.db'}"
+    copied = finished_study.copied_to(tmp_path / "study")
+    folder, storage = copied.folder, copied.storage
     study = open_readonly(finished_study.storage, "tiny")
     best, other = study.best(), next(view for view in study.trials() if view.state == "COMPLETE")
     if best.number == other.number:
@@ -518,9 +507,6 @@ def test_a_certificate_says_where_seeds_differ_and_where_a_volume_is_gone(
     gone = mine.read_text().replace(str(finished_study.folder / "im.h5"), str(folder / "gone.h5"))
     mine.write_text(gone)
     theirs.write_text(json.dumps(document))
-    marked = Study.open(storage, "tiny")
-    marked.remember("out", str(folder))
-    marked.close()
     made = export_best(storage, "tiny", tmp_path / "best.yaml", folder=folder)
     text = Path(made["certificate"]).read_text()
     assert f"2: mean {best.value + 0.05:.4f}, from {best.value:.4f}" in text

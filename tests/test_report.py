@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shutil
 from contextlib import closing
 from html.parser import HTMLParser
 from pathlib import Path
@@ -291,13 +290,9 @@ def test_markdown_names_only_pictures_that_are_there(page: Path) -> None:
 
 
 def test_report_is_written_though_the_volumes_are_gone(finished_study: Any, tmp_path: Path) -> None:
-    copied = tmp_path / "copy"
-    shutil.copytree(finished_study.folder, copied)
-    storage = f"sqlite:///{copied / 'study.db'}"
-    study = open_readonly(storage, "tiny")
-    study.remember("out", str(copied))
-    record = study.folder_of(study.best()) / "record.json"
-    study.close()
+    copied = finished_study.copied_to(tmp_path / "copy")
+    storage = copied.storage
+    record = copied.folder_of_best() / "record.json"
     record.write_text(record.read_text().replace(str(finished_study.folder / "im.h5"), "gone.h5"))
     text = write_report(storage, "tiny", tmp_path / "report").read_text()
     assert "The instances are not shown one by one" in text
@@ -316,12 +311,8 @@ def test_segmentation_is_decoded_again_where_its_file_is_gone(
     from hydralv_tune.results.best_trial import load_best_trial
     from hydralv_tune.results.scored_volumes import scored_volumes
 
-    copied = tmp_path / "copy"
-    shutil.copytree(finished_study.folder, copied)
-    storage = f"sqlite:///{copied / 'study.db'}"
-    study = open_readonly(storage, "tiny")
-    study.remember("out", str(copied))
-    study.close()
+    copied = finished_study.copied_to(tmp_path / "copy")
+    storage = copied.storage
     with load_best_trial(storage, "tiny") as best:
         kept = scored_volumes(best)[0].prediction
         (best.folder / "segmentation_0.h5").unlink()
