@@ -21,7 +21,6 @@ from hydralv_tune.results import ensemble
 from hydralv_tune.results.ensemble import find_ensemble
 from hydralv_tune.results.report.report import write_report
 from hydralv_tune.results.segmentation import load_model
-from hydralv_tune.study.study import Study
 from hydralv_tune.trial.scoring.ensemble import (
     Selection,
     cells_of,
@@ -160,13 +159,9 @@ def test_an_instance_alone_cannot_be_chosen_on_and_scored(label: np.ndarray) -> 
 @pytest.fixture
 def study(finished_study: Any, tmp_path: Path) -> Path:
     """Return a copy of a study of three complete trials."""
-    folder = tmp_path / "study"
-    shutil.copytree(finished_study.folder, folder)
+    folder = finished_study.copied_to(tmp_path / "study").folder
     for record in folder.glob("trials/*/record.json"):
         record.write_text(record.read_text().replace(str(finished_study.folder), str(folder)))
-    opened = Study.open(f"sqlite:///{folder / 'study.db'}", "tiny")
-    opened.remember("out", str(folder))
-    opened.close()
     return folder
 
 
@@ -272,13 +267,15 @@ def test_it_is_looked_for_once_after_a_study_and_not_where_the_space_says_so(
     study: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     storage, said = f"sqlite:///{study / 'study.db'}", []
-    ensemble.ensemble_after_study(storage, "tiny", said.append, study)
+    ensemble.ensemble_after_study(storage, "tiny", 5, said.append, study)
+    assert not (study / "ensemble.json").exists(), "it aims at more trials"
+    ensemble.ensemble_after_study(storage, "tiny", 3, said.append, study)
     assert (study / "ensemble.json").is_file(), said
     before = len(said)
-    ensemble.ensemble_after_study(storage, "tiny", said.append, study)
+    ensemble.ensemble_after_study(storage, "tiny", 3, said.append, study)
     assert len(said) == before
     (study / "ensemble.json").unlink()
     # A volume that has gone costs the ensemble, not the run.
     (study / "im.h5").unlink()
-    ensemble.ensemble_after_study(storage, "tiny", said.append, study)
+    ensemble.ensemble_after_study(storage, "tiny", 3, said.append, study)
     assert "No ensemble was looked for" in said[-1]

@@ -205,9 +205,10 @@ def run_study(
     paths = stored(volumes, folder)
 
     from hydralv_tune.launch.run import run_study as launch_study
+    from hydralv_tune.results.ensemble import ensemble_after_study
     from hydralv_tune.results.publish import publish_study_end, publish_trial_change
 
-    facts = launch_study(
+    launch_study(
         searched,
         paths,
         **{**vars(chosen), "study": name, "storage": storage},
@@ -216,12 +217,8 @@ def run_study(
         on_trial_running=publish_trial_change,
     )
     publish_study_end(storage, name)
-    if (chosen.trials or searched.budget.trials) <= sum(
-        facts["trials"][state] for state in ("complete", "pruned")
-    ):
-        from hydralv_tune.results.ensemble import ensemble_after_study
-
-        ensemble_after_study(storage, name, lambda sentence: None, folder)
+    trials = chosen.trials or searched.budget.trials
+    ensemble_after_study(storage, name, trials, lambda sentence: None, folder)
     return StudyResults(storage, name, folder)
 
 

@@ -231,16 +231,10 @@ def _run(
             **options,
         )
     publish_study_end(url, name)
-    if _has_ended(facts, trials):
-        from hydralv_tune.results.ensemble import ensemble_after_study
+    from hydralv_tune.results.ensemble import ensemble_after_study
 
-        ensemble_after_study(url, name, say, folder)
+    ensemble_after_study(url, name, trials, say, folder)
     return facts
-
-
-def _has_ended(facts: dict[str, Any], trials: int) -> bool:
-    """Return whether all trials of a study are finished, and not a time limit reached alone."""
-    return int(facts["trials"]["complete"] + facts["trials"]["pruned"]) >= trials
 
 
 def _check_study_name(name: str, *, names_folder: bool) -> None:

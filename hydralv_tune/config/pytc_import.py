@@ -16,6 +16,7 @@ from typing import Any
 from hydralv_tune.config.candidate_rules import TARGETS, WATCHED
 from hydralv_tune.config.errors import ConfigError
 from hydralv_tune.config.pytc_files import is_todays, leaf_paths, numbers_of, stage_view
+from hydralv_tune.config.pytc_portability import VOXEL_WEIGHTED
 from hydralv_tune.config.validation import MISSING, merged, nested, value_at
 
 ARCHITECTURES = ("rsunet", "rsunet_iso", "monai_basic_unet3d", "monai_unet", "mednext")
@@ -30,8 +31,6 @@ SCHEDULES = {
     "cosineannealinglr": "WarmupCosineLR", "constant": "constant", "constantlr": "constant",
 }  # fmt: skip
 OVERLAPS = ("DiceLoss", "TverskyLoss", "DiceCELoss", "DiceFocalLoss")
-VOXEL_WEIGHTED = ("SmoothL1Loss", "WeightedMSELoss", "WeightedMAELoss")
-"""Losses that today's version balances between the classes unless `pos_weight` is said."""
 GRID_VALUES = {"threshold": 5, "size": 3}
 """Values that a range becomes in the decoding grid, for a threshold and for a size."""
 

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 RSUNET_ACTIVATIONS = ("relu", "leakyrelu", "prelu", "elu")
 IN_PLACE = ("relu", "leakyrelu", "elu")
 MONAI_NORMS = ("batch", "group")
+VOXEL_WEIGHTED = ("SmoothL1Loss", "WeightedMSELoss", "WeightedMAELoss")
+"""Losses that today's version balances between the classes unless `pos_weight` is said."""
 
 
 def obstacles(candidate: Candidate) -> list[str]:

@@ -108,7 +108,7 @@ def _label_facts(volume: Volume, warnings: list[str]) -> dict[str, Any]:
     shown = ids if volume.label_ids is None else volume.label_ids[ids - 1]
     _judge_ids(label, shown, pieces, fragmented, wrapped, warnings)
     _judge_sizes(shown, sizes, warnings)
-    _judge_mask(label, mask, shown, sizes, warnings)
+    _judge_mask(label, mask, ids, shown, sizes, warnings)
     return facts
 
 
@@ -257,10 +257,11 @@ def _judge_mask(
     label: np.ndarray,
     mask: np.ndarray | None,
     ids: np.ndarray,
+    shown: np.ndarray,
     sizes: np.ndarray,
     warnings: list[str],
 ) -> None:
-    """Warn of labels that the mask cuts or hides."""
+    """Warn of labels that the mask cuts or hides; `shown` are the ids as the file has them."""
     if mask is None:
         return
     if mask.all():
@@ -268,9 +269,9 @@ def _judge_mask(
         return
     outside_ids, outside = np.unique(label[~mask], return_counts=True)
     outside, outside_ids = outside[outside_ids > 0], outside_ids[outside_ids > 0]
-    places = np.searchsorted(np.unique(label[label > 0]), outside_ids)
+    places = np.searchsorted(ids, outside_ids)
     whole = sizes[places]
-    hidden, cut = ids[places[outside == whole]], ids[places[outside < whole]]
+    hidden, cut = shown[places[outside == whole]], shown[places[outside < whole]]
     if len(hidden):
         warnings.append(
             f"{len(hidden)} of {len(ids)} instances lie wholly outside the mask and count nowhere: "

@@ -31,7 +31,7 @@ from hydralv_tune.results.export.certificate import write_certificate
 from hydralv_tune.results.export.export import exported_text, own_commands, write_weights
 from hydralv_tune.results.scored_volumes import fold_checkpoints, predicted_parts, split_of
 from hydralv_tune.study.study import Study, open_readonly
-from hydralv_tune.study.trial_views import rank
+from hydralv_tune.study.trial_views import count_states, rank
 from hydralv_tune.trial.scoring.ensemble import (
     LEVEL,
     CrossFitted,
@@ -117,15 +117,18 @@ def find_ensemble(
         study.close()
 
 
-def ensemble_after_study(storage: str, name: str, say: Say, folder: Path | None = None) -> None:
+def ensemble_after_study(
+    storage: str, name: str, trials: int, say: Say, folder: Path | None = None
+) -> None:
     """Look for the ensemble of a study that has just ended, as `budget.ensemble` says.
 
-    Nothing is done where its trials are those of the last time. What cannot be found is said, and
-    costs nothing else.
+    Nothing is done where trials are missing, as after a time limit, or where they are those of the
+    last time. What cannot be found is said, and costs nothing else.
 
     Args:
         storage: Of the study.
         name: Of the study.
+        trials: Finished trials that the study aims at.
         say: Told what came out, or why nothing did.
         folder: Where the study is now; where the database says so by default.
     """
@@ -133,10 +136,12 @@ def ensemble_after_study(storage: str, name: str, say: Say, folder: Path | None 
         study = open_readonly(storage, name, folder)
         try:
             budget, out, complete = study.space.budget.ensemble, study.out, _complete(study)
-            spent = sum(view.seconds for view in study.trials())
+            views = study.trials()
+            spent, counts = sum(view.seconds for view in views), count_states(views)
         finally:
             study.close()
-        if not budget.members or out is None or len(complete) < 2:
+        has_ended = counts["complete"] + counts["pruned"] >= trials
+        if not (budget.members and has_ended) or out is None or len(complete) < 2:
             return
         kept = kept_facts(out)
         if kept is not None and kept["considered"] == complete:

@@ -207,14 +207,23 @@ def _sampler(
     )
 
 
+def instance_reach(label: np.ndarray) -> np.ndarray:
+    """Return how far each instance reaches along z, y, x in voxels, (instances, 3).
+
+    Args:
+        label: (Z, Y, X), 0 for background.
+    """
+    # Numbered anew: `find_objects` has a place for every id up to the largest.
+    ids, numbers = np.unique(label, return_inverse=True)
+    boxes = ndimage.find_objects(numbers.reshape(label.shape) + (1 if ids[0] > 0 else 0))
+    return np.asarray([[side.stop - side.start for side in box] for box in boxes])
+
+
 def _extents(
     candidate: Candidate, label: np.ndarray, warnings: list[str]
 ) -> dict[str, list[float]]:
     """Return how far instances reach along z, y, x; warn where a patch is too small for them."""
-    # Numbered anew: `find_objects` has a place for every id up to the largest.
-    ids, numbers = np.unique(label, return_inverse=True)
-    boxes = ndimage.find_objects(numbers.reshape(label.shape) + (1 if ids[0] > 0 else 0))
-    reach = np.asarray([[side.stop - side.start for side in box] for box in boxes])
+    reach = instance_reach(label)
     median, largest = np.median(reach, axis=0), reach.max(axis=0)
     patch = np.asarray(candidate.data.patch_size)
     for axis, name in enumerate("zyx"):

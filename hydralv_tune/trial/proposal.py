@@ -11,7 +11,6 @@ import numpy as np
 import numpy.typing as npt
 import psutil
 import torch
-from scipy import ndimage
 
 from hydralv_tune.config.candidate import Candidate
 from hydralv_tune.config.errors import InputError
@@ -20,8 +19,9 @@ from hydralv_tune.config.search_space_files import load_space
 from hydralv_tune.config.validation import merged
 from hydralv_tune.config.yaml_io import dump_yaml, read_yaml_mapping
 from hydralv_tune.data.volumes import Volume
+from hydralv_tune.numerics.cores import usable_cores
 from hydralv_tune.numerics.networks.registry import divisor, network_arguments
-from hydralv_tune.trial.planning import training_memory_gb
+from hydralv_tune.trial.planning import instance_reach, training_memory_gb
 from hydralv_tune.trial.scoring.prediction import network_of
 
 Array = npt.NDArray[Any]
@@ -53,8 +53,6 @@ class Machine:
     @classmethod
     def here(cls) -> Machine:
         """Return this machine."""
-        from hydralv_tune.numerics.cores import usable_cores
-
         gpu = None
         if torch.cuda.is_available():
             gpu = torch.cuda.get_device_properties(0).total_memory / 1e9
@@ -148,15 +146,13 @@ def _extents(volume: Volume) -> tuple[int, npt.NDArray[np.float64]]:
     """Return how many instances there are, and how large (z, y, x) the larger ones are."""
     assert volume.label is not None, "checked by the command"
     label = volume.label if volume.mask is None else np.where(volume.mask, volume.label, 0)
-    ids, dense = np.unique(label, return_inverse=True)
-    boxes = ndimage.find_objects(dense.reshape(label.shape) + (0 if ids[0] == 0 else 1))
-    sides = [[part.stop - part.start for part in box] for box in boxes if box is not None]
-    if not sides:
+    reach = instance_reach(label)
+    if not len(reach):
         raise InputError(
             f"Volume '{volume.name}': there is no labelled instance inside the mask, so nothing "
             "says how large a patch must be. Check --label and --mask."
         )
-    return len(sides), np.percentile(np.array(sides, float), LARGE_PERCENTILE, axis=0)
+    return len(reach), np.percentile(reach, LARGE_PERCENTILE, axis=0)
 
 
 def _multiples(candidates: Sequence[Candidate]) -> Size3:

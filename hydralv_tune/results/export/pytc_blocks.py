@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hydralv_tune.config.candidate import Candidate, Model
+from hydralv_tune.config.pytc_portability import VOXEL_WEIGHTED
 from hydralv_tune.data.volumes import VolumePaths
 from hydralv_tune.numerics.augmentation.registry import AUGMENTATIONS, resolve_preset
 from hydralv_tune.numerics.networks.registry import GROUPS, group_count
@@ -47,8 +48,6 @@ WEIGHTED_FORMS = {
     "L1Loss": "WeightedMAELoss",
 }
 """Losses whose `tanh`, `pos_weight` and mask only that tool's weighted form takes; else equal."""
-VOXEL_WEIGHTED = ("SmoothL1Loss", "WeightedMSELoss", "WeightedMAELoss")
-"""Losses that today's version balances between the classes unless `pos_weight` is said."""
 OVER_ALL_VOXELS = ("FocalLoss", "DiceCELoss", "DiceFocalLoss")
 """Losses whose mean counts the voxels outside the mask too, as zeros, in today's version."""
 DEFAULT_ON = ("flip", "rotate", "intensity")
