@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from contextlib import closing
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from urllib.parse import unquote
 
 import numpy as np
 import pytest
+import yaml
 
 from hydralv_tune.artifacts.pictures import (
     COLOURS,
@@ -19,6 +21,7 @@ from hydralv_tune.artifacts.pictures import (
     draw_losses,
 )
 from hydralv_tune.artifacts.thumbnails import thumbnail
+from hydralv_tune.config.candidate import DecodingGrid
 from hydralv_tune.config.errors import InputError, StudyError
 from hydralv_tune.config.search_space_files import load_space
 from hydralv_tune.data.volumes import Volume
@@ -38,9 +41,11 @@ from hydralv_tune.numerics.metrics.scores import (
     match_instances,
 )
 from hydralv_tune.numerics.metrics.scores import score_labels as score
-from hydralv_tune.results.report.data import compare
+from hydralv_tune.results.best_trial import load_best_trial
+from hydralv_tune.results.report.data import Axis, compare, gather
 from hydralv_tune.results.report.limits import limits, plan_targets
 from hydralv_tune.results.report.report import write_report
+from hydralv_tune.results.report.sentences import next_steps
 from hydralv_tune.results.scored_volumes import ScoredVolume, judge_all
 from hydralv_tune.study.study import open_readonly
 
@@ -202,6 +207,37 @@ def test_targets_tell_what_is_missing() -> None:
     assert told["distance loss"].met
     assert told["recall"].now is None
     assert not told["recall"].met
+
+
+def test_thresholds_at_the_end_of_their_grid_come_with_a_grid_that_can_be_pasted(
+    finished_study: Any, tmp_path: Path
+) -> None:
+    def axis(name: str, edge: str, bounds: tuple[float, float], *values: float | None) -> Axis:
+        return Axis(name, name, str(values[0]), "", "", edge, values, bounds)
+
+    with load_best_trial(finished_study.storage, "tiny", None) as best:
+        data = gather(best, tmp_path)
+    axes = [
+        axis("contour_threshold.seed", "low", (0.0, 1.0), 0.3, 0.6, None),
+        axis("contour_threshold.foreground", "", (0.0, 1.0), None),
+        axis("distance_threshold.seed", "high", (-1.0, 1.0), 0.0, 0.5),
+        axis("min_seed_size", "low", (0.0, np.inf), 2, 8),
+        axis("min_instance_size", "high", (0.0, np.inf), 16, 32),
+        axis("binary_threshold.seed", "", (0.0, 1.0), 0.5, 0.7),
+    ]
+    widen = [s for s in next_steps(replace(data, axes=axes)) if s.title.startswith("Widen")]
+    assert [step.title for step in widen] == ["Widen 4 thresholds"]
+    pasted = DecodingGrid.model_validate(yaml.safe_load(widen[0].text)["decoding"])
+    assert pasted.axes == {
+        "contour_threshold.seed": (0.15, 0.3, 0.6, None),
+        "contour_threshold.foreground": (None,),
+        "distance_threshold.seed": (0.0, 0.5, 0.75),
+        "min_seed_size": (1, 2, 8),
+        "min_instance_size": (16, 32, 64),
+    }
+    assert not [
+        step for step in next_steps(replace(data, axes=axes[-1:])) if step.title.startswith("Widen")
+    ]
 
 
 def test_comparison_knows_which_way_is_better() -> None:

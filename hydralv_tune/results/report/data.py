@@ -102,7 +102,7 @@ class Axis:
     """One axis of the sweep: the winner's value, its plateau, and what was tried.
 
     `edge` is `low` or `high` where the winner stands at that end of what was tried, and more lies
-    beyond; `values` are the values tried.
+    beyond, up to `bounds`; `values` are the values tried.
     """
 
     name: str
@@ -112,6 +112,7 @@ class Axis:
     tried: str
     edge: str
     values: Sequence[Any]
+    bounds: tuple[float, float]
 
 
 @dataclass(frozen=True)
@@ -350,9 +351,10 @@ def _axes(sweep: Mapping[str, Any], best: BestTrial) -> list[Axis]:
         if part and isinstance(value, list | tuple):
             value = value[part == "foreground"]
         tried = list(grid.axes.get(name, ()))
+        bounds = BOUNDS.get(key, (0.0, np.inf))
         rows.append(
             Axis(name, _axis(name), _limit(value), _listed(flat), _listed(tried),
-                 _edge(key, value, tried), tried)
+                 _edge(value, tried, bounds), tried, bounds)
         )  # fmt: skip
     return rows
 
@@ -362,12 +364,12 @@ BOUNDS = {"binary_threshold": (0.0, 1.0), "contour_threshold": (0.0, 1.0),
 """Values outside which a threshold lets everything pass, or nothing."""
 
 
-def _edge(key: str, value: Any, tried: Sequence[Any]) -> str:
+def _edge(value: Any, tried: Sequence[Any], bounds: tuple[float, float]) -> str:
     """Return at which end of what was tried a value stands, if there is more beyond it."""
     known = [float(v) for v in tried if v is not None and np.isfinite(v)]
     if value is None or not np.isfinite(value) or len(known) < 2:
         return ""
-    low, high = BOUNDS.get(key, (0.0, np.inf))
+    low, high = bounds
     if value <= min(known) and value > low:
         return "low"
     return "high" if value >= max(known) and value < high else ""

@@ -23,7 +23,7 @@ from hydralv_tune.numerics.formatting import (
     voxel_size,
 )
 from hydralv_tune.numerics.metrics.registry import SUMMARY
-from hydralv_tune.results.report.data import KIND_COLOURS, ReportData, figure_names
+from hydralv_tune.results.report.data import KIND_COLOURS, Axis, ReportData, figure_names
 from hydralv_tune.results.report.limits import STILL_LEARNING
 from hydralv_tune.study.trial_views import TrialView, state_word
 
@@ -343,17 +343,19 @@ def _first_steps(data: ReportData) -> list[NextStep]:
 def _edge_steps(data: ReportData) -> list[NextStep]:
     """Return the axes and parameters whose best value stands at the end of what was tried."""
     steps = []
-    for axis in (axis for axis in data.axes if axis.edge):
-        name, _, part = axis.name.partition(".")
-        values = ", ".join(map(str, _widened(axis.values, axis.edge)))
-        line = f"{name}: {{{part}: [{values}]}}" if part else f"{name}: [{values}]"
-        end = "smallest" if axis.edge == "low" else "largest"
+    edges = [axis for axis in data.axes if axis.edge]
+    if edges:
+        found = "; ".join(
+            f"{axis.label}: {axis.winner} is the "
+            f"{'smallest' if axis.edge == 'low' else 'largest'} tried"
+            for axis in edges
+        )
         steps.append(
             NextStep(
-                f"Widen the threshold {axis.label}",
-                f"The best value, {axis.winner}, is the {end} that was tried. Put this into "
+                f"Widen {counted(len(edges), 'threshold')}",
+                f"Their best values are at the end of the grid ({found}). Put this into "
                 f"{data.space_file}, and run that file with --extend.",
-                f"decoding:\n  grid:\n    {line}",
+                "\n".join(["decoding:", "  grid:", *_widened_grid(data.axes, edges)]),
             )
         )
     for key, parameter in data.best.study.space.parameters.items():
@@ -383,14 +385,34 @@ def _edge_steps(data: ReportData) -> list[NextStep]:
     return steps
 
 
-def _widened(values: Sequence[Any], edge: str) -> list[Any]:
-    """Return the values of an axis with one more beyond an end, a step away."""
-    known = sorted(float(v) for v in values if v is not None)
-    step = known[1] - known[0] if edge == "low" else known[-1] - known[-2]
-    more = known[0] - step if edge == "low" else known[-1] + step
-    whole = all(float(v).is_integer() and abs(v) >= 1 for v in known if v)
-    shown = [int(v) if whole else round(v, 4) for v in sorted({*known, max(more, -1.0)})]
-    return [*shown, *("null" for v in values if v is None)]
+def _widened_grid(axes: Sequence[Axis], ends: Sequence[Axis]) -> list[str]:
+    """Return the lines of a grid for the thresholds of `ends`, with both parts of a pair."""
+    lines = []
+    for key in dict.fromkeys(axis.name.partition(".")[0] for axis in ends):
+        parts = {
+            axis.name.partition(".")[2]: ", ".join(map(str, _widened(axis)))
+            for axis in axes
+            if axis.name.partition(".")[0] == key and len(axis.values)
+        }
+        both = ", ".join(f"{part}: [{values}]" for part, values in parts.items())
+        lines.append(f"    {key}: " + (f"[{parts['']}]" if "" in parts else f"{{{both}}}"))
+    return lines
+
+
+def _widened(axis: Axis) -> list[Any]:
+    """Return the values of an axis; with one more, half way to its bound, where the best ends it.
+
+    An axis without an upper bound, a size, goes to twice its largest value.
+    """
+    known = sorted({float(v) for v in axis.values if v is not None})
+    whole = all(v.is_integer() for v in known) and not math.isfinite(axis.bounds[1])
+    low, high = axis.bounds
+    if axis.edge == "low":
+        known.insert(0, (known[0] + low) / 2)
+    elif axis.edge == "high":
+        known.append((known[-1] + high) / 2 if math.isfinite(high) else 2 * known[-1])
+    shown: list[Any] = [int(v) if whole else round(v, 4) for v in known]
+    return [*shown, *("null" for v in axis.values if v is None)]
 
 
 def _place_in(value: float, ends: Sequence[float], *, log: bool) -> float:
