@@ -25,6 +25,7 @@ from hydralv_tune.config.candidate import DecodingStep
 from hydralv_tune.config.errors import InputError, StudyError
 from hydralv_tune.config.files import load_candidate
 from hydralv_tune.config.paths import known_names
+from hydralv_tune.config.validation import value_at
 from hydralv_tune.config.yaml_io import dump_yaml
 from hydralv_tune.data.volumes import VolumePaths, read_array, read_volume, write_array
 from hydralv_tune.numerics.networks.registry import build_network
@@ -152,6 +153,34 @@ def test_a_peer_export_with_its_images_written_gives_the_same_segmentation(
     sections = read_volume(VolumePaths("written", image)).image
     assert np.abs(sections.mean(axis=(1, 2))).max() < 1e-3
     assert np.abs(sections.std(axis=(1, 2)) - 1).max() < 1e-3
+
+
+@pytest.mark.parametrize(
+    ("format", "key"),
+    [("pytc", "default.inference.save_path"), ("pytc-2026-01", "test.data.output_path")],
+)
+def test_no_two_exports_share_the_folder_in_which_that_tool_takes_up_segmentations(
+    finished_study: Any, tmp_path: Path, format: str, key: str
+) -> None:
+    copied = finished_study.copied_to(tmp_path / "copy")
+    record = copied.folder_of_best() / "record.json"
+    content = json.loads(record.read_text())
+
+    def folder(trial: int | None = None) -> Any:
+        out = tmp_path / "best.yaml"
+        export_best(copied.storage, "tiny", out, format=format, trial=trial)
+        text = out.read_text()
+        written = value_at(yaml.safe_load(text), key)
+        assert f"It writes to {written}," in text
+        return written
+
+    first = folder()
+    assert first == folder()
+    assert first.startswith("outputs/tiny_trial_")
+    assert first != folder((copied.best().number + 1) % 3)
+    content["decoding"]["kwargs"]["min_seed_size"] += 1
+    record.write_text(json.dumps(content))
+    assert folder() != first
 
 
 def test_january_is_said_to_differ_where_the_volume_was_padded(

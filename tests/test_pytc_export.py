@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from hydralv_tune.config.candidate import DecodingStep
@@ -17,7 +18,8 @@ from hydralv_tune.config.files import candidate_from_mapping, load_candidate
 from hydralv_tune.config.pytc_portability import obstacles
 from hydralv_tune.config.search_space_files import load_space
 from hydralv_tune.config.search_space_rules import drawn
-from hydralv_tune.data.volumes import VolumePaths
+from hydralv_tune.data.volumes import VolumePaths, read_array, write_array
+from hydralv_tune.results.export.export import with_masks_enlarged
 from hydralv_tune.results.export.pytc import peer_config, peer_step
 from hydralv_tune.results.export.pytc_blocks import PeerData, monai_block, rsunet_block
 
@@ -260,6 +262,21 @@ def test_the_smallest_segment_kept_is_the_same_in_either_scikit_image(
     assert peer_step(step, drops_exact_size=newer)["kwargs"]["min_instance_size"] == expected
 
 
+def test_a_mask_of_lower_resolution_is_written_on_the_voxels_of_its_image(tmp_path: Path) -> None:
+    coarse = np.random.default_rng(0).integers(0, 2, (4, 5, 6)).astype("uint8")
+    write_array(tmp_path / "im.h5", np.zeros((4, 10, 12), "uint8"))
+    write_array(tmp_path / "coarse.h5", coarse)
+    write_array(tmp_path / "fine.h5", np.ones((4, 10, 12), "uint8"))
+    image, kept = str(tmp_path / "im.h5"), str(tmp_path / "fine.h5")
+    volumes = [VolumePaths("a", image, None, kept),
+               VolumePaths("b", image, None, str(tmp_path / "coarse.h5"))]  # fmt: skip
+    with pytest.warns(UserWarning, match="lower resolution"):
+        fine, enlarged = with_masks_enlarged(volumes, tmp_path / "best.yaml")
+    assert fine.mask == kept
+    assert enlarged.mask == str(tmp_path / "best.mask_1.h5")
+    np.testing.assert_array_equal(read_array(enlarged.mask), coarse.repeat(2, 1).repeat(2, 2))
+
+
 PORTABLE = """
 base: baseline
 export: pytc
@@ -322,6 +339,21 @@ parameters:
       bare: {model: {norm: none, activation: prelu}}
 """
     assert len(portable_space(tmp_path, tied).parameters["layers"].choice) == 2
+
+
+def test_the_base_of_such_a_space_need_not_go_over_itself(tmp_path: Path) -> None:
+    text = """
+base: smoke
+export: pytc
+parameters:
+  model.architecture: {choice: [rsunet, monai_unet]}
+  model.norm: {choice: [batch, group], when: {model.architecture: [rsunet]}}
+  optimization.optimizer.lr: {float: [1e-3, 1e-2], log: true}
+"""
+    with pytest.warns(UserWarning, match=r"left out:\n- model.architecture 'monai_unet'"):
+        space = portable_space(tmp_path, text)
+    generator = random.Random(3)
+    assert all(not obstacles(space.candidate(drawn(space, generator))) for _ in range(20))
 
 
 def test_what_holds_for_every_trial_decides_what_goes_over(tmp_path: Path) -> None:

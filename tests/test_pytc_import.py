@@ -231,7 +231,12 @@ def test_what_only_the_test_stage_says_is_listed_with_what_to_do(today: Path) ->
     post = "    postprocessing: {enabled: true, instance_cc3d: {connectivity: 6, min_size: 100}}\n"
     today.write_text(text.replace("tune: {profile", post + "tune: {profile"))
     left = {entry.key: entry for entry in imported(today).left_out if entry.matters}
-    assert "numpy.repeat" in left["test.data.mask_transform.resize"].meaning
+    assert "test.data.mask_transform.resize" not in left
+    told = [entry.key for entry in imported(today).left_out]
+    assert "test.data.mask_transform.resize" in told
+    today.write_text(today.read_text().replace("resize: [1, 2, 2]", "resize: [1, 1.5, 2]"))
+    left = {entry.key: entry for entry in imported(today).left_out if entry.matters}
+    assert "whole numbers" in left["test.data.mask_transform.resize"].meaning
     assert "connected parts" in left["decoding.postprocessing.instance_cc3d.connectivity"].meaning
 
 

@@ -25,6 +25,7 @@ from hydralv_tune.data.volumes import (
     VolumePaths,
     check_heads,
     open_lazy,
+    open_mask,
     pairs,
     read_array,
     read_labels,
@@ -322,6 +323,46 @@ def test_shapes_that_differ_are_refused(files: dict[str, Path], reader: Any, whi
     refused(paths_of(files), f"{which}.h5", "shape", (8, 20, 21), SHAPE, reader=reader)
     write_array(files[which], array.transpose(2, 1, 0))
     refused(paths_of(files), "another order", reader=reader)
+
+
+def test_a_mask_of_lower_resolution_lies_on_the_voxels_of_its_image(
+    files: dict[str, Path], tmp_path: Path, reader: Any
+) -> None:
+    write_array(files["im"], counted(shape=(9, 20, 24)), voxel_size_nm=(30.0, 8.0, 8.0))
+    write_array(files["label"], np.pad(read_array(files["label"]), ((0, 0), (0, 0), (0, 3))))
+    coarse = np.random.default_rng(0).integers(0, 2, (3, 10, 6)).astype(np.uint8)
+    whole = coarse.repeat(3, 0).repeat(2, 1).repeat(4, 2)
+    write_array(tmp_path / "coarse.zarr", coarse, voxel_size_nm=(90.0, 16.0, 32.0))
+    write_array(tmp_path / "whole.h5", whole)
+    with pytest.warns(UserWarning, match=r"stands for 3 x 2 x 4 voxels"):
+        volume = reader(paths_of(files, mask=tmp_path / "coarse.zarr"))
+    assert volume.voxel_size_nm == (30.0, 8.0, 8.0)
+    expected = reader(paths_of(files, mask=tmp_path / "whole.h5"))
+    assert volume.fingerprint() == expected.fingerprint()
+    lazy = open_mask(tmp_path / "coarse.zarr", whole.shape)
+    for box in (np.s_[:], np.s_[1:8:2, 3:3, 5:23], np.s_[4, 1:20, 3], np.s_[-2:, ..., 1:2]):
+        np.testing.assert_array_equal(lazy[box], whole[box])
+    with pytest.warns(UserWarning, match="lower resolution"):
+        check_heads(str(files["im"]), {"mask": str(tmp_path / "coarse.zarr")})
+    write_array(tmp_path / "coarse.zarr", coarse, voxel_size_nm=(30.0, 8.0, 8.0))
+    with (
+        pytest.warns(UserWarning, match="lower resolution"),
+        pytest.raises(VolumeError, match="must agree"),
+    ):
+        reader(paths_of(files, mask=tmp_path / "coarse.zarr"))
+
+
+@pytest.mark.parametrize("shape", [(9, 20, 11), (9, 1, 21), (9, 40, 42), (3, 7, 7)])
+def test_a_mask_that_is_not_coarser_by_whole_numbers_is_refused(
+    files: dict[str, Path], reader: Any, shape: tuple[int, ...]
+) -> None:
+    write_array(files["mask"], np.ones(shape, np.uint8))
+    refused(paths_of(files), "the mask has shape", shape, reader=reader)
+
+
+def test_labels_are_never_enlarged(files: dict[str, Path], reader: Any) -> None:
+    write_array(files["label"], read_array(files["label"])[::3])
+    refused(paths_of(files), "the label has shape", reader=reader)
 
 
 def test_labels_without_an_instance_are_refused(files: dict[str, Path], reader: Any) -> None:

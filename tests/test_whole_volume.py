@@ -378,6 +378,20 @@ def test_a_segmentation_has_the_instances_and_the_place_of_its_image(
     assert not segmentation.work_folder(out).exists()
 
 
+def test_a_mask_of_lower_resolution_gives_the_segmentation_of_the_enlarged_one(
+    tmp_path: Path, model: Model, paths: VolumePaths
+) -> None:
+    coarse = read_array(paths.mask or "")[:, ::2, ::2]
+    write_array(tmp_path / "coarse.h5", coarse)
+    write_array(tmp_path / "enlarged.h5", coarse.repeat(2, 1).repeat(2, 2))
+    for name in ("coarse", "enlarged"):
+        given = replace(paths, mask=str(tmp_path / f"{name}.h5"))
+        segment_volume(model, given, tmp_path / f"{name}.seg.h5", memory_gb=2)
+    found, expected = (read_array(tmp_path / f"{n}.seg.h5") for n in ("coarse", "enlarged"))
+    assert expected.max() > 2
+    np.testing.assert_array_equal(found, expected)
+
+
 def test_small_memory_gives_the_same_instances_in_many_parts(
     tmp_path: Path, model: Model, paths: VolumePaths, monkeypatch: pytest.MonkeyPatch
 ) -> None:

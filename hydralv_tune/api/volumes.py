@@ -188,7 +188,8 @@ def decode(
         InputError: An array breaks its rule.
     """
     step = decoding_step(decoder, arguments, place="decode")
-    maps, inside = _probabilities(probabilities), _mask(mask)
+    maps = _probabilities(probabilities)
+    inside = _mask(mask, maps.shape[1:])
 
     from hydralv_tune.numerics.watershed.decoders import decode as decode_maps
 
@@ -220,7 +221,8 @@ def sweep(
         InputError: The arrays break a rule, or do not belong together.
     """
     searched = space if isinstance(space, SearchSpace) else load_space(space)
-    maps, truth, inside = _probabilities(probabilities), _labels(label), _mask(mask)
+    maps, truth = _probabilities(probabilities), _labels(label)
+    inside = _mask(mask, truth.shape)
 
     from hydralv_tune.trial.scoring.sweep.sweep import sweep as sweep_grid
 
@@ -246,7 +248,8 @@ def score(
     Raises:
         InputError: The arrays do not belong together, or there is no truth.
     """
-    segmentation, truth, inside = _labels(prediction), _labels(label), _mask(mask)
+    segmentation, truth = _labels(prediction), _labels(label)
+    inside = _mask(mask, truth.shape)
 
     from hydralv_tune.numerics.metrics.scores import score_labels
 
@@ -266,8 +269,10 @@ def _labels(given: Array | str | Path) -> Array:
     return given if isinstance(given, np.ndarray) else on_disk.read_labels(expanded(given))
 
 
-def _mask(given: Array | str | Path | None) -> Array | None:
-    """Return booleans of an array or a file; None stays."""
+def _mask(given: Array | str | Path | None, shape: tuple[int, ...]) -> Array | None:
+    """Return booleans of an array, or of a file on the voxels of a volume; None stays."""
     if given is None:
         return None
-    return given > 0 if isinstance(given, np.ndarray) else on_disk.read_mask(expanded(given))
+    if isinstance(given, np.ndarray):
+        return given > 0
+    return on_disk.read_mask(expanded(given), shape)

@@ -55,7 +55,7 @@ def read_mask(path: str | None, shape: tuple[int, ...]) -> np.ndarray | None:
 
     if path is None or path == volumes.NO_MASK:
         return None
-    mask = volumes.read_mask(path)
+    mask = volumes.read_mask(path, shape)
     if mask.shape != shape:
         raise InputError(
             f"{path}: the mask has shape {mask.shape}, but the volume has {shape}. "

@@ -86,10 +86,8 @@ OF_OTHER_NETWORKS = (
     "inference.num_gpus", "inference.num_cpus",
 )  # fmt: skip
 """Keys of transformers and other networks, of other optimizers, of weights that are not named."""
-MASKS = (
-    "a mask must have the image's shape here: write it enlarged first, each voxel repeated as "
-    "often as `resize` says (numpy.repeat along each axis)"
-)
+COARSEST_MASK = 8
+"""As many voxels along an axis a voxel of a mask may stand for here."""
 MEANINGS = {
     "model.dropout": "its RSUNet ignored it; here it would act",
     "model.norm": "its RSUNet reads rsunet_norm alone",
@@ -106,9 +104,6 @@ MEANINGS = {
     "data.dataset_type": "volumes alone are read here: give --image and --label",
     "data.label_transform.erosion": "labels are not eroded here; touching instances stay touching",
     "data.augmentation.defect_mutex": "several defects may meet in a patch here",
-    "data.mask_transform": MASKS,
-    "test.data.mask_transform": MASKS,
-    "tune.data.mask_transform": MASKS,
     "data.data_transform.resize": "volumes are not resized here: resize them first",
     "decoding.postprocessing.instance_cc3d": "instances are not split into their connected parts "
     "after decoding here, which no sweep could do exactly; min_instance_size removes small ones "
@@ -221,6 +216,7 @@ class _Importer:
         self._inference(bcd)
         self._decoding(bcd)
         self._grid(bcd)
+        self._masks()
         self._rest()
         return self.result
 
@@ -707,6 +703,30 @@ class _Importer:
         if path.startswith("data.split_"):
             return not value_or(self.mapping, "data.split_enabled", False)
         return _under(path, OF_OTHER_NETWORKS)
+
+    def _masks(self) -> None:
+        """Take what is done to masks: here one of a lower resolution is enlarged by itself."""
+        for place in ("data", "test.data", "tune.data"):
+            block = f"{place}.mask_transform"
+            factors = self.at(f"{block}.resize", [])
+            if all(factor in range(1, COARSEST_MASK + 1) for factor in factors):
+                meaning = "a mask of so much lower a resolution is enlarged by itself here"
+                if factors:
+                    self.leave(f"{block}.resize", meaning, matters=False)
+            else:
+                self.leave(
+                    f"{block}.resize",
+                    f"masks are enlarged by whole numbers up to {COARSEST_MASK} here: write this "
+                    "one in the image's shape first",
+                )
+            if self.at(f"{block}.align_to_image", False):
+                self.leave(
+                    f"{block}.align_to_image",
+                    "a mask that then lacks the image's shape is refused here",
+                    matters=False,
+                )
+            if self.at(f"{block}.binarize", False) and self.at(f"{block}.threshold", 0) > 0:
+                self.leave(f"{block}.threshold", "a mask is valid above 0 here")
 
     def _rest(self) -> None:
         """List every key that nothing has used."""

@@ -30,11 +30,13 @@ OPEN = "data.augmentation."
 
 
 def check_space(space: SearchSpace, place: str) -> None:
-    """Check every rule of a search space.
+    """Check every rule of a search space but that of `export`, which `only_portable` applies.
 
     Raises:
         ConfigError: The first rule that is broken.
     """
+    # A value is checked over the base, whose own network need not go over.
+    space = space.model_copy(update={"export": None})
     check_keys(space.fixed, Candidate, f"{place}: fixed")
     earlier: dict[str, Parameter] = {}
     for key, parameter in space.parameters.items():

@@ -19,10 +19,12 @@ from hydralv_tune.data.formats.files import (
     LazyArray,
     locate,
     open_lazy,
+    open_mask,
     read_array,
     read_voxel_size_nm,
     write_array,
 )
+from hydralv_tune.data.formats.interface import on_voxels_of
 from hydralv_tune.data.truth import (
     ANNOTATED_NOTE,
     annotated_sections,
@@ -44,6 +46,7 @@ __all__ = [
     "check_volume",
     "first_voxel_size",
     "open_lazy",
+    "open_mask",
     "pairs",
     "placement_of",
     "read_array",
@@ -143,9 +146,10 @@ def read_volume(paths: VolumePaths) -> Volume:
             file, the value, the rule and the next step.
     """
     image = read_array(paths.image, ndim=3)
-    label, mask, scored = (
-        None if path is None else read_array(path, ndim=3)
-        for path in (paths.label, paths.mask, paths.scored_mask)
+    label = None if paths.label is None else read_array(paths.label, ndim=3)
+    mask, scored = (
+        None if path is None else _read_on(path, image.shape)
+        for path in (paths.mask, paths.scored_mask)
     )
     check_volume(paths, image, label, mask, scored)
     unknown = ids = None
@@ -306,13 +310,24 @@ def _check_labels(path: str | Path, labels: Sections, ignore: Collection[int] = 
     return largest
 
 
-def read_mask(path: str | Path) -> np.ndarray:
+def _read_on(path: str | Path, shape: Sequence[int]) -> np.ndarray:
+    """Return a mask in the dtype of its file, on the voxels of an image of that shape."""
+    with open_mask(path, shape) as lazy:
+        return lazy[...]
+
+
+def read_mask(path: str | Path, shape: Sequence[int] | None = None) -> np.ndarray:
     """Return a valid mask (Z, Y, X) as booleans, True where the file is above 0.
+
+    Args:
+        path: File, or `file:dataset`.
+        shape: Of its image, onto whose voxels a mask of lower resolution is enlarged; None leaves
+            it as it is.
 
     Raises:
         VolumeError: It cannot be read, is not 3-D, holds NaN, or has no valid voxel.
     """
-    values = read_array(path, ndim=3)
+    values = read_array(path, ndim=3) if shape is None else _read_on(path, shape)
     _check_mask(path, values)
     mask: np.ndarray = values > 0
     return mask
@@ -446,10 +461,13 @@ def agreed_placement(*files: str | None) -> tuple[VoxelSize | None, VoxelSize | 
             direction; a size of 1 x 1 x 1 nm, which tools write for unknown, contradicts none.
     """
     stated: dict[str, Placement] = {}
+    shape: tuple[int, ...] | None = None
     for path in files:
         if path is not None and path != NO_MASK:
             with open_lazy(path) as lazy:
-                stated[path] = lazy.placement
+                shape = lazy.shape[-3:] if shape is None else shape
+                fits = lazy.ndim == len(shape) == 3
+                stated[path] = (on_voxels_of(lazy, shape) if fits else lazy).placement
     directions = {path: one.directions for path, one in stated.items() if one.directions}
     for path, other in directions.items():
         first, own = next(iter(directions.items()))
@@ -494,7 +512,8 @@ def check_heads(image: str, others: Mapping[str, str | None]) -> None:
         _refuse_no_grey(image, lazy)
     for kind, path in others.items():
         if path is not None:
-            with open_lazy(path, ndim=3) as lazy:
+            mask = kind.endswith("mask")
+            with open_mask(path, shape) if mask else open_lazy(path, ndim=3) as lazy:
                 _check_shape(path, kind, lazy.shape, image, shape)
     agreed_placement(image, *others.values())
 

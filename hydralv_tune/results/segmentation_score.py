@@ -12,7 +12,7 @@ import numpy as np
 
 from hydralv_tune.artifacts.neuroglancer import write_view
 from hydralv_tune.config.errors import InputError, as_input_error
-from hydralv_tune.data.formats.files import open_lazy
+from hydralv_tune.data.formats.files import open_lazy, open_mask
 from hydralv_tune.numerics.metrics.contingency import (
     ContingencyTable,
     of_one_volume,
@@ -90,7 +90,7 @@ def _compared(
     with ExitStack() as stack:
         found = stack.enter_context(open_lazy(segmentation, ndim=3))
         truth = stack.enter_context(open_lazy(label, ndim=3))
-        valid = [stack.enter_context(open_lazy(mask, ndim=3)) for mask in masks]
+        valid = [stack.enter_context(open_mask(mask, found.shape)) for mask in masks]
         for path, other in zip((label, *masks), (truth, *valid), strict=True):
             if other.shape != found.shape:
                 raise InputError(

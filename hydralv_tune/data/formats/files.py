@@ -24,6 +24,7 @@ from hydralv_tune.data.formats.interface import (
     Target,
     arranged,
     chunks_for,
+    on_voxels_of,
     unreadable,
 )
 from hydralv_tune.data.formats.location import Location, format_of, locate
@@ -36,6 +37,7 @@ __all__ = [
     "create_array",
     "locate",
     "open_lazy",
+    "open_mask",
     "read_array",
     "read_voxel_size_nm",
     "write_array",
@@ -82,6 +84,21 @@ def open_lazy(path: str | Path, *, ndim: int | None = None, axes: str = "(Z, Y, 
     for note in stored.placement.notes:
         warnings.warn(f"{location}: {note}", stacklevel=2)
     return lazy
+
+
+def open_mask(path: str | Path, shape: Sequence[int]) -> LazyArray:
+    """Return a mask (Z, Y, X) without reading it, on the voxels of the image it belongs to.
+
+    One of a lower resolution, by whole numbers up to 8, is enlarged, each voxel repeated.
+
+    Args:
+        path: As for `read_array`.
+        shape: Of the image.
+
+    Raises:
+        VolumeError: As for `read_array`. That its shape does not fit is for the caller to say.
+    """
+    return on_voxels_of(open_lazy(path, ndim=3), shape)
 
 
 def read_voxel_size_nm(path: str | Path) -> VoxelSize | None:

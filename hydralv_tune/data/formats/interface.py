@@ -7,7 +7,7 @@ import struct
 import warnings
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -176,6 +176,83 @@ class LazyArray:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+@dataclass(frozen=True)
+class Repeated:
+    """An array of which each voxel stands for a block of voxels, enlarged where it is sliced.
+
+    Args:
+        array: (Z, Y, X), at the lower resolution.
+        factors: Voxels along z, y, x that one of its voxels stands for.
+    """
+
+    array: LazyArray
+    factors: tuple[int, ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Return the shape at the higher resolution."""
+        return tuple(n * factor for n, factor in zip(self.array.shape, self.factors, strict=True))
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Return the type of its file."""
+        return self.array.dtype
+
+    def __getitem__(self, box: tuple[slice, ...]) -> np.ndarray:
+        """Return a box of the higher resolution, given by slices with steps from 1."""
+        coarse = tuple(
+            slice(part.start // factor, -(-part.stop // factor))
+            for part, factor in zip(box, self.factors, strict=True)
+        )
+        values = self.array[coarse]
+        for axis, (part, factor) in enumerate(zip(box, self.factors, strict=True)):
+            places = np.arange(part.start, part.stop, part.step) // factor
+            values = values.take(places - part.start // factor, axis)
+        return values
+
+
+COARSEST = 8
+"""Voxels along an axis that a voxel of a mask may stand for."""
+
+
+def on_voxels_of(mask: LazyArray, shape: Sequence[int]) -> LazyArray:
+    """Return a mask on the voxels of its image; as it is where it is not coarser by whole numbers.
+
+    Args:
+        mask: (Z, Y, X).
+        shape: Of the image.
+    """
+    factors = tuple(
+        side // own if side % own == 0 else 0 for side, own in zip(shape, mask.shape, strict=True)
+    )
+    if max(factors) == 1 or not all(1 <= factor <= COARSEST for factor in factors):
+        return mask
+    warnings.warn(
+        f"{mask.path}: has a lower resolution than its image; each of its voxels stands for "
+        f"{' x '.join(map(str, factors))} voxels (z, y, x) of it.",
+        stacklevel=2,
+    )
+    placement = mask.placement
+    sizes = {
+        key: tuple(s / f for s, f in zip(size, factors, strict=True))
+        for key in ("voxel_size_nm", "bare_size")
+        if (size := getattr(placement, key)) is not None
+    }
+    placement = replace(placement, **sizes)
+    chunks = (
+        tuple(c * f for c, f in zip(mask.chunks, factors, strict=True)) if mask.chunks else None
+    )
+    stored = Stored(Repeated(mask, factors), mask.axes, placement, chunks, mask.close)
+    return replace(
+        mask,
+        shape=tuple(int(n) for n in shape),
+        chunks=chunks,
+        voxel_size_nm=placement.voxel_size_nm,
+        _stored=stored,
+        _order=(0, 1, 2),
+    )
 
 
 def axis_letters(names: Sequence[Any]) -> Names | None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
+import json
 import os
+import re
 import shlex
 from collections.abc import Mapping
 from dataclasses import replace
@@ -20,7 +23,7 @@ from hydralv_tune.config.errors import InputError, as_input_error, unknown_name
 from hydralv_tune.config.files import baseline, candidate_from_mapping
 from hydralv_tune.config.pytc_portability import obstacles
 from hydralv_tune.config.yaml_io import dump_yaml
-from hydralv_tune.data.volumes import VolumePaths, read_volume, write_array
+from hydralv_tune.data.volumes import VolumePaths, open_lazy, read_mask, read_volume, write_array
 from hydralv_tune.numerics.metrics.registry import SUMMARY
 from hydralv_tune.results.best_trial import BestTrial, best_portable, load_best_trial
 from hydralv_tune.results.export.certificate import write_certificate
@@ -289,13 +292,16 @@ def _export_peer(
     unlike = normalised_otherwise(best.candidate, format)
     normalised = write_normalised and unlike is not None
     data = PeerData(
-        volumes=_normalised_volumes(best, out) if normalised else _absolute(best.volumes),
+        volumes=with_masks_enlarged(
+            _normalised_volumes(best, out) if normalised else _absolute(best.volumes), out
+        ),
         voxel_size_nm=best.voxel_size_nm,
         weights=str(weights) if not against else None,
         experiment=f"{best.study.name}_trial_{best.view.number}",
         description=f"exported by hydralv-tune, study {best.study.name}, trial {best.view.number}",
         normalised=normalised,
         drops_exact_size=drops_exact_size,
+        outputs=_outputs(best, format),
     )
     with as_input_error(f"export --format {format}"):
         config = peer_config(best.candidate, best.step, data, schema=format)
@@ -333,6 +339,19 @@ def _export_peer(
         "left_out": list(config.notes),
         "warnings": [] if portable else [" ".join(about)],
     }
+
+
+def _outputs(best: BestTrial, format: str) -> str:
+    """Return a folder for what that tool predicts, of another name where anything differs.
+
+    It takes up a segmentation that lies in its folder of outputs, which it names after the
+    configuration file by default: two exports of one file name must not share it.
+    """
+    said = [format, best.candidate.as_mapping(), best.step.model_dump(mode="json")]
+    digest = hashlib.sha256(json.dumps([*said, [v.image for v in best.volumes]]).encode())
+    digest.update(best.checkpoint.read_bytes())
+    name = re.sub(r"[^\w.-]+", "_", best.study.name)
+    return f"outputs/{name}_trial_{best.view.number}_{digest.hexdigest()[:8]}"
 
 
 def _portable_lines(best: BestTrial, against: list[str], differs: list[str]) -> list[str]:
@@ -402,6 +421,28 @@ def _normalised_volumes(best: BestTrial, out: Path) -> list[VolumePaths]:
         write_array(path, fitted.apply(image))
         written.append(replace(volume, image=str(path)))
     return written
+
+
+def with_masks_enlarged(volumes: list[VolumePaths], out: Path) -> list[VolumePaths]:
+    """Write each mask of a lower resolution on the voxels of its image, and return the volumes.
+
+    That tool enlarges masks when it tests, none when it trains.
+
+    Args:
+        volumes: With absolute paths.
+        out: The exported file; masks go beside it.
+    """
+    whole = []
+    for index, volume in enumerate(volumes):
+        if volume.mask is not None:
+            with open_lazy(volume.image, ndim=3) as image, open_lazy(volume.mask, ndim=3) as mask:
+                shape, coarse = image.shape, mask.shape != image.shape
+            if coarse:
+                path = out.with_name(f"{out.stem}.mask_{index}.h5").absolute()
+                write_array(path, read_mask(volume.mask, shape).astype("uint8"))
+                volume = replace(volume, mask=str(path))
+        whole.append(volume)
+    return whole
 
 
 def _volume_flood_lines(best: BestTrial) -> list[str]:

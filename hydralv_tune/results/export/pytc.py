@@ -217,6 +217,12 @@ def _notes(candidate: Candidate, step: DecodingStep, data: PeerData) -> list[str
             + ("0.26 and later (one voxel less is written)." if data.drops_exact_size
                else "earlier ones. export --scikit-image-026 says otherwise.")
         )  # fmt: skip
+    if data.outputs is not None:
+        notes.append(
+            f"It writes to {data.outputs}, in the folder that it is started in, and where a "
+            "segmentation lies there already it takes that one without predicting. Delete it after "
+            "changing this file."
+        )
     if candidate.optimization.scheduler.name == "constant":
         notes.append("The constant schedule is written as a cosine that ends where it starts.")
     return notes
@@ -319,6 +325,7 @@ def _head_inference(candidate: Candidate, data: PeerData) -> dict[str, Any]:
             ],
         },
         "test_time_augmentation": augmented,
+        **({"save_path": data.outputs} if data.outputs is not None else {}),
     }
 
 
@@ -448,6 +455,7 @@ def _plan(
         "data": {
             **{f"test_{key}": value for key, value in data_block(data).items()},
             "image_transform": dict(transform),
+            "output_path": data.outputs,
         },
         "decoding": [decoding],
         "evaluation": {"enabled": True, "metrics": ["adapted_rand"]},

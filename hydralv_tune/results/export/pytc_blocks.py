@@ -67,6 +67,7 @@ class PeerData:
         normalised: Whether the images are written as the network sees them.
         drops_exact_size: Whether its scikit-image (0.26 or later) drops segments of exactly
             `min_instance_size` voxels.
+        outputs: Folder of its predictions; None: it names one after the configuration file.
     """
 
     volumes: Sequence[VolumePaths]
@@ -76,6 +77,7 @@ class PeerData:
     description: str
     normalised: bool = False
     drops_exact_size: bool = False
+    outputs: str | None = None
 
 
 def augmentation_blocks(candidate: Candidate, notes: list[str]) -> dict[str, Any]:

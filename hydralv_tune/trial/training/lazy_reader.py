@@ -28,6 +28,7 @@ from hydralv_tune.data.volumes import (
     check_volume,
     first_voxel_size,
     open_lazy,
+    open_mask,
     read_volume,
     volume_paths,
 )
@@ -149,9 +150,10 @@ def open_volume(paths: VolumePaths) -> Volume:
         VolumeError: A file cannot be read, or its content breaks a rule.
     """
     image = windowed(open_lazy(paths.image, ndim=3))
-    label, mask, scored = (
-        None if path is None else windowed(open_lazy(path, ndim=3))
-        for path in (paths.label, paths.mask, paths.scored_mask)
+    label = None if paths.label is None else windowed(open_lazy(paths.label, ndim=3))
+    mask, scored = (
+        None if path is None else windowed(open_mask(path, image.shape))
+        for path in (paths.mask, paths.scored_mask)
     )
     check_volume(paths, image, label, mask, scored)
     volume = Volume(paths.name, cast(Array, image), voxel_size_nm=first_voxel_size(paths))

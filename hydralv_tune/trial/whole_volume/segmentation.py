@@ -27,7 +27,7 @@ from hydralv_tune.artifacts.writing import write_atomically
 from hydralv_tune.config.candidate import Candidate
 from hydralv_tune.config.errors import InputError, as_input_error
 from hydralv_tune.config.files import candidate_from_mapping
-from hydralv_tune.data.formats.files import LazyArray, create_array, locate, open_lazy
+from hydralv_tune.data.formats.files import LazyArray, create_array, locate, open_lazy, open_mask
 from hydralv_tune.data.volumes import Volume, VolumePaths
 from hydralv_tune.numerics.normalisation import Normalisation
 from hydralv_tune.numerics.watershed.decoders import DECODERS, decode
@@ -196,7 +196,7 @@ class Work:
         with ExitStack() as stack:
             image = stack.enter_context(open_lazy(self.plan["image"], ndim=3))
             path = self.plan["mask"]
-            yield image, None if path is None else stack.enter_context(open_lazy(path, ndim=3))
+            yield image, None if path is None else stack.enter_context(open_mask(path, image.shape))
 
 
 @contextmanager
@@ -290,7 +290,7 @@ def _begin(
         shape = image.shape
         placement = {"voxel_size_nm": image.voxel_size_nm, "origin_nm": image.origin_nm}
     if paths.mask is not None:
-        with open_lazy(paths.mask, ndim=3) as mask:
+        with open_mask(paths.mask, shape) as mask:
             if mask.shape != shape:
                 raise InputError(
                     f"{paths.mask}: the mask has shape {mask.shape}, but the image {paths.image} "
