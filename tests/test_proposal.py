@@ -13,7 +13,7 @@ from hydralv_tune.cli.main import exit_code
 from hydralv_tune.config.errors import InputError
 from hydralv_tune.config.search_space_files import load_space
 from hydralv_tune.data.volumes import Volume, write_array
-from hydralv_tune.trial.proposal import Machine, propose
+from hydralv_tune.trial.proposal import Machine, Proposal, propose
 
 CPU = Machine(gpu_gb=None, cores=2, memory_gb=8.0)
 
@@ -74,7 +74,7 @@ def test_without_an_instance_there_is_nothing_to_go_by() -> None:
 
 
 def test_inspect_writes_a_space_that_a_study_takes(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     volume = boxes((16, 128, 256), (8, 16, 20), 24)
     write_array(tmp_path / "im.h5", volume.image)
@@ -90,5 +90,13 @@ def test_inspect_writes_a_space_that_a_study_takes(
     assert candidate.system.training.batch_size == proposal["batch_size"]
     assert candidate.data.split.kind == "holdout"
     assert out.read_text().startswith("# Proposed over hydra_lv")
+    before = out.read_bytes()
+    monkeypatch.setattr(
+        "hydralv_tune.trial.proposal.propose",
+        lambda *_: Proposal("hydra_lv_small", {"fixed": {"data": {"patch_size": [16, 0, 64]}}}, ()),
+    )
+    assert exit_code(["inspect", *files, "--propose", str(out)]) == 2
+    assert "data.patch_size" in capsys.readouterr().err
+    assert out.read_bytes() == before
     assert exit_code(["inspect", *files[:2], "--propose", str(out)]) == 2
     assert "give --label too" in capsys.readouterr().err
