@@ -277,6 +277,19 @@ def test_a_mask_of_lower_resolution_is_written_on_the_voxels_of_its_image(tmp_pa
     np.testing.assert_array_equal(read_array(enlarged.mask), coarse.repeat(2, 1).repeat(2, 2))
 
 
+def test_split_instances_are_asked_for_where_that_tool_splits_them() -> None:
+    step = DecodingStep(kwargs={"split_components": True, "min_instance_size": 50})
+    candidate = load_candidate("baseline")
+    today = peer_config(candidate, step, DATA, schema="pytc").mapping["default"]["decoding"]
+    split = {"connectivity": 6, "min_size": 50}
+    assert today["postprocessing"] == {"enabled": True, "instance_cc3d": split}
+    assert "split_components" not in today["steps"][0]["kwargs"]
+    january = peer_config(candidate, step, DATA, schema="pytc-2026-01")
+    assert any("6-connected" in note for note in january.notes)
+    whole = peer_config(candidate, DecodingStep(kwargs={}), DATA, schema="pytc").mapping
+    assert "postprocessing" not in whole["default"]["decoding"]
+
+
 PORTABLE = """
 base: baseline
 export: pytc

@@ -237,7 +237,14 @@ def test_what_only_the_test_stage_says_is_listed_with_what_to_do(today: Path) ->
     today.write_text(today.read_text().replace("resize: [1, 2, 2]", "resize: [1, 1.5, 2]"))
     left = {entry.key: entry for entry in imported(today).left_out if entry.matters}
     assert "whole numbers" in left["test.data.mask_transform.resize"].meaning
-    assert "connected parts" in left["decoding.postprocessing.instance_cc3d.connectivity"].meaning
+    assert not any(key.startswith("decoding.postprocessing") for key in left)
+    step = imported(today).candidate["test"]["decoding"][0]
+    assert step["kwargs"]["split_components"] is True
+    assert step["kwargs"]["min_instance_size"] == 100
+    today.write_text(today.read_text().replace("connectivity: 6", "connectivity: 26"))
+    left = {entry.key: entry for entry in imported(today).left_out}
+    assert "6-connected" in left["decoding.postprocessing.instance_cc3d.connectivity"].meaning
+    assert "split_components" not in imported(today).candidate["test"]["decoding"][0]["kwargs"]
 
 
 def test_a_loss_weighs_and_squashes_as_it_did_there(today: Path) -> None:

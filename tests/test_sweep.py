@@ -150,6 +150,27 @@ def test_sweep_of_the_distance_alone_equals_decode_and_score(masked: bool) -> No
     assert assert_equal_to_decode_and_score(Grid(DISTANCE, DISTANCE_AXES), volume, 36) == 36
 
 
+@pytest.mark.parametrize("flood", ["support", "volume"])
+def test_sweep_of_split_instances_equals_decode_and_score(shared_data: Path, flood: str) -> None:
+    grid = Grid(CONTOUR, AXES, {"flood": flood, "split_components": True})
+    volume = hydra(shared_data)
+    assert assert_equal_to_decode_and_score(grid, volume, 60) == 60
+    apart, whole = (
+        sweep(*volume, Grid(CONTOUR, AXES, {"flood": flood, "split_components": on})).table
+        for on in (True, False)
+    )
+    assert (apart.instances_predicted > whole.instances_predicted).any()
+    quality = SimpleNamespace(metric="pq", guard=VOI.guard)
+    axes = {"binary_threshold.foreground": [0.2, 0.5], "min_instance_size": [0, 60]}
+    grid = Grid(CONTOUR, axes, {"flood": flood, "split_components": True})
+    for row in sweep(*volume, grid, objective=quality).table.to_dict("records"):
+        labels = decode(CONTOUR, volume[0], volume[2], **arguments_of(row, grid))
+        wanted = score(prediction=labels, truth=volume[1], mask=volume[2]).as_dict()
+        assert row["pq"] == pytest.approx(wanted["pq"], abs=1e-12)
+    grid = Grid(DISTANCE, DISTANCE_AXES, {"split_components": True})
+    assert assert_equal_to_decode_and_score(grid, noisy(3), 36) == 36
+
+
 def test_two_volumes_score_as_the_two_side_by_side() -> None:
     maps, truths, _ = zip(noisy(1), noisy(2), strict=True)
     grid = Grid(CONTOUR, {"distance_threshold.seed": [0.1, 0.3], "min_seed_size": [1, 8]})

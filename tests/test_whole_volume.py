@@ -243,6 +243,7 @@ def in_blocks(
             },
         ),
         (CONTOUR, {"flood": "volume"}),
+        (CONTOUR, {"floor": 0.3, "split_components": True, "min_instance_size": 8}),
         (DISTANCE, {"distance_threshold": [0.4, 0.0]}),
         (DISTANCE, {"distance_threshold": [0.1, 0.3], "min_instance_size": 5}),
     ],

@@ -476,7 +476,8 @@ class DecodingGrid(StrictModel):
         description="`binary_threshold: {seed: [...], foreground: [...]}`, `min_seed_size: [...]`",
     )
     fixed: dict[str, Any] = Field(
-        default_factory=dict, description="Decoder arguments without an axis: `flood`, `floor`."
+        default_factory=dict,
+        description="Decoder arguments without an axis: `flood`, `floor`, `split_components`.",
     )
     refine: Whole = Field(0, description="Rounds of refinement around the winner.")
 

@@ -105,9 +105,8 @@ MEANINGS = {
     "data.label_transform.erosion": "labels are not eroded here; touching instances stay touching",
     "data.augmentation.defect_mutex": "several defects may meet in a patch here",
     "data.data_transform.resize": "volumes are not resized here: resize them first",
-    "decoding.postprocessing.instance_cc3d": "instances are not split into their connected parts "
-    "after decoding here, which no sweep could do exactly; min_instance_size removes small ones "
-    "before",
+    "decoding.postprocessing.instance_cc3d": "instances are split into 6-connected parts alone, "
+    "by the decoder (split_components), and min_instance_size is the least size of a part",
     "decoding.postprocessing.enabled": "see its steps",
     "decoding.postprocessing": "instances are not cleaned after decoding here",
     "inference.postprocessing": "segmentations are not cleaned after decoding here",
@@ -652,7 +651,24 @@ class _Importer:
             kept = {key: _thresholds(key, kwargs[key]) for key in kwargs if key in known}
             if "flood" in known:
                 kept["flood"] = "volume"
+            kept |= self._split(kept.get("min_instance_size", 0))
             taken = self.lay({"test": {"decoding": [{"name": name, "kwargs": kept}]}}, path)
+
+    def _split(self, least: int) -> dict[str, Any]:
+        """Return the arguments that split instances as the tool's postprocessing does.
+
+        Args:
+            least: The decoder's `min_instance_size`, which there is that of a whole instance.
+        """
+        path = "decoding.postprocessing"
+        block = value_or(self.mapping, f"{path}.instance_cc3d", None)
+        if not value_or(self.mapping, f"{path}.enabled", False) or not isinstance(block, Mapping):
+            return {}
+        size = int(block.get("min_size", 0))
+        if block.get("connectivity", 6) != 6 or size < least:
+            return {}
+        self.used |= {f"{path}.enabled", f"{path}.instance_cc3d"}
+        return {"split_components": True, "min_instance_size": size}
 
     def _grid(self, bcd: bool) -> None:
         """Take the ranges of thresholds that the tool would sample as a grid."""
@@ -689,7 +705,13 @@ class _Importer:
                     filled.setdefault(part, [_off(axis, fixed)])
             elif axis in known and axis not in grid:
                 grid[axis] = [value]
-        self.result.grid = {"decoder": name, "grid": grid, "fixed": {"flood": "volume"}}
+        fixed: dict[str, Any] = {"flood": "volume"}
+        apart = self._split(0)
+        if apart:
+            least, fixed["split_components"] = apart["min_instance_size"], True
+            sizes = {max(size, least) for size in grid.get("min_instance_size", [0])}
+            grid["min_instance_size"] = sorted(sizes)
+        self.result.grid = {"decoder": name, "grid": grid, "fixed": fixed}
         self.leave("tune.parameter_space", MEANINGS["tune.parameter_space"], matters=False)
 
     def _belongs_to_what_is_off(self, path: str) -> bool:

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import ndimage
+from skimage.measure import label
 from skimage.segmentation import watershed
 
 from hydralv_tune.numerics.metrics.scores import adapted_rand, contingency_table
@@ -72,6 +73,23 @@ def test_no_seed_gives_an_empty_segmentation(name: str) -> None:
 def test_instances_under_the_least_size_are_dropped(name: str) -> None:
     assert decode(name, two_blobs(), min_instance_size=125).max() == 2
     assert decode(name, two_blobs(), min_instance_size=126).max() == 0
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in NAMES if "split_components" in decoder_arguments(name)]
+)
+@pytest.mark.parametrize("least", [0, 6])
+def test_split_components_makes_each_6_connected_piece_an_instance(name: str, least: int) -> None:
+    maps = np.random.default_rng(2).random((3, 6, 20, 20)).astype(np.float32)
+    whole = decode(name, maps)
+    pieces = label(whole, connectivity=1)
+    sizes = np.bincount(pieces.ravel())
+    wanted = np.where(sizes[pieces] >= least, pieces, 0)
+    found = decode(name, maps, split_components=True, min_instance_size=least)
+    assert pieces.max() > whole.max()
+    assert np.array_equal(found > 0, wanted > 0)
+    pairs = np.unique(np.stack([found[found > 0], wanted[found > 0]]), axis=1)
+    assert pairs.shape[1] == len(np.unique(pairs[0])) == len(np.unique(pairs[1])) == found.max()
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -120,7 +120,8 @@ class Argument:
 class SweepForm:
     """How a sweep takes a decoder apart: one flood serves every foreground threshold.
 
-    A sweep may give `min_seed_size` and `min_instance_size` axes too.
+    A sweep may give `min_seed_size` and `min_instance_size` axes too, and takes an argument
+    `split_components` as true or false for all combinations.
 
     Args:
         seeds: Axes that decide the seeds, one for each channel of the graph.
@@ -211,22 +212,26 @@ def _distance_domain(
 
 
 def _labels_of(
-    graph: WatershedGraph, seeds: Array, min_seed_size: int, min_instance_size: int
-) -> Labels:
+    graph: WatershedGraph, seeds: Array, min_seed_size: int, min_instance_size: int,
+    split_components: bool,
+) -> Labels:  # fmt: skip
     """Return the volume of labels after seeds and flood, renumbered from 1.
 
     Args:
         graph: Its needed nodes are the foreground.
         seeds: (channels,), float64, the seed thresholds.
         min_seed_size, min_instance_size: In voxels.
+        split_components: Whether each 6-connected piece is an instance.
     """
     import numpy as np
 
-    from hydralv_tune.numerics.watershed.flood import Workspace, keep_large
+    from hydralv_tune.numerics.watershed.flood import Workspace, keep_large, split
 
     space = Workspace(graph)
     kept, names, _ = keep_large(*space.seeds(seeds), min_seed_size)
-    labels = np.where(graph.needed, space.flooded(kept, names), 0)
+    labels = np.where(graph.needed, space.flooded(kept, names), np.int32(0))
+    if split_components:
+        labels = split(labels, graph)
     sizes = np.bincount(labels, minlength=1)
     large = sizes >= max(min_instance_size, 1)
     large[0] = False
@@ -246,6 +251,7 @@ def decode_instance_binary_contour_distance(
     distance_threshold: Pair = (0.5, -0.5),
     min_seed_size: int = 4,
     min_instance_size: int = 0,
+    split_components: bool = False,
     flood: str = "support",
     floor: float = FLOOR,
 ) -> Labels:
@@ -262,6 +268,7 @@ def decode_instance_binary_contour_distance(
         distance_threshold: In [-1, 1].
         min_seed_size: Seeds under so many voxels are dropped.
         min_instance_size: Instances under so many voxels are dropped.
+        split_components: Each 6-connected piece of an instance becomes an instance of its own.
         flood: `support` floods only where binary > floor or distance > 0; `volume` floods the
             whole mask, as PyTorch Connectomics does.
         floor: Probability.
@@ -287,7 +294,7 @@ def decode_instance_binary_contour_distance(
     graph = contour_graph(
         probabilities, mask, seeds=seeds.tolist(), limits=limits.tolist(), flood=flood, floor=floor
     )
-    return _labels_of(graph, seeds, least, smallest)
+    return _labels_of(graph, seeds, least, smallest, split_components)
 
 
 def decode_instance_watershed_distance(
@@ -297,6 +304,7 @@ def decode_instance_watershed_distance(
     distance_threshold: Pair = (0.5, 0.0),
     min_seed_size: int = 4,
     min_instance_size: int = 0,
+    split_components: bool = False,
 ) -> Labels:
     """Return instances from the distance alone.
 
@@ -310,6 +318,7 @@ def decode_instance_watershed_distance(
         distance_threshold: (seed, foreground) in [-1, 1].
         min_seed_size: Seeds under so many voxels are dropped.
         min_instance_size: Instances under so many voxels are dropped.
+        split_components: Each 6-connected piece of an instance becomes an instance of its own.
 
     Returns:
         (Z, Y, X), int32, ids from 1, 0 is background.
@@ -325,7 +334,8 @@ def decode_instance_watershed_distance(
     least = SEED_SIZE.checked("min_seed_size", min_seed_size)
     smallest = INSTANCE_SIZE.checked("min_instance_size", min_instance_size)
     graph = distance_graph(probabilities, mask, seed=seed, lowest=min(seed, low))
-    return _labels_of(foreground_graph(graph, low), np.array([seed]), least, smallest)
+    cut = foreground_graph(graph, low)
+    return _labels_of(cut, np.array([seed]), least, smallest, split_components)
 
 
 def _contour_graph(
@@ -361,6 +371,7 @@ def _cut_to_foreground(graph: WatershedGraph, threshold: float) -> WatershedGrap
 
 
 SEED_SIZE, INSTANCE_SIZE = Argument(4, "size"), Argument(0, "size")
+SPLIT = Argument(False, "choice", choices=(False, True))
 DISTANCE_PAIR = Argument((0.5, 0.0), "pair", -1.0, 1.0)
 _DISTANCE = Decoder(
     decode_instance_watershed_distance,
@@ -368,6 +379,7 @@ _DISTANCE = Decoder(
         "distance_threshold": DISTANCE_PAIR,
         "min_seed_size": SEED_SIZE,
         "min_instance_size": INSTANCE_SIZE,
+        "split_components": SPLIT,
     },
     SweepForm(
         seeds=("distance_threshold.seed",),
@@ -389,6 +401,7 @@ DECODERS: dict[str, Decoder] = {
             "distance_threshold": Argument((0.5, -0.5), "pair", -1.0, 1.0),
             "min_seed_size": SEED_SIZE,
             "min_instance_size": INSTANCE_SIZE,
+            "split_components": SPLIT,
             "flood": Argument("support", "choice", choices=("support", "volume")),
             "floor": Argument(FLOOR, "number", 0.0, 1.0),
         },

@@ -150,7 +150,7 @@ def peer_step(step: DecodingStep, *, drops_exact_size: bool = False) -> dict[str
     if DECODERS[step.name] == "decode_instance_binary_contour_distance":
         kwargs |= {"binary_channels": [0], "contour_channels": [1]}
     for key, value in values.items():
-        if key in ("flood", "floor"):
+        if key in ("flood", "floor", "split_components"):
             continue
         pair = isinstance(value, list | tuple)
         kwargs[key] = [OFF if entry is None else entry for entry in value] if pair else value
@@ -159,6 +159,15 @@ def peer_step(step: DecodingStep, *, drops_exact_size: bool = False) -> dict[str
     if not kwargs["min_instance_size"]:
         del kwargs["min_instance_size"]
     return {"name": DECODERS[step.name], "kwargs": kwargs}
+
+
+def _cleaning(step: DecodingStep) -> dict[str, Any]:
+    """Return today's `postprocessing` entry of `decoding`, which splits instances, or nothing."""
+    own = step.decoder_arguments()
+    if not own.get("split_components"):
+        return {}
+    split = {"connectivity": 6, "min_size": own.get("min_instance_size", 0)}
+    return {"postprocessing": {"enabled": True, "instance_cc3d": split}}
 
 
 def _notes(candidate: Candidate, step: DecodingStep, data: PeerData) -> list[str]:
@@ -349,7 +358,10 @@ def _head(
             "data": _head_data(candidate, data, notes),
             "inference": _head_inference(candidate, data),
             "optimization": {"precision": candidate.optimization.precision},
-            "decoding": {"steps": [peer_step(step, drops_exact_size=data.drops_exact_size)]},
+            "decoding": {
+                "steps": [peer_step(step, drops_exact_size=data.drops_exact_size)],
+                **_cleaning(step),
+            },
             "evaluation": {"enabled": True, "metrics": ["adapted_rand"]},
         },
         "train": {
@@ -445,6 +457,11 @@ def _plan(
         notes.append(
             f"Its state of 19 January stops at {absent} when it decodes, which came with that of "
             "28 January."
+        )
+    if _cleaning(step):
+        notes.append(
+            "Instances were split into their 6-connected pieces (split_components), which that "
+            "version does not do: the segmentation differs."
         )
     notes.append(
         "Its state of 28 January cannot train these losses (it hands each a weight) and stops "

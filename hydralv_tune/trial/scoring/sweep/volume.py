@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from scipy.linalg import block_diag
 
 from hydralv_tune.numerics.metrics.contingency import (
     EMPTY_TRUTH,
@@ -22,7 +23,7 @@ from hydralv_tune.numerics.metrics.contingency import (
 )
 from hydralv_tune.numerics.metrics.scores import log_terms, match_instances
 from hydralv_tune.numerics.watershed.decoders import DECODERS, SweepForm, decode
-from hydralv_tune.numerics.watershed.flood import Workspace, fingerprint, keep_large
+from hydralv_tune.numerics.watershed.flood import Workspace, fingerprint, keep_large, split
 from hydralv_tune.numerics.watershed.graph import WatershedGraph
 from hydralv_tune.numerics.watershed.threshold_sums import threshold_sums, threshold_tables
 from hydralv_tune.trial.scoring.sweep.grid import Axes, GridLike, decoder_arguments_at
@@ -177,6 +178,7 @@ class FloodedVolume(SweptVolume):
         form = DECODERS[grid.decoder].sweep
         assert form is not None, "checked by the caller"
         self._form: SweepForm = form
+        self._split = bool(grid.fixed.get("split_components", False))
         self._lock = Lock()
         super().__init__(maps, labels, mask, scored, grid, axes, entropy=entropy)
         labels, valid = self._labels, self._valid
@@ -236,8 +238,17 @@ class FloodedVolume(SweptVolume):
         ((graph, cell, bins, ((seeds, _),)),) = self._passes([key])
         space = Workspace(graph)
         kept, names, _ = keep_large(*space.seeds(self._thresholds(seeds)), key[-1])
-        labels = space.flooded(kept, names)[self._scored]
-        full, whole, segment, own, both = threshold_tables(labels, self._truth, cell, bins)
+        labels = space.flooded(kept, names)
+        tables = [
+            threshold_tables(found, self._truth, passed, shape)
+            for found, passed, shape in self._instances(graph, labels, cell, bins)
+        ]
+        full, whole, both = (block_diag(*(table[part] for table in tables)) for part in (0, 1, 4))
+        starts = np.cumsum([0, *(len(table[0]) for table in tables)])
+        segment = np.concatenate(
+            [table[2] + start for table, start in zip(tables, starts, strict=False)]
+        )
+        own = np.concatenate([table[3] for table in tables])
         # Sizes and foreground combinations become one axis, in the order of the table.
         kept = np.stack([full >= max(least, 1) for least in self._least], axis=1)
         columns = np.arange(len(self._least) * full.shape[1])
@@ -291,11 +302,36 @@ class FloodedVolume(SweptVolume):
                     row = self._known[mark] = len(self._rows)
                     self._rows.append((np.zeros(0), np.zeros(0)))
             if new:
-                labels = space.flooded(kept, names)[self._scored]
-                self._rows[row] = threshold_sums(
-                    labels, self._truth, cell, bins, self.truth_sizes, self._least, self._entropy
-                )
+                labels = space.flooded(kept, names)
+                sums = [
+                    threshold_sums(
+                        found, self._truth, passed, shape, self.truth_sizes, self._least,
+                        self._entropy,
+                    )
+                    for found, passed, shape in self._instances(space.graph, labels, cell, bins)
+                ]  # fmt: skip
+                counts, logs = (np.concatenate(part, axis=2) for part in zip(*sums, strict=True))
+                self._rows[row] = counts, logs
             self.row_of[key] = row
+
+    def _instances(
+        self, graph: WatershedGraph, labels: Array, cell: Array, bins: tuple[int, ...]
+    ) -> Iterator[tuple[Array, Array, tuple[int, ...]]]:
+        """Return what `threshold_sums` takes: labels and cells of the scored nodes, and bins.
+
+        One for all foreground combinations, or one for each where their instances are split,
+        since which pieces there are depends on what is foreground.
+        """
+        at = labels[self._scored]
+        if not self._split:
+            yield at, cell, bins
+            return
+        passed = np.stack(np.unravel_index(np.maximum(cell, 0), bins))
+        for combination in np.ndindex(*bins):
+            inside = (cell >= 0) & (passed >= np.reshape(combination, (-1, 1))).all(axis=0)
+            shown = np.zeros(len(labels), np.int32)
+            shown[self._scored] = np.where(inside, at, 0)
+            yield split(shown, graph)[self._scored], inside.astype(np.int32) - 1, (1, 1, 1)
 
     def _in_order(self, rows: Array) -> Array:
         """Return (sums, combinations) of (slow, sums, sizes, foreground combinations)."""
