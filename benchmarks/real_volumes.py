@@ -24,7 +24,7 @@ from hydralv_tune.data.volumes import Volume, read_volume, volume_paths
 from hydralv_tune.numerics.cores import usable_cores
 from hydralv_tune.numerics.metrics import scores
 from hydralv_tune.numerics.watershed.decoders import decode
-from hydralv_tune.trial.fitted_normalisation import fitted_normalisation
+from hydralv_tune.trial.fitted_normalisation import with_normalisation
 from hydralv_tune.trial.scoring.prediction import load_network, pick_device, predict
 from hydralv_tune.trial.splits import slab
 
@@ -104,7 +104,7 @@ def _of_trained_half(volume: Volume, axis: int, record: TrialRecord) -> dict[str
     assert record.decoding is not None
     device = pick_device("auto")
     network, candidate = load_network(record.checkpoint, device=device)
-    whole = replace(volume, normalisation=fitted_normalisation(volume, candidate.data))
+    whole = with_normalisation(volume, candidate.data)
     part = slab(whole, axis, 0, length - round(0.5 * length) - MARGIN)
     maps = predict(
         network, part.image, candidate, device=device, mask=part.mask,

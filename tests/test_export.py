@@ -416,7 +416,7 @@ def network_and_window(finished_study: Any) -> tuple[Any, Any, np.ndarray]:
 
 def at_once(network: Any, candidate: Any, window: np.ndarray) -> np.ndarray:
     """Return what the network says of a window, normalised by itself and not padded."""
-    shown = fit_image(window, candidate.data).apply(window)
+    shown = fit_image(window, candidate.data)[1].apply(window)
     with torch.inference_mode():
         logits = network(torch.from_numpy(shown)[None, None])
     tta = candidate.inference.test_time_augmentation

@@ -7,7 +7,13 @@ import pytest
 import torch
 
 from hydralv_tune.config.candidate import Data
-from hydralv_tune.numerics.normalisation import FILLS, MODES, fit_normalisation, normalise
+from hydralv_tune.numerics.normalisation import (
+    FILLS,
+    MODES,
+    equalised,
+    fit_normalisation,
+    normalise,
+)
 from hydralv_tune.trial.fitted_normalisation import (
     as_it_was_trained,
     fit_image,
@@ -119,9 +125,37 @@ def test_what_is_read_by_section_is_normalised_as_in_memory(
     chosen = {"normalize": mode, "fill": fill, "clip_percentile_low": clips[0],
               "clip_percentile_high": clips[1]}  # fmt: skip
     data = Data.model_validate({"image_transform": chosen})
-    streamed, whole = stream_normalisation(image, data), fit_image(image, data)
+    streamed, (_, whole) = stream_normalisation(image, data), fit_image(image, data)
     for name in ("low", "high", "offset", "scale"):
         assert np.allclose(getattr(streamed, name), getattr(whole, name), rtol=1e-3), name
+
+
+def test_equalised_sections_have_even_contrast_and_know_no_other_section() -> None:
+    image = volume()
+    data = Data.model_validate({"image_transform": {"normalize": "clahe"}})
+    inside, fitted = fit_image(image, data)
+    result = fitted.apply(inside)
+    assert inside.dtype == np.uint8
+    assert result.min() == 0.0
+    assert result.max() == 1.0
+    # Means of 86 to 211 and spreads of 5 to 20 become alike.
+    assert np.ptp(result.mean((1, 2))) < 0.1
+    assert np.ptp(result.std((1, 2))) < 0.1
+    image[2] = 9
+    again, _ = fit_image(image, data)
+    assert not again[2].any()
+    assert np.array_equal(np.delete(again, 2, 0), np.delete(inside, 2, 0))
+    assert np.array_equal(fit_image(image * 100.0, data)[0], again)
+
+
+def test_a_tile_clips_what_most_of_it_is() -> None:
+    image = np.full((70, 70), 100, np.uint8)
+    image[:, ::7] = 101
+    image[0, :2] = 0, 255
+    # Unclipped, two neighbouring grey levels would end 52 apart.
+    assert 0 < np.ptp(equalised(image)[20:50, 20:50].astype(int)) <= 4
+    with pytest.raises(ValueError, match="not finite"):
+        equalised(np.array([[0.0, np.nan], [1.0, 2.0]]))
 
 
 def test_tissue_that_saturates_or_has_few_grey_levels_is_not_lost() -> None:

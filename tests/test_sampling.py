@@ -15,7 +15,7 @@ from hydralv_tune.config.candidate import Data
 from hydralv_tune.config.errors import ConfigError, VolumeError
 from hydralv_tune.data.volumes import Volume, VolumePaths, write_array
 from hydralv_tune.numerics.augmentation.augment import augment
-from hydralv_tune.numerics.normalisation import fit_normalisation, normalise
+from hydralv_tune.numerics.normalisation import equalised, fit_normalisation, normalise
 from hydralv_tune.numerics.targets import instance_edt
 from hydralv_tune.trial.fitted_normalisation import stream_normalisation
 from hydralv_tune.trial.splits import slab, split_volumes
@@ -382,20 +382,24 @@ def drifting() -> Volume:
     return Volume("v", image, given.label)
 
 
-@pytest.mark.parametrize("mode", ["0-1", "z_volume", "z_section", "none"])
+@pytest.mark.parametrize("mode", ["0-1", "z_volume", "z_section", "none", "clahe"])
 @pytest.mark.parametrize("axis", [0, 2])
 @pytest.mark.parametrize("lazy", [False, True], ids=["in memory", "on disk"])
 def test_a_part_is_normalised_as_in_the_whole_to_train_on_and_to_score(
     mode: str, axis: int, lazy: bool
 ) -> None:
     given = drifting()
-    chosen = {"normalize": mode, "clip_percentile_low": 0.01, "clip_percentile_high": 0.98}
+    clips = (0.0, 1.0) if mode == "clahe" else (0.01, 0.98)
+    chosen = {"normalize": mode, "clip_percentile_low": clips[0], "clip_percentile_high": clips[1]}
     data = settings(
         image_transform=chosen,
         split={"kind": "holdout", "axis": axis, "fraction": 0.5, "margin": 1},
     )
     plan = split_volumes([as_lazy(given) if lazy else given], data, receptive_field=(1, 1, 1))
-    whole = normalise(given.image, mode=mode, clip_low=0.01, clip_high=0.98)
+    if mode == "clahe":
+        whole = np.stack([equalised(section) for section in given.image]) / np.float32(255)
+    else:
+        whole = normalise(given.image, mode=mode, clip_low=clips[0], clip_high=clips[1])
     trained, scored = plan.folds[0].train[0], plan.folds[0].score[0]
     source = (LazySource if lazy else ResidentVolume)(trained, data, CPU, 0)
     patch = source.cut(np.array([[1, 5, 9]]), SIZE).image[0, 0].numpy()

@@ -86,7 +86,7 @@ def in_lanes(
     torch.manual_seed(0)
     network = network_of(candidate).eval()
     windows = plan_windows(image.shape, candidate)
-    padded = PaddedImage(image, windows, candidate, fit_image(image, candidate.data))
+    padded = PaddedImage(image, windows, candidate, fit_image(image, candidate.data)[1])
     result = np.full((3, *image.shape), np.nan, np.float16)
     for lane in lanes:
         steps = predicted_sections(
@@ -350,6 +350,25 @@ def reference(model: Model, paths: VolumePaths, masked: bool) -> np.ndarray:
     mask = read_array(paths.mask) > 0 if masked and paths.mask else None
     maps = predict(network, read_array(paths.image), model.candidate, mask=mask)
     return decode(model.decoder, maps, mask, **model.arguments)
+
+
+@pytest.mark.parametrize("memory_gb", [2, 1e-3])
+def test_equalised_sections_give_the_instances_of_predicting_at_once(
+    tmp_path: Path, model: Model, paths: VolumePaths, monkeypatch: pytest.MonkeyPatch,
+    memory_gb: float,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(segmentation, "PROGRAM_BYTES", 0)
+    monkeypatch.setattr(segmentation, "LEAST_BYTES", 0)
+    plain = reference(model, paths, True)
+    data = model.candidate.data
+    transform = data.image_transform.model_copy(update={"normalize": "clahe"})
+    data = data.model_copy(update={"image_transform": transform})
+    model = replace(model, candidate=model.candidate.model_copy(update={"data": data}))
+    expected = reference(model, paths, True)
+    segment_volume(model, paths, tmp_path / "seg.h5", memory_gb=memory_gb)
+    assert expected.max() > 2
+    assert not same_instances(expected, plain)
+    assert same_instances(read_array(tmp_path / "seg.h5"), expected)
 
 
 @pytest.mark.parametrize("masked", [True, False], ids=["mask", "no mask"])

@@ -146,12 +146,13 @@ class ImageTransform(StrictModel):
     """`data.image_transform`: the same in training and in prediction."""
 
     normalize: Annotated[
-        Literal["0-1", "z_volume", "z_section", "none"],
+        Literal["0-1", "z_volume", "z_section", "clahe", "none"],
         spelled({"normal": "z_volume", "z-score": "z_volume", "zscore": "z_volume"}),
     ] = Field(
         "0-1",
         description="0–1 per volume; standardisation per volume (`normal` is its other name) or "
-        "per section; none.",
+        "per section; CLAHE, which equalises each section in 7 x 7 tiles at a clip limit of 2, "
+        "to 0–1; none.",
     )
     fill: Literal["constant", "zeros"] = Field(
         "constant",

@@ -249,6 +249,10 @@ def check_data(candidate: Candidate, place: str) -> None:
     if low >= high:
         refuse(place, "data.image_transform.clip_percentile_low", low,
                f"clip_percentile_high is {high}, and low must be below it")  # fmt: skip
+    if data.image_transform.normalize == "clahe" and (low, high) != (0.0, 1.0):
+        refuse(place, "data.image_transform.normalize", "clahe",
+               "it stretches each section over its own range, so nothing is clipped before: leave "
+               "clip_percentile_low at 0.0 and clip_percentile_high at 1.0")  # fmt: skip
     _check_targets(candidate, place)
     for key in ("train_resolution", "val_resolution"):
         size = getattr(data, key)

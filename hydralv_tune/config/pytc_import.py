@@ -705,13 +705,13 @@ class _Importer:
                     filled.setdefault(part, [_off(axis, fixed)])
             elif axis in known and axis not in grid:
                 grid[axis] = [value]
-        fixed: dict[str, Any] = {"flood": "volume"}
+        shared: dict[str, Any] = {"flood": "volume"}
         apart = self._split(0)
         if apart:
-            least, fixed["split_components"] = apart["min_instance_size"], True
+            least, shared["split_components"] = apart["min_instance_size"], True
             sizes = {max(size, least) for size in grid.get("min_instance_size", [0])}
             grid["min_instance_size"] = sorted(sizes)
-        self.result.grid = {"decoder": name, "grid": grid, "fixed": fixed}
+        self.result.grid = {"decoder": name, "grid": grid, "fixed": shared}
         self.leave("tune.parameter_space", MEANINGS["tune.parameter_space"], matters=False)
 
     def _belongs_to_what_is_off(self, path: str) -> bool:

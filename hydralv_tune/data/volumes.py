@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -38,9 +38,11 @@ from hydralv_tune.numerics.normalisation import Normalisation
 
 __all__ = [
     "NO_MASK",
+    "Box",
     "Sections",
     "Volume",
     "VolumePaths",
+    "Windowed",
     "agreed_placement",
     "check_heads",
     "check_volume",
@@ -56,9 +58,11 @@ __all__ = [
     "read_volume",
     "read_voxel_size_nm",
     "volume_paths",
+    "windowed",
     "write_array",
 ]
 
+Box = tuple[slice, slice, slice]
 UNIT_SIZE = (1.0, 1.0, 1.0)
 """The voxel size that tools write where they know none."""
 SAME_SIZE = 0.01
@@ -73,6 +77,69 @@ class Sections(Protocol):
     @property
     def dtype(self) -> np.dtype[Any]: ...
     def __iter__(self) -> Iterator[Any]: ...
+
+
+@dataclass(frozen=True)
+class Windowed:
+    """A part of an array that stays where it is until it is sliced.
+
+    Args:
+        array: Anything with `shape`, `dtype` and slices: an open file, or an array.
+        window: Of the array, (z, y, x).
+    """
+
+    array: Any
+    window: Box
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Return the shape of the part."""
+        z, y, x = (s.stop - s.start for s in self.window)
+        return z, y, x
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Return the type of its file."""
+        return np.dtype(self.array.dtype)
+
+    @property
+    def size(self) -> int:
+        """Return the number of its voxels."""
+        return int(np.prod(self.shape))
+
+    def read(self, box: Box) -> np.ndarray:
+        """Return a box of the part, in memory."""
+        where = tuple(
+            slice(own.start + s.start, own.start + s.stop)
+            for own, s in zip(self.window, box, strict=True)
+        )
+        return np.asarray(self.array[where])
+
+    def cut(self, box: Box) -> Windowed:
+        """Return a smaller part, unread. Ends that are None are those of this part."""
+        ends = [
+            (own.start + (s.start or 0), own.start + (side if s.stop is None else s.stop))
+            for own, s, side in zip(self.window, box, self.shape, strict=True)
+        ]
+        z, y, x = (slice(a, b) for a, b in ends)
+        return replace(self, window=(z, y, x))
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        """Yield the sections, one in memory at a time."""
+        _, height, width = self.shape
+        for z in range(len(self)):
+            yield self.read((slice(z, z + 1), slice(0, height), slice(0, width)))[0]
+
+
+def windowed(array: Any) -> Windowed:
+    """Return a whole array as a part of itself."""
+    if isinstance(array, Windowed):
+        return array
+    z, y, x = (slice(0, int(side)) for side in array.shape)
+    return Windowed(array, (z, y, x))
 
 
 @dataclass(frozen=True)

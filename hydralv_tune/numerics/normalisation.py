@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, overload
@@ -16,6 +17,11 @@ Array = npt.NDArray[Any]
 Floats = npt.NDArray[np.float32]
 
 MODES = ("0-1", "z_volume", "z_section", "none")
+CLAHE_TILES = 7
+"""Tiles along each side of a section."""
+CLAHE_CLIP = 2.0
+"""Most voxels of a grey level in a tile, as a multiple of what a flat histogram has."""
+GREY_LEVELS = 256
 FILLS = ("constant", "zeros")
 FILL_SHARE = 0.05
 """From this share of a section on, voxels of one constant value are fill, not tissue."""
@@ -183,6 +189,35 @@ def normalisation_of(
         offset=offset.astype(np.float32),
         scale=scale.astype(np.float32),
     )
+
+
+def equalised(section: Array) -> npt.NDArray[np.uint8]:
+    """Return a section with its contrast equalised tile by tile (CLAHE), 0 to 255.
+
+    The whole section is needed, since its tiles are: a crop of the result is not that of a crop.
+
+    Args:
+        section: (Y, X), any number type. A constant one becomes 0.
+
+    Raises:
+        ValueError: It holds values that are not finite.
+
+    Source:
+        scikit-image's `equalize_adapthist`, with the tiles and the clip limit that OpenCV calls
+        7 x 7 and 2.
+    """
+    from skimage.exposure import equalize_adapthist
+
+    low, high = float(section.min()), float(section.max())
+    if not np.isfinite([low, high]).all():
+        raise ValueError(NOT_FINITE)
+    if low == high:
+        return np.zeros(section.shape, np.uint8)
+    tile = [math.ceil(side / CLAHE_TILES) for side in section.shape]
+    share = CLAHE_CLIP / GREY_LEVELS
+    grey = (section - low) / (high - low)
+    stretched = equalize_adapthist(grey, tile, clip_limit=share, nbins=GREY_LEVELS)
+    return np.rint(stretched * (GREY_LEVELS - 1)).astype(np.uint8)
 
 
 @overload

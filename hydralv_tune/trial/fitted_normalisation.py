@@ -2,11 +2,15 @@
 
 Training and prediction share what is found here. A part of a volume, cut to be held out or to fit
 into memory, is normalised as sections of the whole: that is what a user has who predicts it.
+Sections that are equalised (`normalize: clahe`) are so once, before anything is cut from them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,40 +18,63 @@ import numpy.typing as npt
 
 from hydralv_tune.config.candidate import Data, ImageTransform
 from hydralv_tune.config.errors import as_input_error
-from hydralv_tune.data.volumes import Sections, Volume
+from hydralv_tune.data.volumes import Sections, Volume, windowed
 from hydralv_tune.numerics.normalisation import (
     NOT_FINITE,
     Normalisation,
+    equalised,
     fit_normalisation,
     normalisation_of,
     tissue_of,
 )
 
 Array = npt.NDArray[Any]
+Size3 = tuple[int, int, int]
 
+EQUALISED = (0.0, 255.0)
+"""Range of equalised sections."""
 PAD_MODES = {"reflect": "reflect", "constant": "constant", "replicate": "edge"}
 
 
-def fitted_normalisation(volume: Volume, data: Data) -> Normalisation:
-    """Return how a volume is normalised: as it carries it, or else by its own image.
+def with_normalisation(volume: Volume, data: Data, scratch: Path | None = None) -> Volume:
+    """Return a volume that carries how it is normalised, its sections equalised where asked.
 
     Args:
-        volume: In memory or on disk.
+        volume: In memory or on disk; as it is where it carries that already.
         data: `data` of the candidate.
+        scratch: File (.npy) for the equalised sections of a volume on disk; one without a name,
+            gone with the process, where none is given.
 
     Raises:
         InputError: The image holds values that are not finite.
     """
     if volume.normalisation is not None:
-        return volume.normalisation
+        return volume
+    image: Any = volume.image
     with as_input_error(f"Volume '{volume.name}'"):
-        if not isinstance(volume.image, np.ndarray):
-            return stream_normalisation(volume.image, data)
-        return fit_image(volume.image, data)
+        if isinstance(image, np.ndarray):
+            image, fitted = fit_image(image, data)
+            return replace(volume, image=image, normalisation=fitted)
+        if data.image_transform.normalize == "clahe":
+            image = windowed(_equalised_on_disk(image, image.shape, scratch))
+            fitted = normalisation_of("0-1", *EQUALISED, (), image.shape[0])
+        else:
+            fitted = stream_normalisation(image, data)
+        return replace(volume, image=image, normalisation=fitted)
 
 
-def fit_image(image: Array, data: Data) -> Normalisation:
-    """Return how an image in memory is normalised.
+def _equalised_on_disk(sections: Iterable[Array], shape: Size3, scratch: Path | None) -> Array:
+    """Return equalised sections (Z, Y, X), uint8, that lie in a file."""
+    with tempfile.TemporaryFile() if scratch is None else scratch.open("w+b") as file:
+        into = np.memmap(file, np.uint8, "w+", shape=shape)
+    for z, section in enumerate(sections):
+        into[z] = equalised(section)
+    into.flush()
+    return into
+
+
+def fit_image(image: Array, data: Data) -> tuple[Array, Normalisation]:
+    """Return an image in memory, its sections equalised where asked, and how it is normalised.
 
     Args:
         image: (Z, Y, X).
@@ -57,7 +84,10 @@ def fit_image(image: Array, data: Data) -> Normalisation:
         ValueError: The image holds values that are not finite.
     """
     chosen = data.image_transform
-    return fit_normalisation(
+    if chosen.normalize == "clahe":
+        image = np.stack([equalised(section) for section in image])
+        return image, normalisation_of("0-1", *EQUALISED, (), len(image))
+    return image, fit_normalisation(
         image,
         mode=chosen.normalize,
         clip_low=chosen.clip_percentile_low,

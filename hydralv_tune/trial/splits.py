@@ -9,10 +9,10 @@ from typing import Any
 
 from hydralv_tune.config.candidate import Candidate, Data, Split
 from hydralv_tune.config.errors import ConfigError, VolumeError, unknown_name
-from hydralv_tune.data.volumes import Volume
+from hydralv_tune.data.volumes import Volume, Windowed
 from hydralv_tune.numerics.networks.registry import network_arguments
-from hydralv_tune.trial.fitted_normalisation import fitted_normalisation
-from hydralv_tune.trial.training.lazy_reader import Windowed, has_truth
+from hydralv_tune.trial.fitted_normalisation import with_normalisation
+from hydralv_tune.trial.training.lazy_reader import has_truth
 
 AXES = "zyx"
 CHOSEN_THERE = "; thresholds and best checkpoint were chosen there, so the score is optimistic"
@@ -117,8 +117,7 @@ def split_volumes(
                 "instance labels. Give --label."
             )
     volumes, held_out = (
-        [replace(v, normalisation=fitted_normalisation(v, data)) for v in group]
-        for group in (volumes, held_out)
+        [with_normalisation(v, data) for v in group] for group in (volumes, held_out)
     )
     split = data.split
     margin = receptive_field[split.axis] if split.margin is None else split.margin

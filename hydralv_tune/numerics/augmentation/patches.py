@@ -17,7 +17,9 @@ from hydralv_tune.numerics.normalisation import Normalisation
 Span = float | Sequence[float]
 VoxelSize = tuple[float, float, float]
 
-INTENSITY_RANGES = {"0-1": (0.0, 1.0), "z_volume": (-3.0, 3.0), "z_section": (-3.0, 3.0)}
+INTENSITY_RANGES = {
+    "0-1": (0.0, 1.0), "clahe": (0.0, 1.0), "z_volume": (-3.0, 3.0), "z_section": (-3.0, 3.0),
+}  # fmt: skip
 """Black and white after a normalisation: three spreads hold nearly all of a standardised image."""
 
 

@@ -402,6 +402,8 @@ def normalised_otherwise(candidate: Candidate, format: str) -> str | None:
     transform = data.image_transform
     if transform.normalize == "z_section":
         return "it cannot standardise sections (data.image_transform.normalize z_section)"
+    if transform.normalize == "clahe":
+        return "it cannot equalise sections (data.image_transform.normalize clahe)"
     clips = (transform.clip_percentile_low, transform.clip_percentile_high) != (0.0, 1.0)
     if format == "pytc" and any(data.pad_size) and (transform.normalize == "z_volume" or clips):
         return (
@@ -416,7 +418,7 @@ def _normalised_volumes(best: BestTrial, out: Path) -> list[VolumePaths]:
     written = []
     for index, volume in enumerate(_absolute(best.volumes)):
         image = read_volume(VolumePaths(name=volume.name, image=volume.image)).image
-        fitted = fit_image(image, best.candidate.data)
+        image, fitted = fit_image(image, best.candidate.data)
         path = out.with_name(f"{out.stem}.normalised_{index}.h5").absolute()
         write_array(path, fitted.apply(image))
         written.append(replace(volume, image=str(path)))

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from hydralv_tune.artifacts.writing import write_atomically
 from hydralv_tune.config.candidate import Candidate
-from hydralv_tune.config.errors import VolumeError
+from hydralv_tune.config.errors import InputError, VolumeError
 from hydralv_tune.config.yaml_io import dump_yaml
 from hydralv_tune.data.formats.files import open_lazy
 from hydralv_tune.numerics.networks.registry import divisor, network_arguments
@@ -83,12 +83,21 @@ def export_bioimageio(best: BestTrial, out: Path) -> dict[str, Any]:
 
     Returns:
         `out`, `checkpoint`, and `commands`, which tests the file.
+
+    Raises:
+        InputError: The network sees equalised sections, which the format has no word for.
     """
     network, candidate = load_network(best.checkpoint)
+    if candidate.data.image_transform.normalize == "clahe":
+        raise InputError(
+            "bioimage.io has no word for data.image_transform.normalize clahe, so its programs "
+            "would show the network other images. Use --format torchscript, and equalise first."
+        )
     traced, any_size = traced_network(network, candidate)
     raw = _picture(best, window_of(candidate))
     with torch.inference_mode():
-        shown = fit_image(raw, candidate.data).apply(raw)
+        image, fitted = fit_image(raw, candidate.data)
+        shown = fitted.apply(image)
         result = traced(torch.from_numpy(shown)[None, None]).numpy()
     weights = io.BytesIO()
     torch.jit.save(traced, weights)

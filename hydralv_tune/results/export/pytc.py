@@ -46,7 +46,8 @@ DECODERS = {
     "decode_instance_watershed_distance": "decode_distance_watershed",
     "decode_distance_watershed": "decode_distance_watershed",
 }
-NORMALISATIONS = {"0-1": "0-1", "z_volume": "normal", "z_section": "normal", "none": "none"}
+NORMALISATIONS = {"0-1": "0-1", "z_volume": "normal", "z_section": "normal",
+                  "clahe": "0-1", "none": "none"}  # fmt: skip
 AS_WRITTEN = {"normalize": "none", "clip_percentile_low": 0.0, "clip_percentile_high": 1.0}
 """Of `image_transform`, where the images are written as the network sees them."""
 BLENDINGS = {"gaussian": "distance_transform", "constant": "constant"}
@@ -197,6 +198,11 @@ def _notes(candidate: Candidate, step: DecodingStep, data: PeerData) -> list[str
         notes.append(
             "Images were standardised section by section, which cannot be said there: the "
             "segmentation differs. export --write-normalised writes the images so."
+        )
+    elif ours.image_transform.normalize == "clahe":
+        notes.append(
+            "Sections were equalised (CLAHE), which cannot be said there: the segmentation "
+            "differs. export --write-normalised writes the images so."
         )
     else:
         notes.append("Images were normalised over the volume in training too; there per crop.")

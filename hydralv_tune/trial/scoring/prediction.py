@@ -316,8 +316,8 @@ def predict(
         progress: Called with (windows done, windows in all) after each batch.
         mask: (Z, Y, X); windows that it does not touch are not computed. Inside it the result
             is the same as without; windows left out are background.
-        normalisation: Of the sections, where the image is a part of a volume; fitted on the image
-            without.
+        normalisation: Of the sections, where the image comes from `with_normalisation`; fitted on
+            the image without.
 
     Returns:
         (3, Z, Y, X) float16: binary and boundary in [0, 1], distance in [-1, 1].
@@ -506,7 +506,9 @@ def _padded(
 ) -> Array:
     """Return the normalised volume, padded as in training, then to a window at least."""
     data = candidate.data
-    fitted = fit_image(image, data) if normalisation is None else normalisation
+    fitted = normalisation
+    if fitted is None:
+        image, fitted = fit_image(image, data)
     # Intensities are padded before they are normalised: a rim of 0 is black, not average.
     context = _pad(image, [(p, p) for p in data.pad_size], data.pad_mode)
     volume = padded_normalisation(fitted, data.pad_size[0], data.pad_mode).apply(context)

@@ -6,7 +6,7 @@ Only what a patch needs is read: from chunked HDF5 or Zarr, by a few threads, a 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, cast
 
 import numpy as np
@@ -22,8 +22,10 @@ from hydralv_tune.data.truth import (
     has_unknown,
 )
 from hydralv_tune.data.volumes import (
+    Box,
     Volume,
     VolumePaths,
+    Windowed,
     check_truth,
     check_volume,
     first_voxel_size,
@@ -31,13 +33,14 @@ from hydralv_tune.data.volumes import (
     open_mask,
     read_volume,
     volume_paths,
+    windowed,
 )
 from hydralv_tune.numerics.augmentation.patches import Patches, intensity_range
 from hydralv_tune.numerics.targets import instance_edt
 from hydralv_tune.trial.fitted_normalisation import (
     PAD_MODES,
-    fitted_normalisation,
     padded_normalisation,
+    with_normalisation,
 )
 from hydralv_tune.trial.training.sampling import (
     OUTSIDE,
@@ -50,7 +53,6 @@ from hydralv_tune.trial.training.sampling import (
 from hydralv_tune.trial.training.sampling_locations import Ints, find_sampling_locations
 
 Array = npt.NDArray[Any]
-Box = tuple[slice, slice, slice]
 
 HALO = (8, 32, 32)
 """Voxels (z, y, x) read around a patch for the distance target: instances that reach further out
@@ -58,69 +60,6 @@ of the patch than that get a distance as if cut there."""
 
 SCORED_BYTES = 40
 """Bytes a voxel takes while it is predicted, swept and scored."""
-
-
-@dataclass(frozen=True)
-class Windowed:
-    """A part of an array that stays where it is until it is sliced.
-
-    Args:
-        array: Anything with `shape`, `dtype` and slices: an open file, or an array.
-        window: Of the array, (z, y, x).
-    """
-
-    array: Any
-    window: Box
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """Return the shape of the part."""
-        z, y, x = (s.stop - s.start for s in self.window)
-        return z, y, x
-
-    @property
-    def dtype(self) -> np.dtype[Any]:
-        """Return the type of its file."""
-        return np.dtype(self.array.dtype)
-
-    @property
-    def size(self) -> int:
-        """Return the number of its voxels."""
-        return int(np.prod(self.shape))
-
-    def read(self, box: Box) -> Array:
-        """Return a box of the part, in memory."""
-        where = tuple(
-            slice(own.start + s.start, own.start + s.stop)
-            for own, s in zip(self.window, box, strict=True)
-        )
-        return np.asarray(self.array[where])
-
-    def cut(self, box: Box) -> Windowed:
-        """Return a smaller part, unread. Ends that are None are those of this part."""
-        ends = [
-            (own.start + (s.start or 0), own.start + (side if s.stop is None else s.stop))
-            for own, s, side in zip(self.window, box, self.shape, strict=True)
-        ]
-        z, y, x = (slice(a, b) for a, b in ends)
-        return replace(self, window=(z, y, x))
-
-    def __len__(self) -> int:
-        return self.shape[0]
-
-    def __iter__(self) -> Iterator[Array]:
-        """Yield the sections, one in memory at a time."""
-        _, height, width = self.shape
-        for z in range(len(self)):
-            yield self.read((slice(z, z + 1), slice(0, height), slice(0, width)))[0]
-
-
-def windowed(array: Any) -> Windowed:
-    """Return a whole array as a part of itself."""
-    if isinstance(array, Windowed):
-        return array
-    z, y, x = (slice(0, int(side)) for side in array.shape)
-    return Windowed(array, (z, y, x))
 
 
 def is_lazy(volume: Volume) -> bool:
@@ -251,6 +190,8 @@ def part_to_score(volume: Volume, data: Data) -> Volume:
     """
     if not is_lazy(volume):
         return volume
+    volume = with_normalisation(volume, data)
+    assert volume.normalisation is not None
     label = cast(Windowed, volume.label)
     depth, height, width = label.shape
     sections = int(data.memory_limit_gb * 1e9 / (SCORED_BYTES * height * width))
@@ -271,7 +212,7 @@ def part_to_score(volume: Volume, data: Data) -> Volume:
         label=label.read(box),
         mask=tissue,
         scored_mask=known,
-        normalisation=fitted_normalisation(volume, data).of_sections(first, first + sections),
+        normalisation=volume.normalisation.of_sections(first, first + sections),
     )
 
 
@@ -286,7 +227,8 @@ class LazySource:
     """
 
     def __init__(self, volume: Volume, data: Data, device: torch.device, seed: int) -> None:
-        self.volume = volume
+        self.volume = volume = with_normalisation(volume, data)
+        assert volume.normalisation is not None
         self.device = device
         self.voxel_size_nm = known_voxel_size(data, volume)
         self.pad = data.pad_size
@@ -296,7 +238,7 @@ class LazySource:
             volume.name, label, mask, pad=data.pad_size, seed=seed
         )
         self.distance_arguments = distance_arguments(data, volume)
-        fitted = fitted_normalisation(volume, data)
+        fitted = volume.normalisation
         self.intensity_range = intensity_range(data.image_transform.normalize, fitted)
         fitted = padded_normalisation(fitted, self.pad[0], data.pad_mode)
         self.per_section = {

@@ -25,8 +25,8 @@ from hydralv_tune.numerics.augmentation.patches import Patches, intensity_range
 from hydralv_tune.numerics.targets import instance_edt
 from hydralv_tune.trial.fitted_normalisation import (
     PAD_MODES,
-    fitted_normalisation,
     padded_normalisation,
+    with_normalisation,
 )
 from hydralv_tune.trial.training.sampling_locations import Ints, Places, find_sampling_locations
 
@@ -65,7 +65,9 @@ class ResidentVolume:
             distance = instance_edt(label, **distance_arguments(data, volume))
         pad, inside = data.pad_size, volume.where_scored
         self.voxel_size_nm = known_voxel_size(data, volume)
-        fitted = fitted_normalisation(volume, data)
+        volume = with_normalisation(volume, data)
+        fitted = volume.normalisation
+        assert fitted is not None
         self.intensity_range = intensity_range(data.image_transform.normalize, fitted)
         self.places = find_sampling_locations(volume.name, label, inside, pad=pad, seed=seed)
         self.device = device

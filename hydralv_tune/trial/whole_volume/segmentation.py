@@ -31,7 +31,7 @@ from hydralv_tune.data.formats.files import LazyArray, create_array, locate, ope
 from hydralv_tune.data.volumes import Volume, VolumePaths
 from hydralv_tune.numerics.normalisation import Normalisation
 from hydralv_tune.numerics.watershed.decoders import DECODERS, decode
-from hydralv_tune.trial.fitted_normalisation import fitted_normalisation
+from hydralv_tune.trial.fitted_normalisation import with_normalisation
 from hydralv_tune.trial.scoring.prediction import (
     averaged,
     load_members,
@@ -182,6 +182,11 @@ class Work:
                 for box, part in zip(kept["boxes"], parts, strict=False)
             ]
 
+    @property
+    def equalised(self) -> Path:
+        """Return where the sections are that the network sees equalised, (Z, Y, X) uint8, if so."""
+        return self.folder / "equalised.raw"
+
     def block_file(self, number: int) -> Path:
         """Return where the table of a block is kept; it is there once the block is done."""
         return self.folder / f"block_{number}.npz"
@@ -192,9 +197,11 @@ class Work:
 
     @contextmanager
     def inputs(self) -> Iterator[tuple[LazyArray, LazyArray | None]]:
-        """Give image and mask, open for reading."""
+        """Give image, equalised where the network sees it so, and mask, open for reading."""
         with ExitStack() as stack:
-            image = stack.enter_context(open_lazy(self.plan["image"], ndim=3))
+            image: Any = stack.enter_context(open_lazy(self.plan["image"], ndim=3))
+            if self.equalised.exists():
+                image = np.memmap(self.equalised, np.uint8, "r", shape=self.shape)
             path = self.plan["mask"]
             yield image, None if path is None else stack.enter_context(open_mask(path, image.shape))
 
@@ -331,8 +338,11 @@ def _begin(
     )  # fmt: skip
     volume = Volume(paths.name, cast(Any, None))
     with open_lazy(paths.image, ndim=3) as image:
-        fitted = fitted_normalisation(replace(volume, image=cast(Any, image)), model.candidate.data)
-    _save(work.folder / "normalisation.npz", **asdict(fitted))
+        volume = with_normalisation(
+            replace(volume, image=cast(Any, image)), model.candidate.data, work.equalised
+        )
+    assert volume.normalisation is not None
+    _save(work.folder / "normalisation.npz", **asdict(volume.normalisation))
     write_atomically(work.folder / "plan.json", text.encode())
     return work
 
