@@ -384,7 +384,7 @@ def test_check_tells_candidates_from_spaces(write: Write, tmp_path: Path) -> Non
 
 def test_a_space_is_explained() -> None:
     told = "\n".join(explain_file("hydra_lv"))
-    assert "54,000 combinations" in told
+    assert "75,600 combinations" in told
     assert "baseline" in told
     assert "optimizer steps" in told
 

@@ -101,6 +101,19 @@ def test_finer_axes_go_half_way_to_the_neighbours() -> None:
     assert around["min_seed_size"] == (1, 4)
 
 
+def test_refinement_ends_at_hundredths() -> None:
+    axes = checked_axes(Grid(CONTOUR, {"binary_threshold.seed": [0.9, 0.97, 0.99]}))
+    point = {name: values[0] for name, values in axes.items()}
+
+    def around(seed: float, step: float) -> tuple[float, ...]:
+        return finer(axes, point | {"binary_threshold.seed": seed}, step)["binary_threshold.seed"]
+
+    assert around(0.99, 0.5) == (0.98, 0.99)
+    assert around(0.97, 0.5) == (0.94, 0.97, 0.98)
+    assert around(0.93, 0.25) == (0.92, 0.93, 0.94)
+    assert around(0.9, 2.0**-9) == (0.9, 0.91)
+
+
 def test_decoder_without_a_sweep_form_is_swept_over_its_numbers_alone(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -15,6 +15,8 @@ from hydralv_tune.numerics.watershed.decoders import DECODERS, arguments_of
 
 MOST_COMBINATIONS = 1_000_000
 """450 bytes a combination while the table is made: this many are 0.45 GB."""
+FINEST = 0.01
+"""The smallest step of a refinement: below it a threshold fits the noise of one volume."""
 MOST_DECODED = 10_000
 """The limit where each combination has to be decoded: hours, at a second each."""
 
@@ -167,7 +169,8 @@ def finer(axes: Axes, point: Mapping[str, Any], step: float) -> Axes:
     Args:
         axes: The first grid.
         point: The value on each axis that stays in the middle.
-        step: How far to go, as a share of the way to the neighbours on the first grid.
+        step: How far to go, as a share of the way to the neighbours on the first grid; in
+            hundredths, and one at least.
     """
     around: dict[str, tuple[Any, ...]] = {}
     for name, values in axes.items():
@@ -177,8 +180,14 @@ def finer(axes: Axes, point: Mapping[str, Any], step: float) -> Axes:
             continue
         below = [v for v in values if v < own and np.isfinite(v)]
         over = [v for v in values if v > own and np.isfinite(v)]
-        near = [round(own + (v - own) * step, 10) for v in (*below[-1:], *over[:1])]
+        ways = [v - own for v in (*below[-1:], *over[:1])]
         if all(isinstance(value, int) for value in values):
-            near = [round(value) for value in near]
+            near = [round(own + way * step) for way in ways]
+        else:
+            steps = [min(max(round(abs(way) * step, 2), FINEST), abs(way)) for way in ways]
+            near = [
+                round(own + math.copysign(one, way), 10)
+                for one, way in zip(steps, ways, strict=True)
+            ]
         around[name] = tuple(sorted({own, *near}))
     return axes.with_values(around)
