@@ -290,6 +290,16 @@ def test_split_instances_are_asked_for_where_that_tool_splits_them() -> None:
     assert "postprocessing" not in whole["default"]["decoding"]
 
 
+def test_an_inner_boundary_is_written_as_the_one_that_tool_has() -> None:
+    targets = [{"name": "binary"}, {"name": "instance_boundary", "kwargs": {"edge_mode": "inner"}},
+               {"name": "instance_edt", "kwargs": {"mode": "2d"}}]  # fmt: skip
+    candidate = load_candidate("baseline", {"data": {"label_transform": {"targets": targets}}})
+    for schema in ("pytc", "pytc-2026-01"):
+        exported = peer_config(candidate, candidate.test.decoding[0], DATA, schema=schema)
+        assert "inner" not in json.dumps(exported.mapping)
+        assert any("edge_mode inner" in note for note in exported.notes)
+
+
 PORTABLE = """
 base: baseline
 export: pytc

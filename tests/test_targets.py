@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
-from scipy.ndimage import distance_transform_edt
+from scipy.ndimage import binary_erosion, distance_transform_edt
 
 from hydralv_tune.numerics.targets import (
     TARGETS,
@@ -83,6 +83,22 @@ class TestBoundary:
         labels[1] = 1
         assert not instance_boundary(labels, mode="2d").any()
         assert instance_boundary(labels, mode="3d").all()
+
+    @pytest.mark.parametrize("thickness", [1, 2])
+    def test_inner_leaves_a_core_and_nothing_outside(self, thickness: int) -> None:
+        labels = np.zeros((2, 9, 12), dtype=np.int32)
+        labels[:, 1:8, 1:6] = 1
+        labels[:, 1:8, 6:11] = 2
+        found = instance_boundary(labels, thickness=thickness, edge_mode="inner")
+        core = np.zeros(labels.shape, bool)
+        cross = np.array([[[0, 1, 0], [1, 1, 1], [0, 1, 0]]])
+        for one in (1, 2):
+            core |= binary_erosion(labels == one, cross, iterations=thickness)
+        assert np.array_equal(found, (labels > 0) & ~core)
+        edt = torch.zeros((1, *labels.shape))
+        batch = torch.from_numpy(labels)[None]
+        targets = derive_targets(batch, edt, thickness=thickness, edge_mode="inner")
+        assert np.array_equal(targets[0, 1].numpy() > 0, found)
 
     def test_only_touching_instances_count_in_seg_no_bg(self) -> None:
         labels = np.array([[[0, 1, 1, 2, 2, 0]]], dtype=np.int32)

@@ -24,7 +24,10 @@ WATCHED = "train_loss_total_epoch"
 ACTIVATIONS = ("sigmoid", "sigmoid", "tanh")
 TARGETS: dict[str, dict[str, tuple[Any, ...]]] = {
     "binary": {},
-    "instance_boundary": {"edge_mode": ("all", "seg-all", "seg-no-bg"), "mode": ("2d", "3d")},
+    "instance_boundary": {
+        "edge_mode": ("all", "seg-all", "seg-no-bg", "inner"),
+        "mode": ("2d", "3d"),
+    },
     "instance_edt": {"mode": ("2d", "3d"), "quantize": (False,)},
 }
 """The targets in the order of the channels, and the values that each argument may have."""

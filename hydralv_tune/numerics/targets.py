@@ -19,7 +19,7 @@ from torch import Tensor
 
 OUTSIDE = -1.0
 QUANTIZE_LEVELS = 10
-EDGE_MODES = ("all", "seg-all", "seg-no-bg")
+EDGE_MODES = ("all", "seg-all", "seg-no-bg", "inner")
 MODES = ("2d", "3d")
 
 Labels = npt.NDArray[np.integer[Any]]
@@ -51,6 +51,8 @@ def instance_boundary(
         thickness: Steps along the axes, from 1.
         edge_mode: `all` and `seg-all` count every edge of an instance, `seg-no-bg` only edges
             between two instances. The first two are one for ids from 0; both names are kept.
+            `inner` marks the instances' own side alone, so that an instance is a border around a
+            core.
         mode: `2d` looks for neighbours within the section, `3d` across sections too.
 
     Returns:
@@ -60,7 +62,8 @@ def instance_boundary(
         ValueError: An unknown mode, a thickness under 1, labels that are not (Z, Y, X) integers.
 
     Source:
-        `instance_boundary` of PyTorch Connectomics, equal to it at thickness 1.
+        `instance_boundary` of PyTorch Connectomics, equal to it at thickness 1; `inner` is the
+        border of nnU-Net's border and core.
     """
     volume = _checked(labels, dimensions=3)
     _check_boundary(thickness, edge_mode, mode)
@@ -178,6 +181,8 @@ def _mark_boundary(labels: Any, boundary: Any, thickness: int, edge_mode: str, m
             low, high = _neighbours(axis)
             boundary[low] |= before[high]
             boundary[high] |= before[low]
+    if edge_mode == "inner":
+        boundary &= labels > 0
 
 
 def _neighbours(axis: int) -> tuple[tuple[Any, ...], tuple[Any, ...]]:

@@ -206,6 +206,10 @@ def _notes(candidate: Candidate, step: DecodingStep, data: PeerData) -> list[str
         )
     else:
         notes.append("Images were normalised over the volume in training too; there per crop.")
+    if any(target.kwargs.get("edge_mode") == "inner" for target in ours.label_transform.targets):
+        notes.append(
+            "The boundary was the instances' own side alone (edge_mode inner); there both."
+        )
     if ours.label_transform.edt_voxel_size == "volume":
         notes.append("Distance targets were in nm; there they are in voxels.")
     if ours.split.kind != "none":
@@ -283,6 +287,18 @@ def _model(candidate: Candidate, data: PeerData, notes: list[str]) -> dict[str, 
     return {**block, "loss": loss}
 
 
+def _targets(candidate: Candidate) -> list[dict[str, Any]]:
+    """Return the targets; the tool has no boundary on the inner side alone."""
+    return [
+        {
+            "name": target.name,
+            "kwargs": {key: "all" if value == "inner" else value
+                       for key, value in target.kwargs.items()},
+        }
+        for target in candidate.data.label_transform.targets
+    ]  # fmt: skip
+
+
 def _head_data(candidate: Candidate, data: PeerData, notes: list[str]) -> dict[str, Any]:
     """Return today's `data` block."""
     ours = candidate.data
@@ -303,12 +319,7 @@ def _head_data(candidate: Candidate, data: PeerData, notes: list[str]) -> dict[s
             "clip_percentile_high": transform.clip_percentile_high,
             **(AS_WRITTEN if data.normalised else {}),
         },
-        "label_transform": {
-            "targets": [
-                {"name": target.name, "kwargs": dict(target.kwargs)}
-                for target in ours.label_transform.targets
-            ]
-        },
+        "label_transform": {"targets": _targets(candidate)},
         "augmentation": with_ranges(augmentation_blocks(candidate, notes)),
     }
 
@@ -416,6 +427,7 @@ def _plan(
         )
     if data.weights is not None and not obstacles(candidate):
         model |= {"external_weights_path": data.weights, "external_weights_key_prefix": PREFIX}
+    mapping["data"]["label_transform"]["targets"] = _targets(candidate)
     transform = mapping["data"]["image_transform"]
     transform["normalize"] = NORMALISATIONS[candidate.data.image_transform.normalize]
     if data.normalised:
