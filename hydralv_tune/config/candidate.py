@@ -99,7 +99,9 @@ class Model(OpenModel):
     activation: str | None = Field(None, description="null: the architecture's own.")
     kernel_size: Side | Size3 | None = Field(None, description="Odd; null: the architecture's own.")
     strides: list[int | list[int]] | None = Field(
-        None, description="monai_unet: one per step between levels; null: [1, 2, 2] each."
+        None,
+        description="monai_unet, monai_segresnet: one per step between levels; null: "
+        "[1, 2, 2] each.",
     )
     num_res_units: Whole | None = Field(None, description="monai_unet: per block; null: 2.")
     down_factors: list[list[int]] | None = Field(

@@ -36,8 +36,8 @@ def obstacles(candidate: Candidate) -> list[str]:
     rule = rules.get(candidate.model.architecture)
     if rule is None:
         return [
-            f"model.architecture {candidate.model.architecture}: its network of that name comes "
-            "from another package, with other weights."
+            f"model.architecture {candidate.model.architecture}: its network of that name, if "
+            "any, comes from another package, with other weights."
         ]
     return list(rule(candidate))
 

@@ -75,17 +75,16 @@ def test_instances_under_the_least_size_are_dropped(name: str) -> None:
     assert decode(name, two_blobs(), min_instance_size=126).max() == 0
 
 
-@pytest.mark.parametrize(
-    "name", [name for name in NAMES if "split_components" in decoder_arguments(name)]
-)
+@pytest.mark.parametrize("name", [CONTOUR, DISTANCE])
 @pytest.mark.parametrize("least", [0, 6])
 def test_split_components_makes_each_6_connected_piece_an_instance(name: str, least: int) -> None:
     maps = np.random.default_rng(2).random((3, 6, 20, 20)).astype(np.float32)
-    whole = decode(name, maps)
+    thresholds = {"distance_threshold": [0.8, 0.7]}
+    whole = decode(name, maps, **thresholds)
     pieces = label(whole, connectivity=1)
     sizes = np.bincount(pieces.ravel())
     wanted = np.where(sizes[pieces] >= least, pieces, 0)
-    found = decode(name, maps, split_components=True, min_instance_size=least)
+    found = decode(name, maps, split_components=True, min_instance_size=least, **thresholds)
     assert pieces.max() > whole.max()
     assert np.array_equal(found > 0, wanted > 0)
     pairs = np.unique(np.stack([found[found > 0], wanted[found > 0]]), axis=1)

@@ -7,7 +7,12 @@ from typing import Any
 
 from torch import nn
 
-from hydralv_tune.numerics.networks.monai_heads import HeadedBasicUNet, HeadedMedNeXt, HeadedUNet
+from hydralv_tune.numerics.networks.monai_heads import (
+    HeadedBasicUNet,
+    HeadedMedNeXt,
+    HeadedSegResNet,
+    HeadedUNet,
+)
 from hydralv_tune.numerics.networks.registry import Keys, group_count
 from hydralv_tune.numerics.networks.rsunet import RSUNet
 
@@ -24,6 +29,10 @@ MEDNEXT: dict[str, dict[str, Any]] = {
 
 Source: Roy et al. 2023, arXiv:2303.09975, table 1.
 """
+
+
+RESIDUAL_BLOCKS = (1, 3, 4, 6, 6, 6)
+"""Of each level of the encoder, the last one's of any further: nnU-Net's residual encoder."""
 
 
 def build_rsunet(keys: Keys) -> nn.Module:
@@ -63,6 +72,22 @@ def build_unet(keys: Keys) -> nn.Module:
         num_res_units=units,
         kernel_size=keys["kernel_size"],
         **_monai_activation(keys),
+    )
+
+
+def build_segresnet(keys: Keys) -> nn.Module:
+    """Return MONAI's SegResNetDS with as many residual blocks a level as nnU-Net's encoder has."""
+    levels = len(keys["filters"])
+    blocks = RESIDUAL_BLOCKS + RESIDUAL_BLOCKS[-1:] * levels
+    return HeadedSegResNet(
+        keys["filters"],
+        keys["strides"],
+        in_channels=keys["in_channels"],
+        out_channels=keys["out_channels"],
+        deep_supervision=keys["deep_supervision"],
+        norm=_monai_norm(keys),
+        act=keys["activation"],
+        blocks_down=blocks[:levels],
     )
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from monai.networks.nets.basic_unet import BasicUNet
 from monai.networks.nets.mednext import MedNeXt
+from monai.networks.nets.segresnet_ds import SegResNetDS
 from monai.networks.nets.unet import UNet
 from torch import Tensor, nn
 
@@ -118,6 +119,48 @@ class HeadedMedNeXt(MedNeXt):
         check_divisible(x, (16, 16, 16))
         outputs = super().forward(x)
         return outputs if isinstance(outputs, Tensor) else list(outputs)
+
+
+class HeadedSegResNet(SegResNetDS):
+    """MONAI's SegResNetDS, a residual encoder and a light decoder, with heads on all levels.
+
+    Args:
+        channels: Channels of each level, doubling.
+        strides: Strides (z, y, x) between them: [1, 2, 2] as often as wanted, then [2, 2, 2].
+        deep_supervision: Whether to give logits of the coarser levels while training.
+        options: Further arguments of SegResNetDS.
+    """
+
+    def __init__(
+        self,
+        channels: Sequence[int],
+        strides: Sequence[Size3],
+        *,
+        out_channels: int,
+        deep_supervision: bool,
+        **options: Any,
+    ) -> None:
+        # MONAI halves the sections once voxels are no longer twice as deep as they are wide.
+        flat = sum(stride == (1, 2, 2) for stride in strides)
+        super().__init__(
+            init_filters=channels[0],
+            out_channels=out_channels,
+            resolution=(2**flat, 1, 1),
+            **options,
+        )
+        z, y, x = (math.prod(factor[axis] for factor in strides) for axis in range(3))
+        self.divisor = (z, y, x)
+        self.output_head = self.up_layers[-1].pop("head")
+        self.ds_heads = _heads(channels[:0:-1] if deep_supervision else (), out_channels)
+
+    def forward(self, x: Tensor) -> Tensor | list[Tensor]:
+        """Return logits, or those of all levels, fine to coarse, in training."""
+        check_divisible(x, self.divisor)
+        skips = self.encoder(x)
+        levels = [skips.pop()]
+        for up in self.up_layers:
+            levels.append(up["blocks"](up["upsample"](levels[-1]) + skips.pop()))
+        return _outputs(self, self.output_head(levels[-1]), levels)
 
 
 def _heads(channels: Sequence[int], out_channels: int) -> nn.ModuleList:

@@ -319,6 +319,18 @@ def _level_factors(keys: Keys, key: str) -> list[Size3]:
     return [_size3(entry, f"{key}.{i}") for i, entry in enumerate(given)]
 
 
+def _flat_factors_first(keys: Keys, key: str) -> list[Size3]:
+    """Return factors between levels: [1, 2, 2] as often as wanted, then [2, 2, 2]."""
+    factors = _level_factors(keys, key)
+    flat = sum(factor == (1, 2, 2) for factor in factors)
+    if factors != [(1, 2, 2)] * flat + [(2, 2, 2)] * (len(factors) - flat):
+        raise ValueError(
+            f"{key} is {keys[key]}, but monai_segresnet takes [1, 2, 2] first, as often as wanted, "
+            "then [2, 2, 2]."
+        )
+    return factors
+
+
 def _share_below_1(keys: Keys, key: str) -> float:
     """Return a share of channels."""
     share = float(keys[key])
@@ -373,6 +385,18 @@ def _five_or_six_even(filters: Sequence[int]) -> tuple[int, ...]:
     if odd:
         raise ValueError(f"filters {odd} are odd, but monai_basic_unet3d halves them. Add 1.")
     return widths if len(widths) == 6 else (*widths, widths[0])
+
+
+def _doubled(filters: Sequence[int]) -> tuple[int, ...]:
+    """Return widths that double from level to level."""
+    widths = several_levels(filters)
+    doubled = tuple(widths[0] * 2**i for i in range(len(widths)))
+    if widths != doubled:
+        raise ValueError(
+            f"filters is {list(widths)}, but monai_segresnet doubles its width. "
+            f"Try {list(doubled)}."
+        )
+    return widths
 
 
 def _five_doubled(filters: Sequence[int]) -> tuple[int, ...]:
@@ -467,6 +491,30 @@ ARCHITECTURES.update({
             "upsample": "it always up-samples by transposed convolution",
             "mednext_size": _NOT_MEDNEXT,
             "mednext_kernel_size": "kernel_size is its key",
+            **_ONE_KERNEL,
+        },
+        checked_by_building=False,
+    ),
+    "monai_segresnet": Architecture(
+        build=f"{_BUILDERS}:build_segresnet",
+        keys={
+            "norm": Key("instance", one_of(*NORMS[:3])),
+            "activation": Key("leakyrelu", one_of(*ACTIVATIONS)),
+            "strides": Key(None, _flat_factors_first),
+            "num_groups": _NUM_GROUPS,
+        },
+        deep_supervision=True,
+        divisor=lambda keys: _product(keys["strides"]),
+        filters=_doubled,
+        heads=("output_head", "ds_heads"),
+        refusals={
+            "dropout": "MONAI's SegResNetDS has none",
+            "kernel_size": "it is 3, and 1 along z where a level keeps the sections apart",
+            "num_res_units": "its encoder has 1, 3, 4 and then 6 a level, its decoder one",
+            "down_factors": "strides is its key",
+            "upsample": "it always up-samples by transposed convolution",
+            "mednext_size": _NOT_MEDNEXT,
+            "mednext_kernel_size": _NOT_MEDNEXT,
             **_ONE_KERNEL,
         },
         checked_by_building=False,
