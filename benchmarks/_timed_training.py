@@ -35,7 +35,7 @@ def train_for(
         volume: Trained and scored on.
         name: Of a candidate in `trials/`.
         overrides: A partial candidate over it.
-        space: Its thresholds are swept for its objective.
+        space: Its thresholds, or the candidate's own, are swept for its objective.
         threads: Of the CPU.
     """
     probe = {"optimization": {"max_epochs": 2, "scheduler": {"warmup_epochs": 1}},
@@ -52,8 +52,8 @@ def trained(volume: Volume, candidate: Candidate, space: SearchSpace, threads: i
     """Return the record of a trial in a folder that is thrown away, its best checkpoint kept."""
     out = tempfile.mkdtemp(prefix="hydralv_benchmark_")
     spec = TrialSpec(
-        number=0, root=0, candidate=candidate, objective=space.objective, grid=space.decoding,
-        volumes=[], out=out, threads=threads,
+        number=0, root=0, candidate=candidate, objective=space.objective,
+        grid=candidate.test.decoding_grid or space.decoding, volumes=[], out=out, threads=threads,
     )  # fmt: skip
     return run_trial(spec, lambda _: None, volumes=[volume])
 

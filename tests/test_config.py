@@ -63,7 +63,7 @@ def test_the_recipes_of_the_plan_are_there() -> None:
         "baseline", "plan_quick_win", "plan_focal", "plan_small_rsunet", "plan_basic_unet",
         "plan_mednext_s", "plan_from_scratch", "plan_watershed_distance", "overfit_check",
         "real_volume", "section_standardised", "foreground_sampling", "foreground_weighted",
-        "smoke",
+        "smoke", "vesicle_xm", "vesiclepy", "nnunet_residual",
     }  # fmt: skip
 
 

@@ -234,6 +234,18 @@ def test_the_smallest_patch_that_passes_the_check_can_be_trained_on(name: str) -
     assert small(name)(torch.randn(1, 1, *smallest)).shape[2:] == smallest
 
 
+def test_a_segresnet_keeps_sections_apart_in_its_finest_levels_alone() -> None:
+    flat, cubic = [1, 2, 2], [2, 2, 2]
+    for count in range(5):
+        strides = [flat] * count + [cubic] * (4 - count)
+        network = small("monai_segresnet", strides=strides)
+        assert [int(side) for side in network.shape_factor()] == [2 ** (4 - count), 16, 16]
+    with pytest.raises(ValueError, match=r"takes \[1, 2, 2\] first"):
+        small("monai_segresnet", strides=[cubic, flat, cubic, cubic])
+    with pytest.raises(ValueError, match="doubles its width"):
+        small("monai_segresnet", filters=(4, 8, 12, 16, 20))
+
+
 DERIVED_BY_HAND: list[tuple[str, dict[str, Any], tuple[int, int, int]]] = [
     ("rsunet", {}, (73, 424, 424)),
     (
