@@ -180,6 +180,8 @@ FAULTS = [
     ("system: {training: {batch_size: 0}}", "batch_size is 0, but it must be at least 1"),
     ("data: {image_transform: {clip_percentile_low: 0.9, clip_percentile_high: 0.2}}",
      "clip_percentile_low is 0.9, but clip_percentile_high is 0.2"),
+    ("data: {image_transform: {normalize: clahe, clip_percentile_low: 0.01}}",
+     "nothing is clipped before"),
     ("data: {image_transform: {normalize: zscor}}", "normalize is 'zscor', but it must be one of"),
     ("data: {train_resolution: [.nan, 8, 8]}", "train_resolution .*three lengths in nm"),
     ("data: {train_resolution: [30, 8]}", "train_resolution .*three lengths in nm"),

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ import torch
 import yaml
 from safetensors import safe_open
 
-from hydralv_tune.artifacts.records import load_checkpoint, read_record
+from hydralv_tune.artifacts.records import FORMAT, FORMAT_VERSION, load_checkpoint, read_record
 from hydralv_tune.cli.main import exit_code
 from hydralv_tune.config.candidate import DecodingStep
 from hydralv_tune.config.errors import InputError, StudyError
@@ -31,13 +32,13 @@ from hydralv_tune.data.volumes import VolumePaths, read_array, read_volume, writ
 from hydralv_tune.numerics.networks.registry import build_network
 from hydralv_tune.numerics.networks.weights import match_weights
 from hydralv_tune.numerics.test_time_augmentation import activate
-from hydralv_tune.results.export.export import changed_keys, export_best
-from hydralv_tune.results.export.models import window_of
+from hydralv_tune.results.export.export import changed_keys, export_best, normalised_otherwise
+from hydralv_tune.results.export.models import export_bioimageio, window_of
 from hydralv_tune.results.export.pytc import peer_config, peer_step, peer_weights
 from hydralv_tune.results.export.pytc_blocks import PeerData
 from hydralv_tune.study.study import Study, open_readonly
 from hydralv_tune.trial.fitted_normalisation import fit_image
-from hydralv_tune.trial.scoring.prediction import load_network
+from hydralv_tune.trial.scoring.prediction import load_network, network_of
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -488,6 +489,20 @@ def test_a_model_is_refused_a_name_of_another_kind(
 ) -> None:
     with pytest.raises(InputError, match=rf"must end with \{suffix}"):
         export_best(finished_study.storage, "tiny", tmp_path / "best.yaml", format=format)
+
+
+def test_a_network_that_sees_equalised_sections_is_refused_by_bioimage_io(tmp_path: Path) -> None:
+    transform = {"data": {"image_transform": {"normalize": "clahe"}}}
+    candidate = load_candidate("smoke", transform)
+    kept = {"format": FORMAT, "version": FORMAT_VERSION, "candidate": candidate.as_mapping(),
+            "weights": network_of(candidate).state_dict()}  # fmt: skip
+    torch.save(kept, tmp_path / "best.ckpt")
+    best: Any = SimpleNamespace(checkpoint=tmp_path / "best.ckpt")
+    with pytest.raises(InputError, match="equalise first"):
+        export_bioimageio(best, tmp_path / "best.zip")
+    peer = peer_config(candidate, candidate.test.decoding[0], DATA, schema="pytc")
+    assert any("CLAHE" in note for note in peer.notes)
+    assert "cannot equalise" in str(normalised_otherwise(candidate, "pytc"))
 
 
 def test_every_export_has_a_certificate_of_what_it_was_chosen_on(
