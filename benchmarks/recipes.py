@@ -31,7 +31,7 @@ SMALL: dict[str, Any] = {
         "iter_num_per_epoch": 20,
         "split": {"kind": "holdout", "fraction": 0.5, "margin": 8},
     },
-    "optimization": {"precision": "32"},
+    "optimization": {"precision": "32", "ema": {"decay": 0.98, "warmup_steps": 20}},
     "monitor": {"evaluation": {"count": 2}, "early_stopping": {"enabled": False}},
     "inference": {
         "sliding_window": {"window_size": [16, 64, 64], "overlap": 0.25},
