@@ -42,8 +42,8 @@ def with_normalisation(volume: Volume, data: Data, scratch: Path | None = None) 
     Args:
         volume: In memory or on disk; as it is where it carries that already.
         data: `data` of the candidate.
-        scratch: File (.npy) for the equalised sections of a volume on disk; one without a name,
-            gone with the process, where none is given.
+        scratch: File for the equalised sections of a volume on disk, a byte a voxel; one without
+            a name, gone with the process, where none is given.
 
     Raises:
         InputError: The image holds values that are not finite.

@@ -169,8 +169,7 @@ def finer(axes: Axes, point: Mapping[str, Any], step: float) -> Axes:
     Args:
         axes: The first grid.
         point: The value on each axis that stays in the middle.
-        step: How far to go, as a share of the way to the neighbours on the first grid; in
-            hundredths, and one at least.
+        step: How far to go, as a share of the way to the neighbours on the first grid.
     """
     around: dict[str, tuple[Any, ...]] = {}
     for name, values in axes.items():
@@ -184,10 +183,12 @@ def finer(axes: Axes, point: Mapping[str, Any], step: float) -> Axes:
         if all(isinstance(value, int) for value in values):
             near = [round(own + way * step) for way in ways]
         else:
-            steps = [min(max(round(abs(way) * step, 2), FINEST), abs(way)) for way in ways]
-            near = [
-                round(own + math.copysign(one, way), 10)
-                for one, way in zip(steps, ways, strict=True)
-            ]
+            near = [round(own + math.copysign(_hundredths(abs(way), step), way), 10)
+                    for way in ways]  # fmt: skip
         around[name] = tuple(sorted({own, *near}))
     return axes.with_values(around)
+
+
+def _hundredths(way: float, share: float) -> float:
+    """Return a share of a way in hundredths, one at least; of a shorter way the share itself."""
+    return way * share if way < FINEST else max(round(way * share, 2), FINEST)
