@@ -513,15 +513,20 @@ def test_what_others_do_at_any_moment_ends_in_order_or_does_no_harm(
     assert what in ENDS or set(ends) == {"finished"}, ends
 
 
+AGAIN = {"confirm": {"top": 1, "seeds": 2}}
+
+
 def leave_record(folder: Path, trial: Asked, state: str) -> dict[str, float]:
     """Leave a trial's record as its worker does, and return its figures."""
     metrics = {"adapted_rand_error": 0.2, "adapted_rand_error_foreground": 0.3, "f1_iou50": 0.8}
     place = folder / "trials" / str(trial.root)
     place.mkdir(parents=True)
+    config = make_space().candidate(trial.params).as_mapping()
+    config["system"]["seed"] += trial.seed_shift
     record = TrialRecord(
         state=state, number=trial.number, root=trial.root, study="s", out=str(place),
-        config=make_space().candidate(trial.params).as_mapping(), objective={}, provenance={},
-        seed=0, device={}, split={}, training={},
+        config=config, objective={}, provenance={}, seed=config["system"]["seed"],
+        device={}, split={}, training={},
         volumes=[{"name": "im", "image": "im.h5", "fingerprint": "abc"}],
         history=[{"evaluation": 1, "best_value": 0.3, "seconds": 2.0}],
         metrics=metrics if state == "complete" else {},
@@ -558,6 +563,25 @@ def test_a_study_is_made_again_from_the_records_of_its_trials_and_goes_on(tmp_pa
         recover_study(tmp_path)
     with pytest.raises(StudyError, match=r"holds no space\.yaml"):
         recover_study(tmp_path / "trials")
+
+
+def test_a_study_that_is_made_again_knows_which_trials_were_repeats(tmp_path: Path) -> None:
+    storage, space = f"sqlite:///{tmp_path / 'study.db'}", make_space(budget=AGAIN)
+    study = Start(storage, "s", space, tmp_path).open({"im": "abc"})
+    with Driver(study, out=tmp_path) as driver:
+        for ask in (driver.ask, driver.ask, driver.ask_again, driver.ask_again):
+            trial = ask(2)
+            assert isinstance(trial, Asked)
+            metrics = leave_record(tmp_path, trial, "complete")
+            driver.tell(trial.number, TrialResult("COMPLETE", 0.2, -0.3, {"metrics": metrics}))
+    before = study.facts()
+    study.close()
+    (tmp_path / "study.db").unlink()
+    assert recover_study(tmp_path) == before
+    study = Start(storage, "s", space, tmp_path).open({"im": "abc"})
+    with Driver(study, out=tmp_path) as driver:
+        assert (driver.ask(2), driver.ask_again(2)) == ("done", "done")
+    study.close()
 
 
 def test_candidates_are_enqueued_all_or_none_and_carry_what_they_set(

@@ -332,3 +332,10 @@ def read_record(path: str | Path) -> TrialRecord:
     if not isinstance(content, dict):
         raise InputError(f"{path}: holds a {type(content).__name__}, but a record is a mapping.")
     return TrialRecord.from_mapping(content)
+
+
+def without_seed(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a candidate without its seed and what has no part in the training."""
+    system = {k: v for k, v in config.get("system", {}).items() if k not in ("seed", "cpu_threads")}
+    free = ("experiment_name", "description", "system")
+    return {**{key: value for key, value in config.items() if key not in free}, "system": system}

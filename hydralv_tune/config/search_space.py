@@ -162,6 +162,17 @@ class EnsembleBudget(StrictModel):
     )
 
 
+class ConfirmBudget(StrictModel):
+    """`budget.confirm`: the best trials, trained again with other seeds when a search is over."""
+
+    top: Whole = Field(
+        3,
+        description="So many of the best trials; 0: none. Without `budget.confirm`: 3 with 2 seeds "
+        "where those are at most a tenth of the trials, else none.",
+    )
+    seeds: Count = Field(2, description="Further trainings of each, with other seeds.")
+
+
 class Budget(StrictModel):
     """`budget`: whichever limit comes first ends the study."""
 
@@ -170,6 +181,7 @@ class Budget(StrictModel):
     gpu_hours: Positive | None = Field(None, description="Summed over all trials.")
     trial_timeout_s: Positive | None = Field(None, description="A trial that hangs is failed.")
     retries: Whole = Field(2, description="Further attempts after a crash or out of memory.")
+    confirm: ConfirmBudget | None = None
     ensemble: EnsembleBudget = Field(default_factory=EnsembleBudget)
 
 

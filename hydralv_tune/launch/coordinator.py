@@ -18,6 +18,7 @@ from hydralv_tune.config.errors import ConfigError, HydraLVError
 from hydralv_tune.config.search_space import SearchSpace, guard_violation, objective_value
 from hydralv_tune.launch.live_trial import LiveTrial, kept_of
 from hydralv_tune.numerics.metrics.registry import HEADLINE
+from hydralv_tune.study.confirm import trial_under_goal
 from hydralv_tune.study.database import DatabaseAway, StudyGone
 from hydralv_tune.study.driver import Driver
 from hydralv_tune.study.trial_views import Asked, TrialResult, count_states, gpu_hours
@@ -77,6 +78,7 @@ class Coordinator:
     Args:
         driver: An entered driver of the study.
         trials: COMPLETE and PRUNED trials wanted in all.
+        again: Whether the search is over, and the best trials are trained again.
         specification: Returns the mapping of a trial's `TrialSpec`; may raise `ConfigError`.
         slots: Returns how many trials can run at once.
         gpus_per_trial: For the record and the budget.
@@ -93,6 +95,7 @@ class Coordinator:
         driver: Driver,
         *,
         trials: int,
+        again: bool = False,
         specification: Callable[[Asked], dict[str, Any]],
         slots: Callable[[], int],
         gpus_per_trial: float,
@@ -104,11 +107,14 @@ class Coordinator:
         ray_is_alive: Callable[[], bool] = lambda: True,
     ) -> None:
         self.driver, self.trials = driver, trials
+        self._ask = driver.ask_again if again else driver.ask
+        self._again = again
         self.space: SearchSpace = driver.space
         self.live: dict[str, LiveTrial] = {}
         self.stop_wanted: str | None = None  # set by a signal, met at the next turn
         self.stop_reason: str | None = None
         self.failure: HydraLVError | None = None
+        self.search_is_over = False  # its number or its goal is reached, or nothing is left to try
         self._stop_deadline = math.inf
         self._specification, self._slots = specification, slots
         self._gpus, self._save_s = gpus_per_trial, save_s
@@ -134,7 +140,7 @@ class Coordinator:
         try:
             if self._budget_is_spent():
                 return "done"
-            asked = self.driver.ask(self.trials)
+            asked = self._ask(self.trials)
         except DatabaseAway as error:
             self._away(error)
             self._next_ask = now + AWAY_RETRY_S
@@ -144,7 +150,8 @@ class Coordinator:
             asked = "done"
         self._away_said = False
         if asked == "done":
-            if not self._stop_if_gone():
+            if not self._stop_if_gone() and not self._again:
+                self.search_is_over = True
                 self._say_if_exhausted()
             return "done"
         if asked == "wait":
@@ -459,11 +466,10 @@ class Coordinator:
     def _budget_is_spent(self) -> bool:
         """Stop the run where the goal is reached or the GPU-hours are used up."""
         trials = self.driver.study.trials()
-        goal = self.space.objective.stop_at
-        best = self.driver.study.best()
-        value = best.value if best is not None and best.is_feasible else None
-        if goal is not None and best is not None and value is not None and value < goal:
-            self.stop(f"trial {best.number} reached the goal: {value:.4f} < {goal:g}")
+        goal, first = self.space.objective.stop_at, trial_under_goal(self.space, trials)
+        if first is not None and not self._again:
+            self.stop(f"trial {first.number} reached the goal: {first.value:.4f} < {goal:g}")
+            self.search_is_over = True
         limit = self.space.budget.gpu_hours
         if limit is not None and gpu_hours(trials) >= limit:
             self.stop(f"the budget of {limit:g} GPU-hours is spent")

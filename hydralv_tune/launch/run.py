@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -36,6 +37,7 @@ from hydralv_tune.launch.trial_folder import fetch_folder
 from hydralv_tune.launch.voxel_sizes import searchable
 from hydralv_tune.launch.worker import Reporter, TrialFunction
 from hydralv_tune.numerics.formatting import counted
+from hydralv_tune.study.confirm import missing_repeats
 from hydralv_tune.study.database import DatabaseAway
 from hydralv_tune.study.driver import GRACE_S, HEARTBEAT_S, Driver
 from hydralv_tune.study.study import Study
@@ -145,31 +147,39 @@ def run_study(
         check_candidates(space, read, volumes)
     interrupted: str | None = None
     opened: Study | None = None
+    wanted = trials or space.budget.trials
+    limit_s = timeout_s or space.budget.timeout_s
+    deadline = time.monotonic() + limit_s if limit_s else None
     tell_stage(on_event, f"Joining Ray at {ray_address}." if ray_address else "Starting Ray.")
     try:
         with ray_cluster(ray_address, [v for v in read if not is_lazy(v)]) as cluster:
             resources = Resources(gpus_per_trial, cpus_per_trial)
             opened = start.open(fingerprints)
             with Driver(opened, out=out, heartbeat_s=heartbeat_s, grace_s=grace_s) as driver:
-                coordinator = Coordinator(
-                    driver,
-                    trials=trials or space.budget.trials,
-                    specification=_specification(space, volumes, out, study, resources),
-                    slots=resources.slots,
-                    gpus_per_trial=resources.gpus,
-                    timeout_s=timeout_s or space.budget.timeout_s,
-                    save_s=save_s,
-                    on_event=on_event,
-                    on_trial_end=on_trial_end,
-                    on_trial_running=on_trial_running,
-                    ray_is_alive=cluster.is_alive,
-                )
-                cluster.last_words = coordinator.abandon
-                cluster.is_interrupted = lambda: coordinator.stop_wanted is not None
                 function = trial_function or _real_trial(volumes, read)
-                interrupted = _tune(coordinator, resources, function, checkpoints)
-        if coordinator.failure is not None:
-            raise coordinator.failure
+                for again in (False, True):
+                    coordinator = Coordinator(
+                        driver,
+                        trials=wanted,
+                        again=again,
+                        specification=_specification(space, volumes, out, study, resources),
+                        slots=resources.slots,
+                        gpus_per_trial=resources.gpus,
+                        timeout_s=deadline and max(deadline - time.monotonic(), 1e-3),
+                        save_s=save_s,
+                        on_event=on_event,
+                        on_trial_end=on_trial_end,
+                        on_trial_running=on_trial_running,
+                        ray_is_alive=cluster.is_alive,
+                    )
+                    cluster.last_words = coordinator.abandon
+                    cluster.is_interrupted = partial(_wants_to_stop, coordinator)
+                    interrupted = _tune(coordinator, resources, function, checkpoints)
+                    if coordinator.failure is not None:
+                        raise coordinator.failure
+                    is_over = coordinator.search_is_over and interrupted is None
+                    if not (is_over and _are_repeated(opened, wanted, on_event)):
+                        break
         facts = _facts(opened, out, checkpoints)
     except DatabaseAway:
         if interrupted is None:
@@ -181,6 +191,22 @@ def run_study(
     if interrupted is not None:
         raise StudyInterrupted(interrupted, facts)
     return facts
+
+
+def _wants_to_stop(coordinator: Coordinator) -> bool:
+    """Return whether a signal came."""
+    return coordinator.stop_wanted is not None
+
+
+def _are_repeated(study: Study, trials: int, on_event: Callable[[Event], None] | None) -> bool:
+    """Return whether trials of a study that is over are still to be trained again, and say so."""
+    views = study.trials()
+    again = [trial for trial, _ in missing_repeats(study.space, views, trials)]
+    waiting = [t for t in views if t.is_repeat and t.state in ("WAITING", "RUNNING")]
+    if again:
+        numbers = ", ".join(str(number) for number in dict.fromkeys(one.number for one in again))
+        tell_stage(on_event, f"The search is over. Trained again with other seeds: {numbers}.")
+    return bool(again or waiting)
 
 
 def tell_stage(on_event: Callable[[Event], None] | None, text: str) -> None:
@@ -327,6 +353,7 @@ def _specification(
             candidate["test"]["decoding_grid"] = space.decoding.model_dump(mode="json")
         if not resources.gpus and candidate["system"]["cpu_threads"] is None:
             candidate["system"]["cpu_threads"] = resources.cpus
+        candidate["system"]["seed"] += asked.seed_shift
         return {
             "number": asked.number,
             "root": asked.root,

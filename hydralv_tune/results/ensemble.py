@@ -30,8 +30,9 @@ from hydralv_tune.results.best_trial import BestTrial, chosen_trial
 from hydralv_tune.results.export.certificate import write_certificate
 from hydralv_tune.results.export.export import exported_text, own_commands, write_weights
 from hydralv_tune.results.scored_volumes import fold_checkpoints, predicted_parts, split_of
+from hydralv_tune.study.confirm import search_is_over
 from hydralv_tune.study.study import Study, open_readonly
-from hydralv_tune.study.trial_views import count_states, rank
+from hydralv_tune.study.trial_views import rank
 from hydralv_tune.trial.scoring.ensemble import (
     LEVEL,
     CrossFitted,
@@ -137,10 +138,10 @@ def ensemble_after_study(
         try:
             budget, out, complete = study.space.budget.ensemble, study.out, _complete(study)
             views = study.trials()
-            spent, counts = sum(view.seconds for view in views), count_states(views)
+            spent = sum(view.seconds for view in views)
+            has_ended = search_is_over(study.space, views, trials)
         finally:
             study.close()
-        has_ended = counts["complete"] + counts["pruned"] >= trials
         if not (budget.members and has_ended) or out is None or len(complete) < 2:
             return
         kept = kept_facts(out)

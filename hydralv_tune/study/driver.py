@@ -8,7 +8,7 @@ import random
 import threading
 import time
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -18,12 +18,14 @@ import sqlalchemy
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, TrialState
 
+from hydralv_tune.study.confirm import missing_repeats
 from hydralv_tune.study.database import DatabaseAway, DatabaseFile, StudyGone, database_errors
 from hydralv_tune.study.distributions import misfit, suggest
 from hydralv_tune.study.earlier import Guide
 from hydralv_tune.study.journal import PREFIX, SUFFIX, Journal, journals_in
 from hydralv_tune.study.mutex import StudyMutex
 from hydralv_tune.study.optuna_private import (
+    StudyWithout,
     claim_waiting,
     count_trials,
     enqueue,
@@ -44,7 +46,9 @@ from hydralv_tune.study.trial_views import (
     FOLD_VALUES,
     OBJECTIVE,
     OVERRIDES,
+    REPEAT_OF,
     REVIVED,
+    SEED_SHIFT,
     VIOLATIONS,
     Asked,
     TrialResult,
@@ -60,6 +64,7 @@ from hydralv_tune.study.trial_views import (
 
 HEARTBEAT_S = 30.0
 GRACE_S = 120.0
+EXEMPT = {"retry_of", "warm_start", REPEAT_OF}  # what nobody enqueued by hand
 ABANDONED_S = 3600.0  # of a journal, after which its driver on another machine is not awaited
 
 
@@ -148,6 +153,23 @@ class Driver:
         Raises:
             DatabaseAway: Try again later.
         """
+        return self._ask(lambda: self._next_trial(target))
+
+    def ask_again(self, target: int) -> Asked | Literal["wait", "done"]:
+        """Return the next repeat of one of the best trials, once the search is over.
+
+        Args:
+            target: As for `ask`.
+
+        Raises:
+            DatabaseAway: Try again later.
+        """
+        return self._ask(lambda: self._next_repeat(target))
+
+    def _ask(
+        self, next_one: Callable[[], Asked | Literal["wait", "done"]]
+    ) -> Asked | Literal["wait", "done"]:
+        """Bring the study up to date and return what is next, under the mutex."""
         before = set(self._live)
         try:
             with self._database(), self._mutex:
@@ -155,7 +177,7 @@ class Driver:
                 self._flush()
                 self.reconcile()
                 self._fail_misfits()
-                return self._next_trial(target)
+                return next_one()
         except StudyGone:
             return "done"
         except (DatabaseAway, UpdateFinishedTrialError) as error:
@@ -169,7 +191,7 @@ class Driver:
     def _next_trial(self, target: int) -> Asked | Literal["wait", "done"]:
         """Return a new trial if one is wanted; under the mutex."""
         trials = self.study.trials()
-        counts = count_states(trials)
+        counts = _of_the_search(trials)
         finished = counts["complete"] + counts["pruned"]
         if finished >= target:
             return "done"
@@ -180,7 +202,7 @@ class Driver:
             if asked is not None:
                 return asked
             trials = self.study.trials()
-            counts = count_states(trials)
+            counts = _of_the_search(trials)
         self._tried.update(trials)
         is_full = self._tried.untried(random.Random(len(trials))) is None
         share = self.space.pruner.revive
@@ -190,6 +212,16 @@ class Driver:
         elif is_full:
             return "wait" if counts["running"] else "done"
         return self._new_trial(trials) or "wait"
+
+    def _next_repeat(self, target: int) -> Asked | Literal["wait", "done"]:
+        """Return the next repeat, whoever enqueued it; under the mutex."""
+        for trial, attributes in missing_repeats(self.space, self.study.trials(), target):
+            enqueue(self.study.optuna, trial.params, attributes)
+        trials = self.study.trials()
+        states = {trial.state for trial in trials if trial.is_repeat}
+        if "WAITING" in states:
+            return self._new_trial(trials, REPEAT_OF) or "wait"
+        return "wait" if "RUNNING" in states else "done"
 
     def report(
         self,
@@ -218,9 +250,10 @@ class Driver:
                 store_evaluation(self.study.rdb, trial_id(trial), step, value, beside)
                 # Fresh: `trial.should_prune` would look at what it has reported by itself.
                 frozen = self.study.rdb.get_trial(trial_id(trial))
-                if REVIVED in attributes_of(frozen):
+                if {REVIVED, REPEAT_OF} & set(attributes_of(frozen)):
                     return "go"
-                return "prune" if self._pruner.prune(self.study.optuna, frozen) else "go"
+                shown: Any = StudyWithout(self.study.optuna, REPEAT_OF)
+                return "prune" if self._pruner.prune(shown, frozen) else "go"
         except (UpdateFinishedTrialError, StudyGone):
             self._live.pop(number, None)
             return "refused"
@@ -349,7 +382,7 @@ class Driver:
         """
         for trial in waiting_trials(self.study.optuna):
             reason = misfit(self.space, trial.system_attrs.get("fixed_params") or {})
-            if reason is None or {"retry_of", "warm_start"} & set(attributes_of(trial)):
+            if reason is None or EXEMPT & set(attributes_of(trial)):
                 continue
             claimed = claim_waiting(self.study.optuna, trial)
             if claimed is not None:
@@ -406,11 +439,12 @@ class Driver:
         with contextlib.suppress(UpdateFinishedTrialError, ValueError):
             self.study.optuna.tell(trial.number, state=TrialState.FAIL)
 
-    def _new_trial(self, trials: list[TrialView]) -> Asked | None:
+    def _new_trial(self, trials: list[TrialView], only: str | None = None) -> Asked | None:
         """Ask Optuna for a trial and claim it; None where its parameters were tried before.
 
         Args:
             trials: Of the study, as they are now, but for one that was just enqueued.
+            only: Attribute that the trial must have, of those that wait.
         """
         study = self.study.optuna
         self._tried.update(trials)
@@ -418,14 +452,18 @@ class Driver:
         study.sampler = ProposalSampler(
             self._sampler_for(len(trials)), self._tried, seed, trials, self._guide
         )
-        trial = self._waiting_retry() or study.ask()
+        trial = self._waiting_with(only or "retry_of")
+        if trial is None:
+            if only is not None:
+                return None
+            trial = study.ask()
         self.study.rdb.record_heartbeat(trial_id(trial))
         params = suggest(self.space, trial)
         attributes = attributes_of(self.study.rdb.get_trial(trial_id(trial)))
         warm_start = attributes.get("warm_start")
         retry_of = attributes.get("retry_of")
         earlier = duplicate_of(params, warm_start, trials, number=trial.number)
-        if earlier is not None and retry_of is None:
+        if earlier is not None and retry_of is None and REPEAT_OF not in attributes:
             reason = f"duplicate of trial {earlier}, not trained again"
             repeated = {"duplicate_of": earlier, "reason": reason}
             set_attributes(self.study.rdb, trial_id(trial), repeated)
@@ -445,16 +483,17 @@ class Driver:
             params=params,
             warm_start=warm_start,
             overrides=attributes.get(OVERRIDES),
+            seed_shift=int(attributes.get(SEED_SHIFT, 0)),
         )
 
-    def _waiting_retry(self) -> optuna.Trial | None:
-        """Return the first waiting trial that goes on from a checkpoint, now running, or None.
+    def _waiting_with(self, attribute: str) -> optuna.Trial | None:
+        """Return the first waiting trial that has an attribute, now running, or None.
 
         Optuna takes what waits in the order of its numbers. A trial that was nearly done would
         then stay behind recipes that have not begun, and in a small budget for ever.
         """
         for trial in waiting_trials(self.study.optuna):
-            if "retry_of" in attributes_of(trial):
+            if attribute in attributes_of(trial):
                 with contextlib.suppress(UpdateFinishedTrialError):
                     claimed = claim_waiting(self.study.optuna, trial)
                     if claimed is not None:
@@ -564,3 +603,8 @@ class Driver:
                 with contextlib.suppress(Exception), self._database():
                     self.study.rdb.record_heartbeat(trial_id(trial))
         self.study.rdb.remove_session()
+
+
+def _of_the_search(trials: Sequence[TrialView]) -> dict[str, int]:
+    """Return how many trials are in each state, without repeats, which are no candidates."""
+    return count_states(trial for trial in trials if not trial.is_repeat)

@@ -38,6 +38,7 @@ PRIVATE_NAMES: tuple[tuple[Any, tuple[str, ...]], ...] = (
     (models, ("NOT_FOUND_MSG",)),
     (BaseDistribution, ("_contains",)),
     (optuna.samplers.CmaEsSampler, ("_split_optimizer_str", "_restore_optimizer")),
+    (optuna.Study, ("_get_trials",)),
 )
 """Private names, or public names of private classes, by owner."""
 
@@ -290,6 +291,32 @@ def claim_waiting(study: optuna.Study, trial: FrozenTrial) -> optuna.Trial | Non
     if not study._storage.set_trial_state_values(trial._trial_id, TrialState.RUNNING):
         return None
     return optuna.Trial(study, trial._trial_id)
+
+
+class StudyWithout:
+    """A study as samplers and pruners see it where they are not to see some of its trials.
+
+    Args:
+        study: The whole study.
+        attribute: Of the hidden trials, as `trial_views.attributes_of` reads it.
+    """
+
+    def __init__(self, study: Any, attribute: str) -> None:
+        self._study, self._hidden = study, f"{PREFIX}{attribute}"
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._study, name)
+
+    def get_trials(self, *arguments: Any, **options: Any) -> list[FrozenTrial]:
+        """Return the trials that are not hidden."""
+        return self._shown(self._study.get_trials(*arguments, **options))
+
+    def _get_trials(self, *arguments: Any, **options: Any) -> list[FrozenTrial]:
+        """Return the trials that are not hidden, as Optuna's samplers ask for them."""
+        return self._shown(self._study._get_trials(*arguments, **options))
+
+    def _shown(self, trials: list[FrozenTrial]) -> list[FrozenTrial]:
+        return [trial for trial in trials if self._hidden not in trial.system_attrs]
 
 
 def owner_of_note(study: optuna.Study, storage: RDBStorage, trial: FrozenTrial) -> Any:

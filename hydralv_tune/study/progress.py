@@ -147,10 +147,12 @@ def time_left(
     What the running trials still need, and what those that are missing beside them will take, is
     shared by the places. None where no trial says how long one takes.
     """
-    finished = [v for v in views if v.state in ("COMPLETE", "PRUNED") and not v.is_imported]
-    usual = sum(view.seconds for view in finished) / len(finished) if finished else None
+    ended = [v for v in views if v.state in ("COMPLETE", "PRUNED") and not v.is_imported]
+    usual = sum(view.seconds for view in ended) / len(ended) if ended else None
     rest = [usual if trial.left_s is None else trial.left_s for trial in running]
+    finished = [view for view in ended if not view.is_repeat]
     missing = max(target - len(finished) - len(running), 0)
+    missing += sum(view.is_repeat and view.state == "WAITING" for view in views)
     if missing:
         rest += [usual] * missing
     if any(seconds is None for seconds in rest):

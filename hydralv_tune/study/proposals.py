@@ -16,8 +16,8 @@ from optuna.trial import FrozenTrial, TrialState
 from hydralv_tune.config.search_space import Parameter, SearchSpace
 from hydralv_tune.config.validation import MISSING
 from hydralv_tune.study.distributions import distribution_of
-from hydralv_tune.study.optuna_private import contains
-from hydralv_tune.study.trial_views import TrialView, is_tried, recipe_of
+from hydralv_tune.study.optuna_private import StudyWithout, contains
+from hydralv_tune.study.trial_views import REPEAT_OF, TrialView, is_tried, recipe_of
 
 DRAWS = 3
 """Proposals that a sampler is asked for before an untried candidate is drawn at random."""
@@ -220,15 +220,16 @@ class ProposalSampler(BaseSampler):
         self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
         """Return a candidate that was not tried before, if there is one."""
+        shown: Any = StudyWithout(study, REPEAT_OF)
         fixed = trial.system_attrs.get("fixed_params", {})
         if self._guide is not None:
             guided = self._guide.propose(self._trials, self._tried, self._generator, fixed)
             if guided is not None:
                 return guided
-        within = self._wrapped.infer_relative_search_space(study, trial)
+        within = self._wrapped.infer_relative_search_space(shown, trial)
         first: dict[str, Any] | None = None
         for _ in range(DRAWS):
-            params = self._proposed(study, trial, within, fixed)
+            params = self._proposed(shown, trial, within, fixed)
             if self._tried.near(params) is None:
                 return params
             first = first or params

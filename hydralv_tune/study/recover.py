@@ -11,7 +11,7 @@ from typing import Any
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
-from hydralv_tune.artifacts.records import TrialRecord, read_record
+from hydralv_tune.artifacts.records import TrialRecord, read_record, without_seed
 from hydralv_tune.config.errors import ConfigError, StudyError
 from hydralv_tune.config.search_space import (
     SearchSpace,
@@ -19,11 +19,19 @@ from hydralv_tune.config.search_space import (
     objective_value,
     space_from_mapping,
 )
-from hydralv_tune.config.yaml_io import read_yaml_mapping
+from hydralv_tune.config.yaml_io import dump_yaml, read_yaml_mapping
 from hydralv_tune.study.distributions import distribution_of
 from hydralv_tune.study.study import IDENTITY, OUT, VOLUMES, Study, open_if_exists
 from hydralv_tune.study.study_folder import DATABASE, SPACE_FILE, owner_of
-from hydralv_tune.study.trial_views import CONSTRAINTS, OBJECTIVE, PREFIX, ranked_value
+from hydralv_tune.study.trial_views import (
+    CONSTRAINTS,
+    OBJECTIVE,
+    PREFIX,
+    REPEAT_OF,
+    REPEATS,
+    SEED_SHIFT,
+    ranked_value,
+)
 
 NO_RECORD = "not recovered: this attempt left no record of its own"
 
@@ -61,8 +69,10 @@ def recover_study(folder: Path, storage: str | None = None) -> dict[str, Any]:
         raise StudyError(
             f"--storage: {there.storage} holds study '{name}' already. Nothing is made."
         )
+    repeats = _repeats(records, space)
     trials = [
-        _trial(records.get(number), number, space, folder) for number in range(max(records) + 1)
+        _trial(records.get(number), number, space, folder, repeats.get(number, {}))
+        for number in range(max(records) + 1)
     ]
     study = Study.open(url, name, space=space.model_copy(update={"warm_starts": []}), create=True)
     try:
@@ -90,11 +100,34 @@ def _fingerprints(record: TrialRecord) -> dict[str, str]:
     }
 
 
+def _repeats(records: Mapping[int, TrialRecord], space: SearchSpace) -> dict[int, dict[str, int]]:
+    """Return the attributes of the trials that differ from an earlier one in their seed alone."""
+    alike: dict[str, list[int]] = {}
+    for number in sorted(records):
+        alike.setdefault(dump_yaml(without_seed(records[number].config)), []).append(number)
+    if "system.seed" in space.parameters:
+        return {}
+    return {
+        number: {
+            REPEAT_OF: first,
+            SEED_SHIFT: records[number].seed - records[first].seed,
+            REPEATS: len(repeats),
+        }
+        for first, *repeats in alike.values()
+        for number in repeats
+    }
+
+
 def _trial(
-    record: TrialRecord | None, number: int, space: SearchSpace, folder: Path
+    record: TrialRecord | None,
+    number: int,
+    space: SearchSpace,
+    folder: Path,
+    repeat: Mapping[str, int],
 ) -> FrozenTrial:
     """Return a trial as its record says, or a failed one in the place of a lost number."""
     known: dict[str, Any] = {"owner": {"identity": "recovered"}, "root": number, "attempt": 1}
+    known |= repeat
     params = None if record is None else _params(space, record.config)
     if record is None or params is None:
         why = NO_RECORD if record is None else "not recovered: its parameters are not in the space"

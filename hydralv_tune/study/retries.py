@@ -10,7 +10,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from hydralv_tune.study.trial_views import OVERRIDES, REVIVED, TrialView, superseded
+from hydralv_tune.study.trial_views import (
+    OVERRIDES,
+    REPEAT_OF,
+    REPEATS,
+    REVIVED,
+    SEED_SHIFT,
+    TrialView,
+    superseded,
+)
 
 MAX_RESTARTS = 20
 """After so many a trial is given up, or one that kills its driver would do so for ever."""
@@ -45,7 +53,7 @@ def successor_attributes(trial: TrialView) -> dict[str, Any]:
     }
     if trial.state == "PRUNED":
         attributes[REVIVED] = True
-    for key in ("warm_start", OVERRIDES, REVIVED):
+    for key in ("warm_start", OVERRIDES, REVIVED, REPEAT_OF, SEED_SHIFT, REPEATS):
         if key in trial.user_attrs:
             attributes[key] = trial.user_attrs[key]
     return attributes

@@ -17,6 +17,7 @@ from optuna.trial import FrozenTrial
 
 from hydralv_tune.config.errors import StudyError
 from hydralv_tune.config.search_space import SearchSpace, WarmStart, space_from_mapping
+from hydralv_tune.study.confirm import confirmed
 from hydralv_tune.study.database import (
     DatabaseAway,
     StudyGone,
@@ -38,6 +39,7 @@ from hydralv_tune.study.distributions import (
 from hydralv_tune.study.earlier import Lesson
 from hydralv_tune.study.mutex import StudyMutex
 from hydralv_tune.study.optuna_private import (
+    StudyWithout,
     create_study,
     enqueue,
     owner_of_note,
@@ -52,6 +54,7 @@ from hydralv_tune.study.trial_views import (
     FINISHED,
     OBJECTIVE,
     OVERRIDES,
+    REPEAT_OF,
     TrialView,
     attributes_of,
     best_trial,
@@ -242,6 +245,7 @@ class Study:
             "best_config": str(config) if config is not None and config.is_file() else None,
             "warnings": guard_warnings(best, self.space.objective.guard.f1_iou50),
             **({} if self.lessons is None else {"learned_from": self.learned_from()}),
+            **({} if (again := confirmed(self.space, trials)) is None else {"confirmed": again}),
         }
 
     def table(self) -> pd.DataFrame:
@@ -262,6 +266,7 @@ class Study:
                     "seconds": trial.seconds,
                     "reason": trial.user_attrs.get("reason"),
                     "warm_start": trial.user_attrs.get("warm_start"),
+                    "repeat_of": trial.user_attrs.get(REPEAT_OF),
                     "started": trial.started,
                     "finished": trial.finished,
                     **{f"params.{key}": value for key, value in trial.params.items()},
@@ -296,13 +301,14 @@ class Study:
         By PED-ANOVA over the COMPLETE trials, as the Optuna dashboard computes it. Empty while
         there are fewer than `FEWEST_FOR_IMPORTANCE`, or where all are alike.
         """
-        complete = [t for t in self.trials() if t.state == "COMPLETE"]
+        complete = [t for t in self.trials() if t.state == "COMPLETE" and not t.is_repeat]
         if len(complete) < FEWEST_FOR_IMPORTANCE or len({t.value for t in complete}) < 2:
             return {}
         evaluator = optuna.importance.PedAnovaImportanceEvaluator()
+        shown: Any = StudyWithout(self.optuna, REPEAT_OF)
         return dict(
             optuna.importance.get_param_importances(
-                self.optuna, evaluator=evaluator, target=lambda trial: float(trial.values[0])
+                shown, evaluator=evaluator, target=lambda trial: float(trial.values[0])
             )
         )
 

@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from functools import cache
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from hydralv_tune.numerics.metrics.registry import HEADLINE
@@ -47,6 +48,15 @@ RESUMABLE = "resumable"
 
 REVIVED = "revived"
 """Attribute of a trial that goes on after it was pruned; it is pruned no more."""
+
+REPEAT_OF = "repeat_of"
+"""Attribute of a trial that trains another one again with another seed: the number of that one."""
+
+SEED_SHIFT = "seed_shift"
+"""Attribute of such a repeat: what is added to the seed of its candidate, from 1."""
+
+REPEATS = "repeats"
+"""Attribute of such a repeat: how many there are to be of the same trial."""
 
 OVERRIDES = "overrides"
 """Attribute of a trial: the partial candidate that was enqueued for it."""
@@ -126,6 +136,11 @@ class TrialView:
         return "imported_from" in self.user_attrs
 
     @property
+    def is_repeat(self) -> bool:
+        """Return whether it trains another trial of this study again with another seed."""
+        return REPEAT_OF in self.user_attrs
+
+    @property
     def seconds(self) -> float:
         """Return the seconds it has taken so far; 0 before it starts."""
         recorded = self.user_attrs.get("seconds")
@@ -140,27 +155,66 @@ def count_states(trials: Iterable[TrialView]) -> dict[str, int]:
     """Return how many trials are in each state, under the names of the contract.
 
     Trials imported from another study, or added by another program, are not counted: this study
-    did not run them. One that was paused and goes on counts as what it is now.
+    did not run them; nor are finished repeats, since the number of trials is one of candidates. One
+    that was paused and goes on counts as what it is now.
     """
     counts = dict.fromkeys(("complete", "pruned", "fail", "running", "waiting"), 0)
     known = list(trials)
     gone = superseded(known)
     for trial in known:
         revived = trial.state == "PRUNED" and trial.number in gone
-        elsewhere = trial.is_imported or (trial.is_foreign and trial.state in FINISHED)
+        elsewhere = trial.is_imported or (
+            (trial.is_foreign or trial.is_repeat) and trial.state in FINISHED
+        )
         if not (revived or elsewhere):
             counts[trial.state.lower()] += 1
     return counts
 
 
 def best_trial(trials: Iterable[TrialView]) -> TrialView | None:
-    """Return the best COMPLETE trial, or None.
+    """Return the best COMPLETE trial, or None; a repeat of another one is none.
 
     Any feasible trial is better than one that violates the guard; among those that violate it,
-    the one nearest to it is best.
+    the one nearest to it is best. Where that one was trained again with other seeds, the best is
+    the one with the best mean over its seeds among those of which all repeats are complete.
     """
     complete = [t for t in trials if t.state == "COMPLETE" and not (t.is_imported or t.is_foreign)]
-    return min(complete, key=lambda t: rank(t.violation, t.value, t.number), default=None)
+    first = min(
+        (trial for trial in complete if not trial.is_repeat),
+        key=lambda t: rank(t.violation, t.value, t.number),
+        default=None,
+    )
+    repeated = {
+        trial.number: seeds
+        for trial in complete
+        if not trial.is_repeat and is_whole(seeds := seeds_of(complete, trial))
+    }
+    if first is None or first.number not in repeated:
+        return first
+    best = min(repeated, key=lambda number: mean_rank(repeated[number]))
+    return repeated[best][0]
+
+
+def seeds_of(trials: Iterable[TrialView], trial: TrialView) -> list[TrialView]:
+    """Return a COMPLETE trial and its complete repeats, in the order of their seeds."""
+    repeats = {
+        other.user_attrs[SEED_SHIFT]: other
+        for other in trials
+        if other.state == "COMPLETE" and other.user_attrs.get(REPEAT_OF) == trial.number
+    }
+    return [trial, *(repeats[shift] for shift in sorted(repeats))]
+
+
+def is_whole(seeds: Sequence[TrialView]) -> bool:
+    """Return whether a trial of `seeds_of` has been repeated as often as was wanted."""
+    wanted = [int(repeat.user_attrs[REPEATS]) for repeat in seeds[1:]]
+    return bool(wanted) and len(wanted) >= max(wanted)
+
+
+def mean_rank(seeds: Sequence[TrialView]) -> tuple[float, float, int]:
+    """Return what trials are ordered by over their seeds: the means of what `rank` says."""
+    ranks = [rank(trial.violation, trial.value, trial.number) for trial in seeds]
+    return fmean(one[0] for one in ranks), fmean(one[1] for one in ranks), seeds[0].number
 
 
 def rank(violation: float | None, value: float | None, number: int) -> tuple[float, float, int]:
@@ -279,9 +333,10 @@ def is_tried(trial: TrialView) -> bool:
 
 
 def is_ended(trial: TrialView) -> bool:
-    """Return whether this study ran a trial to its end, or until it was pruned."""
+    """Return whether this study ran a candidate to its end, or until it was pruned."""
     known = bool(trial.intermediate) or trial.value is not None
-    return trial.state in FINISHED and known and not (trial.is_imported or trial.is_foreign)
+    elsewhere = trial.is_imported or trial.is_foreign or trial.is_repeat
+    return trial.state in FINISHED and known and not elsewhere
 
 
 def latest_ended(trials: Sequence[TrialView]) -> list[TrialView]:
@@ -413,6 +468,7 @@ class Asked:
         params: Encoded values of the active parameters.
         warm_start: Recipe it comes from, if any.
         overrides: Partial candidate beside the parameters, of a candidate that was enqueued.
+        seed_shift: What is added to the seed of its candidate; 0 but for a repeat.
     """
 
     number: int
@@ -422,6 +478,7 @@ class Asked:
     params: Mapping[str, Any]
     warm_start: str | None
     overrides: Mapping[str, Any] | None = None
+    seed_shift: int = 0
 
 
 @dataclass(frozen=True)

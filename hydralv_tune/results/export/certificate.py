@@ -7,7 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from hydralv_tune.artifacts.records import provenance, read_record
+from hydralv_tune.artifacts.records import provenance, read_record, without_seed
 from hydralv_tune.artifacts.writing import write_atomically
 from hydralv_tune.config.errors import HydraLVError
 from hydralv_tune.numerics.formatting import counted, figure
@@ -117,7 +117,7 @@ def _spread(best: BestTrial) -> str:
             if folder is None:
                 continue
             record = read_record(folder / "record.json")
-            if _without_seed(record.config) == _without_seed(best.record.config):
+            if without_seed(record.config) == without_seed(best.record.config):
                 values.setdefault(record.seed, record.value)
     found = [float(value) for value in values.values() if value is not None]
     if len(found) < 2:
@@ -127,13 +127,6 @@ def _spread(best: BestTrial) -> str:
         f"{len(found)}: mean {mean:.4f}, from {min(found):.4f} to {max(found):.4f}; the exported "
         f"one is seed {best.record.seed}"
     )
-
-
-def _without_seed(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a candidate without its seed and what has no part in the training."""
-    system = {k: v for k, v in config.get("system", {}).items() if k not in ("seed", "cpu_threads")}
-    free = ("experiment_name", "description", "system")
-    return {**{key: value for key, value in config.items() if key not in free}, "system": system}
 
 
 def _versions(source: Mapping[str, Any]) -> str:

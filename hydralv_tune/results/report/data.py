@@ -41,6 +41,7 @@ from hydralv_tune.results.scored_volumes import (
     judge_all,
     scored_volumes,
 )
+from hydralv_tune.study.confirm import confirmations, confirmed
 from hydralv_tune.study.study_folder import SPACE_FILE
 from hydralv_tune.study.trial_views import TrialView, count_states
 
@@ -147,6 +148,8 @@ class ReportData:
     pictures: Mapping[str, bytes]
     space_file: Path
     ensemble: Mapping[str, Any] | None = None
+    confirmed: Mapping[str, Any] | None = None
+    confirmations: Sequence[Mapping[str, Any]] = ()
     trained_on: Mapping[str, Any] | None = None
     notes: Sequence[str] = field(default_factory=list)
 
@@ -154,6 +157,11 @@ class ReportData:
     def record(self) -> TrialRecord:
         """Return the record of the best trial."""
         return self.best.record
+
+    @property
+    def candidates(self) -> list[TrialView]:
+        """Return the trials of the search, without those that were trained again."""
+        return [trial for trial in self.trials if not trial.is_repeat]
 
     @property
     def wrong(self) -> int:
@@ -172,6 +180,7 @@ def gather(best: BestTrial, out: Path) -> ReportData:
     """
     study, record = best.study, best.record
     trials = study.trials()
+    searched = [trial for trial in trials if not trial.is_repeat]
     notes = list(record.notes)
     judgement: Judgement | None = None
     try:
@@ -184,7 +193,7 @@ def gather(best: BestTrial, out: Path) -> ReportData:
     except (InputError, OSError, ValueError) as error:
         notes.append(f"The figures on what was trained on are not shown: {error}")
     objective = study.space.objective
-    baseline = _baseline(best, trials)
+    baseline = _baseline(best, searched)
     compared = None if baseline is None or baseline.number == best.view.number else baseline
     return ReportData(
         study=study.name,
@@ -203,9 +212,9 @@ def gather(best: BestTrial, out: Path) -> ReportData:
         comparison=[] if compared is None else compare(_metrics_of(best, compared), record.metrics),
         baseline=baseline,
         differences=_differences(compared, best.view),
-        changes=changes(compared, best.view, trials),
-        ranks=early_ranks(trials),
-        stopped=stopped(trials),
+        changes=changes(compared, best.view, searched),
+        ranks=early_ranks(searched),
+        stopped=stopped(searched),
         targets=plan_targets(record.metrics, record.losses),
         limits=[] if judgement is None else _limits(judgement, objective.metric),
         axes=_axes(record.sweep or {}, best),
@@ -215,6 +224,8 @@ def gather(best: BestTrial, out: Path) -> ReportData:
         sizes_lost=_sizes(judgement, found=False),
         pictures=_pictures(best, compared),
         ensemble=kept_facts(study.out),
+        confirmed=confirmed(study.space, trials),
+        confirmations=confirmations(trials),
         trained_on=trained_on,
         notes=notes,
     )

@@ -143,9 +143,9 @@ def _figures(data: ReportData) -> tuple[Mapping[str, str], int]:
     """Return the figures that there is something to draw of, and the parallel ones' width."""
     from hydralv_tune.results.report import figures
 
-    drawn: dict[str, Any] = {"history": figures.history(data.trials, data.metric)}
+    drawn: dict[str, Any] = {"history": figures.history(data.candidates, data.metric)}
     width = 0
-    parallel = figures.parallel_coordinates(data.trials, data.best.study.space, data.metric)
+    parallel = figures.parallel_coordinates(data.candidates, data.best.study.space, data.metric)
     if parallel is not None:
         drawn["parallel"], width = parallel
     if data.importances:
@@ -154,7 +154,7 @@ def _figures(data: ReportData) -> tuple[Mapping[str, str], int]:
         drawn["curves"] = figures.curves(data.record.history)
     if data.sizes_found or data.sizes_lost:
         drawn["sizes"] = figures.sizes(data.sizes_found, data.sizes_lost)
-    if (cost := figures.cost(data.trials, data.metric)) is not None:
+    if (cost := figures.cost(data.candidates, data.metric)) is not None:
         drawn["cost"] = cost
     names = ("history", "parallel", "importances", "curves", "sizes", "cost")
     texts = {name: figures.as_html(drawn[name], name) if name in drawn else "" for name in names}

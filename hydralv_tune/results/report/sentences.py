@@ -25,7 +25,7 @@ from hydralv_tune.numerics.formatting import (
 from hydralv_tune.numerics.metrics.registry import SUMMARY
 from hydralv_tune.results.report.data import KIND_COLOURS, Axis, ReportData, figure_names
 from hydralv_tune.results.report.limits import STILL_LEARNING
-from hydralv_tune.study.trial_views import TrialView, state_word
+from hydralv_tune.study.trial_views import REPEAT_OF, TrialView, state_word
 
 BAD_ERROR = 0.2
 """Adapted Rand error under which losses above the plan's no longer matter most."""
@@ -208,7 +208,8 @@ def best_so_far(data: ReportData) -> list[tuple[str, int, str]]:
     """Return when the best value fell, which trial brought it, and the value."""
     rows: list[tuple[str, int, str]] = []
     best = math.inf
-    done = [t for t in data.trials if t.state == "COMPLETE" and t.finished and t.is_feasible]
+    complete = [t for t in data.candidates if t.state == "COMPLETE" and t.finished]
+    done = [trial for trial in complete if trial.is_feasible]
     for trial in sorted(done, key=lambda t: (t.finished or datetime.max, t.number)):
         if trial.value is not None and trial.value < best:
             best = trial.value
@@ -227,7 +228,8 @@ def _row(trial: TrialView) -> TrialRow:
     state = state_word(trial.state, trial.user_attrs.get("reason"))
     if trial.state == "COMPLETE" and not trial.is_feasible:
         state = "complete, violates the guard"
-    notes = [trial.user_attrs.get("warm_start"), trial.user_attrs.get("reason")]
+    of = f"trial {trial.user_attrs[REPEAT_OF]} with another seed" if trial.is_repeat else None
+    notes = [trial.user_attrs.get("warm_start"), of, trial.user_attrs.get("reason")]
     value = trial.value
     if value is None and trial.intermediate:
         value = min(trial.intermediate.values())
@@ -426,7 +428,8 @@ def _place_in(value: float, ends: Sequence[float], *, log: bool) -> float:
 def _budget_steps(data: ReportData) -> list[NextStep]:
     """Return whether more trials, or shorter ones, are worth their time."""
     steps = []
-    finished = [t for t in data.trials if t.state in ("COMPLETE", "PRUNED") and not t.is_imported]
+    ended = [t for t in data.candidates if t.state in ("COMPLETE", "PRUNED")]
+    finished = [trial for trial in ended if not trial.is_imported]
     later = sum(t.number > data.best.view.number for t in finished)
     if len(finished) >= 4 and later < len(finished) / 3:
         more = len(finished) + max(len(finished) // 2, 4)
@@ -549,6 +552,15 @@ def ensemble_rows(data: ReportData) -> list[tuple[str, str, str]]:
         for name, label, _ in figure_names()
         if name in alone and name in facts
     ]
+
+
+def repeated_rows(data: ReportData) -> list[tuple[str, str, str, str, str]]:
+    """Return trial, value in the search, mean, spread and seeds of what was trained again."""
+    return [
+        (str(one["trial"]), figure(one["values"][0]), figure(one["mean"]), figure(one["spread"]),
+         f"{one['seeds']} of {one['wanted']}")
+        for one in data.confirmations
+    ]  # fmt: skip
 
 
 def held_out_lead(data: ReportData) -> str:
