@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import optuna
@@ -12,9 +14,14 @@ from optuna.trial import TrialState
 from study_checks import make_space
 from test_study import abandon, asked, complete
 
-from hydralv_tune.study.confirm import budget_of, missing_repeats, search_is_over
+from hydralv_tune.artifacts.records import read_record
+from hydralv_tune.config.search_space import ConfirmBudget
+from hydralv_tune.results.export.export import export_best
+from hydralv_tune.results.report.report import write_report
+from hydralv_tune.study.confirm import budget_of, missing_repeats
 from hydralv_tune.study.driver import Driver
-from hydralv_tune.study.study import open_readonly
+from hydralv_tune.study.ending import search_is_over
+from hydralv_tune.study.study import Study, open_readonly
 from hydralv_tune.study.trial_views import Asked, TrialResult
 
 CONFIRM = {"budget": {"confirm": {"top": 2, "seeds": 2}}}
@@ -162,6 +169,38 @@ def test_a_goal_that_was_reached_ends_a_search_for_good(
     assert driver.study.best().number == 0  # by its mean, though it is not under the goal
     assert search_is_over(space, driver.study.trials(), 10)
     assert missing_repeats(space, driver.study.trials(), 10) == []
+
+
+def test_report_and_certificate_say_what_the_repeats_found(
+    finished_study: Any, tmp_path: Path
+) -> None:
+    copy = finished_study.copied_to(tmp_path / "study")
+    study = Study.open(copy.storage, copy.name)
+    budget = study.space.budget.model_copy(update={"confirm": ConfirmBudget(top=1, seeds=2)})
+    study.remember("space", study.space.model_copy(update={"budget": budget}).as_mapping())
+    study.close()
+    study = Study.open(copy.storage, copy.name)
+    best = study.best()
+    assert best is not None
+    with Driver(study, out=copy.folder) as driver:
+        for value in (0.3, 0.5):
+            trial = again(driver, 4)
+            record = read_record(copy.folder / "trials" / str(best.root) / "record.json")
+            record.config["system"]["seed"] += trial.seed_shift
+            out = str(copy.folder / "trials" / str(trial.number))
+            seed = record.config["system"]["seed"]
+            replace(record, number=trial.number, seed=seed, value=value, out=out).write()
+            driver.tell(trial.number, complete(value))
+    study.close()
+    write_report(copy.storage, copy.name, tmp_path / "report")
+    for name in ("report.md", "index.html"):
+        text = (tmp_path / "report" / name).read_text()
+        assert f"Trial {best.number} has a mean adapted Rand error of" in text
+        assert f"trial {best.number} with another seed" in text
+    export_best(copy.storage, copy.name, tmp_path / "best.yaml")
+    certificate = (tmp_path / "best.certificate.md").read_text()
+    assert "**Seeds**: 3: mean" in certificate
+    assert "to 0.5000; the exported one is seed 42" in certificate
 
 
 @pytest.mark.slow

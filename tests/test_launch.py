@@ -299,6 +299,24 @@ def test_the_goal_ends_a_study_and_what_runs_is_enqueued_again(rig: Any) -> None
     }  # fmt: skip
 
 
+def test_a_search_with_nothing_to_gain_ends_and_what_runs_goes_on(rig: Any) -> None:
+    one = rig({"budget": {"stop_when": "no_gain"}})
+    for number in range(20):
+        assert isinstance(one.coordinator.suggest(str(number)), dict)
+        if number == 0:
+            assert isinstance(one.coordinator.suggest("late"), dict)
+        metrics = {**FIGURES, "adapted_rand_error": 0.2 + number / 1000}
+        record = {"metrics": metrics, "noise": 0.1, "checkpoint": "c"}
+        one.coordinator.on_message(str(number), {"kind": "final", "record": record})
+    assert one.coordinator.suggest("more") == "done"
+    assert one.coordinator.search_is_over
+    assert "is expected to gain less than the noise" in one.events[-1].fields["reason"]
+    assert one.coordinator.tick() == []
+    one.finish("late")
+    assert one.driver.study.facts()["trials"]["complete"] == 21
+    assert one.kinds().count("stopped") == 1
+
+
 def test_gpu_hours_end_a_study(rig: Any) -> None:
     one = rig({"budget": {"gpu_hours": 1e-9}}, gpus_per_trial=1.0)
     one.coordinator.suggest("a")

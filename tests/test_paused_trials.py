@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from study_checks import check_truth, make_space
 from test_study import METRICS, abandon, asked
+from test_trial import brief, final_weights, run, spec
 
+from hydralv_tune.config.errors import TrialInterrupted
 from hydralv_tune.study.driver import Driver
 from hydralv_tune.study.study import open_readonly
 from hydralv_tune.study.trial_views import Asked, TrialResult
+from hydralv_tune.trial.spec import Evaluation
 
 STEPS = 4
 PAUSING = {"name": "median", "warmup_evaluations": 1, "startup_trials": 2, "revive": 0.34}
@@ -157,3 +162,38 @@ def test_a_real_run_pauses_and_goes_on_and_makes_no_step_twice(fake_study: Any) 
     check_truth(study, fake_study.steps(), 14)
     revived = [t for t in study.trials() if t.user_attrs.get("revived")]
     assert any(t.state == "COMPLETE" for t in revived)
+
+
+def test_a_paused_training_that_goes_on_ends_at_the_weights_of_one_never_paused(
+    make_driver: Callable[..., Driver], tmp_path: Path
+) -> None:
+    monitor = {"evaluation": {"count": 4}, "early_stopping": {"enabled": False}}
+    chosen, whole, out = brief(monitor=monitor), tmp_path / "whole", tmp_path / "paused"
+    run(spec(whole, chosen))
+    driver = make_driver(
+        f"sqlite:///{tmp_path / 's.db'}",
+        make_space(pruner={**PAUSING, "startup_trials": 1, "revive": 1.0}),
+    )
+    first, second = asked(driver, 3), asked(driver, 3)
+    assert trained(driver, first, [0.0] * STEPS, {}) == "COMPLETE"
+    evaluations = []
+
+    def part(trial: Asked) -> Callable[[Evaluation], None]:
+        def hear(evaluation: Evaluation) -> None:
+            evaluations.append((trial.number, evaluation.step))
+            if driver.report(trial.number, evaluation.step, evaluation.value, -0.3) == "prune":
+                raise TrialInterrupted("paused")
+
+        return hear
+
+    with pytest.raises(TrialInterrupted):
+        run(spec(out, chosen, number=second.number, root=second.root), part(second))
+    assert driver.tell(second.number, paused()) == "told"
+    revived = asked(driver, 3)
+    assert (revived.retry_of, revived.root) == (second.number, second.root)
+    run(spec(out, chosen, number=revived.number, root=revived.root), part(revived))
+    # The first evaluation is not trained again: it is told again, since a database may lack it.
+    assert evaluations == [(second.number, 1), *((revived.number, step) for step in (1, 2, 3, 4))]
+    expected, got = final_weights(whole), final_weights(out)
+    assert expected.keys() == got.keys()
+    assert all(torch.equal(expected[key], got[key]) for key in expected)

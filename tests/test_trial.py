@@ -888,7 +888,7 @@ def test_other_objectives_are_minimised_too(
 
 def test_a_blob_of_small_error_does_not_outlive_a_good_checkpoint(finished: Any) -> None:
     def outcome(value: float, f1: float) -> Outcome:
-        return Outcome(value, {"f1_iou50": f1}, None, {}, (), (), (), (), {})  # type: ignore[arg-type]
+        return Outcome(value, {"f1_iou50": f1}, None, {}, (), (), (), (), (), {})  # type: ignore[arg-type]
 
     assert better(outcome(0.9, 0.0), None, 0.0, 0.05)
     assert better(outcome(0.10, 0.9), 0.04, 0.2, 0.05)

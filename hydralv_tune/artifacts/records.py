@@ -244,6 +244,7 @@ class TrialRecord:
         metrics: Every figure of the best checkpoint's segmentation.
         losses: Of the last evaluation: `total`, each task, each loss.
         value: What the study minimises.
+        noise: Its standard deviation over instances drawn anew, or its standard error over folds.
         decoding: `{name, kwargs}` of the winner.
         checkpoint: The best one.
         folds: With cross-validation, the figures of each fold.
@@ -272,6 +273,7 @@ class TrialRecord:
     metrics: dict[str, Any] = field(default_factory=dict)
     losses: dict[str, float | None] = field(default_factory=dict)
     value: float | None = None
+    noise: float | None = None
     decoding: dict[str, Any] | None = None
     checkpoint: str | None = None
     folds: list[dict[str, Any]] = field(default_factory=list)

@@ -306,8 +306,9 @@ def _show_facts(facts: dict[str, Any], json: bool) -> None:
         return
     shown = {key: value for key, value in best.items() if key not in ("value", "warm_start")}
     print_facts(f"Best trial of study {facts['study']}: {best['number']}", shown)
-    if "confirmed" in facts:
-        say(facts["confirmed"]["sentence"])
+    for key in ("confirmed", "going_on"):
+        if key in facts:
+            say(facts[key]["sentence"])
     for warning in facts.get("warnings", ()):
         say(f"warning: {warning}")
 

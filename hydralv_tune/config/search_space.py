@@ -181,6 +181,11 @@ class Budget(StrictModel):
     gpu_hours: Positive | None = Field(None, description="Summed over all trials.")
     trial_timeout_s: Positive | None = Field(None, description="A trial that hangs is failed.")
     retries: Whole = Field(2, description="Further attempts after a crash or out of memory.")
+    stop_when: Literal["no_gain"] | None = Field(
+        None,
+        description="`no_gain`: the search ends once as many trials again are expected to gain "
+        "less than the noise of the score.",
+    )
     confirm: ConfirmBudget | None = None
     ensemble: EnsembleBudget = Field(default_factory=EnsembleBudget)
 

@@ -18,9 +18,9 @@ from hydralv_tune.config.errors import ConfigError, HydraLVError
 from hydralv_tune.config.search_space import SearchSpace, guard_violation, objective_value
 from hydralv_tune.launch.live_trial import LiveTrial, kept_of
 from hydralv_tune.numerics.metrics.registry import HEADLINE
-from hydralv_tune.study.confirm import trial_under_goal
 from hydralv_tune.study.database import DatabaseAway, StudyGone
 from hydralv_tune.study.driver import Driver
+from hydralv_tune.study.ending import nothing_to_gain, trial_under_goal
 from hydralv_tune.study.trial_views import Asked, TrialResult, count_states, gpu_hours
 
 ASK_EVERY_S = 0.5
@@ -470,10 +470,14 @@ class Coordinator:
         if first is not None and not self._again:
             self.stop(f"trial {first.number} reached the goal: {first.value:.4f} < {goal:g}")
             self.search_is_over = True
+        reason = None if self._again else nothing_to_gain(self.space, trials)
+        if reason is not None and not self.search_is_over:
+            self.search_is_over = True  # what runs goes on to its end
+            self.emit("stopped", None, reason=reason)
         limit = self.space.budget.gpu_hours
         if limit is not None and gpu_hours(trials) >= limit:
             self.stop(f"the budget of {limit:g} GPU-hours is spent")
-        return self.stop_reason is not None
+        return self.stop_reason is not None or self.search_is_over
 
     def _say_if_exhausted(self) -> None:
         """Say so where the run ends because the space has nothing left to try."""

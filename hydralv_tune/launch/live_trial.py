@@ -18,7 +18,7 @@ LEAST_START_S = 300.0
 MAX_ATTRIBUTE_CHARACTERS = 20_000
 KEPT = (
     "metrics", "losses", "decoding", "checkpoint", "record", "sweep", "verdicts", "notes",
-    "device", "split", "training", "folds", "weights", "epoch",
+    "device", "split", "training", "folds", "weights", "epoch", "noise",
 )  # fmt: skip
 
 KillReason = Literal["refused", "interrupted", "hang", "no start"]

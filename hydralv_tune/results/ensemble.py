@@ -30,7 +30,7 @@ from hydralv_tune.results.best_trial import BestTrial, chosen_trial
 from hydralv_tune.results.export.certificate import write_certificate
 from hydralv_tune.results.export.export import exported_text, own_commands, write_weights
 from hydralv_tune.results.scored_volumes import fold_checkpoints, predicted_parts, split_of
-from hydralv_tune.study.confirm import search_is_over
+from hydralv_tune.study.ending import search_is_over
 from hydralv_tune.study.study import Study, open_readonly
 from hydralv_tune.study.trial_views import rank
 from hydralv_tune.trial.scoring.ensemble import (

@@ -20,38 +20,13 @@ from hydralv_tune.study.trial_views import (
     SEED_SHIFT,
     TrialView,
     best_trial,
-    count_states,
-    is_ended,
+    complete_candidates,
     rank,
     seeds_of,
 )
 
 SHARE = 0.1
 """Share of the trials of a study that repeats may be where the space does not ask for them."""
-
-
-def search_is_over(space: SearchSpace, trials: Sequence[TrialView], target: int) -> bool:
-    """Return whether a study has all the trials that it aims at, or has reached its goal.
-
-    What comes after a search, repeats and the ensemble, waits for this.
-
-    Args:
-        space: Of the study.
-        trials: All of it.
-        target: Finished trials that it aims at.
-    """
-    counts = count_states(trials)
-    is_full = counts["complete"] + counts["pruned"] >= target
-    return is_full or trial_under_goal(space, trials) is not None
-
-
-def trial_under_goal(space: SearchSpace, trials: Sequence[TrialView]) -> TrialView | None:
-    """Return the first feasible trial under `objective.stop_at`, or None."""
-    goal = space.objective.stop_at
-    for trial in _candidates(trials) if goal is not None else ():
-        if trial.is_feasible and trial.value is not None and trial.value < goal:
-            return trial
-    return None
 
 
 def budget_of(space: SearchSpace, target: int) -> ConfirmBudget:
@@ -82,7 +57,7 @@ def missing_repeats(
     """
     budget = budget_of(space, target)
     known = {(t.user_attrs.get(REPEAT_OF), t.user_attrs.get(SEED_SHIFT)) for t in trials}
-    best = sorted(_candidates(trials), key=lambda t: rank(t.violation, t.value, t.number))
+    best = sorted(complete_candidates(trials), key=lambda t: rank(t.violation, t.value, t.number))
     return [
         (
             trial,
@@ -101,11 +76,6 @@ def missing_repeats(
         for shift in range(1, budget.seeds + 1)
         if (trial.number, shift) not in known
     ]
-
-
-def _candidates(trials: Sequence[TrialView]) -> list[TrialView]:
-    """Return the complete trials of a search."""
-    return [trial for trial in trials if trial.state == "COMPLETE" and is_ended(trial)]
 
 
 def confirmations(trials: Sequence[TrialView]) -> list[dict[str, Any]]:

@@ -37,6 +37,7 @@ from hydralv_tune.study.distributions import (
     require_compatible,
 )
 from hydralv_tune.study.earlier import Lesson
+from hydralv_tune.study.ending import outlook
 from hydralv_tune.study.mutex import StudyMutex
 from hydralv_tune.study.optuna_private import (
     StudyWithout,
@@ -245,6 +246,7 @@ class Study:
             "best_config": str(config) if config is not None and config.is_file() else None,
             "warnings": guard_warnings(best, self.space.objective.guard.f1_iou50),
             **({} if self.lessons is None else {"learned_from": self.learned_from()}),
+            **({} if (going_on := outlook(self.space, trials)) is None else {"going_on": going_on}),
             **({} if (again := confirmed(self.space, trials)) is None else {"confirmed": again}),
         }
 

@@ -58,6 +58,9 @@ SEED_SHIFT = "seed_shift"
 REPEATS = "repeats"
 """Attribute of such a repeat: how many there are to be of the same trial."""
 
+NOISE = "noise"
+"""Attribute of a COMPLETE trial: standard deviation of its value over the instances scored."""
+
 OVERRIDES = "overrides"
 """Attribute of a trial: the partial candidate that was enqueued for it."""
 
@@ -337,6 +340,11 @@ def is_ended(trial: TrialView) -> bool:
     known = bool(trial.intermediate) or trial.value is not None
     elsewhere = trial.is_imported or trial.is_foreign or trial.is_repeat
     return trial.state in FINISHED and known and not elsewhere
+
+
+def complete_candidates(trials: Iterable[TrialView]) -> list[TrialView]:
+    """Return the complete trials of a study's search: none of another study, and no repeat."""
+    return [trial for trial in trials if trial.state == "COMPLETE" and is_ended(trial)]
 
 
 def latest_ended(trials: Sequence[TrialView]) -> list[TrialView]:

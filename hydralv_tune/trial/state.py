@@ -565,6 +565,7 @@ class TrialRun:
             metrics=metrics,
             losses=losses,
             value=self.best.get("value") if outcome is None else outcome.value,
+            noise=None if outcome is None else outcome.noise(self.spec.objective),
             decoding=best.get("decoding") if outcome is None else outcome.decoding,
             checkpoint=str(self.out / "best.ckpt") if self.best else None,
             folds=[] if outcome is None or len(outcome.folds) == 1 else list(outcome.folds),

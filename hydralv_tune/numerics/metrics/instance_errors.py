@@ -225,6 +225,29 @@ def bootstrap(
     Returns:
         (low, high) for `adapted_rand_error`, `adapted_rand_error_foreground`, `f1_iou50`.
     """
+    tail = 100 * (1 - level) / 2
+    return {
+        name: (float(np.percentile(v, tail)), float(np.percentile(v, 100 - tail)))
+        for name, v in _resampled(table, resamples, seed).items()
+    }
+
+
+def noise(table: ContingencyTable, metric: str) -> float | None:
+    """Return the standard deviation of a score over resampled instances, as `bootstrap` draws them.
+
+    Args:
+        table: As for `bootstrap`.
+        metric: A name of the table of metrics.
+
+    Returns:
+        None where `bootstrap` has no interval of the metric.
+    """
+    values = _resampled(table, 2000, 0).get(metric)
+    return None if values is None else float(np.std(values))
+
+
+def _resampled(table: ContingencyTable, resamples: int, seed: int) -> Mapping[str, Floats]:
+    """Return errors and F1 of each draw of instances."""
     units = _units(table)
     count = len(units["truth_squares"])
     rng = np.random.default_rng(seed)
@@ -233,16 +256,11 @@ def bootstrap(
     draws = draws[draws @ units["true"] > 0]
     sums = {name: draws @ values for name, values in units.items()}
     share = sums["uncovered"] / table.voxels
-    samples: Mapping[str, Floats] = {
+    return {
         "adapted_rand_error": _error(sums, sums["inside_squares"], share),
         "adapted_rand_error_foreground": _error(sums, sums["whole_squares"], share),
         # Shares of segments that lie in several truths may add up to less than what matched.
         "f1_iou50": np.minimum(2 * sums["matched"] / (sums["true"] + sums["segments"]), 1.0),
-    }
-    tail = 100 * (1 - level) / 2
-    return {
-        name: (float(np.percentile(v, tail)), float(np.percentile(v, 100 - tail)))
-        for name, v in samples.items()
     }
 
 

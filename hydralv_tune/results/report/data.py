@@ -42,6 +42,7 @@ from hydralv_tune.results.scored_volumes import (
     scored_volumes,
 )
 from hydralv_tune.study.confirm import confirmations, confirmed
+from hydralv_tune.study.ending import outlook
 from hydralv_tune.study.study_folder import SPACE_FILE
 from hydralv_tune.study.trial_views import TrialView, count_states
 
@@ -148,6 +149,7 @@ class ReportData:
     pictures: Mapping[str, bytes]
     space_file: Path
     ensemble: Mapping[str, Any] | None = None
+    going_on: Mapping[str, Any] | None = None
     confirmed: Mapping[str, Any] | None = None
     confirmations: Sequence[Mapping[str, Any]] = ()
     trained_on: Mapping[str, Any] | None = None
@@ -224,6 +226,7 @@ def gather(best: BestTrial, out: Path) -> ReportData:
         sizes_lost=_sizes(judgement, found=False),
         pictures=_pictures(best, compared),
         ensemble=kept_facts(study.out),
+        going_on=outlook(study.space, trials),
         confirmed=confirmed(study.space, trials),
         confirmations=confirmations(trials),
         trained_on=trained_on,

@@ -164,9 +164,10 @@ def history_lead(data: ReportData) -> str:
         parts.append(f"{interrupted} interrupted and continued")
     if count["running"] or count["waiting"]:
         parts.append(f"{count['running']} running and {count['waiting']} waiting")
+    going_on = "" if data.going_on is None else f" {data.going_on['sentence']}"
     return (
         f"{', '.join(parts)}. A trial with F1 below {data.guard_f1:g} violates the guard and ranks "
-        "behind every trial that does not."
+        f"behind every trial that does not.{going_on}"
     )
 
 
@@ -431,7 +432,8 @@ def _budget_steps(data: ReportData) -> list[NextStep]:
     ended = [t for t in data.candidates if t.state in ("COMPLETE", "PRUNED")]
     finished = [trial for trial in ended if not trial.is_imported]
     later = sum(t.number > data.best.view.number for t in finished)
-    if len(finished) >= 4 and later < len(finished) / 3:
+    is_worth_it = data.going_on is None or data.going_on["is_worth_it"]
+    if len(finished) >= 4 and later < len(finished) / 3 and is_worth_it:
         more = len(finished) + max(len(finished) // 2, 4)
         steps.append(
             NextStep(

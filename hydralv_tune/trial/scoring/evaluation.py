@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ from hydralv_tune.config.errors import TrialFailed, as_input_error
 from hydralv_tune.config.search_space import Objective, objective_value
 from hydralv_tune.data.volumes import Volume
 from hydralv_tune.numerics.metrics.contingency import ContingencyTable, contingency_table, joined
+from hydralv_tune.numerics.metrics.instance_errors import noise
 from hydralv_tune.numerics.metrics.scores import score
 from hydralv_tune.numerics.watershed.decoders import decode
 from hydralv_tune.trial.scoring.prediction import predict
@@ -51,6 +53,7 @@ class Outcome:
         volumes: Name and figures of each volume scored.
         segmentations: Of each volume, in order.
         probabilities: Of each volume, in order.
+        tables: Overlaps of truth and segmentation of each volume, in order.
         seconds: Of prediction, sweep and score.
     """
 
@@ -62,12 +65,24 @@ class Outcome:
     volumes: tuple[dict[str, Any], ...]
     segmentations: tuple[Array, ...]
     probabilities: tuple[Array, ...]
+    tables: tuple[ContingencyTable, ...]
     seconds: dict[str, float]
 
     @property
     def f1(self) -> float:
         """Return F1 at IoU 0.5."""
         return float(self.metrics["f1_iou50"])
+
+    def noise(self, objective: Objective) -> float | None:
+        """Return how well the value is known: its standard deviation over instances drawn anew.
+
+        With several folds it is the standard error of their mean; None where the metric has none.
+        """
+        if len(self.folds) > 1:
+            return float(np.std([fold["value"] for fold in self.folds], ddof=1)) / math.sqrt(
+                len(self.folds)
+            )
+        return noise(joined(self.tables), objective.metric)
 
 
 def evaluate(
@@ -151,6 +166,7 @@ def evaluate(
         else (),
         segmentations=tuple(segments),
         probabilities=tuple(maps),
+        tables=tuple(tables),
         seconds={
             "prediction": predicted - start,
             "sweep": after_sweep - predicted,
