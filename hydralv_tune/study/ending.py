@@ -46,8 +46,8 @@ def search_is_over(space: SearchSpace, trials: Sequence[TrialView], target: int)
 
 def trial_under_goal(space: SearchSpace, trials: Sequence[TrialView]) -> TrialView | None:
     """Return the first feasible trial under `objective.stop_at`, or None."""
-    goal = space.objective.stop_at
-    for trial in complete_candidates(trials) if goal is not None else ():
+    goal = -math.inf if space.objective.stop_at is None else space.objective.stop_at
+    for trial in complete_candidates(trials):
         if trial.is_feasible and trial.value is not None and trial.value < goal:
             return trial
     return None
