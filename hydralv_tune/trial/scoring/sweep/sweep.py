@@ -53,6 +53,7 @@ from hydralv_tune.trial.scoring.sweep.grid import (
 )
 from hydralv_tune.trial.scoring.sweep.volume import (
     NO_LIMIT,
+    WORTH_PRUNING,
     DecodedVolume,
     FloodedVolume,
     Sums,
@@ -201,8 +202,8 @@ def sweep(
     best, the smallest adapted Rand error wins; ties within 0.002 go to the higher F1, then to
     the one deepest inside its plateau: it carries over to new data better than one on an edge.
 
-    Memory beside the input: 4.25 bytes a voxel of each volume's box (the mask's bounding box)
-    and 25 a node (a voxel that some combination could seed or call foreground, or of distance
+    Memory beside the input: 5.5 bytes a voxel of each volume's box (the mask's bounding box)
+    and 35 a node (a voxel that some combination could seed or call foreground, or of distance
     above 0); for each thread 8 bytes a node and 16 a voxel of the widest flood front; 450 bytes
     a combination, of which there may be a million. 100,000 combinations on the plan's volume of
     51 x 516 x 516, without a mask too, take 0.45 GB in all, Python and the input included; 1 GB
@@ -533,8 +534,9 @@ def warm_up() -> float:
     maps[:, 0, 0, 0] = 0.5
     labels = np.ones((2, 2, 2), np.uint8)
     for decoder in (CONTOUR, "decode_instance_watershed_distance"):
-        axes = checked_axes(Grid(decoder, {"distance_threshold.seed": (0.1,)}))
-        volume = FloodedVolume(maps, labels, None, None, Grid(decoder, {}), axes, entropy=True)
+        seeds = tuple(0.1 * step for step in range(1, WORTH_PRUNING + 1))
+        axes = checked_axes(Grid(decoder, {"distance_threshold.seed": seeds}))
+        volume = FloodedVolume(maps, labels, None, None, Grid(decoder, {}), axes, entropy=False)
         volume.run(axes.keys_of(), 1)
         volume.stack(next(axes.keys_of()))
     return time.perf_counter() - start

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from threading import Lock
 from typing import Any
 
@@ -25,7 +25,9 @@ from hydralv_tune.numerics.metrics.scores import log_terms, match_instances
 from hydralv_tune.numerics.watershed.decoders import DECODERS, SweepForm, decode
 from hydralv_tune.numerics.watershed.flood import Workspace, fingerprint, keep_large, split
 from hydralv_tune.numerics.watershed.graph import WatershedGraph
-from hydralv_tune.numerics.watershed.threshold_sums import threshold_sums, threshold_tables
+from hydralv_tune.numerics.watershed.parts import Part, Parts, sums_of_part
+from hydralv_tune.numerics.watershed.pruning import pruned, steps_from_any_seed
+from hydralv_tune.numerics.watershed.threshold_sums import COUNTS, threshold_sums, threshold_tables
 from hydralv_tune.trial.scoring.sweep.grid import Axes, GridLike, decoder_arguments_at
 
 Array = npt.NDArray[Any]
@@ -168,6 +170,74 @@ def _sums_of(table: ContingencyTable, entropy: bool) -> tuple[Array, Array]:
     return np.array(counts, np.int64)[:, None, None], np.array(logs, float)[:, None, None]
 
 
+WORTH_PRUNING = 6
+"""Sets of seeds from which it pays to prune: that takes about as long as three floods."""
+
+LARGE_PART = 2**16
+"""Voxels from which a part is flooded by all threads together."""
+
+
+@dataclass(frozen=True)
+class _Scored:
+    """The scored nodes of a graph, sorted by truth, as `threshold_sums` wants them."""
+
+    nodes: Array
+    truth: Array
+    cell: Array
+    bins: Any
+
+
+@dataclass
+class _Row:
+    """The sums of one set of seeds, and which combinations have it."""
+
+    of: list[int] = field(default_factory=list)
+    sums: Any = 0
+    logs: Any = 0
+
+
+class _Total:
+    """The sums of each combination of the slow axes, and a mark of its seeds: both add up.
+
+    Args:
+        tasks: The seed thresholds, and the combinations that share them.
+        signs: What turns a threshold into one that a channel must be above.
+        width: How many instance sizes and foreground combinations there are.
+        entropy: Whether there are sums of logarithms too.
+    """
+
+    def __init__(
+        self, tasks: Sequence[tuple[Key, list[Key]]], signs: Sequence[int],
+        width: tuple[int, int], entropy: bool,
+    ) -> None:  # fmt: skip
+        self.keys = [key for _, same in tasks for key in same]
+        self.least_seeds = np.array([key[-1] for key in self.keys], np.int64)
+        self.thresholds = np.array(
+            [np.multiply(seeds, signs) for seeds, same in tasks for _ in same], np.float64
+        )
+        ends = np.cumsum([len(same) for _, same in tasks])
+        self.groups = [
+            range(end - len(same), end) for end, (_, same) in zip(ends, tasks, strict=True)
+        ]
+        self.marks = np.zeros((len(self.keys), 2), np.uint64)
+        self.sums = np.zeros((len(self.keys), COUNTS, *width), np.int64)
+        self.logs = np.zeros((len(self.keys), 2 if entropy else 0, *width))
+
+
+def _in_threads(work: Callable[[], bool], rest: Iterator[Any], threads: int) -> bool:
+    """Let threads take from the same iterator until it is empty; return whether all ended well."""
+    if threads == 1:
+        return work()
+    with ThreadPoolExecutor(threads) as pool:
+        try:
+            futures = [pool.submit(work) for _ in range(threads)]
+            return all([future.result() for future in futures])  # noqa: C419, each may raise
+        finally:
+            # After an error or Ctrl-C the others would finish the whole list first.
+            for _ in rest:
+                pass
+
+
 class FloodedVolume(SweptVolume):
     """A volume of which each set of seeds is flooded once, for all foreground thresholds."""
 
@@ -193,6 +263,7 @@ class FloodedVolume(SweptVolume):
         order = np.argsort(truth, kind="stable")
         self._scored = needed[order].astype(np.int32)
         self._truth = truth[order]
+        self._near: Array | None = None
         del self._labels, self._valid, self._maps, self._mask
 
     def fit(self, axes: Axes) -> None:
@@ -210,28 +281,114 @@ class FloodedVolume(SweptVolume):
         """Flood what is new among combinations of the slow axes; return whether all are done."""
         new = [key for key in keys if key not in self.row_of]
         for graph, cell, bins, tasks in self._passes(new):
-            todo = iter(tasks)
+            width = (len(self._least), int(np.prod(bins)))
+            total = _Total(tasks, self._form.signs, width, self._entropy)
+            scored = _Scored(self._scored, self._truth, cell, bins)
+            graph = self._pruned(graph, total)
+            # A seed may lie beside a flood that is cut, and entropy wants each truth as a whole.
+            if self._form.cut is None and not self._entropy and not self._split:
+                is_done = self._by_part(Parts(graph), scored, total, threads, deadline)
+            else:
+                whole = Part(graph, np.arange(len(graph.nodes), dtype=np.int32))
+                is_done = self._by_key(whole, scored, total, threads, deadline)
+            if not is_done:
+                return False
+            for index, key in enumerate(total.keys):
+                mark = (key[len(self._form.seeds) : -1], *total.marks[index].tolist())
+                row = self.row_of[key] = self._known.setdefault(mark, len(self._rows))
+                if row == len(self._rows):
+                    self._rows.append((total.sums[index], total.logs[index]))
+        return True
 
-            def work(graph: WatershedGraph = graph, cell: Array = cell, bins: Any = bins,
-                     todo: Iterator[tuple[Key, list[Key]]] = todo) -> None:  # fmt: skip
-                space = Workspace(graph)
-                for seeds, same in todo:
-                    if time.perf_counter() > deadline:
-                        return
-                    self._measure(space, cell, bins, seeds, same)
+    def _pruned(self, graph: WatershedGraph, total: _Total) -> WatershedGraph:
+        """Return a graph without what the combinations do not need, where that takes less time."""
+        if self._form.cut is not None or len(total.keys) < WORTH_PRUNING:
+            return graph
+        if self._near is None:
+            self._near = steps_from_any_seed(graph)
+        return pruned(graph, total.thresholds.max(axis=0), int(total.least_seeds.max()), self._near)
 
-            if threads == 1 or len(tasks) == 1:
-                work()
-                continue
-            with ThreadPoolExecutor(threads) as pool:
-                try:
-                    for future in [pool.submit(work) for _ in range(threads)]:
-                        future.result()
-                finally:
-                    # After an error or Ctrl-C the others would finish the whole list first.
-                    for _ in todo:
-                        pass
-        return all(key in self.row_of for key in new)
+    def _by_part(
+        self, parts: Parts, scored: _Scored, total: _Total, threads: int, deadline: float
+    ) -> bool:
+        """Flood part by part: a large one by all threads together, small ones by one each."""
+        part_of = parts.of_node[scored.nodes]
+        order = np.argsort(part_of, kind="stable")
+        begins = np.searchsorted(part_of[order], np.arange(len(parts) + 1))
+
+        def scored_of(number: int, part: Part) -> _Scored:
+            own = order[begins[number] : begins[number + 1]]
+            nodes = np.searchsorted(part.nodes, scored.nodes[own]).astype(np.int32)
+            return _Scored(nodes, scored.truth[own], scored.cell[own], scored.bins)
+
+        by_size = np.argsort(-parts.sizes, kind="stable")
+        todo = [int(number) for number in by_size if begins[number] < begins[number + 1]]
+        large = [number for number in todo if parts.sizes[number] >= LARGE_PART]
+        for number in large:
+            part = parts[number]
+            if not self._by_key(part, scored_of(number, part), total, threads, deadline):
+                return False
+        rest = iter(todo[len(large) :])
+
+        def work() -> bool:
+            sums, marks = np.zeros_like(total.sums), np.zeros_like(total.marks)
+            for number in rest:
+                if time.perf_counter() > deadline:
+                    return False
+                part = parts[number]
+                graph, own = part.graph, scored_of(number, part)
+                sums_of_part(
+                    part.nodes, graph.values, graph.candidates, graph.where, graph.nodes,
+                    graph.box.before, graph.box.faces, graph.ranks, graph.levels, graph.needed,
+                    graph.needed_count, graph.unvisited, graph.known, graph.background,
+                    total.thresholds, total.least_seeds, own.nodes, own.truth, own.cell, own.bins,
+                    self.truth_sizes, self._least, sums, marks,
+                )  # fmt: skip
+            with self._lock:
+                total.sums += sums
+                total.marks += marks
+            return True
+
+        return _in_threads(work, rest, threads)
+
+    def _by_key(
+        self, part: Part, scored: _Scored, total: _Total, threads: int, deadline: float
+    ) -> bool:
+        """Flood one graph for each set of seeds that is met in it for the first time."""
+        known: dict[tuple[int, int], _Row] = {}
+        rest = iter(total.groups)
+
+        def work() -> bool:
+            space = Workspace(part.graph)
+            for group in rest:
+                if time.perf_counter() > deadline:
+                    return False
+                found = space.seeds(total.thresholds[group[0]])
+                for index in group:
+                    kept, names, _ = keep_large(*found, total.least_seeds[index])
+                    mark = fingerprint(part.nodes[kept])
+                    with self._lock:
+                        is_new = mark not in known
+                        row = known.setdefault(mark, _Row())
+                        row.of.append(index)
+                    total.marks[index] += np.array(mark, np.uint64)
+                    if is_new:
+                        labels = space.flooded(kept, names)
+                        found_sums = [
+                            threshold_sums(*parts, self.truth_sizes, self._least, self._entropy)
+                            for parts in self._instances(part.graph, labels, scored)
+                        ]
+                        row.sums, row.logs = (
+                            np.concatenate(sums, axis=2) for sums in zip(*found_sums, strict=True)
+                        )
+            return True
+
+        if not _in_threads(work, rest, threads):
+            return False
+        for row in known.values():
+            total.sums[row.of] += row.sums
+            total.logs[row.of] += row.logs
+        return True
 
     def stack(self, key: Key) -> ContingencyTable:
         """Return the tables of all combinations of one flood, which is made anew."""
@@ -240,8 +397,10 @@ class FloodedVolume(SweptVolume):
         kept, names, _ = keep_large(*space.seeds(self._thresholds(seeds)), key[-1])
         labels = space.flooded(kept, names)
         tables = [
-            threshold_tables(found, self._truth, passed, shape)
-            for found, passed, shape in self._instances(graph, labels, cell, bins)
+            threshold_tables(*found)
+            for found in self._instances(
+                graph, labels, _Scored(self._scored, self._truth, cell, bins)
+            )
         ]
         full, whole, both = (block_diag(*(table[part] for table in tables)) for part in (0, 1, 4))
         starts = np.cumsum([0, *(len(table[0]) for table in tables)])
@@ -287,51 +446,25 @@ class FloodedVolume(SweptVolume):
                 cell, bins = graph.needed[self._scored].astype(np.int32) - 1, (1, 1, 1)
             yield graph, cell, bins, list(tasks.items())
 
-    def _measure(
-        self, space: Workspace, cell: Array, bins: Any, seeds: Key, keys: list[Key]
-    ) -> None:
-        """Find the seeds of one combination, and flood those that are met for the first time."""
-        found = space.seeds(self._thresholds(seeds))
-        for key in keys:
-            kept, names, _ = keep_large(*found, key[-1])
-            mark = (key[len(self._form.seeds) : -1], *fingerprint(kept))
-            with self._lock:
-                row = self._known.get(mark)
-                new = row is None
-                if row is None:
-                    row = self._known[mark] = len(self._rows)
-                    self._rows.append((np.zeros(0), np.zeros(0)))
-            if new:
-                labels = space.flooded(kept, names)
-                sums = [
-                    threshold_sums(
-                        found, self._truth, passed, shape, self.truth_sizes, self._least,
-                        self._entropy,
-                    )
-                    for found, passed, shape in self._instances(space.graph, labels, cell, bins)
-                ]  # fmt: skip
-                counts, logs = (np.concatenate(part, axis=2) for part in zip(*sums, strict=True))
-                self._rows[row] = counts, logs
-            self.row_of[key] = row
-
     def _instances(
-        self, graph: WatershedGraph, labels: Array, cell: Array, bins: tuple[int, ...]
-    ) -> Iterator[tuple[Array, Array, tuple[int, ...]]]:
-        """Return what `threshold_sums` takes: labels and cells of the scored nodes, and bins.
+        self, graph: WatershedGraph, labels: Array, scored: _Scored
+    ) -> Iterator[tuple[Array, Array, Array, tuple[int, ...]]]:
+        """Return what `threshold_sums` takes first: labels, truth, cells, bins.
 
         One for all foreground combinations, or one for each where their instances are split,
         since which pieces there are depends on what is foreground.
         """
-        at = labels[self._scored]
+        at = labels[scored.nodes]
         if not self._split:
-            yield at, cell, bins
+            yield at, scored.truth, scored.cell, scored.bins
             return
-        passed = np.stack(np.unravel_index(np.maximum(cell, 0), bins))
-        for combination in np.ndindex(*bins):
-            inside = (cell >= 0) & (passed >= np.reshape(combination, (-1, 1))).all(axis=0)
+        passed = np.stack(np.unravel_index(np.maximum(scored.cell, 0), scored.bins))
+        for combination in np.ndindex(*scored.bins):
+            inside = (scored.cell >= 0) & (passed >= np.reshape(combination, (-1, 1))).all(axis=0)
             shown = np.zeros(len(labels), np.int32)
-            shown[self._scored] = np.where(inside, at, 0)
-            yield split(shown, graph)[self._scored], inside.astype(np.int32) - 1, (1, 1, 1)
+            shown[scored.nodes] = np.where(inside, at, 0)
+            pieces = split(shown, graph)[scored.nodes]
+            yield pieces, scored.truth, inside.astype(np.int32) - 1, (1, 1, 1)
 
     def _in_order(self, rows: Array) -> Array:
         """Return (sums, combinations) of (slow, sums, sizes, foreground combinations)."""
