@@ -1,9 +1,10 @@
 """Train the recipes of the nearest relatives on half of a real volume, and score the other half.
 
 Run it alone: `.venv/bin/python benchmarks/recipes.py [--minutes 10] [--recipes NAME ...]`. Each is
-trained for so long; its figures are kept in OUT/VOLUME/NAME.json, and what is kept there is not
-trained again. Networks, losses, targets, intensities and thresholds are those of `trials/`; patches
-and batches are as small as two cores need. Volumes as for `real_volumes.py`.
+trained for so long; its figures are kept in OUT/VOLUME_WIDTH/NAME.json, and what is kept there is
+not trained again. Losses, targets, intensities and thresholds are those of `trials/`; patches and
+batches are as small as two cores need, and so are networks unless `--width full`. Volumes as for
+`real_volumes.py`.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ SMALL: dict[str, Any] = {
     "system": {"training": {"batch_size": 2}, "inference": {"batch_size": 4}},
     "data": {
         "patch_size": [16, 64, 64],
-        "iter_num_per_epoch": 20,
+        "iter_num_per_epoch": 4,
         "split": {"kind": "holdout", "fraction": 0.5, "margin": 8},
     },
     "optimization": {"precision": "32", "ema": {"decay": 0.98, "warmup_steps": 20}},
@@ -51,6 +52,12 @@ RECIPES: dict[str, dict[str, Any]] = {
     "nnunet_residual": SMALL,
 }
 """What is set over each of `trials/`; the first is the recipe of `real_volumes.py`."""
+QUARTER = {
+    "vesicle_xm": [8, 16, 32, 64, 128],
+    "vesiclepy": [8, 16, 24, 32, 40],
+    "nnunet_residual": [8, 16, 32, 64, 128],
+}
+"""Channels at a quarter of the width: a step of the full one takes ten seconds of a core."""
 FIGURES = ("adapted_rand_error", "adapted_rand_error_foreground", "f1_iou50")
 
 
@@ -63,6 +70,7 @@ def main() -> None:
     parser.add_argument("--recipes", nargs="*", default=list(RECIPES), choices=list(RECIPES))
     default = Path(__file__).parents[2] / "shared" / "data"
     parser.add_argument("--data", type=Path, default=default)
+    parser.add_argument("--width", default="quarter", choices=["quarter", "full"])
     parser.add_argument("--out", type=Path, default=Path("runs/recipes"))
     arguments = parser.parse_args()
     folder = arguments.data / arguments.volume
@@ -75,10 +83,13 @@ def main() -> None:
     (paths,) = volume_paths([folder / image], [folder / label], masks)
     whole = replace(read_volume(paths), name=arguments.volume)
     volume = slab(whole, 0, *SECTIONS[arguments.volume])
-    kept = arguments.out / arguments.volume
+    kept = arguments.out / f"{arguments.volume}_{arguments.width}"
     for name in arguments.recipes:
         if not (kept / f"{name}.json").is_file():
-            figures = measured(name, volume, axis, arguments.minutes * 60, arguments.threads)
+            changes = merged(RECIPES[name], {"data": {"split": {"axis": axis}}})
+            if arguments.width == "quarter" and name in QUARTER:
+                changes = merged(changes, {"model": {"filters": QUARTER[name]}})
+            figures = measured(name, volume, changes, arguments.minutes * 60, arguments.threads)
             write_atomically(kept / f"{name}.json", json.dumps(figures, indent=1).encode())
     print(
         "| recipe | steps | patches a step | minutes | adapted Rand error | foreground form | F1 |"
@@ -92,17 +103,18 @@ def main() -> None:
                   f"{scores} |")  # fmt: skip
 
 
-def measured(name: str, volume: Volume, axis: int, seconds: float, threads: int) -> dict[str, Any]:
+def measured(
+    name: str, volume: Volume, changes: dict[str, Any], seconds: float, threads: int
+) -> dict[str, Any]:
     """Return what a recipe reaches on the half that it was not trained on.
 
     Args:
         name: Of `RECIPES`.
         volume: Cut in halves.
-        axis: Which is cut.
+        changes: Over the recipe.
         seconds: Of training, about.
         threads: Of the CPU.
     """
-    changes = merged(RECIPES[name], {"data": {"split": {"axis": axis}}})
     record, spent = train_for(
         seconds, volume, name, changes, space=load_space("hydra_lv"), threads=threads
     )
