@@ -147,9 +147,7 @@ def run_study(
         check_candidates(space, read, volumes)
     interrupted: str | None = None
     opened: Study | None = None
-    wanted = trials or space.budget.trials
-    limit_s = timeout_s or space.budget.timeout_s
-    deadline = time.monotonic() + limit_s if limit_s else None
+    wanted, limit_s = trials or space.budget.trials, timeout_s or space.budget.timeout_s
     tell_stage(on_event, f"Joining Ray at {ray_address}." if ray_address else "Starting Ray.")
     try:
         with ray_cluster(ray_address, [v for v in read if not is_lazy(v)]) as cluster:
@@ -157,6 +155,7 @@ def run_study(
             opened = start.open(fingerprints)
             with Driver(opened, out=out, heartbeat_s=heartbeat_s, grace_s=grace_s) as driver:
                 function = trial_function or _real_trial(volumes, read)
+                deadline = time.monotonic() + limit_s if limit_s else None
                 for again in (False, True):
                     coordinator = Coordinator(
                         driver,

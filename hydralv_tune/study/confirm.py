@@ -22,7 +22,8 @@ from hydralv_tune.study.trial_views import (
     best_trial,
     complete_candidates,
     rank,
-    seeds_of,
+    trials_by_seed,
+    wanted_seeds,
 )
 
 SHARE = 0.1
@@ -85,20 +86,19 @@ def confirmations(trials: Sequence[TrialView]) -> list[dict[str, Any]]:
         Of each `trial`, `mean`, `spread` (standard deviation), `seeds` (trainings) and `values` of
         the objective, and `wanted` trainings.
     """
-    repeated = {t.user_attrs[REPEAT_OF]: t.user_attrs[REPEATS] for t in trials if t.is_repeat}
-    again = [trial for trial in trials if trial.number in repeated]
+    again = trials_by_seed(trials)
+    again.sort(key=lambda seeds: rank(seeds[0].violation, seeds[0].value, seeds[0].number))
     found = []
-    for trial in sorted(again, key=lambda t: rank(t.violation, t.value, t.number)):
-        seeds = seeds_of(trials, trial)
+    for seeds in again:
         values = [float(one.value) for one in seeds if one.value is not None]
         found.append(
             {
-                "trial": trial.number,
+                "trial": seeds[0].number,
                 "mean": fmean(values),
-                "spread": stdev(values) if len(values) > 1 else None,
+                "spread": stdev(values),
                 "seeds": len(values),
                 "values": values,
-                "wanted": 1 + int(repeated[trial.number]),
+                "wanted": wanted_seeds(seeds),
             }
         )
     return found
@@ -108,9 +108,7 @@ def confirmed(space: SearchSpace, trials: Sequence[TrialView]) -> dict[str, Any]
     """Return what repeats say of the best trial, with a sentence; None where there are none."""
     best, found = best_trial(trials), confirmations(trials)
     mine = next((one for one in found if best is not None and one["trial"] == best.number), None)
-    if mine is None or mine["spread"] is None:
-        return None
-    return {**mine, "sentence": _sentence(space, mine, found)}
+    return None if mine is None else {**mine, "sentence": _sentence(space, mine, found)}
 
 
 def _sentence(

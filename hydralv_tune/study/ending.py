@@ -99,7 +99,7 @@ def noise_of(trials: Sequence[TrialView]) -> dict[str, float | None]:
     """
     best = best_trial(trials)
     instances = None if best is None else best.user_attrs.get(NOISE)
-    spreads = [one["spread"] for one in confirmations(trials) if one["spread"] is not None]
+    spreads = [one["spread"] for one in confirmations(trials)]
     seeds = math.sqrt(fmean(spread**2 for spread in spreads)) if spreads else None
     return {"instances": instances, "seeds": seeds}
 

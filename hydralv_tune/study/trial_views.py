@@ -187,31 +187,26 @@ def best_trial(trials: Iterable[TrialView]) -> TrialView | None:
         key=lambda t: rank(t.violation, t.value, t.number),
         default=None,
     )
-    repeated = {
-        trial.number: seeds
-        for trial in complete
-        if not trial.is_repeat and is_whole(seeds := seeds_of(complete, trial))
-    }
-    if first is None or first.number not in repeated:
+    repeated = [seeds for seeds in trials_by_seed(complete) if len(seeds) >= wanted_seeds(seeds)]
+    if first is None or all(seeds[0].number != first.number for seeds in repeated):
         return first
-    best = min(repeated, key=lambda number: mean_rank(repeated[number]))
-    return repeated[best][0]
+    return min(repeated, key=mean_rank)[0]
 
 
-def seeds_of(trials: Iterable[TrialView], trial: TrialView) -> list[TrialView]:
-    """Return a COMPLETE trial and its complete repeats, in the order of their seeds."""
-    repeats = {
-        other.user_attrs[SEED_SHIFT]: other
-        for other in trials
-        if other.state == "COMPLETE" and other.user_attrs.get(REPEAT_OF) == trial.number
-    }
-    return [trial, *(repeats[shift] for shift in sorted(repeats))]
+def trials_by_seed(trials: Iterable[TrialView]) -> list[list[TrialView]]:
+    """Return each COMPLETE trial that was repeated, with its complete repeats after it."""
+    complete = {trial.number: trial for trial in trials if trial.state == "COMPLETE"}
+    found: dict[int, list[TrialView]] = {}
+    for trial in complete.values():
+        first = complete.get(trial.user_attrs.get(REPEAT_OF, -1))
+        if first is not None:
+            found.setdefault(first.number, [first]).append(trial)
+    return list(found.values())
 
 
-def is_whole(seeds: Sequence[TrialView]) -> bool:
-    """Return whether a trial of `seeds_of` has been repeated as often as was wanted."""
-    wanted = [int(repeat.user_attrs[REPEATS]) for repeat in seeds[1:]]
-    return bool(wanted) and len(wanted) >= max(wanted)
+def wanted_seeds(seeds: Sequence[TrialView]) -> int:
+    """Return how many trainings are wanted of a trial of `trials_by_seed`, its own included."""
+    return 1 + max(int(repeat.user_attrs[REPEATS]) for repeat in seeds[1:])
 
 
 def mean_rank(seeds: Sequence[TrialView]) -> tuple[float, float, int]:
