@@ -15,11 +15,12 @@ from study_checks import make_space
 from test_study import abandon, asked, complete
 
 from hydralv_tune.artifacts.records import read_record
-from hydralv_tune.config.search_space import ConfirmBudget
+from hydralv_tune.config.search_space import ConfirmBudget, SearchSpace
 from hydralv_tune.results.export.export import export_best
 from hydralv_tune.results.report.report import write_report
 from hydralv_tune.study.confirm import budget_of, missing_repeats
 from hydralv_tune.study.driver import Driver
+from hydralv_tune.study.earlier import lesson_of
 from hydralv_tune.study.ending import search_is_over
 from hydralv_tune.study.study import Study, open_readonly
 from hydralv_tune.study.trial_views import Asked, TrialResult
@@ -117,6 +118,11 @@ def test_kills_train_no_repeat_twice_and_lose_none(
     assert driver.study.facts()["trials"]["complete"] == 4
 
 
+def study_of(storage: str, space: SearchSpace) -> Study:
+    """Return a new study under the name of its space."""
+    return Study.open(storage, space.name, space=space, create=True)
+
+
 def test_repeats_teach_neither_sampler_nor_pruner_nor_a_later_study(
     storage: str, make_driver: Callable[..., Driver]
 ) -> None:
@@ -138,10 +144,16 @@ def test_repeats_teach_neither_sampler_nor_pruner_nor_a_later_study(
         # The seed of a proposal is the number of trials, so both must have as many.
         while len(driver.study.frozen()) < 14:
             driver.study.optuna.add_trial(optuna.trial.create_trial(state=TrialState.FAIL))
+        later = make_space(name="later")
+        lesson = lesson_of(space, driver.study.trials(), "earlier")
+        assert lesson is not None
+        assert len(lesson.ranks) == 8
+        assert study_of(storage, later).import_trials(driver.study) == 8
         trial = asked(driver, 20)
         proposed.append(dict(trial.params))
         verdicts.append(driver.report(trial.number, 1, 0.3, -0.3))
-        optuna.delete_study(study_name="s", storage=driver.study.rdb)
+        for name in ("s", "later"):
+            optuna.delete_study(study_name=name, storage=driver.study.rdb)
     assert proposed[0] == proposed[1]
     assert verdicts == ["go", "go"]
 

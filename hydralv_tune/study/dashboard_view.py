@@ -21,6 +21,7 @@ from hydralv_tune.study.optuna_private import (
 from hydralv_tune.study.study import Study, view_of
 from hydralv_tune.study.trial_views import (
     CONSTRAINTS,
+    REPEATS,
     TrialView,
     best_trial,
     figures_of,
@@ -33,7 +34,8 @@ SPAN = 10**9
 LONGEST = 80
 """Characters of an attribute that still fits a row of the dashboard's table."""
 
-HIDDEN = {"pid", "root", "owner", "driver", "record", "checkpoint", "cuda_visible_devices", "retry"}
+HIDDEN = {"pid", "root", "owner", "driver", "record", "checkpoint", "cuda_visible_devices", "retry",
+          REPEATS}  # fmt: skip
 """User attributes that nobody compares trials by."""
 
 OF_A_TRIAL = re.compile(r"^(dashboard:(?:artifacts:)?)(\d+)(:.*)$", re.S)

@@ -417,7 +417,7 @@ class Study:
                 for trial in source.frozen():
                     label = f"{source.name}#{trial.number}"
                     recipe = source.recipe_of(trial)
-                    if label in known or recipe is None:
+                    if label in known or recipe is None or REPEAT_OF in attributes_of(trial):
                         continue
                     imported = imported_trial(trial, label, self.space, recipe)
                     if imported is not None:
