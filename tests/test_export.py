@@ -229,9 +229,8 @@ def test_a_trial_that_stays_here_names_the_best_that_goes_over(
             str(copied.folder),
             "--format",
             "pytc",
-            "--out",
-            "p.yaml",
             "--json",
+            *(() if "--out" in words else ("--out", "p.yaml")),
             *words,
         ]
         assert exit_code(line) == 0
@@ -252,8 +251,14 @@ def test_a_trial_that_stays_here_names_the_best_that_goes_over(
     assert goes["checkpoint"] == str(tmp_path / "p.ckpt")
     mapping = yaml.safe_load(Path("p.yaml").read_text())
     assert mapping["experiment_name"] == f"tiny_trial_{number}"
+    assert f"Trial {number} of study 'tiny', which is not its best" in Path("p.yaml").read_text()
+    assert "one of 4 configurations" in Path(goes["certificate"]).read_text()
+    assert not any("comes nearest" in warning for warning in goes["warnings"])
     assert all(str(tmp_path / "p.yaml") in command for command in goes["commands"])
-    exported("--trial", str(best.number))
+    led = exported("--trial", str(best.number), "--out", "copy/../p.yaml")
+    assert f"The best trial of study 'tiny': trial {best.number} of" in Path("p.yaml").read_text()
+    assert "the best of 4 configurations" in Path(led["certificate"]).read_text()
+    assert all(f" {tmp_path / 'p.yaml'} " in command for command in led["commands"])
     assert f"tiny_trial_{best.number}" in Path("p.yaml").read_text()
     assert exit_code(["export", str(copied.folder), "--trial", "77", "--out", "p.yaml"]) == 2
     assert "77 is no finished trial. Known:" in " ".join(capsys.readouterr().err.split())

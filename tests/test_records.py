@@ -29,6 +29,8 @@ from hydralv_tune.artifacts.records import (
 )
 from hydralv_tune.artifacts.writing import write_atomically
 from hydralv_tune.config.errors import CheckpointError, InputError
+from hydralv_tune.data.volumes import Volume, VolumePaths
+from hydralv_tune.trial.record import volume_facts
 
 
 @contextmanager
@@ -210,3 +212,16 @@ def test_a_process_killed_while_writing_leaves_the_old_file(tmp_path: Path) -> N
     done = subprocess.run([sys.executable, "-c", code, str(path)], check=False, timeout=120)
     assert done.returncode == -signal.SIGKILL
     assert path.read_bytes() == b"old"
+
+
+def test_a_record_says_where_volumes_lie_from_any_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    volume = Volume("v", np.zeros((2, 3, 4), "uint8"))
+    paths = VolumePaths("v", "a/../im.h5", "lab.h5:main", None, "precomputed://https://x/known")
+    (facts,) = volume_facts([volume], ["f"], [paths])
+    assert [facts[role] for role in ("image", "label", "mask", "scored_mask")] == [
+        str(tmp_path / "im.h5"), f"{tmp_path / 'lab.h5'}:main", None,
+        "precomputed://https://x/known",
+    ]  # fmt: skip

@@ -54,6 +54,12 @@ class BestTrial:
         return path
 
     @property
+    def leads(self) -> bool:
+        """Return whether it is the best trial of its study, not one chosen otherwise."""
+        best = self.study.best()
+        return best is not None and best.number == self.view.number
+
+    @property
     def volumes(self) -> list[VolumePaths]:
         """Return where the volumes lie; those that the candidate itself names are left out."""
         return [volume_paths_of(entry) for entry in self.record.volumes if entry.get("image")]

@@ -11,11 +11,13 @@ import torch
 from hydralv_tune.artifacts.records import PLAN_TARGETS
 from hydralv_tune.config.candidate import Candidate
 from hydralv_tune.config.errors import InputError
+from hydralv_tune.data.formats.location import absolute
 from hydralv_tune.data.volumes import Volume, VolumePaths
 from hydralv_tune.numerics.networks.weights import parameter_count
 from hydralv_tune.trial.fitted_normalisation import as_it_was_trained
 from hydralv_tune.trial.training.loop import Trainer
 
+ROLES = ("image", "label", "mask", "scored_mask")
 FREE_KEYS = ("experiment_name", "description", "system.cpu_threads", "test.decoding_grid")
 """Keys that a continued trial may change: none of them has a part in the training."""
 
@@ -37,10 +39,7 @@ def volume_facts(
         facts.append(
             {
                 "name": volume.name,
-                "image": None if where is None else where.image,
-                "label": None if where is None else where.label,
-                "mask": None if where is None else where.mask,
-                "scored_mask": None if where is None else where.scored_mask,
+                **{role: _place_of(where, role) for role in ROLES},
                 "ignore_labels": [] if where is None else list(where.ignore_labels),
                 "shape": volume.image.shape,
                 "dtype": str(volume.image.dtype),
@@ -49,6 +48,12 @@ def volume_facts(
             }
         )
     return facts
+
+
+def _place_of(where: VolumePaths | None, role: str) -> str | None:
+    """Return where a file of a volume lies, from any folder."""
+    path = None if where is None else getattr(where, role)
+    return None if path is None else absolute(path)
 
 
 def training_facts(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from hydralv_tune.config.errors import VolumeError
@@ -73,6 +73,14 @@ def locate(path: str | Path) -> Location:
         if suffix_of(Path(file)) in SUFFIXES:
             return Location(Path(file), dataset.strip("/") or None)
     return Location(Path(text))
+
+
+def absolute(path: str) -> str:
+    """Return a path, with its dataset, that means the same in another folder; a URL is one."""
+    location = locate(path)
+    if location.url is not None:
+        return path
+    return str(replace(location, path=Path(os.path.abspath(location.path))))
 
 
 def format_of(location: Location) -> Format:

@@ -165,8 +165,9 @@ def _sentence(
         "on the same"
     )
     instances = record.metrics.get("instances_true")
+    rank = "the best" if best.leads or ensemble is not None else "one"
     return (
-        f"Instances were segmented with {what}, the best of {_finished(best)} configurations that "
+        f"Instances were segmented with {what}, {rank} of {_finished(best)} configurations that "
         f"hydralv-tune {version} tried; {where} ({counted(int(instances or 0), 'instance')}; "
         f"{choice}) it reached {', '.join(scores)}."
     )

@@ -23,6 +23,7 @@ from hydralv_tune.config.errors import InputError, as_input_error, unknown_name
 from hydralv_tune.config.files import baseline, candidate_from_mapping
 from hydralv_tune.config.pytc_portability import obstacles
 from hydralv_tune.config.yaml_io import dump_yaml
+from hydralv_tune.data.formats.location import absolute
 from hydralv_tune.data.volumes import VolumePaths, open_lazy, read_mask, read_volume, write_array
 from hydralv_tune.numerics.metrics.registry import SUMMARY
 from hydralv_tune.results.best_trial import BestTrial, best_portable, load_best_trial
@@ -112,7 +113,11 @@ def export_best(
             document = _export_peer(best, out, format, write_normalised, newer)
         document["certificate"] = str(write_certificate(best, out))
         guard = best.study.space.objective.guard.f1_iou50
-        document.setdefault("warnings", []).extend(guard_warnings(best.view, guard))
+        told = document.setdefault("warnings", [])
+        if best.leads:
+            told.extend(guard_warnings(best.view, guard))
+        elif not best.view.is_feasible:
+            told.append(f"trial {best.view.number} does not meet the guard of F1 ≥ {guard:g}.")
     if table is not None:
         document["table"] = str(write_table(storage, study, Path(table)))
     return document
@@ -193,13 +198,22 @@ def _head_lines(best: BestTrial) -> list[str]:
     record, view = best.record, best.view
     objective = best.study.space.objective.metric
     lines = [
-        f"The best trial of study '{best.study.name}': trial {view.number} of "
-        f"{len(best.study.trials())}, by {objective}.",
+        (
+            f"The best trial of study '{best.study.name}': trial {view.number} of "
+            f"{len(best.study.trials())}, by {objective}."
+            if best.leads
+            else f"Trial {view.number} of study '{best.study.name}', which is not its best by "
+            f"{objective}."
+        ),
         *_score_lines(record.metrics),
         f"Split: {record.split.get('sentence') or record.split.get('kind')}.",
     ]
     if not view.is_feasible:
-        lines.append("WARNING: no trial meets the guard on F1; this one comes nearest.")
+        lines.append(
+            "WARNING: no trial meets the guard on F1; this one comes nearest."
+            if best.leads
+            else "WARNING: this trial does not meet the guard on F1."
+        )
     for entry in record.volumes:
         where = entry.get("image") or "named by data.val_image"
         lines.append(
@@ -287,7 +301,8 @@ def _export_peer(
     best: BestTrial, out: Path, format: str, write_normalised: bool, drops_exact_size: bool
 ) -> dict[str, Any]:
     """Write a configuration for PyTorch Connectomics and weights as it takes them."""
-    weights = out.with_suffix(".ckpt").absolute()
+    given, out = out, Path(os.path.abspath(out))
+    weights = out.with_suffix(".ckpt")
     against = obstacles(best.candidate)
     unlike = normalised_otherwise(best.candidate, format)
     normalised = write_normalised and unlike is not None
@@ -328,11 +343,11 @@ def _export_peer(
         write_weights(weights, peer_weights(network, heads=deeply_supervised(best.candidate)))
     lines += ["Its loader does not check decoder names or arguments; this export did."]
     write_atomically(out, (_comments(lines) + dump_yaml(config.mapping)).encode())
-    command = shlex.join(["python", "scripts/main.py", "--config", str(out.absolute())])
+    command = shlex.join(["python", "scripts/main.py", "--config", str(out)])
     test = [f"{command} --mode test"] if not against else []
     portable = not against and not differs
     return {
-        "out": str(out),
+        "out": str(given),
         "checkpoint": str(weights) if not against else None,
         "commands": [*test, f"{command} --mode train"],
         "portable": portable,
@@ -382,7 +397,7 @@ def _absolute(volumes: list[VolumePaths]) -> list[VolumePaths]:
         replace(
             volume,
             **{
-                key: os.path.abspath(path)
+                key: absolute(path)
                 for key in ("image", "label", "mask")
                 if (path := getattr(volume, key))
             },
@@ -419,7 +434,7 @@ def _normalised_volumes(best: BestTrial, out: Path) -> list[VolumePaths]:
     for index, volume in enumerate(_absolute(best.volumes)):
         image = read_volume(VolumePaths(name=volume.name, image=volume.image)).image
         image, fitted = fit_image(image, best.candidate.data)
-        path = out.with_name(f"{out.stem}.normalised_{index}.h5").absolute()
+        path = out.with_name(f"{out.stem}.normalised_{index}.h5")
         write_array(path, fitted.apply(image))
         written.append(replace(volume, image=str(path)))
     return written
@@ -437,10 +452,13 @@ def with_masks_enlarged(volumes: list[VolumePaths], out: Path) -> list[VolumePat
     whole = []
     for index, volume in enumerate(volumes):
         if volume.mask is not None:
-            with open_lazy(volume.image, ndim=3) as image, open_lazy(volume.mask, ndim=3) as mask:
-                shape, coarse = image.shape, mask.shape != image.shape
+            try:
+                with open_lazy(volume.image, ndim=3) as image, open_lazy(volume.mask) as mask:
+                    shape, coarse = image.shape, mask.shape != image.shape
+            except InputError:  # The volumes of the study may lie on another machine.
+                coarse = False
             if coarse:
-                path = out.with_name(f"{out.stem}.mask_{index}.h5").absolute()
+                path = out.with_name(f"{out.stem}.mask_{index}.h5")
                 write_array(path, read_mask(volume.mask, shape).astype("uint8"))
                 volume = replace(volume, mask=str(path))
         whole.append(volume)

@@ -28,6 +28,7 @@ from hydralv_tune.config.candidate import Candidate
 from hydralv_tune.config.errors import InputError, as_input_error
 from hydralv_tune.config.files import candidate_from_mapping
 from hydralv_tune.data.formats.files import LazyArray, create_array, locate, open_lazy, open_mask
+from hydralv_tune.data.formats.location import absolute
 from hydralv_tune.data.volumes import Volume, VolumePaths
 from hydralv_tune.numerics.normalisation import Normalisation
 from hydralv_tune.numerics.watershed.decoders import DECODERS, decode
@@ -307,8 +308,8 @@ def _begin(
         windows = plan_windows(shape, model.candidate)
     lanes = plan_lanes(shape, windows, memory_bytes=0.4 * memory_bytes, least=workers)
     plan = {
-        "image": _absolute(paths.image),
-        "mask": None if paths.mask is None else _absolute(paths.mask),
+        "image": absolute(paths.image),
+        "mask": None if paths.mask is None else absolute(paths.mask),
         "shape": list(shape),
         **placement,
         "files": [_state_of(p) for p in (paths.image, paths.mask) if p is not None],
@@ -345,14 +346,6 @@ def _begin(
     _save(work.folder / "normalisation.npz", **asdict(volume.normalisation))
     write_atomically(work.folder / "plan.json", text.encode())
     return work
-
-
-def _absolute(path: str) -> str:
-    """Return a path that means the same in another folder."""
-    location = locate(path)
-    if location.url is not None:
-        return path
-    return str(replace(location, path=location.path.absolute()))
 
 
 def _chunk(starts: set[int], most: int) -> int:
