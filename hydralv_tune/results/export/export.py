@@ -393,17 +393,15 @@ def _portable_lines(best: BestTrial, against: list[str], differs: list[str]) -> 
 
 def _absolute(volumes: list[VolumePaths]) -> list[VolumePaths]:
     """Return the volumes with absolute paths, so that the commands run from any folder."""
-    return [
-        replace(
-            volume,
-            **{
-                key: absolute(path)
-                for key in ("image", "label", "mask")
-                if (path := getattr(volume, key))
-            },
-        )
-        for volume in volumes
-    ]
+    placed = []
+    for volume in volumes:
+        files: dict[str, Any] = {
+            key: absolute(path)
+            for key in ("image", "label", "mask")
+            if (path := getattr(volume, key))
+        }
+        placed.append(replace(volume, **files))
+    return placed
 
 
 def normalised_otherwise(candidate: Candidate, format: str) -> str | None:
