@@ -51,7 +51,7 @@ def make_trial(config: dict[str, Any]) -> Any:
 
     def trial(spec: dict[str, Any], report: Any) -> dict[str, Any]:
         folder = Path(spec["out"])
-        root, number = spec["root"], spec["number"]
+        root, number, begun = spec["root"], spec["number"], time.time()
         state = folder / "state.json"
         done = json.loads(state.read_text())["step"] if state.exists() else 0
         end = config.get("ends", {}).get(str(root))
@@ -95,6 +95,8 @@ def make_trial(config: dict[str, Any]) -> Any:
                     "checkpoint": str(state),
                 }
             )
+        devices = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+        (folder / "devices.json").write_text(json.dumps([begun, time.time(), devices]))
         return {
             "metrics": metrics(error, 0.3 if end == "infeasible" else 0.8),
             "decoding": {"name": "decode_instance_binary_contour_distance", "kwargs": {}},

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from typing import Any
 
 import psutil
 import pytest
+from ray_cluster import ENVIRONMENT, ray_cluster
 from study_checks import check_truth, evaluations
 
 from hydralv_tune.study.study import open_readonly
@@ -58,58 +56,18 @@ def two_at_work(rows: list[dict[str, Any]]) -> bool:
 @pytest.mark.timeout(900)
 def test_a_node_of_a_cluster_dies_and_the_study_goes_on(fake_study: Any) -> None:
     """Two nodes on one machine; each worker says which one it is on by its parent."""
-    fake_study.folder.mkdir(parents=True)
-    script = fake_study.folder / "cluster.py"
-    script.write_text(CLUSTER)
-    environment = {**os.environ, "RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
-    cluster = subprocess.Popen(
-        [sys.executable, str(script)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        env=environment,
-    )
-    assert cluster.stdin is not None
-    assert cluster.stdout is not None
-    try:
-        address = cluster.stdout.readline().strip()
-        assert ":" in address, address
+    with ray_cluster({"num_cpus": 1}, {"num_cpus": 1}) as (address, kill_last):
         driver = fake_study.start(
             trials=8, steps=40, step_s=0.5, options={"ray_address": address, "cpus_per_trial": 1},
-            environment={"RAY_AUTH_MODE": "disabled"},
+            environment=ENVIRONMENT,
         )  # fmt: skip
         # One core a node: two at work at once are on both.
         fake_study.until(two_at_work, timeout_s=240)
         study = open_readonly(f"sqlite:///{fake_study.folder / 'study.db'}", "fake")
-        cluster.stdin.write("kill\n")
-        cluster.stdin.flush()
-        assert cluster.stdout.readline().strip() == "killed"
+        kill_last()
         assert fake_study.wait(driver, 400) == 0, fake_study.errors()
         check_truth(study, fake_study.steps(), 8)
         assert len({t.user_attrs["node"] for t in study.trials() if "node" in t.user_attrs}) == 2
         dead = [t for t in study.trials() if t.state == "FAIL"]
         assert dead
         assert all(t.user_attrs["retry"] == "counted" for t in dead)
-    finally:
-        cluster.stdin.close()
-        cluster.wait(60)
-        cluster.stdout.close()
-
-
-CLUSTER = '''
-"""Two Ray nodes of one core each; a line on stdin kills the second, its end ends both."""
-import sys
-
-from ray.cluster_utils import Cluster
-
-cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
-second = cluster.add_node(num_cpus=1)
-cluster.wait_for_nodes()
-print(cluster.address, flush=True)
-try:
-    for line in sys.stdin:
-        cluster.remove_node(second, allow_graceful=False)
-        print("killed", flush=True)
-finally:
-    cluster.shutdown()
-'''

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from ray_cluster import ENVIRONMENT, ray_cluster
 from scipy import ndimage
 
 from hydralv_tune.artifacts.records import FORMAT, FORMAT_VERSION
@@ -630,9 +631,7 @@ def test_two_ray_workers_write_the_file_that_one_process_writes(
     tmp_path: Path, model: Model, paths: VolumePaths
 ) -> None:
     """Two nodes of one core each; image and mask are named as in this folder."""
-    script = tmp_path / "cluster.py"
-    script.write_text(CLUSTER)
-    environment = {**os.environ, "RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
+    environment = {**os.environ, **ENVIRONMENT}
     best = tmp_path / "best.yaml"
     step = {"name": model.decoder, "kwargs": dict(model.arguments)}
     best.write_text(yaml.safe_dump({"test": {"decoding": [step]}}))
@@ -649,30 +648,8 @@ def test_two_ray_workers_write_the_file_that_one_process_writes(
 
     alone = segmented("--out", "alone.h5", "--table", "alone.csv")
     assert alone["instances"] > 2
-    with subprocess.Popen(
-        [sys.executable, str(script)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-        env=environment,
-    ) as cluster:  # fmt: skip
-        assert cluster.stdin is not None
-        assert cluster.stdout is not None
-        address = cluster.stdout.readline().strip()
+    with ray_cluster({"num_cpus": 1}, {"num_cpus": 1}) as (address, _):
         segmented("--out", "spread.h5", "--table", "spread.csv", "--ray-address", address)
-        cluster.stdin.close()
     for suffix in (".h5", ".csv"):
         one, other = (tmp_path / f"{name}{suffix}" for name in ("alone", "spread"))
         assert one.read_bytes() == other.read_bytes(), suffix
-
-
-CLUSTER = '''
-"""Two Ray nodes of one core each, until stdin ends."""
-import sys
-
-from ray.cluster_utils import Cluster
-
-cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
-cluster.add_node(num_cpus=1)
-cluster.wait_for_nodes()
-print(cluster.address, flush=True)
-sys.stdin.read()
-cluster.shutdown()
-'''
