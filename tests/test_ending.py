@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import random
 from collections.abc import Callable
 from statistics import fmean
 from typing import Any
@@ -48,7 +47,7 @@ def test_the_gain_is_what_the_second_half_brought_over_all_orders() -> None:
 
 
 def test_too_little_is_known_of_few_trials_and_of_trials_that_violate_the_guard() -> None:
-    assert expected_gain([view(number, 0.1) for number in range(19)]) is None
+    assert expected_gain([view(number, 0.1) for number in range(39)]) is None
     bad = [view(number, 0.1, violation=0.2) for number in range(40)]
     assert expected_gain(bad) is None
     assert outlook(make_space(), [view(number, 0.1) for number in range(40)]) is None  # no noise
@@ -56,29 +55,23 @@ def test_too_little_is_known_of_few_trials_and_of_trials_that_violate_the_guard(
 
 def test_the_noise_is_that_of_instances_and_of_seeds() -> None:
     space = make_space(budget={"stop_when": "no_gain"})
-    chance = random.Random(0)
-    trials = [
-        view(number, 0.1 + 0.4 * chance.random(), user_attrs={"noise": 0.03})
-        for number in range(30)
-    ]
-    best = min(trials, key=lambda trial: trial.value or 1.0)
+    trials = [view(number, 0.1 + number / 100, user_attrs={"noise": 0.005}) for number in range(40)]
     alone = outlook(space, trials)
     assert alone is not None
-    assert alone["noise"] == 0.03
-    assert alone["is_worth_it"] == (alone["gain"] >= 0.03)
-    marks = {"repeat_of": best.number, "seed_shift": 1, "repeats": 1}
-    again = view(30, (best.value or 0.0) + 0.1, user_attrs=marks)
+    assert alone["noise"] == 0.005 < alone["gain"] < 0.01
+    assert alone["is_worth_it"]
+    again = view(40, 0.2, user_attrs={"repeat_of": 0, "seed_shift": 1, "repeats": 1})
     both = outlook(space, [*trials, again])
     assert both is not None
     assert both["seeds"] == pytest.approx(0.1 / 2**0.5)
-    assert both["noise"] == pytest.approx((0.03**2 + 0.1**2 / 2) ** 0.5)
+    assert both["noise"] == pytest.approx((0.005**2 + 0.1**2 / 2) ** 0.5)
     assert both["gain"] == alone["gain"]  # a repeat is no candidate
     assert not both["is_worth_it"]
     assert "is expected to gain less than the noise" in both["sentence"]
 
 
 def test_a_search_ends_where_nothing_is_to_be_gained_and_only_where_that_is_asked_for() -> None:
-    trials = [view(number, 0.1 + number / 1000, user_attrs={"noise": 0.05}) for number in range(30)]
+    trials = [view(number, 0.1 + number / 1000, user_attrs={"noise": 0.05}) for number in range(40)]
     asks, asks_not = make_space(budget={"stop_when": "no_gain"}), make_space()
     assert nothing_to_gain(asks, trials) is not None
     assert search_is_over(asks, trials, 60)
@@ -87,8 +80,9 @@ def test_a_search_ends_where_nothing_is_to_be_gained_and_only_where_that_is_aske
 
 
 def test_the_facts_of_a_study_say_whether_going_on_is_worth_it(
-    storage: str, make_driver: Callable[..., Driver]
+    storage: str, make_driver: Callable[..., Driver], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("hydralv_tune.study.ending.FEWEST", 20)
     driver = make_driver(storage, make_space(sampler={"name": "random"}))
     for number in range(20):
         told = {"metrics": METRICS, "noise": 0.05}

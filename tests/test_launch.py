@@ -299,7 +299,10 @@ def test_the_goal_ends_a_study_and_what_runs_is_enqueued_again(rig: Any) -> None
     }  # fmt: skip
 
 
-def test_a_search_with_nothing_to_gain_ends_and_what_runs_goes_on(rig: Any) -> None:
+def test_a_search_with_nothing_to_gain_ends_and_what_runs_goes_on(
+    rig: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hydralv_tune.study.ending.FEWEST", 20)
     one = rig({"budget": {"stop_when": "no_gain"}})
     for number in range(20):
         assert isinstance(one.coordinator.suggest(str(number)), dict)
