@@ -187,9 +187,11 @@ class Bench:
     def killed(self) -> None:
         """Segment inside the mask, killed twice, and compare the files."""
         seconds = self.results["masked"]["seconds"]
-        for share in (0.35, 0.75):
-            words = self._segment("killed.h5", "--mask", self.folder / "mask.h5")
-            print(f"killed after {share * seconds:.0f} s", self._process(words, share * seconds)[2])
+        words = self._segment("killed.h5", "--mask", self.folder / "mask.h5")
+        for share in (0.4, 0.4):  # the second one goes on where the first one ended
+            code = self._process(words, share * seconds)[2]
+            assert code == -signal.SIGKILL, f"it ended before it was killed, with {code}"
+            print(f"killed after {share * seconds:.0f} s")
         self._run("killed", words)
         same = (self.folder / "killed.h5").read_bytes() == (self.folder / "masked.h5").read_bytes()
         self.results["killed"]["same_file"] = same

@@ -32,6 +32,7 @@ from hydralv_tune.data.volumes import VolumePaths, read_array, read_volume, writ
 from hydralv_tune.numerics.networks.registry import build_network
 from hydralv_tune.numerics.networks.weights import match_weights
 from hydralv_tune.numerics.test_time_augmentation import activate
+from hydralv_tune.results.export import models
 from hydralv_tune.results.export.export import changed_keys, export_best, normalised_otherwise
 from hydralv_tune.results.export.models import export_bioimageio, window_of
 from hydralv_tune.results.export.pytc import peer_config, peer_step, peer_weights
@@ -429,6 +430,15 @@ def at_once(network: Any, candidate: Any, window: np.ndarray) -> np.ndarray:
     return activate(logits, tta.channel_activations)[0].numpy()
 
 
+def sources_named_in(torchscript: Path) -> list[str]:
+    """Return the records of a TorchScript file that name a folder with Python sources of here."""
+    folders = [str(Path(file).parent).encode() for file in (models.__file__, torch.__file__)]
+    with zipfile.ZipFile(torchscript) as records:
+        contents = {name: records.read(name) for name in records.namelist()}
+    assert any(name.endswith("data.pkl") for name in contents)
+    return [name for name, content in contents.items() if any(f in content for f in folders)]
+
+
 def test_the_page_gives_the_same_probabilities_without_this_package(
     finished_study: Any, tmp_path: Path
 ) -> None:
@@ -444,6 +454,7 @@ def test_the_page_gives_the_same_probabilities_without_this_package(
     subprocess.run([sys.executable, "page.py"], cwd=tmp_path, check=True, timeout=200)
     found = np.load(tmp_path / "probabilities.npy")
     np.testing.assert_allclose(found, at_once(network, candidate, window), atol=1e-5)
+    assert sources_named_in(tmp_path / "best.pt") == []
     extra = {"hydralv.json": ""}
     torch.jit.load(tmp_path / "best.pt", _extra_files=extra)
     told_there = json.loads(extra["hydralv.json"])
@@ -482,6 +493,7 @@ def test_a_model_of_bioimage_io_has_what_its_description_names(
         {"id": "ensure_dtype", "kwargs": {"dtype": "float32"}},
     ]
     spread = (raw - raw.mean((3, 4), keepdims=True)) / raw.std((3, 4), keepdims=True)
+    assert sources_named_in(tmp_path / "model" / "weights.pt") == []
     traced = torch.jit.load(tmp_path / "model" / "weights.pt")
     found = traced(torch.from_numpy(spread.astype(np.float32)))[0].detach().numpy()
     np.testing.assert_allclose(found, stated[0], atol=1e-4)

@@ -11,7 +11,6 @@ import pytest
 
 from hydralv_tune.cli.main import exit_code
 from hydralv_tune.config.errors import VolumeError
-from hydralv_tune.data.truth import annotated_sections, tissue_of
 from hydralv_tune.data.volumes import VolumePaths, read_volume, write_array
 from hydralv_tune.numerics.metrics.scores import score_labels
 from hydralv_tune.numerics.watershed.decoders import CONTOUR, decode
@@ -165,14 +164,20 @@ def test_a_mask_of_single_sections_says_where_truth_is_known(
         assert volume.note is None
 
 
-def test_a_section_left_out_of_the_tissue_is_filled_from_its_neighbours() -> None:
-    mask = np.zeros(SHAPE, bool)
-    mask[1:4, 2:9], mask[5:8, 4:12] = True, True
-    assert annotated_sections(mask.any(axis=(1, 2)))
-    tissue = tissue_of(mask)
-    assert tissue is not None
-    np.testing.assert_array_equal(tissue[4], mask[3] | mask[5])
-    np.testing.assert_array_equal(np.delete(tissue, 4, 0), np.delete(mask, 4, 0))
+def test_a_section_left_out_of_the_tissue_is_filled_from_its_neighbours(
+    tmp_path: Path, reader: Any
+) -> None:
+    mask = np.zeros(SHAPE, np.uint8)
+    mask[1:4, 2:9], mask[6:8, 4:12] = 1, 1
+    paths = paths_of(tmp_path, label=boxes(), mask=mask)
+    volume = reader(paths)
+    tissue = whole(volume.mask)
+    for z in (4, 5):
+        np.testing.assert_array_equal(tissue[z], (mask[3] | mask[6]) > 0)
+    np.testing.assert_array_equal(np.delete(tissue, (4, 5), 0), np.delete(mask, (4, 5), 0) > 0)
+    np.testing.assert_array_equal(whole(volume.where_scored), mask > 0)
+    assert volume.note is not None
+    assert volume.fingerprint() == read_volume(paths).fingerprint()
 
 
 def test_with_a_scored_mask_the_mask_is_tissue_whatever_its_shape(

@@ -24,12 +24,13 @@ from hydralv_tune.config.candidate import Candidate
 from hydralv_tune.config.errors import InputError, VolumeError
 from hydralv_tune.config.files import candidate_from_mapping
 from hydralv_tune.data.formats.files import open_lazy
-from hydralv_tune.data.volumes import VolumePaths, read_array, write_array
+from hydralv_tune.data.volumes import VolumePaths, read_array, read_volume, write_array
 from hydralv_tune.numerics.metrics.contingency import contingency_table, of_one_volume
 from hydralv_tune.numerics.metrics.scores import score, score_labels
 from hydralv_tune.numerics.phantom.degradation import degraded_probabilities
 from hydralv_tune.numerics.phantom.volume import Phantom, make_phantom
 from hydralv_tune.numerics.watershed.decoders import decode
+from hydralv_tune.numerics.watershed.flood import regions
 from hydralv_tune.trial.fitted_normalisation import fit_image
 from hydralv_tune.trial.scoring.prediction import (
     network_of,
@@ -227,6 +228,23 @@ def in_blocks(
         part = result[block.box]
         part[labels > 0] = labels[labels > 0] + result.max()
     return result, len(blocks)
+
+
+@pytest.mark.parametrize("share", [0, 0.02, 0.08, 0.2, 0.5, 0.95, 1])
+@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 30, 31), (9, 20, 20)])
+def test_regions_are_those_of_scipy(shape: tuple[int, ...], share: float) -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(5):
+        inside = rng.random(shape) < share
+        counted = inside & (rng.random(shape) < 0.5)
+        labels, boxes, sizes = regions(inside, counted)
+        expected, count = ndimage.label(inside, structure=np.ones((3, 3, 3)))
+        np.testing.assert_array_equal(labels, expected)
+        spans = [[(p.start, p.stop) for p in box] for box in ndimage.find_objects(expected)]
+        np.testing.assert_array_equal(boxes, np.array(spans, int).reshape(count, 3, 2))
+        for column, which in enumerate((inside, counted)):
+            one = np.bincount(expected[which], minlength=count + 1)[1:]
+            np.testing.assert_array_equal(sizes[:, column], one)
 
 
 @pytest.mark.parametrize("masked", [True, False], ids=["mask", "no mask"])
@@ -430,6 +448,58 @@ def test_small_memory_gives_the_same_instances_in_many_parts(
     )
 
 
+@pytest.mark.parametrize("small", [False, True], ids=["at once", "in parts"])
+@pytest.mark.parametrize(
+    ("annotated", "scored"),
+    [([3, 11], None), ([*range(2, 6), *range(9, 15), *range(16, 18)], None),
+     ([*range(2, 6), *range(9, 15)], range(3, 12))],
+    ids=["single sections", "runs of sections", "with a scored mask"],
+)  # fmt: skip
+def test_a_mask_of_annotated_sections_is_taken_as_a_study_takes_it(
+    tmp_path: Path, model: Model, paths: VolumePaths, phantom: Phantom, small: bool,
+    annotated: list[int], scored: Any, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    if small:
+        monkeypatch.setattr(segmentation, "PROGRAM_BYTES", 1.997e9)
+        monkeypatch.setattr(segmentation, "LEAST_BYTES", 0)
+    given = {"label": phantom.label.astype(np.uint8)}
+    for name, sections in (("mask", annotated), ("scored_mask", scored)):
+        if sections is not None:
+            given[name] = np.zeros(phantom.label.shape, np.uint8)
+            # Not the same in all sections, so that those between hold the union of two.
+            for z in sections:
+                given[name][z, 2 * z :] = 1
+    for name, array in given.items():
+        write_array(tmp_path / f"{name}.h5", array)
+    files = {name: str(tmp_path / f"{name}.h5") for name in given}
+    studied = read_volume(VolumePaths("v", paths.image, **files))
+    content = torch.load(model.checkpoint, weights_only=True)
+    network = network_of(model.candidate).eval()
+    network.load_state_dict(content["weights"])
+    maps = predict(network, studied.image, model.candidate, mask=studied.mask)
+    expected = decode(model.decoder, maps, studied.mask, **model.arguments)
+    assert expected.max() > 2
+    best = model.checkpoint.with_suffix(".yaml")
+    step = {"name": model.decoder, "kwargs": dict(model.arguments)}
+    best.write_text(yaml.safe_dump({"test": {"decoding": [step]}}))
+    options = [
+        word for name, file in files.items() for word in (f"--{name.replace('_', '-')}", file)
+    ]
+    out = tmp_path / "seg.h5"
+    words = ["segment", best, "--image", paths.image, "--out", out, "--memory-gb", 2, *options]
+    assert exit_code([*map(str, words), "--json"]) == 0
+    said = capsys.readouterr()
+    assert ("sections that are annotated" in said.err) == (scored is None)
+    assert same_instances(read_array(out), expected)
+    figures = score_labels(
+        prediction=expected, truth=phantom.label, mask=studied.where_scored
+    ).as_dict()
+    found = json.loads(said.out)
+    for name in ("adapted_rand_error", "adapted_rand_error_foreground", "f1_iou50"):
+        assert found[name] == pytest.approx(figures[name], abs=1e-12), name
+
+
 @pytest.mark.parametrize("memory_gb", [2, 1e-3])
 def test_a_volume_without_instances_has_an_empty_table(
     tmp_path: Path, model: Model, paths: VolumePaths, monkeypatch: pytest.MonkeyPatch,
@@ -520,6 +590,33 @@ def test_two_processes_do_not_segment_to_one_file(
     assert {name for name in names if name.startswith(("seg", "other"))} == {"seg.h5", "other.h5"}
 
 
+@pytest.mark.parametrize("memory_gb", [2, 1e-3])
+def test_instances_are_measured_where_a_table_is_wanted(
+    tmp_path: Path, model: Model, paths: VolumePaths, monkeypatch: pytest.MonkeyPatch,
+    memory_gb: float,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(segmentation, "PROGRAM_BYTES", 0)
+    monkeypatch.setattr(segmentation, "LEAST_BYTES", 0)
+    full = segment_volume(model, paths, tmp_path / "full.h5", memory_gb=memory_gb)
+    bare, out = tmp_path / "bare.h5", tmp_path / "later.h5"
+    found = segment_volume(model, paths, bare, memory_gb=memory_gb, table=False)
+    assert found.instances == full.instances > 2
+    assert list(found.table.columns) == ["id"]
+    assert bare.read_bytes() == (tmp_path / "full.h5").read_bytes()
+    with (
+        pytest.raises(Killed),
+        segmented_volume(model, paths, out, memory_gb=memory_gb, table=False),
+    ):
+        raise Killed
+    steps: list[tuple[str, int, int]] = []
+    later = segment_volume(
+        model, paths, out, memory_gb=memory_gb, say=lambda *step: steps.append(step)
+    )
+    assert all(done == whole for step, done, whole in steps if step == "predict"), "began anew"
+    for name, column in full.table.columns.items():
+        np.testing.assert_array_equal(later.table.columns[name], column)
+
+
 def test_other_thresholds_do_not_go_on_from_a_killed_segmentation(
     tmp_path: Path, model: Model, paths: VolumePaths
 ) -> None:
@@ -605,10 +702,6 @@ def test_segment_refuses_what_it_cannot_segment_with(
         capsys, fitting, "--image", paths.image, "--out", tmp_path / "seg.png"
     )
     assert "would be lost" in refused(capsys, fitting, "--image", paths.image, "--out", paths.image)
-    sections = np.zeros((20, 72, 72), np.uint8)
-    sections[4:8] = sections[10:15] = 1
-    write_array(tmp_path / "sections.h5", sections)
-    assert "--scored-mask" in refused(capsys, fitting, *rest, "--mask", tmp_path / "sections.h5")
     assert "nonsense" in refused(capsys, fitting, *rest, "--set", "nonsense=1")
     assert not (tmp_path / "seg.h5").exists()
     assert exit_code(["segment", *map(str, (fitting, *rest))]) == 0

@@ -235,15 +235,16 @@ def segment(
     from hydralv_tune.artifacts.writing import write_frame
     from hydralv_tune.config.files import parse_overrides
     from hydralv_tune.data.truth import ANNOTATED_NOTE
-    from hydralv_tune.results.segmentation import load_model, tissue_and_scored
+    from hydralv_tune.results.segmentation import gaps_of_tissue, load_model
     from hydralv_tune.results.segmentation_score import assess
     from hydralv_tune.trial.whole_volume.segmentation import Jobs, segmented_volume
 
     changed = parse_overrides(settings or [])
     model = load_model(expanded(best), study=study, changed=changed)
-    tissue, scored_mask = tissue_and_scored(mask, scored_mask)
-    if tissue != mask:
+    gaps = gaps_of_tissue(image, mask, scored_mask)
+    if gaps != []:
         say(f"{mask}: {ANNOTATED_NOTE}.")
+    tissue = None if gaps is None else mask
     memory = memory_gb or max(psutil.virtual_memory().available / 2e9, 1.0)
     started = time.perf_counter()
     with ExitStack() as stack:
@@ -255,13 +256,13 @@ def segment(
         say_step = stack.enter_context(step_progress())
         found = stack.enter_context(
             segmented_volume(
-                model, VolumePaths(image, image, label, tissue), out, memory_gb=memory,
-                device=device, jobs=jobs, say=say_step,
+                model, VolumePaths(image, image, label, tissue), out, gaps=gaps or (),
+                memory_gb=memory, table=table is not None, device=device, jobs=jobs, say=say_step,
             )
         )  # fmt: skip
         assessed = assess(
             out, found.table.frame(), image=image, label=label,
-            masks=[path for path in (tissue, scored_mask) if path is not None],
+            masks=[path for path in (mask, scored_mask) if path is not None],
             ignore=ignore_label or [], view=neuroglancer, progress=say_step,
         )  # fmt: skip
         written = None if table is None else str(write_frame(assessed.rows, table))

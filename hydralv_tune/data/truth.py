@@ -6,7 +6,7 @@ it. The scored mask says where the truth is known: losses, sampling and scores a
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -144,34 +144,75 @@ FEW_SECTIONS = 2
 """Annotated side by side: so few do not say where tissue ends."""
 
 
-def longest_run(occupied: Any) -> int:
-    """Return how many sections of a mask, (Z,) booleans, lie side by side at most."""
-    return max(len(run) for run in _runs(occupied))
+Gap = tuple[int, int]
+"""Sections that a mask leaves out: the section before the first one, and that after the last."""
 
 
-def _runs(occupied: Any) -> list[Array]:
-    """Return the sections that lie side by side, as runs of their numbers."""
+def gaps_to_fill(occupied: Any) -> list[Gap] | None:
+    """Return the gaps of a mask across which tissue goes on; none where the mask marks tissue.
+
+    Where no more than `FEW_SECTIONS` are annotated side by side, nothing says where tissue ends.
+
+    Args:
+        occupied: (Z,), whether a section holds any voxel of the mask.
+
+    Returns:
+        The gaps, or None where decoding goes on everywhere.
+    """
+    if not annotated_sections(occupied):
+        return []
     inside = np.flatnonzero(occupied)
-    return np.split(inside, np.flatnonzero(np.diff(inside) > 1) + 1)
+    runs = np.split(inside, np.flatnonzero(np.diff(inside) > 1) + 1)
+    if max(len(run) for run in runs) <= FEW_SECTIONS:
+        return None
+    return [(int(below[-1]), int(above[0])) for below, above in pairwise(runs)]
 
 
 def tissue_of(mask: Array) -> Array | None:
-    """Return where decoding goes on for a mask of annotated sections; None is everywhere.
+    """Return where decoding goes on for a mask given alone; None is everywhere.
 
-    Where no more than `FEW_SECTIONS` are annotated side by side, nothing says where tissue ends.
-    Otherwise the sections left out are filled from the nearest ones on both sides.
+    Sections that a mask of annotated sections leaves out are filled from the nearest ones on both
+    sides, as `gaps_to_fill` says.
 
     Args:
         mask: (Z, Y, X), bool.
     """
-    occupied = mask.any(axis=(1, 2))
-    if longest_run(occupied) <= FEW_SECTIONS:
-        return None
-    runs = _runs(occupied)
-    tissue = mask.copy()
-    for below, above in pairwise(runs):
-        tissue[below[-1] + 1 : above[0]] = mask[below[-1]] | mask[above[0]]
-    return tissue
+    gaps = gaps_to_fill(mask.any(axis=(1, 2)))
+    return None if gaps is None else FilledMask(mask, gaps)[:]
+
+
+@dataclass(frozen=True)
+class FilledMask:
+    """A mask whose gaps are filled from the nearest sections on both sides, read part by part.
+
+    Args:
+        mask: (Z, Y, X), in memory or on disk; voxels above 0 count.
+        gaps: Of `gaps_to_fill`.
+    """
+
+    mask: Any
+    gaps: Sequence[Gap]
+
+    dtype = np.dtype(bool)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Return the shape of the volume."""
+        return tuple(self.mask.shape)
+
+    def __getitem__(self, where: Any) -> Array:
+        """Return a part in memory; slices alone, without steps."""
+        sections, *plane = where if isinstance(where, tuple) else (where,)
+        first, end, _ = sections.indices(self.shape[0])
+        values: Array = np.array(np.asarray(self.mask[(sections, *plane)]) > 0)
+        for below, above in self.gaps:
+            low, high = max(below + 1, first), min(above, end)
+            if low < high:
+                nearest = [
+                    np.asarray(self.mask[(slice(z, z + 1), *plane)]) > 0 for z in (below, above)
+                ]
+                values[low - first : high - first] = nearest[0] | nearest[1]
+        return values
 
 
 ANNOTATED_NOTE = (

@@ -9,8 +9,8 @@ from typing import Any
 from hydralv_tune.config.candidate import Candidate, DecodingStep
 from hydralv_tune.config.errors import InputError
 from hydralv_tune.config.files import decoding_step, load_candidate
-from hydralv_tune.data.formats.files import open_lazy
-from hydralv_tune.data.truth import FEW_SECTIONS, annotated_sections, longest_run
+from hydralv_tune.data.formats.files import open_lazy, open_mask
+from hydralv_tune.data.truth import Gap, gaps_to_fill
 from hydralv_tune.trial.whole_volume.segmentation import Model
 
 CHECKPOINTS = (".ckpt", ".pt", ".pth")
@@ -84,32 +84,23 @@ def _changed(step: DecodingStep, changed: Mapping[str, Any] | None) -> DecodingS
     return decoding_step(step.name, {**step.decoder_arguments(), **changed})
 
 
-def tissue_and_scored(mask: str | None, scored: str | None) -> tuple[str | None, str | None]:
-    """Return the files that say where tissue is and where the truth is known, as a study does.
-
-    A mask of annotated sections, given alone, says where the truth is known; where no more than
-    two neighbouring sections are annotated, nothing says where tissue ends.
+def gaps_of_tissue(image: str, mask: str | None, scored: str | None) -> list[Gap] | None:
+    """Return across which sections that a mask leaves out tissue goes on, as a study takes it.
 
     Args:
-        mask: Given as where tissue is, or None.
-        scored: Given as where the truth is known, or None.
+        image: The file of the image.
+        mask: That which says where tissue is, or None.
+        scored: That which says where the truth is known, or None.
 
-    Raises:
-        InputError: The mask leaves out whole sections, so it cannot say where tissue is.
+    Returns:
+        None where decoding goes on everywhere; none where the mask marks tissue as it is.
     """
-    if mask is None:
-        return None, scored
-    with open_lazy(mask, ndim=3) as opened:
-        occupied = [bool((section > 0).any()) for section in opened]
-    if not annotated_sections(occupied):
-        return mask, scored
-    if scored is None and longest_run(occupied) <= FEW_SECTIONS:
-        return None, mask
-    raise InputError(
-        f"{mask}: the mask leaves out whole sections, so it says what was annotated, not where "
-        "tissue is, and instances would be cut at its sections. Leave --mask out, or give the "
-        "tissue; score with --scored-mask."
-    )
+    if mask is None or scored is not None:
+        return []
+    with open_lazy(image, ndim=3) as opened:
+        shape = opened.shape
+    with open_mask(mask, shape) as sections:
+        return gaps_to_fill([bool((section > 0).any()) for section in sections])
 
 
 def _trained_as(checkpoint: Path) -> tuple[tuple[Candidate, float], ...]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import re
+import socket
 import struct
 import subprocess
 import sys
@@ -762,6 +763,15 @@ def test_a_packed_file_of_another_kind_is_no_nifti(tmp_path: Path) -> None:
 
 def test_a_url_without_its_format_says_which_is_read(tmp_path: Path) -> None:
     assert "precomputed://https://" in refusal("https://example.org/volume")
+
+
+@pytest.mark.timeout(60)
+def test_an_address_that_nobody_answers_at_is_refused_in_seconds() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        url = f"precomputed://http://127.0.0.1:{taken.getsockname()[1]}/volume"
+        message = refusal(url)
+    assert "no answer" in message
 
 
 def test_a_format_without_its_package_names_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,6 +19,9 @@ BLOCK = (64, 64, 64)
 SMALLEST_LEVEL = 256
 """Voxels of the longest side of a pyramid's coarsest level."""
 DRIVER = "neuroglancer_precomputed"
+FEW_RETRIES = {"max_retries": 3, "initial_delay": "500ms", "max_delay": "4s"}
+"""While a volume is opened: some seconds. tensorstore's own 32, good for what is read later, would
+keep a wrong address waiting for a quarter of an hour."""
 
 
 def open_stored(location: Location) -> Stored:
@@ -164,8 +167,17 @@ def _information(location: Location) -> Mapping[str, Any]:
     """Return the content of `info`."""
     import tensorstore
 
-    store = tensorstore.KvStore.open(_store(location)).result()
-    content = store.read("info").result()
+    few = dict.fromkeys((f"{kind}_request_retries" for kind in ("http", "gcs", "s3")), FEW_RETRIES)
+    store = tensorstore.KvStore.open(_store(location), context=tensorstore.Context(few)).result()
+    try:
+        content = store.read("info").result()
+    except ValueError as error:
+        if "retry attempts failed" not in str(error):
+            raise
+        reason = str(error).partition("failed: ")[2][:200]
+        raise VolumeError(
+            f"{location}: no answer from there ({reason}). Check the address and the network."
+        ) from error
     if content.state != "value":
         raise VolumeError(
             f"{location}: there is no file 'info' in it, so it is no precomputed volume. Check the "

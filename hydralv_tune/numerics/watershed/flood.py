@@ -85,6 +85,85 @@ def components(
     return seeds, label, sizes[:total].copy()
 
 
+def regions(inside: Array, counted: Array) -> tuple[Array, Array, Array]:
+    """Return the 26-connected components of a volume: labels, boxes and sizes, in raster order.
+
+    What is outside is looked at once, by NumPy: SciPy takes a pass over all voxels for each of
+    labels, boxes and sizes.
+
+    Args:
+        inside: (z, y, x), bool.
+        counted: (z, y, x), bool; its voxels are counted for each component too.
+
+    Returns:
+        (z, y, x) uint32 labels from 1; (components, 3, 2) int64, first and end voxel along each
+        axis; (components, 2) int64, all voxels and those counted.
+    """
+    labels, boxes, sizes = _regions(np.flatnonzero(inside), inside.shape, counted.ravel())
+    return labels, boxes, sizes
+
+
+@kernel
+def _regions(places: Any, shape: Any, counted: Any) -> Any:
+    """Return what `regions` does of voxels given by their flat indices, in raster order."""
+    depth, height, width = shape
+    labels = np.zeros((depth, height, width), np.uint32)
+    parent = np.zeros(4096, np.int64)
+    total = 1
+    for place in places:
+        rest, x = place // width, place % width
+        z, y = rest // height, rest % height
+        own, first = np.int64(0), x - 1
+        if x > 0 and labels[z, y, x - 1] > 0:
+            # What it touches itself is joined already.
+            own, first = np.int64(labels[z, y, x - 1]), x + 1
+        for row in range(4):
+            above, beside = z - (row < 3), y + (row - 1 if row < 3 else -1)
+            if above < 0 or beside < 0 or beside >= height:
+                continue
+            for at in range(max(first, 0), min(x + 2, width)):
+                other = np.int64(labels[above, beside, at])
+                if other == 0 or other == own:
+                    continue
+                if own > 0:
+                    one, two = _root(parent, own), _root(parent, other)
+                    parent[max(one, two)] = min(one, two)
+                own = other
+        if own == 0:
+            if total == len(parent):
+                grown = np.zeros(2 * total, np.int64)
+                grown[:total] = parent
+                parent = grown
+            own = np.int64(total)
+            parent[own] = own
+            total += 1
+        labels[z, y, x] = own
+    number = np.zeros(total, np.uint32)
+    count = 0
+    for label in range(1, total):
+        top = _root(parent, label)
+        if top == label:
+            count += 1
+            number[label] = count
+        else:
+            number[label] = number[top]
+    boxes = np.zeros((count, 3, 2), np.int64)
+    boxes[:, :, 0] = 2**62
+    sizes = np.zeros((count, 2), np.int64)
+    for place in places:
+        rest, x = place // width, place % width
+        z, y = rest // height, rest % height
+        label = number[labels[z, y, x]]
+        labels[z, y, x] = label
+        index = np.int64(label) - 1
+        sizes[index, 0] += 1
+        sizes[index, 1] += counted[place]
+        for axis, position in enumerate((z, y, x)):
+            boxes[index, axis, 0] = min(boxes[index, axis, 0], position)
+            boxes[index, axis, 1] = max(boxes[index, axis, 1], position + 1)
+    return labels, boxes, sizes
+
+
 @kernel
 def keep_large(seeds: Any, label: Any, sizes: Any, least: int) -> Any:
     """Return (seed nodes, labels from 1, number of labels) of components of `least` voxels."""

@@ -66,9 +66,7 @@ def export_torchscript(best: BestTrial, out: Path) -> dict[str, Any]:
     network, candidate = load_network(best.checkpoint)
     traced, any_size = traced_network(network, candidate)
     extra = {"hydralv.json": json.dumps(facts_of(best, candidate, any_size))}
-    buffer = io.BytesIO()
-    torch.jit.save(traced, buffer, _extra_files=extra)
-    write_atomically(out, buffer.getvalue())
+    write_atomically(out, torchscript_of(traced, extra))
     weights = write_safetensors(out.with_suffix(".safetensors"), network, candidate)
     return {
         "out": str(out),
@@ -99,11 +97,9 @@ def export_bioimageio(best: BestTrial, out: Path) -> dict[str, Any]:
         image, fitted = fit_image(raw, candidate.data)
         shown = fitted.apply(image)
         result = traced(torch.from_numpy(shown)[None, None]).numpy()
-    weights = io.BytesIO()
-    torch.jit.save(traced, weights)
     facts = facts_of(best, candidate, any_size)
     files = {
-        "weights.pt": weights.getvalue(),
+        "weights.pt": torchscript_of(traced, {}),
         "weights.safetensors": safetensors_of(network, candidate),
         "test_input.npy": _npy(raw[None, None]),
         "test_output.npy": _npy(result),
@@ -149,6 +145,24 @@ def traced_network(network: nn.Module, candidate: Candidate) -> tuple[torch.jit.
         traced = cast(torch.jit.ScriptModule, torch.jit.trace(module, examples[0]))  # type: ignore[no-untyped-call]
         assert _agrees(module, traced, examples[0]), "the traced network is another function"
         return traced, _agrees(module, traced, examples[1])
+
+
+def torchscript_of(traced: torch.jit.ScriptModule, extra: dict[str, str]) -> bytes:
+    """Return a traced network as `torch.jit.load` opens it, without its debug records.
+
+    Those name the source files of this machine, with their folders.
+
+    Args:
+        traced: The network.
+        extra: Text by the name of an extra file.
+    """
+    full, stripped = io.BytesIO(), io.BytesIO()
+    torch.jit.save(traced, full, _extra_files=extra)
+    with zipfile.ZipFile(full) as source, zipfile.ZipFile(stripped, "w") as target:
+        for name in source.namelist():
+            if not name.endswith(".debug_pkl"):
+                target.writestr(zipfile.ZipInfo(name), source.read(name))
+    return stripped.getvalue()
 
 
 def _agrees(module: nn.Module, traced: nn.Module, example: Tensor) -> bool:

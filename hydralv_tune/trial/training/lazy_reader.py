@@ -16,9 +16,10 @@ import torch
 from hydralv_tune.config.candidate import Data
 from hydralv_tune.data.truth import (
     ANNOTATED_NOTE,
+    FilledMask,
     LazyKnown,
     LazyLabels,
-    annotated_sections,
+    gaps_to_fill,
     has_unknown,
 )
 from hydralv_tune.data.volumes import (
@@ -99,9 +100,10 @@ def open_volume(paths: VolumePaths) -> Volume:
     masks = tuple(part.array for part in (mask, scored) if part is not None)
     tissue, note = mask, None
     if mask is not None and scored is None:
-        occupied = np.array([bool((section > 0).any()) for section in mask])
-        if annotated_sections(occupied):
-            tissue, note = None, ANNOTATED_NOTE
+        gaps = gaps_to_fill([bool((section > 0).any()) for section in mask])
+        if gaps != []:
+            tissue = None if gaps is None else windowed(FilledMask(mask.array, gaps))
+            note = ANNOTATED_NOTE
     labels = None if label is None else LazyLabels(label.array, paths.ignore_labels).with_ids()
     ignoring = labels if labels is not None and has_unknown(labels) else None
     separate = scored is not None or note is not None or ignoring is not None

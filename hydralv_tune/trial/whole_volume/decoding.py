@@ -15,10 +15,11 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from scipy import ndimage, sparse
+from scipy import sparse
 
 from hydralv_tune.config.errors import InputError
 from hydralv_tune.numerics.watershed.decoders import DECODERS, decode, decoder_arguments
+from hydralv_tune.numerics.watershed.flood import regions
 
 Array = npt.NDArray[Any]
 Ints = npt.NDArray[np.int64]
@@ -32,11 +33,12 @@ NODE_BYTES = 120
 """What it takes besides for each voxel that may be seed or foreground: values, ranks, queues."""
 MAP_BYTES = 6
 """Of the probabilities of a voxel, where a decoder wants them in memory."""
+READ_BYTES = 20
+"""What it takes to read a voxel of a slab while a block is decoded, unpacked chunks included."""
 SLAB_BYTES = 40
 """What it takes to label a voxel of a slab."""
 SLAB = 16
 """Sections that are read at once from what lies on disk: a chunk holds as many."""
-EVERYWHERE = np.ones((3, 3, 3), bool)
 
 
 def domain_of(name: str, arguments: Mapping[str, Any]) -> Domain | None:
@@ -131,31 +133,30 @@ def label_components(
     last: Array | None = None
     for slab in slabs:
         domain, nodes = domain_at(slab)
-        found, count = ndimage.label(domain, structure=EVERYWHERE)
-        spans = [[(p.start, p.stop) for p in box] for box in ndimage.find_objects(found)]
-        boxes.append(np.array(spans, np.int64).reshape(-1, 3, 2))
-        boxes[-1][:, 0] += slab.start
-        sizes = [np.bincount(found[at], minlength=count + 1)[1:] for at in (domain, nodes)]
-        voxels.append(np.stack(sizes, 1))
-        labels = found.astype(np.uint32)
-        np.add(labels, np.uint32(total), out=labels, where=found > 0)
+        labels, spans, sizes = regions(domain, nodes)
+        spans[:, 0] += slab.start
+        boxes.append(spans)
+        voxels.append(sizes)
+        if total:
+            np.add(labels, np.uint32(total), out=labels, where=labels > 0)
         if last is not None:
             pairs.append(_touching(last, labels[0]))
         write(slab, labels)
-        last, total = labels[-1], total + count
+        last, total = labels[-1].copy(), total + len(spans)
     return _joined(total, pairs, np.concatenate(boxes), np.concatenate(voxels))
 
 
 def _touching(above_: Array, below: Array) -> Array:
     """Return the pairs of labels of two sections that are 26-neighbours, (pairs, 2)."""
-    padded = np.pad(above_, 1).astype(np.uint64)
+    padded = np.pad(above_, 1)
+    y, x = np.nonzero(below)
+    own = below[y, x].astype(np.uint64)
     # Both in one number: sorting rows of two would take ten times as long.
     keys = [np.zeros(0, np.uint64)]
-    for y in range(3):
-        for x in range(3):
-            other = padded[y : y + below.shape[0], x : x + below.shape[1]]
-            both = (other > 0) & (below > 0)
-            keys.append(np.unique(other[both] << np.uint64(32) | below[both]))
+    for step in np.ndindex(3, 3):
+        other = padded[y + step[0], x + step[1]].astype(np.uint64)
+        both = other > 0
+        keys.append(np.unique(other[both] << np.uint64(32) | own[both]))
     found = np.unique(np.concatenate(keys))
     return np.stack([found >> np.uint64(32), found & np.uint64(2**32 - 1)], 1)
 
@@ -198,20 +199,23 @@ class Block:
 
 
 def plan_blocks(
-    shape: Size3, components: Components, *, memory_bytes: float, place_bytes: float = PLACE_BYTES
-) -> list[Block]:
+    shape: Size3, components: Components, *, memory_bytes: float, kept_bytes: float = 0,
+    place_bytes: float = PLACE_BYTES,
+) -> list[Block]:  # fmt: skip
     """Return blocks that hold every component whole and fit into the memory, in raster order.
 
     Args:
         shape: (z, y, x) of the volume.
         components: Of the domain.
         memory_bytes: What decoding a block may take.
+        kept_bytes: What of it is in use already; at least half of it is left for the block.
         place_bytes: What it takes for each voxel of the block's box, its nodes apart.
 
     Raises:
         InputError: One component alone does not fit.
     """
     blocks: list[Block] = []
+    most = max(memory_bytes - kept_bytes, memory_bytes / 2)
     waiting = [np.arange(1, len(components) + 1)]
     while waiting:
         chosen = waiting.pop()
@@ -222,18 +226,18 @@ def plan_blocks(
         high = np.minimum(boxes[:, :, 1].max(0) + 1, shape)
         nodes = int(components.nodes[chosen].sum())
         needed = math.prod((high - low).tolist()) * place_bytes + nodes * NODE_BYTES
-        if needed <= memory_bytes:
+        if needed <= most:
             z, y, x = (slice(int(a), int(b)) for a, b in zip(low, high, strict=True))
             blocks.append(Block((z, y, x), chosen))
             continue
         if len(chosen) == 1:
-            size = (high - low).tolist()
+            size, allowed = (high - low).tolist(), math.ceil((needed + kept_bytes) / 1e9 + 1)
             raise InputError(
                 f"--memory-gb: one connected region of {int(components.voxels[chosen[0]]):,} "
                 f"voxels spans {size[0]} x {size[1]} x {size[2]} voxels (z, y, x), and is decoded "
                 f"as one: that takes {needed / 1e9:.1f} GB of the memory for decoding. Allow "
-                f"{math.ceil(needed / 1e9 + 1)} GB, give a mask of the tissue, or cut the region "
-                "with --set flood=support and a higher floor, for example --set floor=0.3."
+                f"{allowed} GB, give a mask of the tissue, or cut the region with --set "
+                "flood=support and a higher floor, for example --set floor=0.3."
             )
         middle = boxes.mean(2)
         axis = int(np.argmax(np.ptp(middle, axis=0) if len(chosen) > 2 else high - low))

@@ -101,7 +101,10 @@ def instances_of(
     columns["sections"] = boxes[:, 1, 0] - boxes[:, 0, 0]
     ends = np.array(shape)
     columns["touches_border"] = ((boxes[:, 0] + low == 0) | (boxes[:, 1] + low == ends)).any(1)
-    columns["touches_mask"] = _at_the_mask(labels, mask, len(voxels))
+    columns["touches_mask"] = np.array(
+        [_at_the_mask(labels, mask, i, box) for i, box in zip(columns["id"], boxes, strict=True)],
+        bool,
+    )
     columns["probability"] = _mean(labels, binary, len(voxels))[columns["id"] - 1]
     return columns
 
@@ -110,10 +113,11 @@ def _mean(labels: Array, binary: Callable[[int], Array], count: int) -> Array:
     """Return the mean probability of each id from 1, read section by section."""
     sums, sizes = np.zeros(count + 1), np.zeros(count + 1)
     for z, section in enumerate(labels):
-        if section.any():
-            weights = np.asarray(binary(z), np.float64).ravel()
-            sums += np.bincount(section.ravel(), weights, minlength=count + 1)
-            sizes += np.bincount(section.ravel(), minlength=count + 1)
+        inside = section > 0
+        if inside.any():
+            ids, weights = section[inside], np.asarray(binary(z)[inside], np.float64)
+            sums += np.bincount(ids, weights, minlength=count + 1)
+            sizes += np.bincount(ids, minlength=count + 1)
     return sums[1:] / np.maximum(sizes[1:], 1)
 
 
@@ -128,11 +132,30 @@ def _surface(labels: Array, number: int, box: Array, spacing: Array) -> float:
     return float(mesh_surface_area(vertices, faces))
 
 
-def _at_the_mask(labels: Array, mask: Array | None, count: int) -> npt.NDArray[np.bool_]:
-    """Return which instances have a voxel beside one outside the mask."""
-    result = np.zeros(count + 1, bool)
-    if mask is not None:
-        inner = ndimage.binary_erosion(mask > 0, border_value=1)
-        for section, apart in zip(labels, inner, strict=True):
-            result[section[~apart]] = True
-    return result[1:]
+def _at_the_mask(labels: Array, mask: Array | None, number: int, box: Array) -> bool:
+    """Return whether an instance has a voxel beside one outside the mask."""
+    if mask is None:
+        return False
+    around = tuple(slice(max(a - 1, 0), b + 1) for a, b in zip(*box, strict=True))
+    inner = ndimage.binary_erosion(mask[around] > 0, border_value=1)
+    return bool((~inner & (labels[around] == number)).any())
+
+
+def voxels_of(table: Mapping[str, Array], labels: Array, first: Sequence[int]) -> Array:
+    """Return a voxel of each instance, (instances, 3), z, y, x in the volume.
+
+    Args:
+        table: Of `instances_of`.
+        labels: (z, y, x), that it was made of.
+        first: (z, y, x) of their box in the volume.
+    """
+    low, high = (
+        np.stack([table[f"box_{axis}{end}"] for axis in "zyx"], 1) - np.asarray(first)
+        for end in (0, 1)
+    )
+    found = low.copy()
+    for row, (number, (z, y, x), (_, y_end, x_end)) in enumerate(
+        zip(table["id"], low, high, strict=True)
+    ):
+        found[row, 1:] += np.argwhere(labels[z, y:y_end, x:x_end] == number)[0]
+    return np.asarray(found + np.asarray(first))

@@ -29,6 +29,7 @@ from hydralv_tune.config.errors import InputError, as_input_error
 from hydralv_tune.config.files import candidate_from_mapping
 from hydralv_tune.data.formats.files import LazyArray, create_array, locate, open_lazy, open_mask
 from hydralv_tune.data.formats.location import absolute
+from hydralv_tune.data.truth import FilledMask, Gap
 from hydralv_tune.data.volumes import Volume, VolumePaths
 from hydralv_tune.numerics.normalisation import Normalisation
 from hydralv_tune.numerics.watershed.decoders import DECODERS, decode
@@ -43,7 +44,7 @@ from hydralv_tune.trial.scoring.prediction import (
 )
 from hydralv_tune.trial.scoring.stitching import BACKGROUND, Lane, Span, predicted_sections
 from hydralv_tune.trial.whole_volume import decoding
-from hydralv_tune.trial.whole_volume.instance_table import InstanceTable, instances_of
+from hydralv_tune.trial.whole_volume.instance_table import InstanceTable, instances_of, voxels_of
 from hydralv_tune.trial.whole_volume.lanes import plan_lanes
 from hydralv_tune.trial.whole_volume.padded_image import PaddedImage
 
@@ -59,7 +60,9 @@ WINDOW_COPIES = 8
 """How many arrays of a network's first width a window is worth while it is predicted."""
 TOO_MANY_FOR_UINT16 = 2**16
 ROWS = 256
-"""Written at once along y, or a multiple of it: chunks hold no more."""
+"""Written at once along y and x: chunks hold no more."""
+A_VOXEL = "a_voxel"
+"""Kept beside the table of a block: a voxel of each instance."""
 WRITTEN_BYTES = 32
 """What it takes to put a voxel of several blocks together and to compress it."""
 
@@ -188,29 +191,43 @@ class Work:
         """Return where the sections are that the network sees equalised, (Z, Y, X) uint8, if so."""
         return self.folder / "equalised.raw"
 
+    def measure(self, wanted: bool) -> None:
+        """Say for workers and later runs whether instances are measured."""
+        if wanted:
+            write_atomically(self.folder / "measured", b"")
+        else:
+            (self.folder / "measured").unlink(missing_ok=True)
+
+    @property
+    def measures(self) -> bool:
+        """Return whether instances are measured."""
+        return (self.folder / "measured").exists()
+
     def block_file(self, number: int) -> Path:
         """Return where the table of a block is kept; it is there once the block is done."""
-        return self.folder / f"block_{number}.npz"
+        return self.folder / f"block_{number}{'' if self.measures else '_ids'}.npz"
 
     def block_labels(self, number: int) -> Path:
         """Return where the labels of a block are kept."""
         return self.folder / f"block_{number}.zarr"
 
     @contextmanager
-    def inputs(self) -> Iterator[tuple[LazyArray, LazyArray | None]]:
+    def inputs(self) -> Iterator[tuple[LazyArray, LazyArray | FilledMask | None]]:
         """Give image, equalised where the network sees it so, and mask, open for reading."""
         with ExitStack() as stack:
             image: Any = stack.enter_context(open_lazy(self.plan["image"], ndim=3))
             if self.equalised.exists():
                 image = np.memmap(self.equalised, np.uint8, "r", shape=self.shape)
-            path = self.plan["mask"]
-            yield image, None if path is None else stack.enter_context(open_mask(path, image.shape))
+            path, gaps = self.plan["mask"], self.plan["gaps"]
+            mask = None if path is None else stack.enter_context(open_mask(path, image.shape))
+            yield image, FilledMask(mask, gaps) if gaps else mask
 
 
 @contextmanager
 def segmented_volume(
-    model: Model, paths: VolumePaths, out: Path, *, memory_gb: float, device: str = "auto",
-    jobs: Jobs | None = None, say: Say = lambda step, done, whole: None,
+    model: Model, paths: VolumePaths, out: Path, *, memory_gb: float, gaps: Sequence[Gap] = (),
+    table: bool = True, device: str = "auto", jobs: Jobs | None = None,
+    say: Say = lambda step, done, whole: None,
 ) -> Iterator[Segmented]:  # fmt: skip
     """Write the instances of a volume, and give what there is of them.
 
@@ -222,6 +239,8 @@ def segmented_volume(
         paths: Image and mask.
         out: Where the labels go, (Z, Y, X): uint16 where the ids fit, uint32 otherwise.
         memory_gb: What the process may take at its peak, the program itself included.
+        gaps: Sections that the mask leaves out and that are tissue all the same.
+        table: Whether instances are measured; otherwise their table holds the ids alone.
         device: As for `pick_device`.
         jobs: Who runs the jobs of a step.
         say: Is told how far each step is.
@@ -237,20 +256,22 @@ def segmented_volume(
         spread = max((memory_gb * 1e9 - PROGRAM_BYTES), LEAST_BYTES)
         folder = work_folder(out)
         work = _begin(
-            model, paths, folder, memory_bytes=spread, device=device, workers=jobs.workers
-        )
+            model, paths, folder, memory_bytes=spread, gaps=gaps, device=device,
+            workers=jobs.workers,
+        )  # fmt: skip
         if model.members:
             _predict_members(work, model, paths, jobs, say)
         else:
             _predict(work, jobs, say)
+        work.measure(table)
         blocks = _plan_blocks(work, spread, say)
         missing = [n for n in range(len(blocks)) if not work.block_file(n).exists()]
         done = len(blocks) - len(missing)
         for _ in jobs.run(decode_one, str(work.folder), missing):
             done += 1
             say("decode", done, len(blocks))
-        table = _write_labels(work, out, blocks, say)
-        yield Segmented(out=out, instances=len(table), blocks=len(blocks), table=table)
+        rows = _write_labels(work, out, blocks, say)
+        yield Segmented(out=out, instances=len(rows), blocks=len(blocks), table=rows)
         shutil.rmtree(work.folder)
 
 
@@ -289,8 +310,8 @@ def work_folder(out: Path) -> Path:
 
 
 def _begin(
-    model: Model, paths: VolumePaths, folder: Path, *, memory_bytes: float, device: str,
-    workers: int, member: int = 0,
+    model: Model, paths: VolumePaths, folder: Path, *, memory_bytes: float, gaps: Sequence[Gap],
+    device: str, workers: int, member: int = 0,
 ) -> Work:  # fmt: skip
     """Return the work folder: an earlier one of the very same work, or a fresh one."""
     work = Work(folder)
@@ -310,6 +331,7 @@ def _begin(
     plan = {
         "image": absolute(paths.image),
         "mask": None if paths.mask is None else absolute(paths.mask),
+        "gaps": [list(gap) for gap in gaps],
         "shape": list(shape),
         **placement,
         "files": [_state_of(p) for p in (paths.image, paths.mask) if p is not None],
@@ -384,9 +406,9 @@ def _batch(candidate: Candidate, memory_bytes: float) -> int:
 
 
 def _save(path: Path, **arrays: Array) -> None:
-    """Write arrays, compressed, whole or not at all."""
+    """Write arrays, whole or not at all."""
     buffer = io.BytesIO()
-    np.savez_compressed(buffer, **cast(Any, arrays))
+    np.savez(buffer, **cast(Any, arrays))
     write_atomically(path, buffer.getvalue())
 
 
@@ -410,7 +432,7 @@ def _predict_members(work: Work, model: Model, paths: VolumePaths, jobs: Jobs, s
         part = _begin(
             replace(model, candidate=candidate, members=()), paths,
             work.folder / f"member_{number}", memory_bytes=plan["memory_bytes"],
-            device=plan["device"], workers=jobs.workers, member=number,
+            gaps=plan["gaps"], device=plan["device"], workers=jobs.workers, member=number,
         )  # fmt: skip
         _predict(part, jobs, say)
         parts.append(part)
@@ -466,7 +488,7 @@ def predict_one(folder: str, number: int) -> None:
 
 
 def _mask_box(
-    mask: LazyArray | None, shape: Size3, before: Size3, spans: tuple[Span, Span, Span]
+    mask: LazyArray | FilledMask | None, shape: Size3, before: Size3, spans: tuple[Span, Span, Span]
 ) -> Array | None:
     """Return the mask in a box of the padded volume; padding is outside of it."""
     if mask is None:
@@ -504,8 +526,12 @@ def _plan_blocks(work: Work, memory_bytes: float, say: Say) -> list[decoding.Blo
     else:
         if not (work.folder / "components.npz").exists():
             _find_components(work, domain, memory_bytes, say)
+        found = work.components
+        arrays = (found.roots, found.boxes, found.voxels, found.nodes)
+        kept = 2 * sum(array.nbytes for array in arrays)
+        kept += decoding.READ_BYTES * decoding.SLAB * math.prod(shape[1:])
         blocks = decoding.plan_blocks(
-            shape, work.components, memory_bytes=memory_bytes, place_bytes=place_bytes
+            shape, found, memory_bytes=memory_bytes, kept_bytes=kept, place_bytes=place_bytes
         )
     work.keep_blocks(blocks)
     return blocks
@@ -521,13 +547,24 @@ def _find_components(work: Work, domain: decoding.Domain, memory_bytes: float, s
     )  # fmt: skip
     kept = work.provisional
     nodes = decoding.nodes_of(work.plan["decoder"], work.plan["arguments"])
+    tiles = [
+        (slice(None), slice(y, y + maps.chunks[2]), slice(x, x + maps.chunks[3]))
+        for y in range(0, shape[1], maps.chunks[2])
+        for x in range(0, shape[2], maps.chunks[3])
+    ]
     with work.inputs() as (_, mask):
 
         def at(slab: slice) -> tuple[Array, Array]:
             say("find regions", slab.start, shape[0])
-            values, valid = np.asarray(maps[:, slab]), None if mask is None else mask[slab]
-            inside = domain(values, valid)
-            return inside, inside if nodes is None else nodes(values, valid)
+            valid = None if mask is None else mask[slab] > 0
+            inside, counted = np.zeros((2, slab.stop - slab.start, *shape[1:]), bool)
+            for tile in tiles:
+                here = None if valid is None else valid[tile]
+                if here is None or here.any():
+                    values = np.asarray(maps[(slice(None), slab, *tile[1:])])
+                    inside[tile] = domain(values, here)
+                    counted[tile] = inside[tile] if nodes is None else nodes(values, here)
+            return inside, counted
 
         def write(slab: slice, labels: Array) -> None:
             kept[slab] = labels
@@ -545,7 +582,8 @@ def decode_one(folder: str, number: int) -> None:
     stored = decoding.MapsOnDisk(work.probabilities, block.box)
     maps: Any = stored if DECODERS[name].by_section else np.asarray(stored)
     with work.inputs() as (_, mask):
-        valid = None if mask is None else mask[block.box] > 0
+        needed = mask is not None and (work.measures or not len(block.components))
+        valid = cast(Any, mask)[block.box] > 0 if needed else None
     with as_input_error(name):
         if len(block.components):
             labels = decoding.decode_block(
@@ -555,11 +593,14 @@ def decode_one(folder: str, number: int) -> None:
             labels = np.zeros(valid.shape, np.int32)
         else:
             labels = decode(name, maps, valid, **arguments)
-    rows = instances_of(
-        labels, lambda z: stored[slice(0, 1), z][0], valid,
-        first=[part.start for part in block.box], shape=work.shape,
-        voxel_size_nm=plan["voxel_size_nm"], origin_nm=plan["origin_nm"],
-    )  # fmt: skip
+    rows = {"id": np.arange(1, int(labels.max()) + 1)}
+    if work.measures:
+        first = [part.start for part in block.box]
+        rows = instances_of(
+            labels, lambda z: stored[slice(0, 1), z][0], valid, first=first, shape=work.shape,
+            voxel_size_nm=plan["voxel_size_nm"], origin_nm=plan["origin_nm"],
+        )  # fmt: skip
+        rows[A_VOXEL] = voxels_of(rows, labels, first)
     kept = zarr.create_array(
         work.block_labels(number), shape=labels.shape, dtype=labels.dtype, overwrite=True,
         chunks=(decoding.SLAB, *(min(side, 256) for side in labels.shape[1:])),
@@ -575,6 +616,7 @@ def _write_labels(
 ) -> InstanceTable:
     """Write the instances of all blocks, numbered through, and return their table."""
     columns: list[dict[str, Array]] = []
+    voxels: list[Array] = [np.zeros((0, 3), np.int64)]
     firsts = [0]
     if not blocks:  # the domain is empty
         nothing = np.zeros((1, 1, 1), np.int32)
@@ -587,7 +629,9 @@ def _write_labels(
         firsts.append(0)
     for number in range(len(blocks)):
         with np.load(work.block_file(number)) as kept:
-            columns.append({key: kept[key] for key in kept.files})
+            columns.append({key: kept[key] for key in kept.files if key != A_VOXEL})
+            if work.measures:
+                voxels.append(kept[A_VOXEL])
         firsts.append(firsts[-1] + len(columns[-1]["id"]))
     total = firsts[-1]
     dtype = np.uint16 if total < TOO_MANY_FOR_UINT16 else np.uint32
@@ -607,12 +651,17 @@ def _write_labels(
             labels = np.zeros([part.stop - part.start for part in strip], dtype)
             for number, block in enumerate(blocks):
                 _put(labels, strip, stored[number], block.box, firsts[number])
-            target[strip] = labels
+            for y in range(0, labels.shape[1], ROWS):
+                for x in range(0, labels.shape[2], ROWS):
+                    part = labels[:, y : y + ROWS, x : x + ROWS]
+                    if part.any():  # what is never written is 0
+                        low = strip[1].start + y
+                        target[strip[0], low : low + part.shape[1], x : x + part.shape[2]] = part
             say("write", strip[0].stop, shape[0])
     table = InstanceTable.joined(columns, firsts)
-    if plan["mask"] is None:
+    if plan["mask"] is None or not work.measures:
         return table
-    return InstanceTable({**table.columns, "mask_component": _hosts(work, out, total)})
+    return InstanceTable({**table.columns, "mask_component": _hosts(work, np.concatenate(voxels))})
 
 
 def _put(labels: Array, strip: decoding.Box, stored: Any, box: decoding.Box, first: int) -> None:
@@ -636,16 +685,15 @@ def _put(labels: Array, strip: decoding.Box, stored: Any, box: decoding.Box, fir
     np.copyto(labels[outer], (part + first).astype(labels.dtype), where=part > 0)
 
 
-def _hosts(work: Work, out: Path, total: int) -> Array:
+def _hosts(work: Work, voxels: Array) -> Array:
     """Return the 26-connected component of the mask that holds each instance, counted from 1.
 
     Args:
         work: Of the segmentation.
-        out: The labels, with ids from 1 without gaps.
-        total: How many there are.
+        voxels: (instances, 3), a voxel of each.
     """
-    found = np.zeros(total + 1, np.int64)
-    with work.inputs() as (_, mask), open_lazy(out, ndim=3) as labels:
+    found = np.zeros(len(voxels), np.int64)
+    with work.inputs() as (_, mask):
         assert mask is not None
         inside_of = mask
 
@@ -654,9 +702,10 @@ def _hosts(work: Work, out: Path, total: int) -> Array:
             return inside, inside
 
         def note(slab: slice, provisional: Array) -> None:
-            ids = labels[slab]
-            found[ids[ids > 0]] = provisional[ids > 0]
+            here = np.flatnonzero((voxels[:, 0] >= slab.start) & (voxels[:, 0] < slab.stop))
+            z, y, x = voxels[here].T
+            found[here] = provisional[z - slab.start, y, x]
 
         slabs = list(decoding.sections_of(work.shape, memory_bytes=work.plan["memory_bytes"]))
         components = decoding.label_components(slabs, at, note)
-    return np.asarray(components.roots[found[1:]])
+    return np.asarray(components.roots[found])
