@@ -9,7 +9,7 @@ import pytest
 from scipy.ndimage import gaussian_filter
 
 from hydralv_tune.numerics.watershed.decoders import CONTOUR
-from hydralv_tune.numerics.watershed.parts import Part, Parts
+from hydralv_tune.numerics.watershed.parts import Parts
 from hydralv_tune.numerics.watershed.pruning import pruned, steps_from_any_seed
 from hydralv_tune.trial.scoring.sweep import volume
 from hydralv_tune.trial.scoring.sweep.grid import Axes, Grid, checked_axes
@@ -67,23 +67,15 @@ def swept(case: Case, *, entropy: bool = False) -> tuple[FloodedVolume, Axes]:
     return ready, axes
 
 
-def whole(graph: Any) -> Part:
-    return Part(graph, np.arange(len(graph.nodes), dtype=np.int32))
-
-
 @pytest.mark.parametrize("seed", range(24))
 def test_parts_and_pruning_change_no_sum(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     case = a_case(seed)
     with monkeypatch.context() as plain:
         plain.setattr(volume, "WORTH_PRUNING", 10**9)
-        plain.setattr(
-            FloodedVolume, "_by_part",
-            lambda self, parts, *rest: self._by_key(whole(self._graph), *rest),
-        )  # fmt: skip
         ready, axes = swept(case)
         expected = ready.sums(axes).counts
         rows = [ready.row_of[key] for key in axes.keys_of()]
-    for worth, large in ((1, 10**9), (1, 1), (10**9, 10**9), (1, 300)):
+    for worth, large in ((1, 10**9), (1, 1), (1, 300)):
         monkeypatch.setattr(volume, "WORTH_PRUNING", worth)
         monkeypatch.setattr(volume, "LARGE_PART", large)
         ready, axes = swept(case)

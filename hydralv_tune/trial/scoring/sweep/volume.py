@@ -284,9 +284,11 @@ class FloodedVolume(SweptVolume):
             width = (len(self._least), int(np.prod(bins)))
             total = _Total(tasks, self._form.signs, width, self._entropy)
             scored = _Scored(self._scored, self._truth, cell, bins)
-            graph = self._pruned(graph, total)
             # A seed may lie beside a flood that is cut, and entropy wants each truth as a whole.
-            if self._form.cut is None and not self._entropy and not self._split:
+            is_pruned = self._form.cut is None and len(total.keys) >= WORTH_PRUNING
+            if is_pruned:
+                graph = self._pruned(graph, total)
+            if is_pruned and not self._entropy and not self._split:
                 is_done = self._by_part(Parts(graph), scored, total, threads, deadline)
             else:
                 whole = Part(graph, np.arange(len(graph.nodes), dtype=np.int32))
@@ -301,9 +303,7 @@ class FloodedVolume(SweptVolume):
         return True
 
     def _pruned(self, graph: WatershedGraph, total: _Total) -> WatershedGraph:
-        """Return a graph without what the combinations do not need, where that takes less time."""
-        if self._form.cut is not None or len(total.keys) < WORTH_PRUNING:
-            return graph
+        """Return a graph without what none of the combinations needs."""
         if self._near is None:
             self._near = steps_from_any_seed(graph)
         return pruned(graph, total.thresholds.max(axis=0), int(total.least_seeds.max()), self._near)
