@@ -31,6 +31,7 @@ from hydralv_tune.numerics.phantom.degradation import degraded_probabilities
 from hydralv_tune.numerics.phantom.volume import Phantom, make_phantom
 from hydralv_tune.numerics.watershed.decoders import decode
 from hydralv_tune.numerics.watershed.flood import regions
+from hydralv_tune.results.segmentation import gaps_of_tissue
 from hydralv_tune.trial.fitted_normalisation import fit_image
 from hydralv_tune.trial.scoring.prediction import (
     network_of,
@@ -669,6 +670,20 @@ def test_a_mask_of_another_shape_is_refused_before_any_work(
     with pytest.raises(VolumeError, match="no such file"):
         segment_volume(model, replace(paths, image="absent.h5"), tmp_path / "seg.h5", memory_gb=2)
     assert not (tmp_path / "seg.h5.work").exists()
+
+
+@pytest.mark.parametrize(
+    ("value", "reason"), [(np.nan, "NaN"), (0.0, "no voxel above 0"), (-1.0, "no voxel above 0")]
+)
+@pytest.mark.parametrize("scored", [None, "scored.h5"])
+def test_a_mask_in_which_nothing_counts_is_refused(
+    tmp_path: Path, paths: VolumePaths, value: float, reason: str, scored: str | None
+) -> None:
+    with open_lazy(paths.image, ndim=3) as image:
+        mask = np.full(image.shape, value, np.float32)
+    write_array(tmp_path / "none.h5", mask)
+    with pytest.raises(VolumeError, match=rf"none\.h5.*{reason}"):
+        gaps_of_tissue(paths.image, str(tmp_path / "none.h5"), scored)
 
 
 def test_a_plan_is_plain_json(tmp_path: Path, model: Model, paths: VolumePaths) -> None:

@@ -150,9 +150,10 @@ def _load(path: Path) -> dict[str, Any]:
             "Give best.ckpt of a trial, or an exported checkpoint."
         ) from error
     except Exception as error:  # torch raises whatever a damaged archive provokes
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else "it is damaged"
+        # Its words are of the archive's inside, which helps nobody who gave the wrong file.
         raise CheckpointError(
-            f"{path}: cannot be read as a checkpoint of weights alone: {reason[:200]}."
+            f"{path}: is no checkpoint, or a damaged one. Give best.ckpt of a trial or an exported "
+            "checkpoint; copy it again where it is one."
         ) from error
     if not isinstance(content, dict):
         raise CheckpointError(

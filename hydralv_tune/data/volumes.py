@@ -279,7 +279,7 @@ def check_volume(
         if array is not None:
             assert path is not None, "it was read from there"
             _check_shape(path, kind, array.shape, paths.image, image.shape)
-            _check_mask(path, array)
+            occupied_sections(path, array)
 
 
 def check_truth(paths: VolumePaths, label: Sections | None, inside: Sections | None) -> None:
@@ -395,19 +395,29 @@ def read_mask(path: str | Path, shape: Sequence[int] | None = None) -> np.ndarra
         VolumeError: It cannot be read, is not 3-D, holds NaN, or has no valid voxel.
     """
     values = read_array(path, ndim=3) if shape is None else _read_on(path, shape)
-    _check_mask(path, values)
+    occupied_sections(path, values)
     mask: np.ndarray = values > 0
     return mask
 
 
-def _check_mask(path: str | Path, mask: Sections) -> None:
-    """Refuse a mask that is not finite, or in which nothing counts."""
+def occupied_sections(path: str | Path, mask: Sections) -> list[bool]:
+    """Return whether each section of a mask holds a voxel that counts, one above 0.
+
+    Args:
+        path: What messages name.
+        mask: (Z, Y, X), in memory or on disk.
+
+    Raises:
+        VolumeError: It holds NaN or infinity, or no voxel counts.
+    """
     _refuse_not_finite(path, "mask", mask)
-    if not any((valid > 0).any() for valid in mask):
+    occupied = [bool((section > 0).any()) for section in mask]
+    if not any(occupied):
         raise VolumeError(
             f"{path}: the mask has no voxel above 0, so nothing would count. Check the path, or "
             "leave the mask out to use the whole volume."
         )
+    return occupied
 
 
 def read_probabilities(path: str | Path) -> np.ndarray:

@@ -11,6 +11,7 @@ from hydralv_tune.config.errors import InputError
 from hydralv_tune.config.files import decoding_step, load_candidate
 from hydralv_tune.data.formats.files import open_lazy, open_mask
 from hydralv_tune.data.truth import Gap, gaps_to_fill
+from hydralv_tune.data.volumes import occupied_sections
 from hydralv_tune.trial.whole_volume.segmentation import Model
 
 CHECKPOINTS = (".ckpt", ".pt", ".pth")
@@ -94,13 +95,17 @@ def gaps_of_tissue(image: str, mask: str | None, scored: str | None) -> list[Gap
 
     Returns:
         None where decoding goes on everywhere; none where the mask marks tissue as it is.
+
+    Raises:
+        VolumeError: The mask is one in which nothing counts, or holds no numbers.
     """
-    if mask is None or scored is not None:
+    if mask is None:
         return []
     with open_lazy(image, ndim=3) as opened:
         shape = opened.shape
     with open_mask(mask, shape) as sections:
-        return gaps_to_fill([bool((section > 0).any()) for section in sections])
+        occupied = occupied_sections(mask, sections)
+    return gaps_to_fill(occupied) if scored is None else []
 
 
 def _trained_as(checkpoint: Path) -> tuple[tuple[Candidate, float], ...]:
