@@ -210,6 +210,11 @@ def _notes(candidate: Candidate, step: DecodingStep, data: PeerData) -> list[str
         notes.append(
             "The boundary was the instances' own side alone (edge_mode inner); there both."
         )
+    if paths_of(data, "mask") is not None:
+        notes.append(
+            "There the mask hides the prediction and does not confine the flood: instances at its "
+            "border may differ by some voxels."
+        )
     if ours.label_transform.edt_voxel_size == "volume":
         notes.append("Distance targets were in nm; there they are in voxels.")
     if ours.split.kind != "none":
