@@ -30,10 +30,10 @@ def most_at_once(rows: list[tuple[float, float, list[str]]], device: str) -> int
     return max((sum(b <= at < e for b, e in here) for at, _ in here), default=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("share", "trials"),
-    [(0.5, 6), *(pytest.param(*row, marks=pytest.mark.slow) for row in ((1.0, 6), (2.0, 4),
-     (0.25, 16)))],
+    [(0.5, 10), (1.0, 6), (2.0, 4), (0.25, 16)],
 )  # fmt: skip
 @pytest.mark.timeout(600)
 def test_a_device_has_as_many_trials_as_fit(fake_study: Any, share: float, trials: int) -> None:

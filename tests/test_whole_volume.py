@@ -591,7 +591,7 @@ def test_two_processes_do_not_segment_to_one_file(
     assert {name for name in names if name.startswith(("seg", "other"))} == {"seg.h5", "other.h5"}
 
 
-@pytest.mark.parametrize("memory_gb", [2, 1e-3])
+@pytest.mark.parametrize("memory_gb", [2, pytest.param(1e-3, marks=pytest.mark.slow)])
 def test_instances_are_measured_where_a_table_is_wanted(
     tmp_path: Path, model: Model, paths: VolumePaths, monkeypatch: pytest.MonkeyPatch,
     memory_gb: float,
