@@ -159,6 +159,13 @@ class TestAugment:
         augment(random_patches(), certain, seeded())
         assert len(calls) == 1
 
+    def test_what_was_applied_is_named_for_each_sample(self) -> None:
+        patches = random_patches()
+        drawn: list[list[str]] = [[] for _ in patches.image]
+        certain = {name: {"prob": 1.0} for name in ("intensity", "misalignment")}
+        augment(patches, {**certain, "flip": {"prob": 0.0}}, seeded(), drawn)
+        assert [sorted(names) for names in drawn] == [["intensity", "misalignment"]] * len(drawn)
+
     def test_patches_that_do_not_fit_are_refused(self) -> None:
         good = random_patches()
         with pytest.raises(ValueError, match="Patches do not fit"):
