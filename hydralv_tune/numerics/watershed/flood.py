@@ -27,6 +27,34 @@ def _root(parent: Any, node: int) -> int:
 
 
 @kernel
+def _join(parent: Any, one: int, two: int) -> None:
+    """Make one tree of those of two elements; the smaller root stays."""
+    one, two = _root(parent, one), _root(parent, two)
+    parent[max(one, two)] = min(one, two)
+
+
+@kernel
+def _numbered(parent: Any, counts: Any) -> Any:
+    """Return the number of each element's tree, from 1 in order, and how many there are.
+
+    Args:
+        parent: Of a union-find.
+        counts: Whether an element is in one; 0 is the number of the others.
+    """
+    number = np.zeros(len(parent), np.int32)
+    total = 0
+    for element in range(len(parent)):
+        if counts[element]:
+            top = _root(parent, element)
+            if top == element:
+                total += 1
+                number[element] = total
+            else:
+                number[element] = number[top]
+    return number, total
+
+
+@kernel
 def _joined(seeds: Any, place: Any, where: Any, position: Any, before: Any) -> Any:
     """Return the parent of each seed in a union-find over 26 neighbours."""
     parent = np.arange(len(seeds)).astype(np.int32)
@@ -35,12 +63,7 @@ def _joined(seeds: Any, place: Any, where: Any, position: Any, before: Any) -> A
         for offset in before:
             other = where[at + offset]
             if other >= 0 and place[other] >= 0:
-                one = _root(parent, index)
-                two = _root(parent, place[other])
-                if one < two:
-                    parent[two] = one
-                elif two < one:
-                    parent[one] = two
+                _join(parent, index, place[other])
     return parent
 
 
@@ -126,8 +149,7 @@ def _regions(places: Any, shape: Any, counted: Any) -> Any:
                 if other == 0 or other == own:
                     continue
                 if own > 0:
-                    one, two = _root(parent, own), _root(parent, other)
-                    parent[max(one, two)] = min(one, two)
+                    _join(parent, own, other)
                 own = other
         if own == 0:
             if total == len(parent):
@@ -138,15 +160,7 @@ def _regions(places: Any, shape: Any, counted: Any) -> Any:
             parent[own] = own
             total += 1
         labels[z, y, x] = own
-    number = np.zeros(total, np.uint32)
-    count = 0
-    for label in range(1, total):
-        top = _root(parent, label)
-        if top == label:
-            count += 1
-            number[label] = count
-        else:
-            number[label] = number[top]
+    number, count = _numbered(parent[:total], np.arange(total) > 0)
     boxes = np.zeros((count, 3, 2), np.int64)
     boxes[:, :, 0] = 2**62
     sizes = np.zeros((count, 2), np.int64)
@@ -199,20 +213,8 @@ def pieces(labels: Any, where: Any, position: Any, before: Any) -> Any:
             for offset in before:
                 other = where[position[node] + offset]
                 if other >= 0 and labels[other] == labels[node]:
-                    one = _root(parent, node)
-                    two = _root(parent, other)
-                    parent[max(one, two)] = min(one, two)
-    piece = np.zeros(len(labels), np.int32)
-    total = 0
-    for node in range(len(labels)):
-        if labels[node] > 0:
-            top = _root(parent, node)
-            if top == node:
-                total += 1
-                piece[node] = total
-            else:
-                piece[node] = piece[top]
-    return piece
+                    _join(parent, node, other)
+    return _numbered(parent, labels > 0)[0]
 
 
 @kernel

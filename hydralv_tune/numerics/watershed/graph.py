@@ -86,10 +86,15 @@ def box_of(shape: tuple[int, ...], valid: Array | None, *, margin: int = 0) -> B
             f"the box around the mask has {padded[0]} x {padded[1]} x {padded[2]} voxels, but a "
             f"flood handles {MOST_PLACES:,}. Crop the volume, or give a mask with a smaller box."
         )
+    return box_with_wall((int(shape[0]), int(shape[1]), int(shape[2])), low, padded)
+
+
+def box_with_wall(shape: tuple[int, int, int], low: Sequence[int], padded: Sequence[int]) -> Box:
+    """Return a box of a volume by its first voxel and its size with the wall, (Z, Y, X) each."""
     strides = np.array([padded[1] * padded[2], padded[2], 1], np.int64)
     steps = np.stack(np.meshgrid(*[[-1, 0, 1]] * 3, indexing="ij"), -1).reshape(-1, 3)
     return Box(
-        shape=(int(shape[0]), int(shape[1]), int(shape[2])),
+        shape=shape,
         low=(low[0], low[1], low[2]),
         padded=(padded[0], padded[1], padded[2]),
         faces=np.concatenate([-strides, strides[::-1]]),
@@ -209,6 +214,21 @@ def bits_of(places: Any, count: int) -> Any:
     return bits
 
 
+@kernel
+def has(bits: Any, place: int) -> bool:
+    """Return whether the bit of a place is set."""
+    return bits[place >> 6] & (np.uint64(1) << np.uint64(place & 63)) != 0
+
+
+@kernel
+def take(bits: Any, place: int) -> bool:
+    """Return whether the bit of a place is set, and clear it."""
+    if not has(bits, place):
+        return False
+    bits[place >> 6] ^= np.uint64(1) << np.uint64(place & 63)
+    return True
+
+
 def _nothing(channels: Sequence[int]) -> tuple[list[Ints], list[Array], list[Array]]:
     """Return the lists that sections are gathered in, with an empty one to start with."""
     empty = np.zeros(0, np.int32)
@@ -261,16 +281,25 @@ def graph_of(
         nodes.append((first + y * wide + x).astype(np.int32))
         values.append(section.reshape(len(channels), -1)[:, at])
         flags.append(found[at])
-    return _gathered(
+    return gathered(
         box, np.concatenate(nodes), np.concatenate(values, 1), np.concatenate(flags), unvisited,
         domain_voxels,
     )  # fmt: skip
 
 
-def _gathered(
+def gathered(
     box: Box, nodes: Ints, values: Array, flags: Array, unvisited: Array, domain_voxels: int
 ) -> WatershedGraph:
-    """Return the graph of nodes, ranked by their distance where it is above 0."""
+    """Return the graph of nodes, ranked by their distance where it is above 0.
+
+    Args:
+        box: Where they are.
+        nodes: Places in the box, in raster order.
+        values: (channels, nodes), float32, the contour negated.
+        flags: (nodes,), sums of `SEED`, `NEEDED` and `BASIN`.
+        unvisited: Bits of the domain.
+        domain_voxels: How many are set.
+    """
     where = np.full(len(box), -1, np.int32)
     where[nodes] = np.arange(len(nodes), dtype=np.int32)
     ranks, levels = ranked(values[-1], (flags & BASIN) > 0)

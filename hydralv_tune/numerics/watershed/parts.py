@@ -6,7 +6,7 @@ is small, so it stays in the processor's cache, and few of the seed masks of a g
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,17 @@ import numpy.typing as npt
 
 from hydralv_tune.numerics.watershed.compiled import kernel
 from hydralv_tune.numerics.watershed.flood import components, fingerprint, flood, keep_large
-from hydralv_tune.numerics.watershed.graph import Box, Ints, WatershedGraph, bits_of
+from hydralv_tune.numerics.watershed.graph import (
+    BASIN,
+    NEEDED,
+    SEED,
+    Ints,
+    WatershedGraph,
+    bits_of,
+    box_with_wall,
+    gathered,
+    take,
+)
 from hydralv_tune.numerics.watershed.threshold_sums import threshold_sums
 
 Array = npt.NDArray[Any]
@@ -69,46 +79,21 @@ class Parts:
         y, x = np.divmod(rest, wide)
         low = [int(axis.min()) - 1 for axis in (z, y, x)]
         padded = [int(axis.max()) - first + 2 for axis, first in zip((z, y, x), low, strict=True)]
-        strides = np.array([padded[1] * padded[2], padded[2], 1], np.int64)
-        here = ((z - low[0]) * strides[0] + (y - low[1]) * strides[1] + (x - low[2])).astype(
-            np.int32
+        box = box_with_wall(
+            whole.box.shape,
+            [own + first for own, first in zip(whole.box.low, low, strict=True)],
+            padded,
         )
-        steps = np.stack(np.meshgrid(*[[-1, 0, 1]] * 3, indexing="ij"), -1).reshape(-1, 3)
-        box = Box(
-            shape=whole.box.shape,
-            low=(whole.box.low[0] + low[0], whole.box.low[1] + low[1], whole.box.low[2] + low[2]),
-            padded=(padded[0], padded[1], padded[2]),
-            faces=np.concatenate([-strides, strides[::-1]]),
-            before=(steps @ strides)[:13].astype(np.int64),
-        )
+        _, high, wide = padded
+        here = (((z - low[0]) * high + y - low[1]) * wide + x - low[2]).astype(np.int32)
         nodes = whole.where[places]
         is_node = nodes >= 0
-        nodes, own = nodes[is_node], here[is_node]
-        where = np.full(len(box), -1, np.int32)
-        where[own] = np.arange(len(own), dtype=np.int32)
-        is_basin = whole.ranks[nodes] < whole.levels
-        levels, ranks = np.unique(whole.ranks[nodes][is_basin], return_inverse=True)
-        own_ranks = np.full(len(nodes), len(levels), np.int32)
-        own_ranks[is_basin] = ranks
-        needed = whole.needed[nodes]
-        return Part(
-            replace(
-                whole,
-                box=box,
-                nodes=own,
-                where=where,
-                values=np.ascontiguousarray(whole.values[:, nodes]),
-                candidates=np.flatnonzero(self._is_candidate[nodes]).astype(np.int32),
-                ranks=own_ranks,
-                levels=len(levels),
-                needed=needed,
-                needed_count=int(np.count_nonzero(needed)),
-                unvisited=bits_of(here, len(box)),
-                known=bits_of(own, len(box)),
-                background=len(places) - int(np.count_nonzero(is_basin)),
-            ),
-            nodes,
-        )
+        nodes = nodes[is_node]
+        flags = SEED * self._is_candidate[nodes] + NEEDED * whole.needed[nodes]
+        flags = flags + BASIN * (whole.ranks[nodes] < whole.levels)
+        values = np.ascontiguousarray(whole.values[:, nodes])
+        unvisited = bits_of(here, len(box))
+        return Part(gathered(box, here[is_node], values, flags, unvisited, len(places)), nodes)
 
 
 @kernel
@@ -121,37 +106,26 @@ def _gather(
     starts = [0]
     ends = 0
     for first in candidates:
-        place = np.int64(position[first])
-        bit = np.uint64(1) << np.uint64(place & 63)
-        if not unvisited[place >> 6] & bit:
+        if not take(unvisited, np.int64(position[first])):
             continue
-        unvisited[place >> 6] ^= bit
-        places[ends] = place
+        places[ends] = position[first]
         at = ends
         ends += 1
         while at < ends:
             place = np.int64(places[at])
             at += 1
+            for step in faces:
+                if take(unvisited, place + step):
+                    places[ends] = place + step
+                    ends += 1
             node = where[place]
-            is_corner = node >= 0 and is_candidate[node]
-            for step in around if is_corner else faces:
-                other = place + step
-                bit = np.uint64(1) << np.uint64(other & 63)
-                if not unvisited[other >> 6] & bit:
-                    continue
-                if is_corner and (where[other] < 0 or not is_candidate[where[other]]):
-                    continue
-                unvisited[other >> 6] ^= bit
-                places[ends] = other
-                ends += 1
-            if is_corner:
-                for step in faces:
-                    other = place + step
-                    bit = np.uint64(1) << np.uint64(other & 63)
-                    if unvisited[other >> 6] & bit:
-                        unvisited[other >> 6] ^= bit
-                        places[ends] = other
-                        ends += 1
+            if node < 0 or not is_candidate[node]:
+                continue
+            for step in around:
+                beside = where[place + step]
+                if beside >= 0 and is_candidate[beside] and take(unvisited, place + step):
+                    places[ends] = place + step
+                    ends += 1
         starts.append(ends)
     return places[:ends].copy(), np.array(starts)
 

@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from hydralv_tune.numerics.watershed.compiled import kernel
 from hydralv_tune.numerics.watershed.flood import components, keep_large
-from hydralv_tune.numerics.watershed.graph import WatershedGraph, bits_of
+from hydralv_tune.numerics.watershed.graph import Ints, WatershedGraph, bits_of, has, take
 
 FAR = 255
 """The longest way that is told from longer ones: a voxel takes one byte."""
@@ -51,8 +51,7 @@ def pruned(
     )  # fmt: skip
     needed = np.flatnonzero(graph.needed)
     far_first = needed[np.argsort(-steps[needed], kind="stable")].astype(np.int32)
-    kept = bits_of(graph.nodes[graph.ranks < graph.levels], len(graph.box))
-    kept |= bits_of(graph.nodes[graph.candidates], len(graph.box))
+    kept = bits_of(graph.nodes[_sources(graph)], len(graph.box))
     _keep(
         far_first, steps, near, graph.ranks, graph.levels, graph.unvisited.copy(), graph.known,
         graph.where, graph.nodes, graph.box.faces, kept,
@@ -69,14 +68,19 @@ def steps_from_any_seed(graph: WatershedGraph) -> npt.NDArray[np.uint8]:
         (places of the box,), `FAR` where it is that or more.
     """
     near = np.full(len(graph.box), FAR, np.uint8)
-    is_source = graph.ranks < graph.levels
-    is_source[graph.candidates] = True
     _steps(
-        np.flatnonzero(is_source).astype(np.int32), graph.ranks, graph.levels, graph.needed, NEVER,
+        _sources(graph), graph.ranks, graph.levels, graph.needed, NEVER,
         graph.unvisited.copy(), graph.known, graph.where, graph.nodes, graph.box.faces,
         np.empty(len(graph.nodes), np.int32), near,
     )  # fmt: skip
     return near
+
+
+def _sources(graph: WatershedGraph) -> Ints:
+    """Return the nodes that may be a seed, or are reached from one without crossing background."""
+    is_source = graph.ranks < graph.levels
+    is_source[graph.candidates] = True
+    return np.flatnonzero(is_source).astype(np.int32)
 
 
 @kernel
@@ -106,10 +110,8 @@ def _steps(
     now_ends, later_ends, level = 0, 0, 0
     for node in seeds:
         place = np.int64(position[node])
-        bit = np.uint64(1) << np.uint64(place & 63)
-        if not unvisited[place >> 6] & bit:
+        if not take(unvisited, place):
             continue
-        unvisited[place >> 6] ^= bit
         needed_left -= needed[node]
         of_node[node] = ranks[node] >= levels
         if len(of_place):
@@ -127,12 +129,10 @@ def _steps(
             at += 1
             for offset in faces:
                 other = place + offset
-                bit = np.uint64(1) << np.uint64(other & 63)
-                if not unvisited[other >> 6] & bit:
+                if not take(unvisited, other):
                     continue
-                unvisited[other >> 6] ^= bit
                 step = level + 1
-                if known[other >> 6] & bit:
+                if has(known, other):
                     node = where[other]
                     step -= ranks[node] < levels
                     of_node[node] = step
@@ -179,16 +179,13 @@ def _keep(
         while begun < len(far_first) and steps[far_first[begun]] >= left:
             place = np.int64(position[far_first[begun]])
             begun += 1
-            bit = np.uint64(1) << np.uint64(place & 63)
-            if unvisited[place >> 6] & bit:
-                unvisited[place >> 6] ^= bit
+            if take(unvisited, place):
                 came = _pushed(came, came_ends, place)
                 came_ends += 1
         basin_ends, plain_ends, later_ends = 0, 0, 0
         for at in range(came_ends):
             place = np.int64(came[at])
-            bit = np.uint64(1) << np.uint64(place & 63)
-            if known[place >> 6] & bit and ranks[where[place]] < levels:
+            if has(known, place) and ranks[where[place]] < levels:
                 basins = _pushed(basins, basin_ends, place)
                 basin_ends += 1
             else:
@@ -200,11 +197,9 @@ def _keep(
             at += 1
             for offset in faces:
                 other = place + offset
-                bit = np.uint64(1) << np.uint64(other & 63)
-                if not unvisited[other >> 6] & bit:
+                if not take(unvisited, other):
                     continue
-                unvisited[other >> 6] ^= bit
-                if known[other >> 6] & bit and ranks[where[other]] < levels:
+                if has(known, other) and ranks[where[other]] < levels:
                     basins = _pushed(basins, basin_ends, other)
                     basin_ends += 1
                 else:
@@ -217,9 +212,7 @@ def _keep(
             kept[place >> 6] |= np.uint64(1) << np.uint64(place & 63)
             for offset in faces:
                 other = place + offset
-                bit = np.uint64(1) << np.uint64(other & 63)
-                if unvisited[other >> 6] & bit:
-                    unvisited[other >> 6] ^= bit
+                if take(unvisited, other):
                     later = _pushed(later, later_ends, other)
                     later_ends += 1
         came, later = later, came
