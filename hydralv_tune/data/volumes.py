@@ -251,7 +251,7 @@ def read_volume(paths: VolumePaths) -> Volume:
 def check_volume(
     paths: VolumePaths, image: Sections, label: Sections | None, mask: Sections | None,
     scored: Sections | None = None,
-) -> None:  # fmt: skip
+) -> list[bool] | None:  # fmt: skip
     """Refuse a volume that breaks a rule; of one on disk, a section is in memory at a time.
 
     Args:
@@ -260,6 +260,9 @@ def check_volume(
         label: The same of the instance labels, where the paths name any.
         mask: The same of the tissue mask.
         scored: The same of where the truth is known.
+
+    Returns:
+        Whether each section of the mask holds a voxel that counts; None without a mask.
 
     Raises:
         VolumeError: As for `read_volume`.
@@ -273,13 +276,15 @@ def check_volume(
                 f"{paths.label}: the label has no labelled voxel; there is nothing to learn from. "
                 "Check the path and the dataset, or drop the volume."
             )
+    occupied: dict[str, list[bool]] = {}
     for kind, path, array in (
         ("mask", paths.mask, mask), ("scored mask", paths.scored_mask, scored),
     ):  # fmt: skip
         if array is not None:
             assert path is not None, "it was read from there"
             _check_shape(path, kind, array.shape, paths.image, image.shape)
-            occupied_sections(path, array)
+            occupied[kind] = occupied_sections(path, array)
+    return occupied.get("mask")
 
 
 def check_truth(paths: VolumePaths, label: Sections | None, inside: Sections | None) -> None:

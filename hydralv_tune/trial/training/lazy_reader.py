@@ -95,12 +95,12 @@ def open_volume(paths: VolumePaths) -> Volume:
         None if path is None else windowed(open_mask(path, image.shape))
         for path in (paths.mask, paths.scored_mask)
     )
-    check_volume(paths, image, label, mask, scored)
+    occupied = check_volume(paths, image, label, mask, scored)
     volume = Volume(paths.name, cast(Array, image), voxel_size_nm=first_voxel_size(paths))
     masks = tuple(part.array for part in (mask, scored) if part is not None)
     tissue, note = mask, None
     if mask is not None and scored is None:
-        gaps = gaps_to_fill([bool((section > 0).any()) for section in mask])
+        gaps = gaps_to_fill(occupied)
         if gaps != []:
             tissue = None if gaps is None else windowed(FilledMask(mask.array, gaps))
             note = ANNOTATED_NOTE
