@@ -21,6 +21,7 @@ from typing import Any
 
 import optuna
 import sqlalchemy
+from _targets import verdict
 
 from hydralv_tune.config.search_space import space_from_mapping
 from hydralv_tune.study.driver import Driver
@@ -47,10 +48,7 @@ WORKERS = 64
 
 def show(what: str, value: float, unit: str, target: float | None = None) -> None:
     """Print one figure, and whether it meets its target."""
-    verdict = ""
-    if target is not None:
-        verdict = f"   target under {target:g}: {'met' if value < target else 'MISSED'}"
-    print(f"{what:<58} {value:10.3f} {unit}{verdict}", flush=True)
+    print(f"{what:<58} {value:10.3f} {unit}{verdict(value, at_most=target)}", flush=True)
 
 
 @contextmanager
@@ -195,7 +193,7 @@ def asks(kind: str, storage: str, sizes: list[int]) -> None:
             began = time.monotonic()
             asked.append(ask(driver))
             times.append(time.monotonic() - began)
-        target = 0.2 if size == 1000 else None
+        target = 0.2 if size >= 1000 else None
         show(f"{kind}: ask at {size} trials", statistics.median(times), "s", target)
         times = []
         for trial in asked:

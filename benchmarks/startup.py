@@ -18,6 +18,8 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from _targets import verdict
+
 TURNS = 3
 ENVIRONMENT = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
 WITNESS = Path(__file__).parents[1] / "tests" / "witness" / "version_1"
@@ -89,7 +91,8 @@ def main() -> int:
             failed += ratio > limit
             print(
                 f"{command:<55} {statistics.median(ours):6.2f} s "
-                f"{statistics.median(bare):6.2f} s  {ratio:5.2f} times (limit {limit:g})",
+                f"{statistics.median(bare):6.2f} s  {ratio:5.2f} times"
+                f"{verdict(ratio, at_most=limit)}",
                 flush=True,
             )
     return 1 if failed else 0

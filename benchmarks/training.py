@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from _targets import verdict
 from monai.transforms import (
     Compose,
     Rand3DElasticd,
@@ -147,11 +148,7 @@ def show(
     what: str, value: float, unit: str, limit: float | None = None, below: bool = True
 ) -> None:
     """Print one figure, and whether it meets its target."""
-    said = ""
-    if limit is not None:
-        met = value <= limit if below else value >= limit
-        bound = "at most" if below else "at least"
-        said = f"   target {bound} {limit:g}: {'met' if met else 'MISSED'}"
+    said = verdict(value, at_most=limit) if below else verdict(value, at_least=limit)
     print(f"  {what:<58} {value:9.3f} {unit}{said}", flush=True)
 
 

@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
+from _targets import verdict
 
 from hydralv_tune.artifacts.records import FORMAT, FORMAT_VERSION
 from hydralv_tune.config.files import candidate_from_mapping
@@ -85,6 +86,27 @@ def main() -> None:
     for step in arguments.steps:
         getattr(bench, step)()
     print(json.dumps(bench.results, indent=1))
+    show(bench.results, arguments.memory_gb)
+
+
+def show(results: dict[str, dict[str, Any]], memory_gb: float) -> None:
+    """Print a line for each figure that has a target, of the steps that were run to their end."""
+    done = {name: kept for name, kept in results.items() if kept.get("done")}
+    for name in ("masked", "whole"):
+        if name in done:
+            peak = done[name]["peak_gb"]
+            print(f"{name}: peak {peak:.2f} GB{verdict(peak, at_most=memory_gb)}")
+    for name, beside in (("masked", "memory_masked"), ("whole", "memory")):
+        if {name, beside} <= done.keys():
+            ratio = done[name]["seconds"] / done[beside]["seconds"]
+            print(f"{name}: {ratio:.2f} times the time in memory{verdict(ratio, at_most=1.3)}")
+    if {"ray_1", "ray_2"} <= done.keys():
+        ratio = done["ray_1"]["seconds"] / done["ray_2"]["seconds"]
+        print(f"two workers: {ratio:.2f} times as fast as one{verdict(ratio, at_least=1.6)}")
+    for name, words in (("killed", "killed twice"), ("ray_2", "two workers")):
+        if "same_file" in done.get(name, {}):
+            same = done[name]["same_file"]
+            print(f"{words}: same file as otherwise{verdict(same, at_least=1)}")
 
 
 def prepare(folder: Path, shape: tuple[int, int, int], overlap: float) -> None:
