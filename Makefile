@@ -26,13 +26,13 @@ test-install: $(BIN)/.installed-test ## the same with what the tests need
 demo: $(BIN)/.installed ## the main job on a phantom: study, best config, report
 	$(BIN)/hydralv-tune demo
 
-test: $(BIN)/.installed-test ## the whole test suite but soak and random kills
-	$(BIN)/python -m pytest -n 3 --dist loadfile --durations 60 -m "not slow"
+test: $(BIN)/.installed-test ## every kind of test; what takes long is in the soak
+	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder --durations 60 -m "not slow"
 
 test-failed: $(BIN)/.installed-test ## what failed last, once more and one at a time
 	$(BIN)/python -m pytest --last-failed --last-failed-no-failures none -m "not slow"
 
-soak: $(BIN)/.installed-test ## 500 trials that crash and hang, drivers killed and databases changed at random
+soak: $(BIN)/.installed-test ## what takes long: 500 trials that crash and hang, random kills, all rows of slow tables
 	$(BIN)/python -m pytest -m slow
 
 check: $(BIN)/.installed-test ## lint, types and the import floors

@@ -32,6 +32,57 @@ os.environ.update(RAY_worker_niceness="0")
 # Hundreds of processes start here: none should compile the package anew.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
+LONGEST = (
+    "test_main_job", "test_docs", "test_help", "test_witness", "test_launch", "test_failures",
+    "test_ray_failures", "test_trial", "test_study", "test_whole_volume",
+)  # fmt: skip
+"""Files of a minute and more. They come first, so that no worker ends long after the others."""
+
+WARM_UP = "from hydralv_tune.trial.scoring.sweep.sweep import warm_up; warm_up()"
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Let one process compile the kernels while those that test collect.
+
+    In a fresh clone each of them, and each process that it starts, would compile them itself.
+    """
+    if getattr(session.config.option, "numprocesses", None):
+        subprocess.Popen([sys.executable, "-c", WARM_UP], cwd=REPOSITORY)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the longest files first; the order within a file stays."""
+    rank = {name: number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: rank.get(item.path.stem, len(LONGEST)))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _migration_scripts_are_read_once() -> Iterator[None]:
+    """Optuna imports its migration scripts anew up to three times for each database it makes.
+
+    Tests make hundreds, at a third of a second of a core each. The scripts never change.
+    """
+    from optuna.storages._rdb.storage import _VersionManager
+
+    read = _VersionManager._create_alembic_script
+    scripts: list[Any] = []
+
+    def once(manager: Any) -> Any:
+        if not scripts:
+            scripts.append(read(manager))
+        return scripts[0]
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(_VersionManager, "_create_alembic_script", once)
+        yield
+
+
+@pytest.fixture
+def without_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let trials draw nothing: three figures take as long as the trainings of most tests."""
+    for name in ("draw_contact_sheet", "draw_heatmap", "draw_losses"):
+        monkeypatch.setattr(f"hydralv_tune.trial.pictures.{name}", lambda *_, **__: None)
+
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:

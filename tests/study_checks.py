@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Container, Iterable
 from typing import Any
 
+import pytest
 from sqlalchemy.engine import make_url
 
 from hydralv_tune.config.search_space import SearchSpace, space_from_mapping
@@ -29,6 +31,18 @@ def make_space(**changes: Any) -> SearchSpace:
             **changes,
         }
     )
+
+
+def on_databases(names: Iterable[str], both: Container[str] = ()) -> list[Any]:
+    """Return each name on SQLite and on PostgreSQL, for the fixture `storage`.
+
+    On PostgreSQL those not in `both` are for the soak: what they try is the same code there.
+    """
+    return [
+        pytest.param(kind, name, marks=() if kind == "sqlite" or name in both else pytest.mark.slow)
+        for kind in ("sqlite", "postgresql")
+        for name in names
+    ]
 
 
 def evaluations(count: int) -> Any:

@@ -19,7 +19,7 @@ import optuna
 import pytest
 import sqlalchemy
 from optuna.trial import TrialState
-from study_checks import make_space
+from study_checks import make_space, on_databases
 
 from hydralv_tune.artifacts.records import TrialRecord
 from hydralv_tune.config.errors import ConfigError, InputError, StudyError
@@ -469,7 +469,15 @@ def chaos(storage: str, folder: Path, what: str, at: int) -> str:
     return "finished"
 
 
-@pytest.mark.parametrize("what", EVERYWHERE)
+@pytest.mark.parametrize(
+    ("storage", "what"),
+    on_databases(
+        EVERYWHERE,
+        ["delete_the_study", "fail_a_running_trial", "make_it_read_only_for_a_moment",
+         "rename_a_table"],
+    ),
+    indirect=["storage"],
+)  # fmt: skip
 def test_what_others_do_to_a_running_study_ends_in_order_or_does_no_harm(
     storage: str, tmp_path: Path, what: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

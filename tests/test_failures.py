@@ -85,6 +85,7 @@ def test_postgresql_stopped_for_20_seconds_costs_no_result(fake_study: Any, post
         assert sorted(trial.intermediate) == [1, 2, 3, 4, 5, 6]
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_two_drivers_share_a_study_and_one_takes_over_from_the_other(
     fake_study: Any, postgres: Any

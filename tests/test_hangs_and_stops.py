@@ -42,6 +42,7 @@ if "default_worker.py" in " ".join(sys.orig_argv):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_worker_that_hangs_as_it_imports_frees_its_place(fake_study: Any, tmp_path: Path) -> None:
     (tmp_path / "site").mkdir()
@@ -63,6 +64,7 @@ def test_a_worker_that_hangs_as_it_imports_frees_its_place(fake_study: Any, tmp_
     assert all([t for t in trials if t.root == one.root][-1].state == "COMPLETE" for one in hung)
 
 
+@pytest.mark.slow
 def test_workers_are_still_told_to_stop_after_the_flag_did_not_answer(fake_study: Any) -> None:
     # Killed unsaved, they would be so only after a minute and more.
     config = {"trials": 2, "steps": 400, "step_s": 0.4, "options": {"save_s": 90.0}}
@@ -125,6 +127,7 @@ finally:
 '''
 
 
+@pytest.mark.slow
 def test_the_stop_flag_stays_on_the_driver_s_node(tmp_path: Path) -> None:
     """Else the death of any node could take it, and the workers of all others were killed."""
     (tmp_path / "flags.py").write_text(FLAGS)

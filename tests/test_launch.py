@@ -115,9 +115,8 @@ def test_one_study_tells_every_end_as_it_was(fake_study: Any) -> None:
             "retry"} <= kinds  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "number", [signal.SIGTERM, pytest.param(signal.SIGHUP, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_saves_and_the_same_command_goes_on(
     fake_study: Any, number: signal.Signals
 ) -> None:
@@ -141,6 +140,7 @@ def test_a_signal_saves_and_the_same_command_goes_on(
         assert [step for _, step in steps] == list(range(1, 9))
 
 
+@pytest.mark.slow
 def test_scancel_ends_every_process_at_once_and_is_an_interruption(fake_study: Any) -> None:
     """SLURM sends SIGTERM to all processes of a job: driver, Ray's daemons and workers."""
     config = {"trials": 2, "steps": 8, "step_s": 0.4}
@@ -698,6 +698,7 @@ def test_a_wrong_volume_over_the_limit_is_refused(tmp_path: Path, kind: str, wor
         open_volumes(lazy_space(1e-6), [paths])
 
 
+@pytest.mark.slow
 def test_a_study_of_a_volume_over_the_limit_reads_it_in_its_workers(tmp_path: Path) -> None:
     made = make_phantom(shape=(12, 96, 96), instances=5, seed=1)
     files = {name: str(tmp_path / f"{name}.h5") for name in ("im", "label", "mask")}

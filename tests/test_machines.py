@@ -93,6 +93,7 @@ def test_ray_keeps_its_sockets_where_their_paths_fit(
     assert ray_folder() == f"{fits}/ray"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["long", "gone"])
 def test_a_study_runs_whatever_the_temporary_folder(
     fake_study: Any, tmp_path: Path, kind: str

@@ -76,6 +76,9 @@ def test_a_paused_trial_goes_on_once_it_is_among_the_best(
     assert asked(driver, 12).retry_of is None  # the others are worse, and it goes on but once
 
 
+@pytest.mark.parametrize(
+    "storage", ["sqlite", pytest.param("postgresql", marks=pytest.mark.slow)], indirect=True
+)
 def test_the_number_of_trials_is_the_same_with_and_without_pauses(
     storage: str, make_driver: Callable[..., Driver]
 ) -> None:
@@ -112,6 +115,9 @@ def test_where_nothing_is_left_to_try_the_paused_ones_go_on(
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    "storage", ["sqlite", pytest.param("postgresql", marks=pytest.mark.slow)], indirect=True
+)
 def test_twelve_kills_with_paused_trials_lose_nothing_and_train_nothing_twice(
     storage: str, make_driver: Callable[..., Driver]
 ) -> None:

@@ -32,6 +32,7 @@ def sizes_of(label: np.ndarray) -> np.ndarray:
     return np.bincount(label.ravel())[1:]
 
 
+@pytest.mark.slow
 def test_the_default_has_the_figures_of_the_plan() -> None:
     made = default()
     sizes = sizes_of(made.label)
@@ -50,6 +51,7 @@ def test_the_default_has_the_figures_of_the_plan() -> None:
     assert (made.label > 0).sum() / made.mask.sum() == pytest.approx(0.107, abs=0.005)
 
 
+@pytest.mark.slow
 def test_sections_differ_in_brightness_as_in_the_plan() -> None:
     means = default().image.mean(axis=(1, 2))
     assert means.min() == pytest.approx(86, abs=2)
@@ -69,6 +71,7 @@ def test_instances_are_whole_apart_and_inside_the_mask(seed: int) -> None:
         assert ndimage.label(made.label == one, CONNECT_26)[1] == 1
 
 
+@pytest.mark.slow
 def test_some_instances_touch() -> None:
     label = default().label
     pairs = set()
@@ -105,7 +108,7 @@ def test_the_same_seed_gives_the_same_volume_and_another_another() -> None:
         ((30, 64, 200), 9),
     ],
 )
-@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("seed", [0, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 2))])
 def test_small_shapes_hold_the_instances_asked_for(
     shape: tuple[int, int, int], instances: int, seed: int
 ) -> None:
@@ -133,6 +136,7 @@ def test_what_cannot_be_is_refused(
         assert word in str(caught.value)
 
 
+@pytest.mark.slow
 def test_distractors_lie_inside_the_mask_and_outside() -> None:
     made = default()
     inside = np.unique(made.distractors[made.mask > 0])
@@ -141,7 +145,7 @@ def test_distractors_lie_inside_the_mask_and_outside() -> None:
     assert len(outside) - 1 > 300
 
 
-@pytest.mark.parametrize("which", [small, default])
+@pytest.mark.parametrize("which", [small, pytest.param(default, marks=pytest.mark.slow)])
 def test_outlining_every_body_perfectly_is_still_wrong(which: object) -> None:
     made = which()  # type: ignore[operator]
     everything = made.label.astype(np.int32) + (made.distractors.astype(np.int32) + 1000) * (

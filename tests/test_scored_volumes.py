@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import pytest
 from test_trial import candidate, spec, volume
 
 from hydralv_tune.artifacts.records import write_json
@@ -15,6 +16,8 @@ from hydralv_tune.data.volumes import VolumePaths, write_array
 from hydralv_tune.numerics.metrics.contingency import joined
 from hydralv_tune.results.scored_volumes import figures_where_trained, scored_volumes
 from hydralv_tune.trial.run import run_trial
+
+pytestmark = pytest.mark.usefixtures("without_pictures")
 
 
 def test_the_part_of_a_large_volume_that_was_scored_is_found_and_decoded_again(

@@ -40,6 +40,8 @@ from hydralv_tune.trial.scoring.prediction import load_network, network_of, pred
 from hydralv_tune.trial.state import BestUnit, TrialRun
 from hydralv_tune.trial.training.lazy_reader import held_out_volumes
 
+pytestmark = pytest.mark.usefixtures("without_pictures")  # the fixture `finished` draws them
+
 GRID = DecodingGrid.model_validate(
     {
         "grid": {

@@ -246,7 +246,7 @@ def test_a_segresnet_keeps_sections_apart_in_its_finest_levels_alone() -> None:
         small("monai_segresnet", filters=(4, 8, 12, 16, 20))
 
 
-DERIVED_BY_HAND: list[tuple[str, dict[str, Any], tuple[int, int, int]]] = [
+DERIVED_BY_HAND: list[Any] = [
     ("rsunet", {}, (73, 424, 424)),
     (
         "rsunet",
@@ -265,7 +265,7 @@ DERIVED_BY_HAND: list[tuple[str, dict[str, Any], tuple[int, int, int]]] = [
         (25, 45, 45),
     ),
     ("monai_basic_unet3d", {}, (204, 204, 204)),
-    ("mednext", {}, (235, 235, 235)),
+    pytest.param("mednext", {}, (235, 235, 235), marks=pytest.mark.slow),
 ]
 """Counted from kernels, strides and padding of each layer on the way through the coarsest level."""
 
@@ -320,12 +320,15 @@ def bright_blobs(shape: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("mednext", {"mednext_size": "S", "filters": (32, 64, 128, 256, 512)}),
+        pytest.param(
+            "mednext", {"mednext_size": "S", "filters": (32, 64, 128, 256, 512)},
+            marks=pytest.mark.slow,
+        ),
         ("monai_basic_unet3d", {"filters": (8, 16, 32, 64, 128)}),
         ("monai_unet", {"filters": (8, 16, 32)}),
         ("rsunet", {"filters": (8, 16, 32)}),
     ],
-)
+)  # fmt: skip
 def test_a_few_real_steps_lower_the_loss(name: str, said: dict[str, Any]) -> None:
     image, target = bright_blobs((16, 32, 32))
     network = build_network(name, deep_supervision=True, **said)

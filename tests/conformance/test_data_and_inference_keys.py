@@ -41,6 +41,7 @@ BASE: dict[str, Any] = {
     "monitor": {"evaluation": {"count": 1}},
     "inference": {"sliding_window": {"overlap": 0.5}},
 }
+pytestmark = pytest.mark.usefixtures("without_pictures")
 WINDOW, TTA = "inference.sliding_window", "inference.test_time_augmentation"
 LABELS = "data.label_transform"
 

@@ -27,6 +27,7 @@ QUICK = (
     "--set=optimization.max_epochs=4",
     "--set=data.iter_num_per_epoch=24",
     "--set=monitor.evaluation.count=2",
+    "--set=data.patch_size=[16,32,32]",
 )
 
 
@@ -169,6 +170,7 @@ def test_training_the_exported_config_again_gives_the_same_error(
     assert record["seed"] is not None
 
 
+@pytest.mark.slow
 def test_real_em_runs_through(shared_data: Path, tmp_path: Path) -> None:
     for name in ("im", "label"):  # a corner of it, so that this takes a minute
         with open_lazy(shared_data / "vnc-mito" / f"{name}.h5", ndim=3) as whole:
