@@ -58,7 +58,7 @@ def test_a_node_of_a_cluster_dies_and_the_study_goes_on(fake_study: Any) -> None
     """Two nodes on one machine; each worker says which one it is on by its parent."""
     with ray_cluster({"num_cpus": 1}, {"num_cpus": 1}) as (address, kill_last):
         driver = fake_study.start(
-            trials=4, steps=40, step_s=0.5, options={"ray_address": address, "cpus_per_trial": 1},
+            trials=2, steps=40, step_s=0.5, options={"ray_address": address, "cpus_per_trial": 1},
             environment=ENVIRONMENT,
         )  # fmt: skip
         # One core a node: two at work at once are on both.
@@ -66,7 +66,7 @@ def test_a_node_of_a_cluster_dies_and_the_study_goes_on(fake_study: Any) -> None
         study = open_readonly(f"sqlite:///{fake_study.folder / 'study.db'}", "fake")
         kill_last()
         assert fake_study.wait(driver, 400) == 0, fake_study.errors()
-        check_truth(study, fake_study.steps(), 4)
+        check_truth(study, fake_study.steps(), 2)
         assert len({t.user_attrs["node"] for t in study.trials() if "node" in t.user_attrs}) == 2
         dead = [t for t in study.trials() if t.state == "FAIL"]
         assert dead
