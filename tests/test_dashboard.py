@@ -356,6 +356,35 @@ def test_both_dashboards_name_the_best_trial_that_status_names(
         assert "Best Trial (number=1)" in text
 
 
+def test_going_on_with_a_study_of_the_first_version_ranks_it_for_the_stock_dashboard(
+    fooled: Study, tmp_path: Path
+) -> None:
+    facts = fooled.facts()
+    with sqlite3.connect(tmp_path / "study.db") as database:
+        database.execute("UPDATE trial_values SET value = 0.045 WHERE value > 1")
+        database.execute("DELETE FROM trial_system_attributes WHERE key = 'hydralv_tune:objective'")
+        database.execute(
+            "UPDATE trial_system_attributes SET key = 'constraints:f1', "
+            "value_json = substr(value_json, 2, length(value_json) - 2) WHERE key = 'constraints'"
+        )
+
+    def stock_and_ours() -> tuple[list[int], int]:
+        with served(optuna_dashboard.wsgi(f"sqlite:///{tmp_path / 'study.db'}")) as address:
+            found = json.loads(ask(address, "GET", "/api/studies/1")[2])
+        old = Study.open(f"sqlite:///{tmp_path / 'study.db'}", "fooled")
+        best = old.facts()["best"]
+        old.close()
+        assert best == facts["best"]
+        return [trial["number"] for trial in found["best_trials"]], best["number"]
+
+    assert stock_and_ours() == ([0], 1)
+    for _ in range(2):
+        study = Study.open(f"sqlite:///{tmp_path / 'study.db'}", "fooled")
+        with Driver(study, out=tmp_path):
+            pass
+        assert stock_and_ours() == ([1], 1)
+
+
 def test_a_running_trial_has_note_and_picture_and_the_study_a_name_from_the_start(
     fooled: Study, chromium: Any
 ) -> None:

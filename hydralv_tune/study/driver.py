@@ -39,7 +39,7 @@ from hydralv_tune.study.proposals import ProposalSampler, TriedCandidates
 from hydralv_tune.study.pruners import make_pruner
 from hydralv_tune.study.retries import missing_successors, successor_attributes
 from hydralv_tune.study.samplers import make_sampler, sampler_entry
-from hydralv_tune.study.study import Study, trial_by_number, view_of
+from hydralv_tune.study.study import Study, rank_by_guard, trial_by_number, view_of
 from hydralv_tune.study.study_folder import recover_command
 from hydralv_tune.study.trial_views import (
     CONSTRAINTS,
@@ -112,6 +112,7 @@ class Driver:
     def __enter__(self) -> Driver:
         with self._database(), self._mutex:
             self.adopt_journals()
+            rank_by_guard(self.study)
         self._thread.start()
         return self
 

@@ -34,6 +34,7 @@ PRIVATE_NAMES: tuple[tuple[Any, tuple[str, ...]], ...] = (
     (models.StudySystemAttributeModel, ("study_id", "key", "value_json")),
     (models.TrialModel, ("find_or_raise_by_id",)),
     (models.TrialSystemAttributeModel, ("find_by_trial_and_key",)),
+    (models.TrialValueModel, ("trial_id", "value")),
     (models.TrialHeartbeatModel, ("trial_id", "heartbeat")),
     (models, ("NOT_FOUND_MSG",)),
     (BaseDistribution, ("_contains",)),
@@ -141,6 +142,23 @@ def set_attributes(
         for key, value in (figures or {}).items():
             storage._set_trial_attr_without_commit(
                 session, models.TrialUserAttributeModel, trial_id, key, value
+            )
+
+
+def rank_again(storage: RDBStorage, values: Mapping[int, tuple[float, Mapping[str, Any]]]) -> None:
+    """Give finished trials other values in one transaction; Optuna itself refuses to.
+
+    Args:
+        storage: That holds the trials.
+        values: Of each trial, by its key: what it is ranked by, and system attributes beside it.
+    """
+    model = models.TrialSystemAttributeModel
+    with _create_scoped_session(storage.scoped_session) as session:
+        for key, (value, system) in values.items():
+            session.query(models.TrialValueModel).filter_by(trial_id=key).update({"value": value})
+            session.add_all(
+                model(trial_id=key, key=name, value_json=json.dumps(known))
+                for name, known in system.items()
             )
 
 

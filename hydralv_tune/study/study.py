@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import optuna
 from optuna.storages import RDBStorage
-from optuna.trial import FrozenTrial
+from optuna.trial import FrozenTrial, TrialState
 
 from hydralv_tune.config.errors import StudyError
 from hydralv_tune.config.search_space import SearchSpace, WarmStart, space_from_mapping
@@ -44,6 +44,7 @@ from hydralv_tune.study.optuna_private import (
     create_study,
     enqueue,
     owner_of_note,
+    rank_again,
     set_study_attribute,
     study_attributes,
     trial_id,
@@ -52,6 +53,7 @@ from hydralv_tune.study.proposals import TriedCandidates, is_plain
 from hydralv_tune.study.storage_url import engine_options, masked, parse_storage, probe, sqlite_file
 from hydralv_tune.study.study_folder import holds_results, owner_of
 from hydralv_tune.study.trial_views import (
+    CONSTRAINTS,
     FINISHED,
     OBJECTIVE,
     OVERRIDES,
@@ -62,6 +64,7 @@ from hydralv_tune.study.trial_views import (
     count_states,
     describe_best,
     guard_warnings,
+    ranked_value,
     recipe_of,
     violation_of,
 )
@@ -696,6 +699,33 @@ def facts_of(storage: str, name: str) -> dict[str, Any]:
         return study.facts()
     finally:
         study.close()
+
+
+def rank_by_guard(study: Study) -> list[int]:
+    """Rank the trials of a study of version 0.1.0 as this version ranks them.
+
+    That one told Optuna the plain objective of a trial that violates the guard, and Optuna's own
+    dashboard then called it the best.
+
+    Args:
+        study: Its space says what the objective is; to be called under the study mutex.
+
+    Returns:
+        The numbers of the trials that were ranked again; none where all were.
+    """
+    metric = study.space.objective.metric
+    ranked, numbers = {}, []
+    for trial in study.optuna.get_trials(deepcopy=False, states=[TrialState.COMPLETE]):
+        violation = violation_of(trial)
+        known = trial.system_attrs
+        if violation is None or violation <= 0 or OBJECTIVE in known or CONSTRAINTS in known:
+            continue
+        value = ranked_value(trial.value, violation, metric)
+        ranked[trial_id(trial)] = (value, {OBJECTIVE: trial.value, CONSTRAINTS: [violation]})
+        numbers.append(trial.number)
+    if ranked:
+        rank_again(study.rdb, ranked)
+    return numbers
 
 
 def trial_by_number(study: optuna.Study, number: int) -> FrozenTrial | None:
