@@ -221,12 +221,14 @@ def in_blocks(
         )
         memory = 1.0001 * least * (all_of_them / least) ** share
     blocks = decoding.plan_blocks(shape, components, memory_bytes=memory)
-    assert sorted(np.concatenate([b.components for b in blocks])) == list(range(1, count + 1))
-    for block in blocks:
+    assert blocks.of_label is not None
+    assert set(blocks.of_label[1:]) - {0} == set(range(1, len(blocks) + 1))
+    np.testing.assert_array_equal(blocks.of_label > 0, components.nodes[components.roots] > 0)
+    for number, box in enumerate(blocks.boxes):
         labels = decoding.decode_block(
-            block, decoding.MapsOnDisk(maps, block.box), provisional, components, name, arguments,
+            blocks, number, decoding.MapsOnDisk(maps, box), provisional, name, arguments,
         )  # fmt: skip
-        part = result[block.box]
+        part = result[box]
         part[labels > 0] = labels[labels > 0] + result.max()
     return result, len(blocks)
 

@@ -106,8 +106,8 @@ class Components:
         nodes: (components + 1,), how many of those take most of the memory.
     """
 
-    roots: Ints
-    boxes: Ints
+    roots: Array
+    boxes: Array
     voxels: Ints
     nodes: Ints
 
@@ -128,14 +128,14 @@ def label_components(
     """
     total = 0
     pairs: list[Array] = []
-    boxes: list[Ints] = [np.zeros((1, 3, 2), np.int64)]
+    boxes: list[Array] = [np.zeros((1, 3, 2), np.int32)]  # there may be millions of them
     voxels: list[Ints] = [np.zeros((1, 2), np.int64)]
     last: Array | None = None
     for slab in slabs:
         domain, nodes = domain_at(slab)
         labels, spans, sizes = regions(domain, nodes)
         spans[:, 0] += slab.start
-        boxes.append(spans)
+        boxes.append(spans.astype(np.int32))
         voxels.append(sizes)
         if total:
             np.add(labels, np.uint32(total), out=labels, where=labels > 0)
@@ -161,7 +161,7 @@ def _touching(above_: Array, below: Array) -> Array:
     return np.stack([found >> np.uint64(32), found & np.uint64(2**32 - 1)], 1)
 
 
-def _joined(total: int, pairs: Sequence[Array], boxes: Ints, voxels: Ints) -> Components:
+def _joined(total: int, pairs: Sequence[Array], boxes: Array, voxels: Ints) -> Components:
     """Return the components after provisional labels that touch are joined."""
     edges = np.concatenate([np.zeros((0, 2), np.int64), *pairs]).astype(np.int64)
     graph = sparse.coo_matrix(
@@ -169,14 +169,12 @@ def _joined(total: int, pairs: Sequence[Array], boxes: Ints, voxels: Ints) -> Co
     )
     count, roots = sparse.csgraph.connected_components(graph, directed=False)
     # Provisional label 0 is background and touches nothing; it becomes component 0.
-    order = np.full(count, -1, np.int64)
-    order[roots[0]] = 0
-    first = np.unique(roots, return_index=True)[1]
-    rest = [root for root in roots[np.sort(first)] if root != roots[0]]
-    order[rest] = np.arange(1, count)
+    first = np.sort(np.unique(roots, return_index=True)[1])
+    order = np.zeros(count, np.uint32)
+    order[roots[first]] = np.arange(count)
     roots = order[roots]
-    joined = np.zeros((count, 3, 2), np.int64)
-    joined[:, :, 0] = np.iinfo(np.int64).max
+    joined = np.zeros((count, 3, 2), np.int32)
+    joined[:, :, 0] = np.iinfo(np.int32).max
     np.minimum.at(joined[:, :, 0], roots[1:], boxes[1:, :, 0])
     np.maximum.at(joined[:, :, 1], roots[1:], boxes[1:, :, 1])
     joined[0] = 0
@@ -186,23 +184,30 @@ def _joined(total: int, pairs: Sequence[Array], boxes: Ints, voxels: Ints) -> Co
 
 
 @dataclass(frozen=True)
-class Block:
-    """Components that are decoded together.
+class Blocks:
+    """What is decoded together: all components whose labels are of one block.
 
     Args:
-        box: The part of the volume that holds them all, and a voxel around them where there is one.
-        components: Their numbers.
+        boxes: The part of the volume that holds them all, and a voxel around them where there is
+            one.
+        of_label: (provisional ids + 1,) uint32, the number of the block of each provisional label,
+            from 1; 0 where nothing is to be decoded. None where the volume is one block.
     """
 
-    box: Box
-    components: Ints
+    boxes: list[Box]
+    of_label: Array | None = None
+
+    def __len__(self) -> int:
+        return len(self.boxes)
 
 
 def plan_blocks(
     shape: Size3, components: Components, *, memory_bytes: float, kept_bytes: float = 0,
     place_bytes: float = PLACE_BYTES,
-) -> list[Block]:  # fmt: skip
+) -> Blocks:  # fmt: skip
     """Return blocks that hold every component whole and fit into the memory, in raster order.
+
+    A component without a voxel that may be seed or foreground holds no instance and is left out.
 
     Args:
         shape: (z, y, x) of the volume.
@@ -214,9 +219,9 @@ def plan_blocks(
     Raises:
         InputError: One component alone does not fit.
     """
-    blocks: list[Block] = []
+    parts: list[tuple[Box, Ints]] = []
     most = max(memory_bytes - kept_bytes, memory_bytes / 2)
-    waiting = [np.arange(1, len(components) + 1)]
+    waiting = [np.flatnonzero(components.nodes)]
     while waiting:
         chosen = waiting.pop()
         if not len(chosen):
@@ -228,7 +233,7 @@ def plan_blocks(
         needed = math.prod((high - low).tolist()) * place_bytes + nodes * NODE_BYTES
         if needed <= most:
             z, y, x = (slice(int(a), int(b)) for a, b in zip(low, high, strict=True))
-            blocks.append(Block((z, y, x), chosen))
+            parts.append(((z, y, x), chosen))
             continue
         if len(chosen) == 1:
             size, allowed = (high - low).tolist(), math.ceil((needed + kept_bytes) / 1e9 + 1)
@@ -244,31 +249,35 @@ def plan_blocks(
         order = np.argsort(middle[:, axis], kind="stable")
         half = len(chosen) // 2
         waiting += [np.sort(chosen[order[half:]]), np.sort(chosen[order[:half]])]
-    return sorted(blocks, key=lambda block: [part.start for part in block.box])
+    parts.sort(key=lambda part: [side.start for side in part[0]])
+    of_component = np.zeros(len(components) + 1, np.uint32)
+    for number, (_, chosen) in enumerate(parts, 1):
+        of_component[chosen] = number
+    return Blocks([box for box, _ in parts], of_component[components.roots])
 
 
 def decode_block(
-    block: Block, maps: Any, provisional: Any, components: Components, name: str,
+    blocks: Blocks, number: int, maps: Any, provisional: Any, name: str,
     arguments: Mapping[str, Any],
 ) -> npt.NDArray[np.int32]:  # fmt: skip
     """Return the instances of a block, (z, y, x) of its box, ids from 1.
 
     Args:
-        block: Which components.
+        blocks: Several, of the components of a domain.
+        number: Which of them, from 0.
         maps: (3, z, y, x), the probabilities of its box, in memory or on disk.
         provisional: (Z, Y, X), the provisional labels of the volume, in memory or on disk.
-        components: Of the volume.
         name: Of the decoder.
         arguments: Of the decoder.
     """
-    member = np.zeros(len(components) + 1, bool)
-    member[block.components] = True
-    member = member[components.roots]
-    mask = np.zeros([part.stop - part.start for part in block.box], bool)
+    box = blocks.boxes[number]
+    assert blocks.of_label is not None
+    own = blocks.of_label == number + 1
+    mask = np.zeros([part.stop - part.start for part in box], bool)
     for z in range(0, len(mask), SLAB):
-        first = block.box[0].start + z
-        sections = slice(first, min(first + SLAB, block.box[0].stop))
-        mask[z : z + SLAB] = member[np.asarray(provisional[(sections, *block.box[1:])])]
+        first = box[0].start + z
+        sections = slice(first, min(first + SLAB, box[0].stop))
+        mask[z : z + SLAB] = own[np.asarray(provisional[(sections, *box[1:])])]
     return decode(name, maps, mask, **arguments)
 
 

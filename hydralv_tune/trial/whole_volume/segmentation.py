@@ -59,6 +59,8 @@ LEAST_BYTES = 0.2e9
 WINDOW_COPIES = 8
 """How many arrays of a network's first width a window is worth while it is predicted."""
 TOO_MANY_FOR_UINT16 = 2**16
+LABEL_BYTES = 5
+"""Of a provisional label while a block is decoded: its block, and whether it is of this one."""
 ROWS = 256
 """Written at once along y and x: chunks hold no more."""
 A_VOXEL = "a_voxel"
@@ -155,36 +157,32 @@ class Work:
         """Return the provisional labels of the domain, (Z, Y, X) uint32 on disk."""
         return cast(Any, zarr.open(self.folder / "domain.zarr", mode="r+"))
 
-    @cached_property
     def components(self) -> decoding.Components:
-        """Return the components of the domain."""
+        """Return the components of the domain, read anew: they may fill much memory."""
         with np.load(self.folder / "components.npz") as kept:
             return decoding.Components(**{key: kept[key] for key in kept.files})
 
     @property
     def has_blocks(self) -> bool:
         """Return whether the blocks have been planned."""
-        return (self.folder / "blocks.npz").exists()
+        return (self.folder / "block_boxes.npz").exists()
 
-    def keep_blocks(self, blocks: Sequence[decoding.Block]) -> None:
+    def keep_blocks(self, blocks: decoding.Blocks) -> None:
         """Keep the blocks for workers and later runs."""
+        boxes = [[(part.start, part.stop) for part in box] for box in blocks.boxes]
+        labels = {} if blocks.of_label is None else {"of_label": blocks.of_label}
         _save(
-            self.folder / "blocks.npz",
-            boxes=np.array([[(p.start, p.stop) for p in block.box] for block in blocks])
-            .reshape(-1, 3, 2).astype(np.int64),
-            components=np.concatenate([np.zeros(0, np.int64), *(b.components for b in blocks)]),
-            counts=np.array([len(block.components) for block in blocks], np.int64),
+            self.folder / "block_boxes.npz", boxes=np.array(boxes, np.int64).reshape(-1, 3, 2),
+            **labels,
         )  # fmt: skip
 
     @cached_property
-    def blocks(self) -> list[decoding.Block]:
+    def blocks(self) -> decoding.Blocks:
         """Return the blocks that were planned."""
-        with np.load(self.folder / "blocks.npz") as kept:
-            parts = np.split(kept["components"], np.cumsum(kept["counts"])[:-1])
-            return [
-                decoding.Block(cast(Any, tuple(slice(a, b) for a, b in box.tolist())), part)
-                for box, part in zip(kept["boxes"], parts, strict=False)
-            ]
+        with np.load(self.folder / "block_boxes.npz") as kept:
+            boxes = [tuple(slice(a, b) for a, b in box) for box in kept["boxes"].tolist()]
+            labels = kept["of_label"] if "of_label" in kept.files else None
+        return decoding.Blocks(cast(Any, boxes), labels)
 
     @property
     def equalised(self) -> Path:
@@ -505,7 +503,7 @@ def _mask_box(
     return result
 
 
-def _plan_blocks(work: Work, memory_bytes: float, say: Say) -> list[decoding.Block]:
+def _plan_blocks(work: Work, memory_bytes: float, say: Say) -> decoding.Blocks:
     """Return the blocks to decode, the volume as one where it fits; they are kept on disk."""
     if work.has_blocks:
         return work.blocks
@@ -517,7 +515,7 @@ def _plan_blocks(work: Work, memory_bytes: float, say: Say) -> list[decoding.Blo
     needed = math.prod(shape) * (place_bytes + decoding.NODE_BYTES)
     if needed <= memory_bytes:
         whole = cast(Any, tuple(slice(0, side) for side in shape))
-        blocks = [decoding.Block(whole, np.zeros(0, np.int64))]
+        blocks = decoding.Blocks([whole])
     elif domain is None:
         raise InputError(
             f"--memory-gb: the decoder {name} can only decode a volume at once, which takes "
@@ -526,9 +524,8 @@ def _plan_blocks(work: Work, memory_bytes: float, say: Say) -> list[decoding.Blo
     else:
         if not (work.folder / "components.npz").exists():
             _find_components(work, domain, memory_bytes, say)
-        found = work.components
-        arrays = (found.roots, found.boxes, found.voxels, found.nodes)
-        kept = 2 * sum(array.nbytes for array in arrays)
+        found = work.components()
+        kept = LABEL_BYTES * len(found.roots)
         kept += decoding.READ_BYTES * decoding.SLAB * math.prod(shape[1:])
         blocks = decoding.plan_blocks(
             shape, found, memory_bytes=memory_bytes, kept_bytes=kept, place_bytes=place_bytes
@@ -577,25 +574,24 @@ def _find_components(work: Work, domain: decoding.Domain, memory_bytes: float, s
 def decode_one(folder: str, number: int) -> None:
     """Decode one block into the work folder."""
     work = Work(Path(folder))
-    plan, block = work.plan, work.blocks[number]
+    plan, blocks = work.plan, work.blocks
+    box = blocks.boxes[number]
     name, arguments = plan["decoder"], plan["arguments"]
-    stored = decoding.MapsOnDisk(work.probabilities, block.box)
+    stored = decoding.MapsOnDisk(work.probabilities, box)
     maps: Any = stored if DECODERS[name].by_section else np.asarray(stored)
     with work.inputs() as (_, mask):
-        needed = mask is not None and (work.measures or not len(block.components))
-        valid = cast(Any, mask)[block.box] > 0 if needed else None
+        needed = mask is not None and (work.measures or blocks.of_label is None)
+        valid = cast(Any, mask)[box] > 0 if needed else None
     with as_input_error(name):
-        if len(block.components):
-            labels = decoding.decode_block(
-                block, maps, work.provisional, work.components, name, arguments
-            )
+        if blocks.of_label is not None:
+            labels = decoding.decode_block(blocks, number, maps, work.provisional, name, arguments)
         elif valid is not None and not valid.any():
             labels = np.zeros(valid.shape, np.int32)
         else:
             labels = decode(name, maps, valid, **arguments)
     rows = {"id": np.arange(1, int(labels.max()) + 1)}
     if work.measures:
-        first = [part.start for part in block.box]
+        first = [part.start for part in box]
         rows = instances_of(
             labels, lambda z: stored[slice(0, 1), z][0], valid, first=first, shape=work.shape,
             voxel_size_nm=plan["voxel_size_nm"], origin_nm=plan["origin_nm"],
@@ -611,14 +607,12 @@ def decode_one(folder: str, number: int) -> None:
     _save(work.block_file(number), **rows)
 
 
-def _write_labels(
-    work: Work, out: Path, blocks: Sequence[decoding.Block], say: Say
-) -> InstanceTable:
+def _write_labels(work: Work, out: Path, blocks: decoding.Blocks, say: Say) -> InstanceTable:
     """Write the instances of all blocks, numbered through, and return their table."""
     columns: list[dict[str, Array]] = []
     voxels: list[Array] = [np.zeros((0, 3), np.int64)]
     firsts = [0]
-    if not blocks:  # the domain is empty
+    if not len(blocks):  # the domain is empty
         nothing = np.zeros((1, 1, 1), np.int32)
         columns.append(
             instances_of(
@@ -649,8 +643,8 @@ def _write_labels(
     ) as target:
         for strip in strips:
             labels = np.zeros([part.stop - part.start for part in strip], dtype)
-            for number, block in enumerate(blocks):
-                _put(labels, strip, stored[number], block.box, firsts[number])
+            for number, box in enumerate(blocks.boxes):
+                _put(labels, strip, stored[number], box, firsts[number])
             for y in range(0, labels.shape[1], ROWS):
                 for x in range(0, labels.shape[2], ROWS):
                     part = labels[:, y : y + ROWS, x : x + ROWS]
