@@ -215,6 +215,13 @@ def test_lines_say_where_the_study_stands(story: Story, capfd: pytest.CaptureFix
 def test_event_lines_leave_out_what_is_not_known() -> None:
     assert event_line(Happened("waiting")) == "waiting"
     assert event_line(Happened("trial_started", 1, {"warm_start": None})) == "trial 1 starts"
+    shown = {
+        "data.augmentation.affine.enabled": True, "data.augmentation.intensity.enabled": False,
+        "optimization.optimizer.lr": 0.01,
+    }  # fmt: skip
+    assert event_line(Happened("trial_started", 1, {"params": shown})) == (
+        "trial 1 starts, affine.enabled True, intensity.enabled False, lr 0.0100"
+    )
     assert event_line(Happened("evaluation", 1, {"step": 1})) == "trial 1: evaluation 1, "
 
 

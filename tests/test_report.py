@@ -42,6 +42,7 @@ from hydralv_tune.numerics.metrics.scores import (
 )
 from hydralv_tune.numerics.metrics.scores import score_labels as score
 from hydralv_tune.results.best_trial import load_best_trial
+from hydralv_tune.results.report import figures
 from hydralv_tune.results.report.data import Axis, compare, gather
 from hydralv_tune.results.report.limits import limits, plan_targets
 from hydralv_tune.results.report.report import write_report
@@ -238,6 +239,12 @@ def test_thresholds_at_the_end_of_their_grid_come_with_a_grid_that_can_be_pasted
     assert not [
         step for step in next_steps(replace(data, axes=axes[-1:])) if step.title.startswith("Widen")
     ]
+
+
+def test_parameters_of_one_ending_have_a_bar_each() -> None:
+    shares = {"data.augmentation.affine.enabled": 0.6, "data.augmentation.intensity.enabled": 0.4}
+    (bars,) = figures.importances(shares).data
+    assert sorted(bars.y) == ["affine enabled", "intensity enabled"]
 
 
 def test_comparison_knows_which_way_is_better() -> None:

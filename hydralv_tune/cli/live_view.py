@@ -17,7 +17,7 @@ from rich.text import Text
 
 from hydralv_tune.cli.console import console, format_value, say
 from hydralv_tune.config.errors import HydraLVError
-from hydralv_tune.numerics.formatting import duration
+from hydralv_tune.numerics.formatting import duration, short_names
 
 if TYPE_CHECKING:
     from hydralv_tune.study.progress import RunningTrial, StudyProgress
@@ -52,7 +52,9 @@ def event_line(event: EventLike) -> str:
         return str(fields["text"])
     if event.kind == "trial_started":
         recipe = fields.get("warm_start") or fields.get("architecture")
-        params = {key.split(".")[-1]: v for key, v in (fields.get("params") or {}).items()}
+        chosen = fields.get("params") or {}
+        names = short_names(chosen)
+        params = {names[key]: value for key, value in chosen.items()}
         return f"{trial} starts" + "".join(
             f", {part}"
             for part in (recipe, format_value(params) if params else None)

@@ -1,8 +1,8 @@
-"""Numbers as people read them."""
+"""Numbers and names as people read them."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from hydralv_tune.numerics.metrics.registry import METRICS
@@ -37,6 +37,24 @@ def signed(value: Any) -> str:
 def counted(number: int, word: str) -> str:
     """Return a number with its word in the singular or the plural."""
     return f"{number:,} {word}{'' if number == 1 else 's'}"
+
+
+def short_names(paths: Iterable[str]) -> dict[str, str]:
+    """Return the shortest end of each dotted path that no other one shares.
+
+    Args:
+        paths: Such as `data.augmentation.affine.enabled`, of which `affine.enabled` may be enough.
+    """
+    every = [path.split(".") for path in dict.fromkeys(paths)]
+    names = {}
+    for parts in every:
+        others = [other for other in every if other != parts]
+        kept = next(
+            (n for n in range(1, len(parts)) if all(o[-n:] != parts[-n:] for o in others)),
+            len(parts),
+        )
+        names[".".join(parts)] = ".".join(parts[-kept:])
+    return names
 
 
 def duration(seconds: float) -> str:

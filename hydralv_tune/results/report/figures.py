@@ -15,7 +15,7 @@ from plotly.subplots import make_subplots
 
 from hydralv_tune.artifacts.pictures import COLOURS
 from hydralv_tune.config.search_space import SearchSpace
-from hydralv_tune.numerics.formatting import objective_label
+from hydralv_tune.numerics.formatting import objective_label, short_names
 from hydralv_tune.results.report.findings import parameters_of
 from hydralv_tune.study.trial_views import TrialView
 
@@ -158,10 +158,11 @@ def parallel_coordinates(
         return None
     values = [float(_value(t) or 0.0) for t in done]
     dimensions = [{"label": "value", "values": values}]
+    labels = short_names(names)
     for name in names:
         column = [t.params.get(name) for t in done]
         log = bool(space and name in space.parameters and space.parameters[name].log)
-        dimensions.append(_dimension(name, column, log=log))
+        dimensions.append(_dimension(_label(labels[name]), column, log=log))
     # A failed trial's error of 1 would wash out the colours of those worth telling apart.
     low, high = min(values), float(np.quantile(values, 0.8))
     figure = go.Figure(
@@ -181,9 +182,8 @@ def parallel_coordinates(
     return figure, AXIS_PIXELS * len(dimensions)
 
 
-def _dimension(name: str, column: Sequence[Any], *, log: bool) -> dict[str, Any]:
+def _dimension(label: str, column: Sequence[Any], *, log: bool) -> dict[str, Any]:
     """Return one axis; what a trial did not have lies at the bottom under a dash."""
-    label = name.split(".")[-1].replace("_", " ")
     missing = any(value is None for value in column)
     # A conditional choice may be null in every trial: one tick, a dash, tells that too.
     numeric = any(value is not None for value in column) and all(
@@ -211,6 +211,11 @@ def _dimension(name: str, column: Sequence[Any], *, log: bool) -> dict[str, Any]
     }
 
 
+def _label(name: str) -> str:
+    """Return a name as a plot shows it."""
+    return name.replace("_", " ").replace(".", " ")
+
+
 def _word(value: Any) -> str:
     """Return a choice as a tick; a list in JSON loses its spaces."""
     text = str(value)
@@ -223,10 +228,11 @@ def _word(value: Any) -> str:
 def importances(shares: Mapping[str, float]) -> go.Figure:
     """Return how much of the spread of the objective each parameter explains."""
     rows = sorted(shares.items(), key=lambda row: row[1])[-14:]
+    names = short_names(shares)
     figure = go.Figure(
         go.Bar(
             x=[share for _, share in rows],
-            y=[name.split(".")[-1].replace("_", " ") for name, _ in rows],
+            y=[_label(names[name]) for name, _ in rows],
             orientation="h",
             marker={"color": ACCENT},
             text=[f"{share:.0%}" for _, share in rows],
