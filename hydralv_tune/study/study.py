@@ -716,12 +716,12 @@ def rank_by_guard(study: Study) -> list[int]:
     metric = study.space.objective.metric
     ranked, numbers = {}, []
     for trial in study.optuna.get_trials(deepcopy=False, states=[TrialState.COMPLETE]):
-        violation = violation_of(trial)
-        known = trial.system_attrs
-        if violation is None or violation <= 0 or OBJECTIVE in known or CONSTRAINTS in known:
+        value, violation = trial.value, violation_of(trial)
+        ours = {OBJECTIVE, CONSTRAINTS} & set(trial.system_attrs)
+        if ours or value is None or violation is None or violation <= 0:
             continue
-        value = ranked_value(trial.value, violation, metric)
-        ranked[trial_id(trial)] = (value, {OBJECTIVE: trial.value, CONSTRAINTS: [violation]})
+        known = {OBJECTIVE: value, CONSTRAINTS: [violation]}
+        ranked[trial_id(trial)] = (ranked_value(value, violation, metric), known)
         numbers.append(trial.number)
     if ranked:
         rank_again(study.rdb, ranked)
