@@ -11,15 +11,16 @@ from typing import Any
 
 import numpy as np
 import pytest
-from study_checks import LR, make_space
+from study_checks import DECAY, LR, make_space
 
 from hydralv_tune.config.errors import StudyError
 from hydralv_tune.launch.start import Start
 from hydralv_tune.study.driver import Driver
 from hydralv_tune.study.earlier import Guide, Lesson, lesson_of, ranks_of, shelf
+from hydralv_tune.study.optuna_private import enqueue
 from hydralv_tune.study.proposals import TriedCandidates
 from hydralv_tune.study.study import Study, open_readonly
-from hydralv_tune.study.trial_views import Asked, TrialResult, TrialView
+from hydralv_tune.study.trial_views import GUIDED, Asked, TrialResult, TrialView
 
 LOSS = "model.loss_balancing.strategy"
 DROPOUT = "model.dropout"
@@ -230,6 +231,78 @@ def test_the_first_proposals_of_a_driver_are_those_of_the_lesson(
     assert len(errors) == 6
     assert np.mean(errors[:3]) < 0.8
     assert len({tuple(trial.params.items()) for trial in asked if isinstance(trial, Asked)}) == 6
+
+
+RECIPES = {
+    "start": {},
+    "bad": {
+        "optimization": {"optimizer": {"lr": 1e-5}},
+        "model": {"loss_balancing": {"strategy": "gradnorm"}},
+    },
+    "good": {
+        "optimization": {"optimizer": {"lr": 1e-2}},
+        "model": {"loss_balancing": {"strategy": "none"}, "dropout": 0.1},
+    },
+    "other": {"optimization": {"optimizer": {"lr": 1e-2, "weight_decay": 0.05}}},
+    "more": {
+        "optimization": {"optimizer": {"lr": 1e-2}, "max_epochs": 700},
+        "model": {"loss_balancing": {"strategy": "none"}, "dropout": 0.1},
+    },
+}
+
+
+def test_recipes_that_earlier_studies_advise_against_wait(
+    storage: str, make_driver: Callable[..., Driver]
+) -> None:
+    space = make_space(parameters=PARAMETERS, recipes=RECIPES, warm_starts=["bad", "good"])
+    study = Study.open(storage, "s", space=space, create=True)
+    study.remember_lessons([lesson(space)])
+    driver = make_driver(storage, space)
+    asked = []
+    for number in range(4):
+        trial = driver.ask(10)
+        assert isinstance(trial, Asked)
+        asked.append(trial)
+        result = TrialResult("COMPLETE", error_of(dict(trial.params)), -0.1)
+        assert driver.tell(trial.number, result) == "told"
+        if number == 0:  # as a driver leaves it that dies before it claims what it enqueued
+            enqueue(study.optuna, {LR: 2e-2, LOSS: "none", DROPOUT: 0.3}, {GUIDED: True})
+            enqueue(study.optuna, {LR: 3e-2, LOSS: "none", DROPOUT: 0.3}, {})  # and by hand
+    study.close()
+    assert [trial.params[LR] for trial in asked[1:3]] == [2e-2, 3e-2]
+    # Something that they advise against is tried in the end, to learn whether they are right.
+    assert [trial.warm_start == "bad" for trial in asked] == [False, False, False, True]
+    trials = {trial.number: trial for trial in driver.study.trials()}
+    assert all("owner" in trial.user_attrs for trial in trials.values() if trial.state != "WAITING")
+
+
+@pytest.mark.parametrize(
+    ("warm_starts", "target", "first"),
+    [
+        (["bad", "good"], 2, ["bad", "good"]),  # no room for anything else
+        (["bad", "good"], 3, ["good", "bad"]),
+        (["bad", "more"], 9, ["bad", "more"]),  # one sets what nobody searches
+        (["bad", "good", "other"], 9, ["bad", "good", "other"]),  # the lesson knows no decay
+    ],
+)
+def test_every_recipe_is_trained_within_the_number_of_trials(
+    warm_starts: list[str], target: int, first: list[str], storage: str,
+    make_driver: Callable[..., Driver],
+) -> None:  # fmt: skip
+    searched = {**PARAMETERS, DECAY: {"float": [0.0, 0.1]}} if "other" in first else PARAMETERS
+    space = make_space(parameters=searched, recipes=RECIPES, warm_starts=warm_starts)
+    study = Study.open(storage, "s", space=space, create=True)
+    good = {LR: 1e-2, LOSS: "none", DROPOUT: 0.1}
+    others = {LR: 1e-5, LOSS: "gradnorm"}
+    params = (good, *[others] * 9)
+    study.remember_lessons([Lesson("one", tuple(PARAMETERS), params, (0.0, *[0.6] * 9))])
+    study.close()
+    driver, names = make_driver(storage, space), []
+    while isinstance(trial := driver.ask(target), Asked):
+        names.append(trial.warm_start)
+        driver.tell(trial.number, TrialResult("COMPLETE", error_of(dict(trial.params)), -0.1))
+    assert len(names) == target
+    assert [name for name in names if name] == first
 
 
 @pytest.mark.parametrize(

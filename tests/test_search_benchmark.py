@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import pandas as pd
 import pytest
 
@@ -32,13 +33,14 @@ def search() -> ModuleType:
     return loaded(BENCHMARKS / "search.py")
 
 
-def test_every_candidate_was_trained_on_every_phantom(search: ModuleType) -> None:
+def test_every_candidate_was_trained_on_every_volume(search: ModuleType) -> None:
     train_curves = loaded(search.FOLDER / "train_curves.py")
-    wanted = {tuple(params.values()) for params in train_curves.grid(search.space())}
-    assert set(search.phantoms()) == set(train_curves.PHANTOMS)
+    real = set(search.phantoms()) & set(train_curves.REAL)
+    assert set(search.phantoms()) - real == set(train_curves.PHANTOMS)
     for phantom in search.phantoms():
         curves = search.curves(phantom)
-        assert set(curves) == wanted
+        grid = train_curves.grid(train_curves.space_of(phantom), phantom)
+        assert set(curves) == {tuple(params.values()) for params in grid}
         for curve in curves.values():
             assert list(curve.seconds) == sorted(curve.seconds)
             assert len(curve.seconds) == 8 or curve.fails_after is not None
@@ -58,6 +60,22 @@ def test_a_rate_between_two_tabulated_ones_has_a_curve_between_theirs(search: Mo
     assert search.curve_of(phantom, {**params, search.LR: 1.0001e-3}).f1 == pytest.approx(
         low.f1, abs=1e-3
     )
+
+
+def test_the_real_crops_hold_instances_in_both_halves(
+    search: ModuleType, shared_data: Path
+) -> None:
+    train_curves = loaded(search.FOLDER / "train_curves.py")
+    for name, fewest in (("hydra", 39), ("mito", 9)):
+        volume = train_curves.volume_of(name, shared_data)
+        assert volume.image.shape == volume.label.shape
+        length = volume.image.shape[1]
+        for half in (volume.label[:, : length // 2], volume.label[:, length - length // 2 :]):
+            assert len(np.unique(half[half > 0])) >= fewest
+        space = train_curves.space_of(name)
+        params = next(train_curves.grid(space, name))
+        split = space.candidate(params, train_curves.HALVES).data.split
+        assert (split.kind, split.fraction, split.axis) == ("holdout", 0.5, 1)
 
 
 @pytest.mark.slow

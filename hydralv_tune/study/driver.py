@@ -21,7 +21,7 @@ from optuna.trial import FrozenTrial, TrialState
 from hydralv_tune.study.confirm import missing_repeats
 from hydralv_tune.study.database import DatabaseAway, DatabaseFile, StudyGone, database_errors
 from hydralv_tune.study.distributions import misfit, suggest
-from hydralv_tune.study.earlier import Guide
+from hydralv_tune.study.earlier import Guide, pruner_with
 from hydralv_tune.study.journal import PREFIX, SUFFIX, Journal, journals_in
 from hydralv_tune.study.mutex import StudyMutex
 from hydralv_tune.study.optuna_private import (
@@ -35,7 +35,7 @@ from hydralv_tune.study.optuna_private import (
     waiting_trials,
 )
 from hydralv_tune.study.paused import trial_to_revive
-from hydralv_tune.study.proposals import ProposalSampler, TriedCandidates
+from hydralv_tune.study.proposals import ProposalSampler, TriedCandidates, is_plain
 from hydralv_tune.study.pruners import make_pruner
 from hydralv_tune.study.retries import missing_successors, successor_attributes
 from hydralv_tune.study.samplers import make_sampler, sampler_entry
@@ -44,6 +44,7 @@ from hydralv_tune.study.study_folder import recover_command
 from hydralv_tune.study.trial_views import (
     CONSTRAINTS,
     FOLD_VALUES,
+    GUIDED,
     OBJECTIVE,
     OVERRIDES,
     REPEAT_OF,
@@ -64,7 +65,7 @@ from hydralv_tune.study.trial_views import (
 
 HEARTBEAT_S = 30.0
 GRACE_S = 120.0
-EXEMPT = {"retry_of", "warm_start", REPEAT_OF}  # what nobody enqueued by hand
+EXEMPT = {"retry_of", "warm_start", GUIDED, REPEAT_OF}  # what nobody enqueued by hand
 ABANDONED_S = 3600.0  # of a journal, after which its driver on another machine is not awaited
 
 
@@ -104,10 +105,10 @@ class Driver:
         self._answered_at, self._answering_since = -math.inf, math.inf
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
-        self._pruner = make_pruner(self.space.pruner)
         self._sampler = make_sampler(self.space.sampler, 0)
         self._tried = TriedCandidates(self.space, self.space.sampler.min_distance)
         self._guide = Guide(self.space, study.lessons or [])
+        self._pruner = make_pruner(pruner_with(self._guide.lessons, self.space.pruner))
 
     def __enter__(self) -> Driver:
         with self._database(), self._mutex:
@@ -198,7 +199,8 @@ class Driver:
             return "done"
         if finished + counts["running"] >= target:
             return "wait"
-        while counts["waiting"]:
+        recipes = self._recipes_that_may_wait(trials, target - finished - counts["running"])
+        while counts["waiting"] and not recipes:
             asked = self._new_trial(trials)
             if asked is not None:
                 return asked
@@ -210,9 +212,60 @@ class Driver:
         paused = trial_to_revive(trials, 1.0 if is_full and share else share)
         if paused is not None:
             enqueue(self.study.optuna, paused.params, successor_attributes(paused))
+        elif recipes:
+            return self._new_trial(trials, claimed=self._before_recipes(trials, recipes)) or "wait"
         elif is_full:
             return "wait" if counts["running"] else "done"
         return self._new_trial(trials) or "wait"
+
+    def _recipes_that_may_wait(self, trials: Sequence[TrialView], room: int) -> list[TrialView]:
+        """Return the waiting trials where earlier studies say what to try first; none without.
+
+        Only recipes wait that set nothing beside what this study and an earlier one search, since
+        of more no earlier study can tell; and no longer than there is room for all of them.
+
+        Args:
+            trials: Of the study.
+            room: Trials that may still be started.
+        """
+        waiting = [trial for trial in trials if trial.state == "WAITING" and not trial.is_repeat]
+        recipes = [
+            trial
+            for trial in waiting
+            if "warm_start" in trial.user_attrs and "retry_of" not in trial.user_attrs
+        ]
+        known = all(
+            is_plain(self.space, trial)
+            and any(trial.requested.keys() <= set(each.keys) for each in self._guide.lessons)
+            for trial in recipes
+        )
+        return recipes if known and len(waiting) < room else []
+
+    def _before_recipes(
+        self, trials: list[TrialView], recipes: Sequence[TrialView]
+    ) -> optuna.Trial | None:
+        """Claim what goes before the first recipe: what else waits, or what earlier studies say."""
+        others = [
+            trial
+            for trial in waiting_trials(self.study.optuna)
+            if "retry_of" in attributes_of(trial)
+            or not {"warm_start", REPEAT_OF} & set(attributes_of(trial))
+        ]
+        if others:  # by hand, or by a driver that died before it claimed it
+            return claim_waiting(
+                self.study.optuna, min(others, key=lambda t: "retry_of" not in attributes_of(t))
+            )
+        asked = [trial.requested for trial in recipes]
+        generator = random.Random(self.space.sampler.seed * 1_000_003 + len(trials))
+        chosen = self._guide.propose(trials, self._tried, generator, waiting=asked)
+        if chosen is None:
+            return None
+        for trial, params in zip(recipes, asked, strict=True):
+            if params is chosen:
+                (frozen,) = (t for t in self.study.frozen() if t.number == trial.number)
+                return claim_waiting(self.study.optuna, frozen)
+        enqueue(self.study.optuna, chosen, {GUIDED: True})
+        return self._waiting_with(GUIDED)
 
     def _next_repeat(self, target: int) -> Asked | Literal["wait", "done"]:
         """Return the next repeat, whoever enqueued it; under the mutex."""
@@ -440,12 +493,18 @@ class Driver:
         with contextlib.suppress(UpdateFinishedTrialError, ValueError):
             self.study.optuna.tell(trial.number, state=TrialState.FAIL)
 
-    def _new_trial(self, trials: list[TrialView], only: str | None = None) -> Asked | None:
+    def _new_trial(
+        self,
+        trials: list[TrialView],
+        only: str | None = None,
+        claimed: optuna.Trial | None = None,
+    ) -> Asked | None:
         """Ask Optuna for a trial and claim it; None where its parameters were tried before.
 
         Args:
             trials: Of the study, as they are now, but for one that was just enqueued.
             only: Attribute that the trial must have, of those that wait.
+            claimed: The trial, where it is claimed already.
         """
         study = self.study.optuna
         self._tried.update(trials)
@@ -453,7 +512,7 @@ class Driver:
         study.sampler = ProposalSampler(
             self._sampler_for(len(trials)), self._tried, seed, trials, self._guide
         )
-        trial = self._waiting_with(only or "retry_of")
+        trial = claimed or self._waiting_with(only or "retry_of")
         if trial is None:
             if only is not None:
                 return None

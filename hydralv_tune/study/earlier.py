@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hydralv_tune.config.search_space import SearchSpace
+from hydralv_tune.config.search_space import Pruner, SearchSpace
 from hydralv_tune.study.distributions import misfit
 from hydralv_tune.study.proposals import TriedCandidates, drawn, is_plain, position
 from hydralv_tune.study.trial_views import VIOLATIONS, TrialView, latest_ended
@@ -49,8 +49,11 @@ NOISE = 0.3
 RANK_VARIANCE = 1 / 12
 """Variance of ranks that are spread evenly from 0 to 1."""
 
-EXPLORE = 0.5
+EXPLORE = 2.0
 """Standard deviations by which an uncertain candidate is preferred."""
+
+PRUNED_AFTER = 12
+"""Complete trials of a guided study before any is pruned."""
 
 EXPECTED_VARIANCE = 0.04
 """Variance over a space of the ranks that a lesson lets expect."""
@@ -252,6 +255,17 @@ class _LessonModel:
         return np.asarray(self._kernel(table, self._table) @ self._weights)
 
 
+def pruner_with(lessons: Sequence[Lesson], pruner: Pruner) -> Pruner:
+    """Return the settings of the pruner of a study that earlier ones guide.
+
+    What they propose is good on the whole, and who is last among the good ones early says little:
+    trained on, it was as often the best.
+    """
+    if not lessons:
+        return pruner
+    return pruner.model_copy(update={"startup_trials": max(pruner.startup_trials, PRUNED_AFTER)})
+
+
 class Guide:
     """Chooses what a study tries first, from earlier studies and from its own trials so far.
 
@@ -290,7 +304,8 @@ class Guide:
         tried: TriedCandidates,
         generator: random.Random,
         fixed: Mapping[str, Any] | None = None,
-    ) -> dict[str, Any] | None:
+        waiting: Sequence[Mapping[str, Any]] = (),
+    ) -> Mapping[str, Any] | None:
         """Return the most promising untried candidate, or None where the sampler is to propose.
 
         Args:
@@ -298,6 +313,8 @@ class Guide:
             tried: What they have tried.
             generator: Of the random numbers.
             fixed: Values that are given.
+            waiting: Candidates that will be tried in any case; one of them is returned itself where
+                it is the most promising, and none that is near to one of them.
         """
         ended = [t for t in latest_ended(trials) if t.params and is_plain(self.space, t)]
         if not self.lessons or len(ended) >= GUIDED_TRIALS:
@@ -310,6 +327,10 @@ class Guide:
         pool = self._pool(
             [ended[i].params for i in np.argsort(ranks)[:BEST]], tried, generator, fixed
         )
+        known = TriedCandidates(self.space, tried.distance)
+        for params in waiting:
+            known.add(params)
+        pool = [*waiting, *(params for params in pool if known.near(params) is None)]
         if not pool:
             return None
         own = [trial.params for trial in (*ended, *running)]
@@ -326,7 +347,7 @@ class Guide:
         tried: TriedCandidates,
         generator: random.Random,
         fixed: Mapping[str, Any] | None,
-    ) -> list[dict[str, Any]]:
+    ) -> list[Mapping[str, Any]]:
         """Return untried candidates: random ones, and the best known ones with changes."""
         found = [drawn(self.space, generator, fixed) for _ in range(POOL)]
         for params in [*best, *self._best]:

@@ -108,8 +108,12 @@ class TriedCandidates:
             if trial.number not in self._known and is_tried(trial):
                 self._known.add(trial.number)
                 if trial.params and is_plain(self.space, trial):
-                    choices, numbers = self._split(trial.params)
-                    self._numbers[choices].append((numbers, trial.number))
+                    self.add(trial.params, trial.number)
+
+    def add(self, params: Mapping[str, Any], number: int = -1) -> None:
+        """Take in one candidate, under the number of its trial."""
+        choices, numbers = self._split(params)
+        self._numbers[choices].append((numbers, number))
 
     def near(self, params: Mapping[str, Any], distance: float | None = None) -> int | None:
         """Return the number of the first trial that is near to a candidate, or None.
@@ -177,7 +181,7 @@ class ProposesFirst(Protocol):
         tried: TriedCandidates,
         generator: random.Random,
         fixed: Mapping[str, Any] | None = None,
-    ) -> dict[str, Any] | None:
+    ) -> Mapping[str, Any] | None:
         """Return an untried candidate, or None where the sampler is to propose."""
 
 
@@ -225,7 +229,7 @@ class ProposalSampler(BaseSampler):
         if self._guide is not None:
             guided = self._guide.propose(self._trials, self._tried, self._generator, fixed)
             if guided is not None:
-                return guided
+                return dict(guided)
         within = self._wrapped.infer_relative_search_space(shown, trial)
         first: dict[str, Any] | None = None
         for _ in range(DRAWS):

@@ -49,6 +49,9 @@ RESUMABLE = "resumable"
 REVIVED = "revived"
 """Attribute of a trial that goes on after it was pruned; it is pruned no more."""
 
+GUIDED = "guided"
+"""Attribute of a trial that earlier studies proposed before a recipe that waits."""
+
 REPEAT_OF = "repeat_of"
 """Attribute of a trial that trains another one again with another seed: the number of that one."""
 
