@@ -539,6 +539,7 @@ def readable_by_all(process: psutil.Process) -> str:
     return "\n".join(lines)
 
 
+@pytest.mark.slow
 def test_a_password_on_the_command_line_does_not_stay_there(
     postgres: Any, volume: dict[str, Path], tmp_path: Path
 ) -> None:

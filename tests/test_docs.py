@@ -20,7 +20,7 @@ from hydralv_tune.data.volumes import write_array
 from hydralv_tune.numerics.phantom.volume import make_phantom
 
 REPOSITORY = Path(__file__).parents[1]
-PAGES = ("README.md", "docs/tutorial.md")
+PAGES = ("README.md", pytest.param("docs/tutorial.md", marks=pytest.mark.slow))
 NOT_RUN = ("make", "sbatch", "docker", "export", "git", "pip", "cd", "source", "open", "ray")
 """Words that start a line of another tool; `make demo` and `make test` are run by themselves."""
 

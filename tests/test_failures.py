@@ -62,7 +62,7 @@ def test_drivers_killed_at_random_lose_nothing(fake_study: Any) -> None:
 def test_postgresql_stopped_for_20_seconds_costs_no_result(fake_study: Any, postgres: Any) -> None:
     storage = postgres.new_database()
     driver = fake_study.start(
-        storage=storage, trials=8, steps=6, step_s=0.5, options={"heartbeat_s": 1.0}
+        storage=storage, trials=4, steps=6, step_s=0.5, options={"heartbeat_s": 1.0}
     )
     fake_study.until(evaluations(4))
     before = len(fake_study.said())
@@ -78,7 +78,7 @@ def test_postgresql_stopped_for_20_seconds_costs_no_result(fake_study: Any, post
     assert any(row.get("event") == "waiting" for row in rows)
     assert any(row.get("kept") for row in during), "no result came while the database was away"
     study = open_readonly(storage, "fake")
-    check_truth(study, fake_study.steps(), 8)
+    check_truth(study, fake_study.steps(), 4)
     assert not [t for t in study.trials() if t.state == "FAIL"]
     assert not list(fake_study.folder.glob("journal-*"))
     for trial in study.trials():

@@ -126,7 +126,11 @@ def test_the_exported_commands_give_the_score_of_the_study(
         assert scored[name] == pytest.approx(best[name], abs=1e-9), name
 
 
-@pytest.mark.parametrize("best", ["runs/s", "exported/best.yaml", "exported/best.ckpt"])
+@pytest.mark.parametrize(
+    "best",
+    ["runs/s", *(pytest.param(f"exported/best.{suffix}", marks=pytest.mark.slow)
+                 for suffix in ("yaml", "ckpt"))],
+)  # fmt: skip
 def test_segment_gives_the_score_of_the_study(
     study: dict[str, Any], folder: Path, best: str
 ) -> None:
