@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 
 from hydralv_tune.cli.main import exit_code
+from hydralv_tune.config.candidate_rules import KnownBlocks
 from hydralv_tune.config.errors import ConfigError
-from hydralv_tune.config.files import load_candidate
+from hydralv_tune.config.files import load_candidate, whole_candidate
 from hydralv_tune.config.search_space import (
     Objective,
     SearchSpace,
@@ -455,3 +456,26 @@ def test_auto_is_the_space_for_this_machine_and_says_which(
     assert f"so {space} is searched" in capsys.readouterr().err
     assert exit_code(["run", "auto", *files, "--ray-address", "10.0.0.1:6379"]) == 2
     assert "Name the space" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"optimization": {"optimizer": {"lr": -1.0}}},
+        {"optimization": {"optimizer": {"lr": 1e-9}}},  # key against key
+        {"data": {"patch_size": [32, 128, 100]}},  # block against block, of which one is known
+        {"data": {"no_such_key": 1}},
+    ],
+)
+def test_blocks_that_are_known_are_not_checked_again_and_all_others_are(change: Any) -> None:
+    base, known = load_candidate("baseline").as_mapping(), KnownBlocks()
+    first = whole_candidate(base, "here", known)
+    slower = merged(base, {"optimization": {"optimizer": {"lr": 5e-5}}})
+    assert whole_candidate(slower, "here", known) == whole_candidate(slower, "here")
+    assert whole_candidate(slower, "here", known).model is first.model
+    said = []
+    for blocks in (None, known, known):
+        with pytest.raises(ConfigError) as caught:
+            whole_candidate(merged(base, change), "here", blocks)
+        said.append(str(caught.value))
+    assert said[1:] == said[:1] * 2

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
-from hydralv_tune.config.candidate import Augmentation, Candidate
+from hydralv_tune.config.candidate import Candidate
 from hydralv_tune.config.decoding_rules import check_decoding_step, check_grid
 from hydralv_tune.config.errors import ConfigError
 from hydralv_tune.config.validation import known_step, refuse
@@ -33,18 +34,50 @@ TARGETS: dict[str, dict[str, tuple[Any, ...]]] = {
 """The targets in the order of the channels, and the values that each argument may have."""
 
 
-def check_candidate(candidate: Candidate, place: str) -> None:
+def check_candidate(candidate: Candidate, place: str, known: KnownBlocks | None = None) -> None:
     """Check every rule that reaches over more than one key.
+
+    Args:
+        candidate: To check.
+        place: Where it came from, for the message.
+        known: Where given, a rule that these very blocks have passed is not checked again.
 
     Raises:
         ConfigError: The first rule that is broken.
     """
-    check_network(candidate, place)
-    check_losses(candidate, place)
-    check_optimization(candidate, place)
-    check_data(candidate, place)
-    check_augmentations(candidate.data.augmentation, place)
-    check_inference(candidate, place)
+    for rule, blocks in RULES:
+        key = (rule, *(id(getattr(candidate, name)) for name in blocks))
+        if known is None or key not in known.passed:
+            rule(candidate, place)
+        if known is not None:
+            known.passed.add(key)
+
+
+@dataclass
+class KnownBlocks:
+    """Blocks that were found valid, so that of many candidates only what differs is checked."""
+
+    blocks: dict[tuple[str, str], Any] = field(default_factory=dict)
+    """A block's model by its name and what it says."""
+    base: dict[str, Any] | None = None
+    """The whole mapping under all of them, where it is one space that is checked."""
+    passed: set[tuple[Any, ...]] = field(default_factory=set)
+    """A rule and the identities of the blocks that have passed it, all of which are in `blocks`."""
+
+    def filled(self, mapping: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the mapping with the models of the blocks that are known already."""
+        return {
+            name: self.blocks.get((name, repr(block)), block) for name, block in mapping.items()
+        }
+
+    def add(self, mapping: Mapping[str, Any], candidate: Candidate) -> None:
+        """Take in the blocks of a candidate that is valid key by key."""
+        for name, block in mapping.items():
+            self.blocks.setdefault((name, repr(block)), getattr(candidate, name))
+
+
+def check_test(candidate: Candidate, place: str) -> None:
+    """Check the decoding steps and the grid of thresholds."""
     for index, step in enumerate(candidate.test.decoding):
         check_decoding_step(step, place, f"test.decoding[{index}].")
     if not any(step.enabled for step in candidate.test.decoding):
@@ -295,11 +328,11 @@ def _check_targets(candidate: Candidate, place: str) -> None:
                 refuse(place, here, value, f"it must be one of {rule}")
 
 
-def check_augmentations(settings: Augmentation, place: str) -> None:
+def check_augmentations(candidate: Candidate, place: str) -> None:
     """Check the names of the augmentations and their knobs."""
     from hydralv_tune.numerics.augmentation.registry import AUGMENTATIONS, check_augmentation
 
-    for name, knobs in settings.settings.items():
+    for name, knobs in candidate.data.augmentation.settings.items():
         here = f"data.augmentation.{name}"
         if name not in AUGMENTATIONS:
             refuse(place, here, knobs, "no augmentation has that name",
@@ -373,3 +406,16 @@ def _check_activations(entries: list[list[Any]], place: str, path: str) -> None:
         refuse(place, path, entries,
                "binary and boundary are probabilities (sigmoid) and the distance is in [-1, 1] "
                "(tanh)", "Try [[0, 2, sigmoid], [2, 3, tanh]].")  # fmt: skip
+
+
+Rule = Callable[[Candidate, str], None]
+RULES: tuple[tuple[Rule, tuple[str, ...]], ...] = (
+    (check_network, ("model", "data", "inference")),
+    (check_losses, ("model",)),
+    (check_optimization, ("optimization", "monitor")),
+    (check_data, ("data",)),
+    (check_augmentations, ("data",)),
+    (check_inference, ("inference", "model", "data")),
+    (check_test, ("test",)),
+)
+"""Each rule, and the blocks of a candidate that it reads."""

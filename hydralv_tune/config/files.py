@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hydralv_tune.config.candidate import Candidate, DecodingStep, Model
-from hydralv_tune.config.candidate_rules import check_candidate
+from hydralv_tune.config.candidate_rules import KnownBlocks, check_candidate
 from hydralv_tune.config.decoding_rules import check_decoding_step
 from hydralv_tune.config.errors import ConfigError
 from hydralv_tune.config.paths import find_file, shown_path
@@ -85,18 +85,23 @@ def _plain(value: Any) -> Any:
     return [_plain(entry) for entry in value] if isinstance(value, list | tuple) else value
 
 
-def whole_candidate(mapping: Mapping[str, Any], place: str) -> Candidate:
+def whole_candidate(
+    mapping: Mapping[str, Any], place: str, known: KnownBlocks | None = None
+) -> Candidate:
     """Return the candidate of a whole mapping, every rule checked.
 
     Args:
         mapping: As `Candidate.as_mapping` gives it.
         place: Where it came from, for the message.
+        known: Blocks of candidates checked before, which takes in those of this one.
 
     Raises:
         ConfigError: A key is unknown, or a value breaks a rule.
     """
-    candidate = validated(Candidate, mapping, place)
-    check_candidate(candidate, place)
+    candidate = validated(Candidate, known.filled(mapping) if known else mapping, place)
+    if known is not None:
+        known.add(mapping, candidate)
+    check_candidate(candidate, place, known)
     return candidate
 
 

@@ -13,6 +13,7 @@ from pydantic import Field, field_validator
 from pydantic_core import PydanticKnownError
 
 from hydralv_tune.config.candidate import Candidate, DecodingGrid
+from hydralv_tune.config.candidate_rules import KnownBlocks
 from hydralv_tune.config.errors import ConfigError, unknown_name
 from hydralv_tune.config.files import (
     candidate_from_mapping,
@@ -285,7 +286,10 @@ class SearchSpace(StrictModel):
         )
 
     def candidate(
-        self, params: Mapping[str, Any], overrides: Mapping[str, Any] | None = None
+        self,
+        params: Mapping[str, Any],
+        overrides: Mapping[str, Any] | None = None,
+        known: KnownBlocks | None = None,
     ) -> Candidate:
         """Return the candidate of a trial: base, then recipe, then searched values, then fixed.
 
@@ -293,12 +297,13 @@ class SearchSpace(StrictModel):
             params: Values of the active parameters as the database holds them; one that is left
                 out keeps the value of the recipe or the base.
             overrides: The partial candidate of a recipe.
+            known: Blocks of candidates checked before, see `whole_candidate`.
 
         Raises:
             ConfigError: A parameter or a choice is unknown, or the result breaks a rule.
         """
         place = self.name or "search space"
-        candidate = whole_candidate(self.whole_mapping(params, overrides), place)
+        candidate = whole_candidate(self.whole_mapping(params, overrides, known), place, known)
         # The base alone is no proposal where something is searched.
         if self.export is not None and (params or overrides or not self.parameters):
             reasons = obstacles(candidate)
@@ -310,7 +315,10 @@ class SearchSpace(StrictModel):
         return candidate
 
     def whole_mapping(
-        self, params: Mapping[str, Any], overrides: Mapping[str, Any] | None = None
+        self,
+        params: Mapping[str, Any],
+        overrides: Mapping[str, Any] | None = None,
+        known: KnownBlocks | None = None,
     ) -> dict[str, Any]:
         """Return the mapping of `candidate`, its rules not checked yet.
 
@@ -330,7 +338,8 @@ class SearchSpace(StrictModel):
                 raise ConfigError(f"{self.name}: {key}: {error}.") from error
             named = isinstance(parameter.choice, dict)
             searched = merged(searched, value if named else nested(key, value))
-        base = layered(self.base_mapping(), overrides or {})
+        base = self.base_mapping() if known is None or known.base is None else known.base
+        base = layered(base, overrides or {})
         return layered(base, searched, self.fixed)
 
     def warm_start(self, name: str) -> WarmStart:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from hydralv_tune.config.candidate import Candidate, Model, Split
+from hydralv_tune.config.candidate_rules import KnownBlocks
 from hydralv_tune.config.decoding_rules import check_grid
 from hydralv_tune.config.errors import ConfigError
 from hydralv_tune.config.files import NETWORK_KEYS
@@ -45,8 +46,9 @@ def check_space(space: SearchSpace, place: str) -> None:
         earlier[key] = parameter
     _check_weights(space, place)
     check_grid(space.decoding, place, "decoding.")
+    known = KnownBlocks(base=space.base_mapping())
     try:
-        split = space.candidate({}).data.split
+        split = space.candidate({}, known=known).data.split
     except ConfigError as error:
         raise ConfigError(
             f"{place}: base '{space.base}' with `fixed`: {_without_place(error)}"
@@ -56,15 +58,16 @@ def check_space(space: SearchSpace, place: str) -> None:
         for value in extremes(parameter):
             params = with_conditions(space, {key: value})
             what = f"{place}: parameters.{key}: the value {shown(value)}"
-            _check_point(space, params, split, what)
+            _check_point(space, params, split, what, known)
     generator = random.Random(0)
     for _ in range(DRAWS if space.parameters else 0):
         params = drawn(space, generator)
-        _check_point(space, params, split, f"{place}: parameters: the combination {params}")
+        what = f"{place}: parameters: the combination {params}"
+        _check_point(space, params, split, what, known)
     for name in space.warm_starts:
         start = space.warm_start(name)
         what = f"{place}: warm_starts: '{name}'"
-        _check_point(space, start.params, split, what, start.overrides)
+        _check_point(space, start.params, split, what, known, start.overrides)
     if len(set(space.warm_starts)) != len(space.warm_starts):
         refuse(place, "warm_starts", space.warm_starts, "a name stands twice")
 
@@ -112,11 +115,12 @@ def _check_point(
     params: Mapping[str, Any],
     of_all: Split,
     what: str,
+    known: KnownBlocks,
     recipe: Mapping[str, Any] | None = None,
 ) -> None:
     """Check that a point of the space gives a valid candidate, scored as all others are."""
     try:
-        split = space.candidate(params, recipe).data.split
+        split = space.candidate(params, recipe, known).data.split
     except ConfigError as error:
         raise ConfigError(f"{what} gives no valid candidate: {_without_place(error)}") from error
     if split != of_all:
