@@ -69,10 +69,10 @@ def test_ranks_put_the_guard_first_and_compare_what_was_pruned_at_its_last_evalu
 
 def draws(space: Any, count: int, seed: int) -> list[dict[str, Any]]:
     """Return random candidates of a space."""
-    from hydralv_tune.study.proposals import drawn
+    from hydralv_tune.study.proposals import random_params
 
     generator = random.Random(seed)
-    return [drawn(space, generator) for _ in range(count)]
+    return [random_params(space, generator) for _ in range(count)]
 
 
 def error_of(params: dict[str, Any]) -> float:

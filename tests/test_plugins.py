@@ -93,3 +93,27 @@ def test_a_module_in_the_environment_is_known_to_every_command(tmp_path: Path) -
     lost = ours(os.pathsep.join(["no_such_module_here"]))
     assert lost.returncode == 2
     assert "HYDRALV_TUNE_PLUGINS: no_such_module_here: cannot be loaded" in lost.stderr
+
+
+def test_an_entry_point_of_an_installed_package_is_known_to_every_command(tmp_path: Path) -> None:
+    site = tmp_path / "site"
+    (site / "lab-1.0.dist-info").mkdir(parents=True)
+    (site / "lab-1.0.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: lab\n")
+    entry = site / "lab-1.0.dist-info" / "entry_points.txt"
+    page = (REPOSITORY / "docs/howto/add-a-metric.md").read_text()
+    (site / "lab_metrics.py").write_text(
+        "\n".join(re.findall(r"^```python\n(.*?)^```", page, re.S | re.M))
+    )
+
+    def listed(module: str) -> subprocess.CompletedProcess[str]:
+        entry.write_text(f"[hydralv_tune.plugins]\nof_the_lab = {module}\n")
+        return subprocess.run(
+            [sys.executable, "-m", "hydralv_tune", "list", "metrics"],
+            cwd=tmp_path, capture_output=True, text=True, check=False, timeout=120,
+            env={**environment(), "PYTHONPATH": os.pathsep.join([str(REPOSITORY), str(site)])},
+        )  # fmt: skip
+
+    assert "count_error" in listed("lab_metrics").stdout
+    lost = listed("no_such_module")
+    assert lost.returncode == 2
+    assert "plugin 'of_the_lab' (no_such_module): cannot be loaded" in lost.stderr

@@ -12,8 +12,9 @@ from hydralv_tune.cli.main import exit_code
 from hydralv_tune.config.errors import ConfigError
 from hydralv_tune.config.files import import_configuration, load_candidate
 from hydralv_tune.config.pytc_files import numbers_of, read_peer_file, stage_view
-from hydralv_tune.config.pytc_import import Imported
+from hydralv_tune.config.pytc_import import COARSEST_MASK, Imported
 from hydralv_tune.config.search_space_files import load_space
+from hydralv_tune.data.formats.interface import COARSEST
 
 VECTORS = Path(__file__).parent / "vectors" / "pytc"
 
@@ -365,3 +366,7 @@ def test_a_genuine_checkpoint_of_january_is_a_configuration_too(
     # The checkpoint holds every default; those of what it did not use are no loss.
     keys = {entry.split(":")[0] for entry in document["left_out"]}
     assert not keys & {"model.mlp_dim", "model.mednext_norm", "data.split_pad_mode"}
+
+
+def test_masks_are_enlarged_as_far_as_the_reader_enlarges_them() -> None:
+    assert COARSEST_MASK == COARSEST

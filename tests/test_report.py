@@ -43,7 +43,7 @@ from hydralv_tune.numerics.metrics.scores import (
 from hydralv_tune.numerics.metrics.scores import score_labels as score
 from hydralv_tune.results.best_trial import load_best_trial
 from hydralv_tune.results.report import figures
-from hydralv_tune.results.report.data import Axis, compare, gather
+from hydralv_tune.results.report.data import Axis, compare, report_data
 from hydralv_tune.results.report.limits import limits, plan_targets
 from hydralv_tune.results.report.report import write_report
 from hydralv_tune.results.report.sentences import next_steps
@@ -217,7 +217,7 @@ def test_thresholds_at_the_end_of_their_grid_come_with_a_grid_that_can_be_pasted
         return Axis(name, name, str(values[0]), "", "", edge, values, bounds)
 
     with load_best_trial(finished_study.storage, "tiny", None) as best:
-        data = gather(best, tmp_path)
+        data = report_data(best, tmp_path)
     axes = [
         axis("contour_threshold.seed", "low", (0.0, 1.0), 0.3, 0.6, None),
         axis("contour_threshold.foreground", "", (0.0, 1.0), None),

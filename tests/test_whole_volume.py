@@ -44,7 +44,11 @@ from hydralv_tune.trial.scoring.stitching import Lane, predicted_sections
 from hydralv_tune.trial.whole_volume import decoding, segmentation
 from hydralv_tune.trial.whole_volume.lanes import plan_lanes
 from hydralv_tune.trial.whole_volume.padded_image import PaddedImage
-from hydralv_tune.trial.whole_volume.segmentation import Model, Segmented, segmented_volume
+from hydralv_tune.trial.whole_volume.segmentation import (
+    Segmented,
+    Segmenter,
+    segmented_volume,
+)
 
 CONTOUR = "decode_instance_binary_contour_distance"
 DISTANCE = "decode_instance_watershed_distance"
@@ -337,7 +341,7 @@ def test_a_flood_of_the_whole_volume_is_refused_where_it_does_not_fit(phantom: P
 
 
 @pytest.fixture
-def model(tmp_path: Path, phantom: Phantom) -> Model:
+def model(tmp_path: Path, phantom: Phantom) -> Segmenter:
     """Return a network with random weights, as a checkpoint, and thresholds that find something."""
     candidate = candidate_of()
     torch.manual_seed(3)
@@ -358,7 +362,7 @@ def model(tmp_path: Path, phantom: Phantom) -> Model:
         "binary_threshold": [high, middle], "contour_threshold": [None, None],
         "distance_threshold": [-1.0, -1.0], "min_seed_size": 2, "floor": low,
     }  # fmt: skip
-    return Model(path, candidate, CONTOUR, arguments)
+    return Segmenter(path, candidate, CONTOUR, arguments)
 
 
 @pytest.fixture
@@ -371,7 +375,7 @@ def paths(tmp_path: Path, phantom: Phantom) -> VolumePaths:
     return VolumePaths("v", str(tmp_path / "im.h5"), None, str(tmp_path / "mask.h5"))
 
 
-def reference(model: Model, paths: VolumePaths, masked: bool) -> np.ndarray:
+def reference(model: Segmenter, paths: VolumePaths, masked: bool) -> np.ndarray:
     """Return what predicting and decoding at once gives."""
     content = torch.load(model.checkpoint, weights_only=True)
     network = network_of(model.candidate).eval()
@@ -383,7 +387,7 @@ def reference(model: Model, paths: VolumePaths, masked: bool) -> np.ndarray:
 
 @pytest.mark.parametrize("memory_gb", [2, 1e-3])
 def test_equalised_sections_give_the_instances_of_predicting_at_once(
-    tmp_path: Path, model: Model, paths: VolumePaths, monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path, model: Segmenter, paths: VolumePaths, monkeypatch: pytest.MonkeyPatch,
     memory_gb: float,
 ) -> None:  # fmt: skip
     monkeypatch.setattr(segmentation, "PROGRAM_BYTES", 0)
@@ -409,7 +413,7 @@ def test_equalised_sections_give_the_instances_of_predicting_at_once(
     ],
 )  # fmt: skip
 def test_a_segmentation_has_the_instances_and_the_place_of_its_image(
-    tmp_path: Path, model: Model, paths: VolumePaths, suffix: str, masked: bool
+    tmp_path: Path, model: Segmenter, paths: VolumePaths, suffix: str, masked: bool
 ) -> None:
     given = paths if masked else replace(paths, mask=None)
     out = tmp_path / f"seg{suffix}"
@@ -434,7 +438,7 @@ def test_a_segmentation_has_the_instances_and_the_place_of_its_image(
 
 
 def test_a_mask_of_lower_resolution_gives_the_segmentation_of_the_enlarged_one(
-    tmp_path: Path, model: Model, paths: VolumePaths
+    tmp_path: Path, model: Segmenter, paths: VolumePaths
 ) -> None:
     coarse = read_array(paths.mask or "")[:, ::2, ::2]
     write_array(tmp_path / "coarse.h5", coarse)
@@ -448,7 +452,7 @@ def test_a_mask_of_lower_resolution_gives_the_segmentation_of_the_enlarged_one(
 
 
 def test_small_memory_gives_the_same_instances_in_many_parts(
-    tmp_path: Path, model: Model, paths: VolumePaths, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, model: Segmenter, paths: VolumePaths, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plain = segment_volume(model, paths, tmp_path / "one.h5", memory_gb=2)
     monkeypatch.setattr(segmentation, "PROGRAM_BYTES", 0)
@@ -472,7 +476,7 @@ def test_small_memory_gives_the_same_instances_in_many_parts(
     ids=["single sections", "runs of sections", "with a scored mask"],
 )  # fmt: skip
 def test_a_mask_of_annotated_sections_is_taken_as_a_study_takes_it(
-    tmp_path: Path, model: Model, paths: VolumePaths, phantom: Phantom, small: bool,
+    tmp_path: Path, model: Segmenter, paths: VolumePaths, phantom: Phantom, small: bool,
     annotated: list[int], scored: Any, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
@@ -518,7 +522,7 @@ def test_a_mask_of_annotated_sections_is_taken_as_a_study_takes_it(
 
 @pytest.mark.parametrize("memory_gb", [2, 1e-3])
 def test_a_volume_without_instances_has_an_empty_table(
-    tmp_path: Path, model: Model, paths: VolumePaths, monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path, model: Segmenter, paths: VolumePaths, monkeypatch: pytest.MonkeyPatch,
     memory_gb: float,
 ) -> None:  # fmt: skip
     monkeypatch.setattr(segmentation, "PROGRAM_BYTES", 0)
@@ -550,7 +554,7 @@ class Killing(segmentation.Jobs):
 
 
 def test_a_killed_segmentation_goes_on_and_writes_the_same_file(
-    tmp_path: Path, model: Model, paths: VolumePaths, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, model: Segmenter, paths: VolumePaths, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(segmentation, "PROGRAM_BYTES", 0)
     monkeypatch.setattr(segmentation, "LEAST_BYTES", 0)
@@ -583,7 +587,7 @@ def test_a_killed_segmentation_goes_on_and_writes_the_same_file(
 
 
 def test_what_fails_after_the_labels_does_not_lose_them(
-    tmp_path: Path, model: Model, paths: VolumePaths
+    tmp_path: Path, model: Segmenter, paths: VolumePaths
 ) -> None:
     out = tmp_path / "seg.h5"
     with pytest.raises(OSError, match="full"), segmented_volume(model, paths, out, memory_gb=2):
@@ -595,7 +599,7 @@ def test_what_fails_after_the_labels_does_not_lose_them(
 
 
 def test_two_processes_do_not_segment_to_one_file(
-    tmp_path: Path, model: Model, paths: VolumePaths
+    tmp_path: Path, model: Segmenter, paths: VolumePaths
 ) -> None:
     out = tmp_path / "seg.h5"
     with segmented_volume(model, paths, out, memory_gb=2):
@@ -608,7 +612,7 @@ def test_two_processes_do_not_segment_to_one_file(
 
 @pytest.mark.parametrize("memory_gb", [2, pytest.param(1e-3, marks=pytest.mark.slow)])
 def test_instances_are_measured_where_a_table_is_wanted(
-    tmp_path: Path, model: Model, paths: VolumePaths, monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path, model: Segmenter, paths: VolumePaths, monkeypatch: pytest.MonkeyPatch,
     memory_gb: float,
 ) -> None:  # fmt: skip
     monkeypatch.setattr(segmentation, "PROGRAM_BYTES", 0)
@@ -634,7 +638,7 @@ def test_instances_are_measured_where_a_table_is_wanted(
 
 
 def test_other_thresholds_do_not_go_on_from_a_killed_segmentation(
-    tmp_path: Path, model: Model, paths: VolumePaths
+    tmp_path: Path, model: Segmenter, paths: VolumePaths
 ) -> None:
     out = tmp_path / "seg.h5"
     with pytest.raises(Killed):
@@ -676,7 +680,7 @@ def test_the_table_measures_what_is_there(tmp_path: Path) -> None:
 
 
 def test_a_mask_of_another_shape_is_refused_before_any_work(
-    tmp_path: Path, model: Model, paths: VolumePaths
+    tmp_path: Path, model: Segmenter, paths: VolumePaths
 ) -> None:
     write_array(tmp_path / "small.h5", np.ones((3, 4, 5), np.uint8))
     wrong = replace(paths, mask=str(tmp_path / "small.h5"))
@@ -701,7 +705,7 @@ def test_a_mask_in_which_nothing_counts_is_refused(
         gaps_of_tissue(paths.image, str(tmp_path / "none.h5"), scored)
 
 
-def test_a_plan_is_plain_json(tmp_path: Path, model: Model, paths: VolumePaths) -> None:
+def test_a_plan_is_plain_json(tmp_path: Path, model: Segmenter, paths: VolumePaths) -> None:
     out = tmp_path / "seg.h5"
     with pytest.raises(Killed):
         segment_volume(model, paths, out, memory_gb=2, jobs=Killing(0))
@@ -718,7 +722,7 @@ def refused(capsys: pytest.CaptureFixture[str], *words: object) -> str:
 
 
 def test_segment_refuses_what_it_cannot_segment_with(
-    tmp_path: Path, model: Model, paths: VolumePaths, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, model: Segmenter, paths: VolumePaths, capsys: pytest.CaptureFixture[str]
 ) -> None:
     rest = ("--image", paths.image, "--out", tmp_path / "seg.h5", "--memory-gb", 2)
     assert "record.json" in refused(capsys, model.checkpoint, *rest)
@@ -751,7 +755,7 @@ def test_parts_of_one_volume_are_scored_as_the_whole(phantom: Phantom) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_two_ray_workers_write_the_file_that_one_process_writes(
-    tmp_path: Path, model: Model, paths: VolumePaths
+    tmp_path: Path, model: Segmenter, paths: VolumePaths
 ) -> None:
     """Two nodes of one core each; image and mask are named as in this folder."""
     environment = {**os.environ, **ENVIRONMENT}

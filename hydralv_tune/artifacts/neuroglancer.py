@@ -24,7 +24,7 @@ BLOCK_SECTIONS = 64
 """Sections in memory at once while a volume is written: a block of precomputed holds as many."""
 
 
-class Sections(Protocol):
+class Sliceable(Protocol):
     """(Z, Y, X) in memory or on disk."""
 
     @property
@@ -34,7 +34,7 @@ class Sections(Protocol):
 
 
 def wrong_instances(
-    prediction: Sections, truth: Sections, compared: ContingencyTable
+    prediction: Sliceable, truth: Sliceable, compared: ContingencyTable
 ) -> list[Point]:
     """Return a point on each instance that is missed, split, merged or invented.
 
@@ -52,12 +52,12 @@ def wrong_instances(
     ]
 
 
-def _slabs(labels: Sections) -> Iterator[slice]:
+def _slabs(labels: Sliceable) -> Iterator[slice]:
     """Return slabs of a few sections, from the first section to the last."""
     return (slice(z, min(z + SLAB, labels.shape[0])) for z in range(0, labels.shape[0], SLAB))
 
 
-def _inside(labels: Sections, ids: Sequence[int]) -> dict[int, tuple[int, int, int]]:
+def _inside(labels: Sliceable, ids: Sequence[int]) -> dict[int, tuple[int, int, int]]:
     """Return for each id its voxel (z, y, x) nearest to its centre, which may lie outside it."""
     numbers = np.array(ids, np.int64)
     count = np.zeros(len(ids))
@@ -81,7 +81,7 @@ def _inside(labels: Sections, ids: Sequence[int]) -> dict[int, tuple[int, int, i
 
 
 def _voxels_of(
-    labels: Sections, numbers: npt.NDArray[np.int64]
+    labels: Sliceable, numbers: npt.NDArray[np.int64]
 ) -> Iterator[tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]]:
     """Yield, slab by slab, voxels (n, 3) of the given ids, and the row (n,) of each one's id."""
     for part in _slabs(labels):

@@ -28,7 +28,7 @@ COMPARED = ("model.", "optimization.", "system.training.", "data.augmentation.pr
 """Where the keys of a candidate begin by which trials are compared."""
 
 
-class Monitor:
+class EventWriter:
     """Writes TensorBoard events under a folder; a full disk ends the writing, not the trial.
 
     Args:

@@ -44,7 +44,7 @@ LARGEST_PHANTOM = 10**9
 """Voxels; a hundred times the plan's volume, and more than most memories hold."""
 
 
-def read_mask(path: str | None, shape: tuple[int, ...]) -> np.ndarray | None:
+def mask_or_none(path: str | None, shape: tuple[int, ...]) -> np.ndarray | None:
     """Return the mask as booleans, or None where no path is given.
 
     Raises:
@@ -78,11 +78,11 @@ def read_tissue(
         scored: Of the scored mask, or None.
 
     Raises:
-        InputError: As for `read_mask`.
+        InputError: As for `mask_or_none`.
     """
     from hydralv_tune.data.truth import ANNOTATED_NOTE, annotated_sections, tissue_of
 
-    mask, known = read_mask(path, shape), read_mask(scored, shape)
+    mask, known = mask_or_none(path, shape), mask_or_none(scored, shape)
     if mask is None or known is not None or not annotated_sections(mask.any(axis=(1, 2))):
         return mask, known
     say(f"{path}: {ANNOTATED_NOTE}.")
@@ -249,7 +249,7 @@ def score(
     agreed_placement(prediction, label, mask, scored_mask)
     truth = read_labels(label, ignored)
     segmentation = read_labels(prediction, [one for one in ignored if one < 0])
-    inside = joined_masks(read_mask(mask, truth.shape), read_mask(scored_mask, truth.shape))
+    inside = joined_masks(mask_or_none(mask, truth.shape), mask_or_none(scored_mask, truth.shape))
     with as_input_error(f"{prediction} against {label}"):
         result = score_labels(prediction=segmentation, truth=truth, mask=inside, ignore=ignored)
     if json:

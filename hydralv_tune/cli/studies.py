@@ -411,10 +411,10 @@ def export(
 
     Example: `hydralv-tune export runs/smoke --out runs/best.yaml`
     """
+    from hydralv_tune.results.export import MODEL_FORMATS
     from hydralv_tune.study.find import check_place, find_study
 
-    name = {"torchscript": "best.pt", "bioimageio": "best.zip"}.get(format, "best.yaml")
-    target = _out_in(place, out, name, "export --out")
+    target = _out_in(place, out, f"best{MODEL_FORMATS.get(format, '.yaml')}", "export --out")
     check_folder("--out", target.parent)
     if table is not None:
         check_folder("--table", table.parent)

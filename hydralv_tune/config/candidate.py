@@ -199,7 +199,7 @@ class Sampling(StrictModel):
     foreground_share: Share = Field(0.5, description="Share of patches centred on an instance.")
 
 
-class Augmentation(StrictModel):
+class AugmentationSettings(StrictModel):
     """`data.augmentation`: the preset, and the knobs of each by its name."""
 
     model_config = ConfigDict(frozen=True, extra="allow", strict=True)
@@ -268,7 +268,7 @@ class Data(StrictModel):
     image_transform: ImageTransform = Field(default_factory=ImageTransform)
     label_transform: LabelTransform = Field(default_factory=LabelTransform)
     sampling: Sampling = Field(default_factory=Sampling)
-    augmentation: Augmentation = Field(default_factory=Augmentation)
+    augmentation: AugmentationSettings = Field(default_factory=AugmentationSettings)
     split: Split = Field(default_factory=Split)
     memory_limit_gb: Positive = Field(
         8.0,
@@ -365,7 +365,7 @@ class EarlyStopping(StrictModel):
     )
 
 
-class Evaluation(StrictModel):
+class EvaluationSettings(StrictModel):
     """`monitor.evaluation`: predict, sweep, report while training."""
 
     count: Count = Field(10, description="Evaluations over the training, the last included.")
@@ -382,7 +382,7 @@ class Monitor(StrictModel):
         description="No effect: a loss that is not finite "
         "fails the trial with the step and the parts named.",
     )
-    evaluation: Evaluation = Field(default_factory=Evaluation)
+    evaluation: EvaluationSettings = Field(default_factory=EvaluationSettings)
     early_stopping: EarlyStopping = Field(default_factory=EarlyStopping)
     checkpoint: dict[str, Any] = Field(
         default_factory=dict, description="No effect: last and best are always kept."

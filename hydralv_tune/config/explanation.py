@@ -20,7 +20,7 @@ SMALL_BATCH = 4
 def explain(candidate: Candidate) -> list[str]:
     """Return sentences on a candidate: derived facts, then keys without effect, then flags."""
     return [
-        *training_facts(candidate),
+        *training_sentences(candidate),
         *network_facts(candidate),
         *(f"No effect: {line}" for line in without_effect(candidate)),
         *(f"Note: {line}" for line in flags(candidate)),
@@ -44,7 +44,7 @@ def explain_space(space: SearchSpace) -> list[str]:
     ]
 
 
-def training_facts(candidate: Candidate) -> list[str]:
+def training_sentences(candidate: Candidate) -> list[str]:
     """Return what the numbers of batch and epoch amount to."""
     batch = candidate.system.training.batch_size
     accumulation = candidate.optimization.accumulate_grad_batches

@@ -267,7 +267,7 @@ def fill_of(section: Array, fill: str = "constant") -> npt.NDArray[np.bool_]:
     return flat & np.isin(section, values[counts >= FILL_SHARE * section.size])
 
 
-def tissue_of(section: Array, fill: str = "constant") -> Array:
+def tissue_values(section: Array, fill: str = "constant") -> Array:
     """Return the voxels that range and statistics come from (N,): none of a constant section.
 
     Args:
@@ -288,9 +288,9 @@ def _counted(volume: Array, valid: Array | None, fill: str) -> list[Array]:
     for z, section in enumerate(volume):
         if valid is not None and section.min() < section.max():
             inside = valid[z] & ~fill_of(section, fill)
-            sections.append(section[inside] if inside.any() else tissue_of(section, fill))
+            sections.append(section[inside] if inside.any() else tissue_values(section, fill))
         else:
-            sections.append(tissue_of(section, fill))
+            sections.append(tissue_values(section, fill))
     return sections if any(s.size for s in sections) else [s.ravel() for s in volume]
 
 

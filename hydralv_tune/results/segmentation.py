@@ -12,7 +12,7 @@ from hydralv_tune.config.files import decoding_step, load_candidate
 from hydralv_tune.data.formats.files import open_lazy, open_mask
 from hydralv_tune.data.truth import Gap, gaps_to_fill
 from hydralv_tune.data.volumes import occupied_sections
-from hydralv_tune.trial.whole_volume.segmentation import Model
+from hydralv_tune.trial.whole_volume.segmentation import Segmenter
 
 CHECKPOINTS = (".ckpt", ".pt", ".pth")
 YAML = (".yaml", ".yml")
@@ -20,7 +20,7 @@ YAML = (".yaml", ".yml")
 
 def load_model(
     best: str, *, study: str | None = None, changed: Mapping[str, Any] | None = None
-) -> Model:
+) -> Segmenter:
     """Return weights and thresholds.
 
     Args:
@@ -48,7 +48,7 @@ def load_model(
         checkpoint, step = _of_study(best, study)
     members = _trained_as(checkpoint)
     step = _changed(step, changed)
-    return Model(
+    return Segmenter(
         checkpoint, members[0][0], step.name, step.decoder_arguments(),
         members=members if len(members) > 1 else (),
     )  # fmt: skip

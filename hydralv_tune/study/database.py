@@ -60,6 +60,10 @@ def gone_before(storage: str, name: str, error: StudyGone) -> StudyError:
     )
 
 
+class NoStudies(StudyError):
+    """A database without any tables of studies."""
+
+
 class DatabaseFile:
     """Notices when the SQLite file of an open study is removed or replaced by another.
 
@@ -147,11 +151,14 @@ def open_storage(url: sqlalchemy.engine.URL, *, create: bool) -> RDBStorage:
         create: Make the tables where there are none at all; single missing ones are not made.
 
     Raises:
+        NoStudies: There are no tables of studies, and none are to be made.
         StudyError: Another version of Optuna made its tables.
         StudyGone: Another program made them, or some are missing.
     """
     options = engine_options(url)
     found = tables(url, options)
+    if not create and "studies" not in found:
+        raise NoStudies(f"--storage: {masked(url)} holds no study. Start one with `run`.")
     if "studies" in found and not found >= OPTUNA_TABLES:
         missing = ", ".join(sorted(OPTUNA_TABLES - found))
         raise StudyGone(f"has other tables now (no such table: {missing})")
@@ -193,11 +200,6 @@ def url_template(url: sqlalchemy.engine.URL) -> str:
     return url.render_as_string(hide_password=False).replace("{", "{{").replace("}", "}}")
 
 
-def has_tables(url: sqlalchemy.engine.URL, options: Mapping[str, Any]) -> bool:
-    """Return whether a database has tables of studies, without making any."""
-    return "studies" in tables(url, options)
-
-
 def tables(url: sqlalchemy.engine.URL, options: Mapping[str, Any]) -> set[str]:
     """Return the names of the tables of a database."""
     engine = sqlalchemy.create_engine(url, **options)
@@ -205,12 +207,6 @@ def tables(url: sqlalchemy.engine.URL, options: Mapping[str, Any]) -> set[str]:
         return set(sqlalchemy.inspect(engine).get_table_names())
     finally:
         engine.dispose()
-
-
-def require_tables(url: sqlalchemy.engine.URL, options: Mapping[str, Any]) -> None:
-    """Refuse a database that holds no study at all, without making tables in it."""
-    if not has_tables(url, options):
-        raise StudyError(f"--storage: {masked(url)} holds no study. Start one with `run`.")
 
 
 def load_named(storage: RDBStorage, name: str, shown: str) -> optuna.Study:

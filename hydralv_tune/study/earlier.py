@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from hydralv_tune.config.search_space import Pruner, SearchSpace
 from hydralv_tune.study.distributions import misfit
-from hydralv_tune.study.proposals import TriedCandidates, drawn, is_plain, position
+from hydralv_tune.study.proposals import TriedCandidates, is_plain, position, random_params
 from hydralv_tune.study.trial_views import VIOLATIONS, TrialView, latest_ended
 
 Floats = NDArray[np.float64]
@@ -349,12 +349,12 @@ class Guide:
         fixed: Mapping[str, Any] | None,
     ) -> list[Mapping[str, Any]]:
         """Return untried candidates: random ones, and the best known ones with changes."""
-        found = [drawn(self.space, generator, fixed) for _ in range(POOL)]
+        found = [random_params(self.space, generator, fixed) for _ in range(POOL)]
         for params in [*best, *self._best]:
             for _ in range(MUTANTS):
                 rate = generator.random()
                 kept = {key: params[key] for key in params if generator.random() > rate}
-                found.append(drawn(self.space, generator, {**kept, **(fixed or {})}))
+                found.append(random_params(self.space, generator, {**kept, **(fixed or {})}))
         return [params for params in found if tried.near(params) is None]
 
     def _scores(

@@ -43,7 +43,7 @@ def position(parameter: Parameter, value: float) -> float:
     return (value - low) / (high - low)
 
 
-def drawn(
+def random_params(
     space: SearchSpace, generator: random.Random, fixed: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
     """Return the values of the active parameters of a random candidate, in the space's order.
@@ -144,7 +144,7 @@ class TriedCandidates:
         """
         for distance in dict.fromkeys((self.distance, self.distance / 4, 0.0)):
             for _ in range(UNIFORM_DRAWS):
-                params = drawn(self.space, generator, fixed)
+                params = random_params(self.space, generator, fixed)
                 if self.near(params, distance) is None:
                     return params
         return None

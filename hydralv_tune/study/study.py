@@ -20,13 +20,12 @@ from hydralv_tune.config.search_space import SearchSpace, WarmStart, space_from_
 from hydralv_tune.study.confirm import confirmed
 from hydralv_tune.study.database import (
     DatabaseAway,
+    NoStudies,
     StudyGone,
     database_errors,
     gone_before,
-    has_tables,
     load_named,
     open_storage,
-    require_tables,
     while_opening,
 )
 from hydralv_tune.study.distributions import (
@@ -50,7 +49,7 @@ from hydralv_tune.study.optuna_private import (
     trial_id,
 )
 from hydralv_tune.study.proposals import TriedCandidates, is_plain
-from hydralv_tune.study.storage_url import engine_options, masked, parse_storage, probe, sqlite_file
+from hydralv_tune.study.storage_url import masked, parse_storage, probe, sqlite_file
 from hydralv_tune.study.study_folder import holds_results, owner_of
 from hydralv_tune.study.trial_views import (
     CONSTRAINTS,
@@ -125,9 +124,7 @@ class Study:
         """
         url = parse_storage(storage)
         probe(url, create=create)
-        options = engine_options(url)
         if not create:
-            require_tables(url, options)
             with while_opening(url):
                 rdb = open_storage(url, create=False)
                 return cls(rdb, load_ours(rdb, name, masked(url)), masked(url), folder)
@@ -619,10 +616,13 @@ def open_if_exists(storage: str, name: str) -> Study | None:
     url = parse_storage(storage)
     probe(url, create=True)
     path = sqlite_file(url)
-    if (path is not None and not path.exists()) or not has_tables(url, engine_options(url)):
+    if path is not None and not path.exists():
         return None
     with while_opening(url):
-        rdb = open_storage(url, create=False)
+        try:
+            rdb = open_storage(url, create=False)
+        except NoStudies:
+            return None
         if name in optuna.get_all_study_names(rdb):
             return Study(rdb, load_ours(rdb, name, masked(url)), masked(url))
     rdb.engine.dispose()
@@ -637,10 +637,11 @@ def study_names(storage: str) -> list[str]:
     """
     url = parse_storage(storage)
     probe(url, create=False)
-    if not has_tables(url, engine_options(url)):
-        return []
     with while_opening(url):
-        rdb = open_storage(url, create=False)
+        try:
+            rdb = open_storage(url, create=False)
+        except NoStudies:
+            return []
         try:
             return sorted(optuna.get_all_study_names(rdb))
         finally:
@@ -655,8 +656,6 @@ def open_all(storage: str) -> list[Study]:
     """
     url = parse_storage(storage)
     probe(url, create=False)
-    options = engine_options(url)
-    require_tables(url, options)
     with while_opening(url):
         rdb = open_storage(url, create=False)
         names = optuna.get_all_study_names(rdb)

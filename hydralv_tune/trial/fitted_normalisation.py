@@ -25,7 +25,7 @@ from hydralv_tune.numerics.normalisation import (
     equalised,
     fit_normalisation,
     normalisation_of,
-    tissue_of,
+    tissue_values,
 )
 
 Array = npt.NDArray[Any]
@@ -111,7 +111,7 @@ def stream_normalisation(image: Sections, data: Data) -> Normalisation:
     """
     chosen = data.image_transform
     low, high = _clip_range(image, chosen)
-    sections = (tissue_of(section, chosen.fill) for section in image)
+    sections = (tissue_values(section, chosen.fill) for section in image)
     return normalisation_of(chosen.normalize, low, high, sections, image.shape[0])
 
 
@@ -125,7 +125,7 @@ def _clip_range(image: Sections, chosen: ImageTransform) -> tuple[float, float]:
     histogram = image.dtype.kind in "iu" and image.dtype.itemsize <= 2
     darkest = np.iinfo(image.dtype).min if histogram else 0
     for section in image:
-        tissue = tissue_of(section, chosen.fill)
+        tissue = tissue_values(section, chosen.fill)
         whole.append((float(section.min()), float(section.max())))
         if not np.isfinite(whole[-1]).all():
             raise ValueError(NOT_FINITE)

@@ -18,7 +18,7 @@ from torch import nn
 
 from hydralv_tune.artifacts import records
 from hydralv_tune.artifacts.records import TrialRecord
-from hydralv_tune.artifacts.tensorboard import Monitor
+from hydralv_tune.artifacts.tensorboard import EventWriter
 from hydralv_tune.config.candidate import Candidate
 from hydralv_tune.config.errors import InputError, TrialFailed, TrialInterrupted, as_input_error
 from hydralv_tune.data.volumes import Volume
@@ -155,7 +155,7 @@ class TrialRun:
         self._outcome: Outcome | None = None
         self._drawing_s = FIRST_DRAWING_S
         self._shown_at = -math.inf
-        self._monitor: Monitor | None = None
+        self._monitor: EventWriter | None = None
         self._begins_at: int | None = None
         check_stopping(self.candidate)
         self.fingerprints = [volume.fingerprint() for volume in self.volumes]
@@ -489,11 +489,11 @@ class TrialRun:
         """Return the optimizer steps that the foremost fold has done: the x axis of TensorBoard."""
         return max(fold.trainer.step for fold in self.folds)
 
-    def _shown_on(self) -> Monitor:
+    def _shown_on(self) -> EventWriter:
         """Return what writes to TensorBoard."""
         if self._monitor is None:
             begins_at = self._step if self._begins_at is None else self._begins_at
-            self._monitor = Monitor(self.out / "tensorboard", step=begins_at)
+            self._monitor = EventWriter(self.out / "tensorboard", step=begins_at)
         return self._monitor
 
     def _show_losses(self) -> None:

@@ -21,7 +21,7 @@ from hydralv_tune.data.formats import (
 from hydralv_tune.data.formats.interface import (
     UNREADABLE,
     LazyArray,
-    Target,
+    WritableArray,
     arranged,
     chunks_for,
     on_voxels_of,
@@ -33,7 +33,7 @@ from hydralv_tune.data.voxel_size import Placement, VoxelSize
 __all__ = [
     "LazyArray",
     "Location",
-    "Target",
+    "WritableArray",
     "create_array",
     "locate",
     "open_lazy",
@@ -141,10 +141,10 @@ def create_array(
     voxel_size_nm: VoxelSize | None = None,
     origin_nm: VoxelSize | None = None,
     chunks: Sequence[int] | None = None,
-) -> Iterator[Target]:
+) -> Iterator[WritableArray]:
     """Give an array to be written box by box; it takes its name once the block ends without error.
 
-    Only the boxes that are being written are in memory: see `Target`.
+    Only the boxes that are being written are in memory: see `WritableArray`.
 
     Args:
         path: As for `write_array`.

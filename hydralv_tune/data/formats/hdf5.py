@@ -16,7 +16,7 @@ from hydralv_tune.data.formats.interface import (
     DEFAULT_DATASET,
     Names,
     Stored,
-    Target,
+    WritableArray,
     axis_letters,
     choose_dataset,
 )
@@ -63,7 +63,7 @@ def create(
     dtype: np.dtype[Any],
     chunks: tuple[int, ...] | None,
     placement: Placement,
-) -> Iterator[Target]:
+) -> Iterator[WritableArray]:
     """Give a compressed, chunked dataset to write to; other datasets of the file stay."""
     name = location.dataset or DEFAULT_DATASET
     with h5py.File(location.path, "a") as file:
@@ -79,11 +79,11 @@ def create(
             compression_opts=(1 if dtype.kind == "f" else 4) if chunks else None,
             shuffle=True if chunks and dtype.itemsize > 1 else None,
         )
-        target.attrs.update(attributes_of(placement))
+        target.attrs.update(placement_attributes(placement))
         yield target
 
 
-def attributes_of(placement: Placement) -> dict[str, Any]:
+def placement_attributes(placement: Placement) -> dict[str, Any]:
     """Return a placement as attributes: our own names, and those that CREMI's readers look for."""
     attributes: dict[str, Any] = {}
     if placement.voxel_size_nm is not None:

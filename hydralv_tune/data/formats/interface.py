@@ -72,7 +72,7 @@ class Stored:
     palette: bool = False
 
 
-class Target(Protocol):
+class WritableArray(Protocol):
     """An array that is being written.
 
     A box is written by `target[z0:z1, y0:y1, x0:x1] = values`. Boxes may come in any order, and

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from hydralv_tune.config.errors import VolumeError
-from hydralv_tune.data.formats.interface import Names, Target, axis_letters
+from hydralv_tune.data.formats.interface import Names, WritableArray, axis_letters
 from hydralv_tune.data.formats.location import Location
 from hydralv_tune.data.voxel_size import Placement, measured, nm_of, unknown_unit
 
@@ -153,7 +153,7 @@ def create_image(
     dtype: np.dtype[Any],
     chunks: tuple[int, ...] | None,
     placement: Placement,
-) -> Iterator[Target]:
+) -> Iterator[WritableArray]:
     """Give level 0 of a new image to write to; its pyramid and its metadata follow at the end.
 
     Integers of more than 8 bits are labels: each level takes every other voxel, and viewers are

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from hydralv_tune.config.errors import VolumeError
-from hydralv_tune.data.formats.interface import Stored, Target
+from hydralv_tune.data.formats.interface import Stored, WritableArray
 from hydralv_tune.data.formats.location import Location
 from hydralv_tune.data.formats.tensors import Tensors
 from hydralv_tune.data.voxel_size import Placement, in_nm
@@ -55,7 +55,7 @@ def create(
     dtype: np.dtype[Any],
     chunks: tuple[int, ...] | None,
     placement: Placement,
-) -> Iterator[Target]:
+) -> Iterator[WritableArray]:
     """Give a volume to write to: a segmentation where its integers have over 8 bits, else an image.
 
     Its voxel size is 1 nm where none is known, since the format must have one; its origin is

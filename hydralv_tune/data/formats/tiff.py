@@ -12,7 +12,7 @@ import numpy as np
 import tifffile
 
 from hydralv_tune.config.errors import VolumeError
-from hydralv_tune.data.formats.interface import UNNAMED, Names, Stored, Target
+from hydralv_tune.data.formats.interface import UNNAMED, Names, Stored, WritableArray
 from hydralv_tune.data.formats.location import Location
 from hydralv_tune.data.voxel_size import (
     Placement,
@@ -68,7 +68,7 @@ def create(
     dtype: np.dtype[Any],
     chunks: tuple[int, ...] | None,
     placement: Placement,
-) -> Iterator[Target]:
+) -> Iterator[WritableArray]:
     """Give a stack to write to: in ImageJ's form where it has one, so that Fiji knows the size."""
     size, origin = placement.voxel_size_nm, placement.origin_nm
     # TIFF counts pixels for a unit of length, as a fraction.

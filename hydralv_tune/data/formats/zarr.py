@@ -12,8 +12,14 @@ import numpy as np
 import zarr
 
 from hydralv_tune.config.errors import VolumeError
-from hydralv_tune.data.formats.hdf5 import attributes_of
-from hydralv_tune.data.formats.interface import Names, Stored, Target, axis_letters, choose_dataset
+from hydralv_tune.data.formats.hdf5 import placement_attributes
+from hydralv_tune.data.formats.interface import (
+    Names,
+    Stored,
+    WritableArray,
+    axis_letters,
+    choose_dataset,
+)
 from hydralv_tune.data.formats.location import Location
 from hydralv_tune.data.formats.ome_zarr import Level, create_image, level_of, levels_of
 from hydralv_tune.data.voxel_size import Placement, placement_from
@@ -58,7 +64,7 @@ def create(
     dtype: np.dtype[Any],
     chunks: tuple[int, ...] | None,
     placement: Placement,
-) -> Iterator[Target]:
+) -> Iterator[WritableArray]:
     """Give an array to write to, alone or in a group whose other arrays stay."""
     if location.path.name.endswith(OME_SUFFIX):
         with create_image(location, shape, dtype, chunks, placement) as target:
@@ -69,7 +75,7 @@ def create(
         "dtype": dtype,
         "chunks": chunks or "auto",
         "dimension_names": {3: list("zyx"), 4: list("czyx")}.get(len(shape)),
-        "attributes": attributes_of(placement),
+        "attributes": placement_attributes(placement),
     }
     if location.dataset is None:
         yield zarr.create_array(location.path, **options)

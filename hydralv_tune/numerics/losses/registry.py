@@ -21,7 +21,7 @@ Rule = Callable[[Any], str | None]
 
 
 @dataclass(frozen=True)
-class Argument:
+class LossArgument:
     """An argument of a loss.
 
     Args:
@@ -46,7 +46,7 @@ class Loss:
     """
 
     function: Callable[..., Tensor] | str
-    arguments: Mapping[str, Argument] | None = None
+    arguments: Mapping[str, LossArgument] | None = None
     together: Rule = lambda arguments: None
 
     def __call__(self, logits: Tensor, target: Tensor, mask: Tensor, **kwargs: Any) -> Tensor:
@@ -204,29 +204,33 @@ def _some_error_counts(arguments: Mapping[str, Any]) -> str | None:
 
 
 _FROM_0 = number()
-_REDUCTION = {"reduction": Argument("mean", _mean_or_sum)}
+_REDUCTION = {"reduction": LossArgument("mean", _mean_or_sum)}
 _OVERLAP = {
-    "sigmoid": Argument(True, boolean),
-    "batch": Argument(False, boolean),
-    "smooth_nr": Argument(1e-5, _FROM_0),
-    "smooth_dr": Argument(1e-5, number(above=0)),
+    "sigmoid": LossArgument(True, boolean),
+    "batch": LossArgument(False, boolean),
+    "smooth_nr": LossArgument(1e-5, _FROM_0),
+    "smooth_dr": LossArgument(1e-5, number(above=0)),
     **_REDUCTION,
 }
-_FOREGROUND = {"foreground_weight": Argument(None, _positive_or_balanced)}
+_FOREGROUND = {"foreground_weight": LossArgument(None, _positive_or_balanced)}
 _VOXELS = {**_FOREGROUND, **_REDUCTION}
-_FOCAL = {"gamma": Argument(2.0, _FROM_0), "alpha": Argument(None, _or_none(number(to=1)))}
-_TANH = {"tanh": Argument(False, boolean)}
-_FACTOR = Argument(1.0, _FROM_0)
-_LOGITS = {"sigmoid": Argument(True, _logits_only)}
+_FOCAL = {"gamma": LossArgument(2.0, _FROM_0), "alpha": LossArgument(None, _or_none(number(to=1)))}
+_TANH = {"tanh": LossArgument(False, boolean)}
+_FACTOR = LossArgument(1.0, _FROM_0)
+_LOGITS = {"sigmoid": LossArgument(True, _logits_only)}
 
 _FUNCTIONS = "hydralv_tune.numerics.losses.functions"
 _DICE = Loss(
     f"{_FUNCTIONS}:dice",
-    {"squared_pred": Argument(False, boolean), "jaccard": Argument(False, boolean), **_OVERLAP},
+    {
+        "squared_pred": LossArgument(False, boolean),
+        "jaccard": LossArgument(False, boolean),
+        **_OVERLAP,
+    },
 )
 _BCE = Loss(
     f"{_FUNCTIONS}:bce_with_logits",
-    {"pos_weight": Argument(None, _positive_or_balanced), **_VOXELS},
+    {"pos_weight": LossArgument(None, _positive_or_balanced), **_VOXELS},
 )
 _SQUARED = Loss(f"{_FUNCTIONS}:mean_squared", {**_TANH, **_VOXELS})
 _ABSOLUTE = Loss(f"{_FUNCTIONS}:mean_absolute", {**_TANH, **_VOXELS})
@@ -241,14 +245,14 @@ LOSSES.update(
         ),
         "TverskyLoss": Loss(
             f"{_FUNCTIONS}:tversky",
-            {"alpha": Argument(0.5, _FROM_0), "beta": Argument(0.5, _FROM_0), **_OVERLAP},
+            {"alpha": LossArgument(0.5, _FROM_0), "beta": LossArgument(0.5, _FROM_0), **_OVERLAP},
             together=_some_error_counts,
         ),
         "FocalLoss": Loss(f"{_FUNCTIONS}:focal", {**_FOCAL, **_VOXELS}),
         "BCEWithLogitsLoss": _BCE,
         "WeightedBCEWithLogitsLoss": _BCE,
         "SmoothL1Loss": Loss(
-            f"{_FUNCTIONS}:smooth_l1", {"beta": Argument(1.0, _FROM_0), **_TANH, **_VOXELS}
+            f"{_FUNCTIONS}:smooth_l1", {"beta": LossArgument(1.0, _FROM_0), **_TANH, **_VOXELS}
         ),
         "MSELoss": _SQUARED,
         "WeightedMSELoss": _SQUARED,

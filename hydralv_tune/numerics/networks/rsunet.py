@@ -92,7 +92,7 @@ class Residual(nn.Module):
         return x + cast(Tensor, self.conv2(self.dropout(self.norm_act2(y))))
 
 
-class Block(nn.Module):
+class ResBlock(nn.Module):
     """Pre-convolution, residual pair, post-convolution."""
 
     def __init__(
@@ -122,7 +122,7 @@ class Block(nn.Module):
 class Down(nn.Module):
     """Max pooling, then a block."""
 
-    def __init__(self, factor: Size3, block: Block) -> None:
+    def __init__(self, factor: Size3, block: ResBlock) -> None:
         super().__init__()
         self.down = nn.MaxPool3d(factor, factor)
         self.conv = block
@@ -177,7 +177,7 @@ class FixedUpsample(nn.Module):
 class Up(nn.Module):
     """Up-sampling, projection, sum with the skip connection, then a block."""
 
-    def __init__(self, in_channels: int, channels: int, factor: Size3, block: Block) -> None:
+    def __init__(self, in_channels: int, channels: int, factor: Size3, block: ResBlock) -> None:
         super().__init__()
         self.up = FixedUpsample(in_channels, factor)
         self.proj = nn.Conv3d(in_channels, channels, 1, bias=False)
@@ -230,8 +230,10 @@ class RSUNet(nn.Module):
     ) -> None:
         super().__init__()
 
-        def block(into: int, channels: int, level: int) -> Block:
-            return Block(into, channels, kernel_sizes[level], norm, activation, dropout, num_groups)
+        def block(into: int, channels: int, level: int) -> ResBlock:
+            return ResBlock(
+                into, channels, kernel_sizes[level], norm, activation, dropout, num_groups
+            )
 
         z, y, x = (math.prod(factor[axis] for factor in down_factors) for axis in range(3))
         self.divisor = (z, y, x)

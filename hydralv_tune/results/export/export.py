@@ -27,9 +27,9 @@ from hydralv_tune.data.formats.location import absolute
 from hydralv_tune.data.volumes import VolumePaths, open_lazy, read_mask, read_volume, write_array
 from hydralv_tune.numerics.metrics.registry import SUMMARY
 from hydralv_tune.results.best_trial import BestTrial, best_portable, load_best_trial
+from hydralv_tune.results.export import MODEL_FORMATS
 from hydralv_tune.results.export.certificate import write_certificate
 from hydralv_tune.results.export.models import (
-    MODEL_FORMATS,
     export_bioimageio,
     export_torchscript,
     write_safetensors,

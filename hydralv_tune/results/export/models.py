@@ -33,8 +33,6 @@ from hydralv_tune.trial.fitted_normalisation import fit_image
 from hydralv_tune.trial.scoring.prediction import load_network
 
 Array = npt.NDArray[Any]
-MODEL_FORMATS = {"torchscript": ".pt", "bioimageio": ".zip"}
-"""Each format and what its files end with."""
 CHANNELS = ("binary", "boundary", "distance")
 RDF_VERSION = "0.5.12"
 SPREAD = 1e-6
@@ -65,7 +63,7 @@ def export_torchscript(best: BestTrial, out: Path) -> dict[str, Any]:
     """
     network, candidate = load_network(best.checkpoint)
     traced, any_size = traced_network(network, candidate)
-    extra = {"hydralv.json": json.dumps(facts_of(best, candidate, any_size))}
+    extra = {"hydralv.json": json.dumps(model_facts(best, candidate, any_size))}
     write_atomically(out, torchscript_of(traced, extra))
     weights = write_safetensors(out.with_suffix(".safetensors"), network, candidate)
     return {
@@ -97,7 +95,7 @@ def export_bioimageio(best: BestTrial, out: Path) -> dict[str, Any]:
         image, fitted = fit_image(raw, candidate.data)
         shown = fitted.apply(image)
         result = traced(torch.from_numpy(shown)[None, None]).numpy()
-    facts = facts_of(best, candidate, any_size)
+    facts = model_facts(best, candidate, any_size)
     files = {
         "weights.pt": torchscript_of(traced, {}),
         "weights.safetensors": safetensors_of(network, candidate),
@@ -173,7 +171,7 @@ def _agrees(module: nn.Module, traced: nn.Module, example: Tensor) -> bool:
         return False
 
 
-def facts_of(best: BestTrial, candidate: Candidate, any_size: bool) -> dict[str, Any]:
+def model_facts(best: BestTrial, candidate: Candidate, any_size: bool) -> dict[str, Any]:
     """Return what a program must know beside the weights, as plain values."""
     chosen = candidate.data.image_transform
     return {

@@ -25,12 +25,12 @@ from hydralv_tune.results.export.pytc_blocks import (
     depth_weights,
     listed,
     loss_entries,
-    loss_terms,
     monai_block,
     monitor_block,
     network_block,
     optimization_block,
     paths_of,
+    peer_losses,
     rsunet_block,
     with_numbers,
     with_ranges,
@@ -415,7 +415,7 @@ def _plan(
     model["deep_supervision"] = deeply_supervised(candidate)
     patch = list(candidate.data.patch_size)
     model |= {"input_size": patch, "output_size": patch}
-    terms = loss_terms(candidate, notes, today=False)
+    terms = peer_losses(candidate, notes, today=False)
     model["loss_functions"] = [name for name, _, _ in terms]
     model["loss_kwargs"] = [
         own if positive is None else {**own, "pos_weight": float(positive)}

@@ -142,7 +142,7 @@ def depth_weights(candidate: Candidate) -> list[float] | None:
     return weights[:1] + weights[:0:-1]
 
 
-def loss_terms(
+def peer_losses(
     candidate: Candidate, notes: list[str], *, today: bool
 ) -> list[tuple[str, dict[str, Any], float | str | None]]:
     """Return name, arguments and `pos_weight` of each loss, as that tool has to be told them.
@@ -194,7 +194,7 @@ def loss_terms(
 def loss_entries(candidate: Candidate, notes: list[str]) -> list[dict[str, Any]]:
     """Return the loss terms with their channels, as today's version takes them."""
     model = candidate.model
-    terms = loss_terms(candidate, notes, today=True)
+    terms = peer_losses(candidate, notes, today=True)
     entries = []
     for first, end, _, indices in model.multi_task_config:
         for index in indices:

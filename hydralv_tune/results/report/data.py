@@ -171,7 +171,7 @@ class ReportData:
         return sum(len(cards) for cards in self.cards.values())
 
 
-def gather(best: BestTrial, out: Path) -> ReportData:
+def report_data(best: BestTrial, out: Path) -> ReportData:
     """Return what the report says about a study.
 
     What cannot be read any more (a volume that moved) is left out, and the notes say so.
@@ -429,12 +429,12 @@ def _cards(judgement: Judgement) -> dict[str, list[Card]]:
             drawn += 1
         scored = judgement.parts[instance.part]
         where = f" of {scored.volume.name}" if len(judgement.parts) > 1 else ""
-        place = place_of(scored, instance.error)
+        place = instance_place(scored, instance.error)
         cards[kind].append(_card(instance.error, kind, where, place, picture, scored.volume))
     return {kind: own for kind, own in cards.items() if own}
 
 
-def place_of(scored: ScoredVolume, error: InstanceError) -> str:
+def instance_place(scored: ScoredVolume, error: InstanceError) -> str:
     """Return where an instance lies in its volume: z, y, x of the middle of its box."""
     truths, segments = scored.boxes
     invented = error.truth_id is None

@@ -16,7 +16,7 @@ from hydralv_tune.config.yaml_io import dump_yaml
 from hydralv_tune.numerics.formatting import figure, signed
 from hydralv_tune.results.best_trial import load_best_trial
 from hydralv_tune.results.report import sentences
-from hydralv_tune.results.report.data import KIND_COLOURS, ReportData, gather
+from hydralv_tune.results.report.data import KIND_COLOURS, ReportData, report_data
 
 TEMPLATES = Path(__file__).parent
 SECTIONS = (
@@ -51,7 +51,7 @@ def write_report(storage: str, study: str, out: Path, *, folder: Path | None = N
     """
     out = Path(out)
     with load_best_trial(storage, study, folder) as best:
-        data = gather(best, out)
+        data = report_data(best, out)
         space = best.study.space.as_mapping()
         page, text = render(data), render_markdown(data)
     for name, content in {**data.pictures, **card_pictures(data)}.items():

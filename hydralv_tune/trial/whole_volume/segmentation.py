@@ -70,7 +70,7 @@ WRITTEN_BYTES = 32
 
 
 @dataclass(frozen=True)
-class Model:
+class Segmenter:
     """What a volume is segmented with.
 
     Args:
@@ -223,7 +223,7 @@ class Work:
 
 @contextmanager
 def segmented_volume(
-    model: Model, paths: VolumePaths, out: Path, *, memory_gb: float, gaps: Sequence[Gap] = (),
+    model: Segmenter, paths: VolumePaths, out: Path, *, memory_gb: float, gaps: Sequence[Gap] = (),
     table: bool = True, device: str = "auto", jobs: Jobs | None = None,
     say: Say = lambda step, done, whole: None,
 ) -> Iterator[Segmented]:  # fmt: skip
@@ -308,7 +308,7 @@ def work_folder(out: Path) -> Path:
 
 
 def _begin(
-    model: Model, paths: VolumePaths, folder: Path, *, memory_bytes: float, gaps: Sequence[Gap],
+    model: Segmenter, paths: VolumePaths, folder: Path, *, memory_bytes: float, gaps: Sequence[Gap],
     device: str, workers: int, member: int = 0,
 ) -> Work:  # fmt: skip
     """Return the work folder: an earlier one of the very same work, or a fresh one."""
@@ -420,7 +420,9 @@ def _predict(work: Work, jobs: Jobs, say: Say) -> None:
         say("predict", sum(_reached(work, n) - lane.low[0] for n, lane in enumerate(lanes)), depth)
 
 
-def _predict_members(work: Work, model: Model, paths: VolumePaths, jobs: Jobs, say: Say) -> None:
+def _predict_members(
+    work: Work, model: Segmenter, paths: VolumePaths, jobs: Jobs, say: Say
+) -> None:
     """Predict with each network of an ensemble in a work folder of its own, and average them."""
     done = work.folder / "averaged"
     if done.exists():

@@ -441,7 +441,7 @@ class FloodedVolume(SweptVolume):
             if self._form.cut is not None:
                 graph = self._form.cut(graph, *part)
             if self._form.foreground:
-                cell, bins = cells_of(graph.values[:, self._scored], self._limits)
+                cell, bins = last_cells(graph.values[:, self._scored], self._limits)
             else:
                 cell, bins = graph.needed[self._scored].astype(np.int32) - 1, (1, 1, 1)
             yield graph, cell, bins, list(tasks.items())
@@ -477,7 +477,7 @@ class FloodedVolume(SweptVolume):
         return super()._in_order(rows)
 
 
-def cells_of(values: Array, limits: Sequence[Sequence[float]]) -> tuple[Array, tuple[int, ...]]:
+def last_cells(values: Array, limits: Sequence[Sequence[float]]) -> tuple[Array, tuple[int, ...]]:
     """Return, for each node, the last cell it passes among sorted limits (-1: none), and bins.
 
     Args:
