@@ -111,6 +111,23 @@ def test_what_did_well_in_an_earlier_study_is_tried_first() -> None:
     assert np.mean([error_of(params) for params in draws(space, 200, 1)]) > 1.5
 
 
+def test_without_earlier_studies_the_model_learns_from_the_trials_of_its_own() -> None:
+    space = make_space(parameters=PARAMETERS)
+    guide, tried = Guide(space, [], alone=True), TriedCandidates(space, 0.05)
+    trials: list[TrialView] = []
+    for number in range(45):
+        params = guide.propose(trials, tried, random.Random(number))
+        # Random ones before, and the sampler's after.
+        assert (params is None) == (number < 3 or number >= 40)
+        params = params or draws(space, 1, 100 + number)[0]
+        trials.append(view(number, value=error_of(dict(params)), params=params))
+        tried.update(trials)
+    errors = [error_of(dict(trial.params)) for trial in trials]
+    assert min(errors[3:15]) < 0.2
+    assert np.mean(errors[3:40]) < 0.7 * np.mean([error_of(p) for p in draws(space, 200, 1)])
+    assert Guide(space, []).propose(trials[:9], tried, random.Random(0)) is None
+
+
 def test_a_misleading_study_is_soon_not_believed_any_more() -> None:
     space = make_space(parameters=PARAMETERS)
     tried = [error_of(params) for params in proposals(space, [lesson(space, -1.0)], 18)]

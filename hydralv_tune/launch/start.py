@@ -14,7 +14,7 @@ from hydralv_tune.config.search_space import SearchSpace
 from hydralv_tune.config.secrets import mask_passwords
 from hydralv_tune.config.yaml_io import dump_yaml
 from hydralv_tune.study.database import DatabaseAway, StudyGone, database_errors, gone_before
-from hydralv_tune.study.earlier import FEWEST, Guide, Lesson, lesson_of, shelf
+from hydralv_tune.study.earlier import FEWEST, GUIDED_SAMPLER, Guide, Lesson, lesson_of, shelf
 from hydralv_tune.study.find import find_study_within
 from hydralv_tune.study.mutex import StudyMutex
 from hydralv_tune.study.storage_url import masked, parse_storage, without_secrets
@@ -133,7 +133,7 @@ class Start:
             new = [lesson for lesson in self._lessons if lesson.source not in known]
             opened.remember_lessons([*(stored or []), *new])
         elif stored is None:
-            has_use = self.space.sampler.name == "tpe" and not opened.has_begun()
+            has_use = self.space.sampler.name == GUIDED_SAMPLER and not opened.has_begun()
             opened.remember_lessons(Guide(self.space, shelf()).lessons if has_use else [])
 
     @cached_property

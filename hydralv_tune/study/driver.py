@@ -21,7 +21,7 @@ from optuna.trial import FrozenTrial, TrialState
 from hydralv_tune.study.confirm import missing_repeats
 from hydralv_tune.study.database import DatabaseAway, DatabaseFile, StudyGone, database_errors
 from hydralv_tune.study.distributions import misfit, suggest
-from hydralv_tune.study.earlier import Guide, pruner_with
+from hydralv_tune.study.earlier import GUIDED_SAMPLER, Guide, pruner_with
 from hydralv_tune.study.journal import PREFIX, SUFFIX, Journal, journals_in
 from hydralv_tune.study.mutex import StudyMutex
 from hydralv_tune.study.optuna_private import (
@@ -107,7 +107,9 @@ class Driver:
         self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
         self._sampler = make_sampler(self.space.sampler, 0)
         self._tried = TriedCandidates(self.space, self.space.sampler.min_distance)
-        self._guide = Guide(self.space, study.lessons or [])
+        self._guide = Guide(
+            self.space, study.lessons or [], alone=self.space.sampler.name == GUIDED_SAMPLER
+        )
         self._pruner = make_pruner(pruner_with(self._guide.lessons, self.space.pruner))
 
     def __enter__(self) -> Driver:

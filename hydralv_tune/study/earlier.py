@@ -52,6 +52,12 @@ RANK_VARIANCE = 1 / 12
 EXPLORE = 2.0
 """Standard deviations by which an uncertain candidate is preferred."""
 
+GUIDED_SAMPLER = "tpe"
+"""Sampler whose studies are guided though nobody names an earlier one."""
+
+EXPLORE_ALONE = 1.0
+"""The same without earlier studies."""
+
 PRUNED_AFTER = 12
 """Complete trials of a guided study before any is pruned."""
 
@@ -272,10 +278,12 @@ class Guide:
     Args:
         space: What the study searches.
         lessons: Of earlier studies.
+        alone: Whether it also proposes without any of them, from the study's own trials.
     """
 
-    def __init__(self, space: SearchSpace, lessons: Sequence[Lesson]) -> None:
+    def __init__(self, space: SearchSpace, lessons: Sequence[Lesson], alone: bool = False) -> None:
         self.space = space
+        self.alone = alone
         self.lessons = [
             lesson for lesson in lessons if any(key in space.parameters for key in lesson.keys)
         ]
@@ -317,12 +325,14 @@ class Guide:
                 it is the most promising, and none that is near to one of them.
         """
         ended = [t for t in latest_ended(trials) if t.params and is_plain(self.space, t)]
-        if not self.lessons or len(ended) >= GUIDED_TRIALS:
+        if not (self.lessons or self.alone) or len(ended) >= GUIDED_TRIALS:
             return None
         # Nothing follows an attempt that runs.
         running = [
             t for t in trials if t.state == "RUNNING" and t.params and is_plain(self.space, t)
         ]
+        if not self.lessons and len(ended) + len(running) < self.space.sampler.startup_trials:
+            return None
         ranks = ranks_of(ended) if ended else np.zeros(0)
         pool = self._pool(
             [ended[i].params for i in np.argsort(ranks)[:BEST]], tried, generator, fixed
@@ -392,7 +402,8 @@ class Guide:
             beyond[:count] = (ranks - ranks.mean()) - (before[:count] - before[:count].mean())
         solved = np.linalg.solve(covariance, np.column_stack([beyond, cross.T]))
         variance = RANK_VARIANCE * np.maximum(1.0 - (cross * solved[:, 1:].T).sum(axis=1), 0.0)
-        return np.asarray(expected + cross @ solved[:, 0] - EXPLORE * np.sqrt(variance))
+        explore = EXPLORE if there else EXPLORE_ALONE
+        return np.asarray(expected + cross @ solved[:, 0] - explore * np.sqrt(variance))
 
 
 def _lacks_contrast(tried_before: Sequence[Floats], there: Sequence[Floats]) -> bool:
@@ -404,6 +415,8 @@ def _lacks_contrast(tried_before: Sequence[Floats], there: Sequence[Floats]) -> 
         tried_before: Ranks that each lesson lets expect of what was tried.
         there: The same of what might be tried.
     """
+    if not there:
+        return False
     tried = np.mean(tried_before, axis=0)
     if len(tried) < CONTRAST_AFTER or len(tried) % 2 == 0:
         return False
