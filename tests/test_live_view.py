@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -150,6 +151,15 @@ def test_time_left_is_shared_by_the_places_and_counts_down(story: Story) -> None
         now = study_progress(story.study)
         assert now.left_s == pytest.approx((2 * 30.0 + 3 * 100.0) / 2, abs=30.0)
         assert time_left(story.study.trials(), now.running, 3) == pytest.approx(30.0, abs=30.0)
+
+
+def test_what_starting_a_worker_takes_is_not_gone_from_the_time_left(story: Story) -> None:
+    with Driver(story.study, out=story.folder) as driver:
+        number = story.ask(driver).number
+        time.sleep(2.0)
+        known = {"epoch": 1, "epochs": 3, "spent_s": 1.0, "evaluated_at": time.time()}
+        driver.describe(number, known)
+        assert study_progress(story.study).running[0].left_s == pytest.approx(2.0, abs=0.9)
 
 
 def test_status_watches_as_one_document_a_line(

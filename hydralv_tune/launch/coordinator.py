@@ -335,6 +335,7 @@ class Coordinator:
                 "epoch": message.get("epoch"),
                 "f1_iou50": message.get("best_f1_iou50", metrics.get("f1_iou50")),
                 "spent_s": message.get("seconds"),
+                "evaluated_at": time.time(),
             },
         )
         decision = self.driver.report(number, step, value, violation, message.get("best_folds"))

@@ -120,7 +120,12 @@ def _running(view: TrialView, heard_s: float | None, now: datetime) -> RunningTr
     left = seconds_left({**known, "seconds": known.get("spent_s")})
     if left is not None and view.started is not None:
         # The time since the evaluation is gone too, or the clock would stand still until the next.
-        since = (now - view.started).total_seconds() - float(known["spent_s"])
+        at = known.get("evaluated_at")
+        since = (
+            (now - view.started).total_seconds() - float(known["spent_s"])
+            if at is None  # an older driver: what starting the worker took counts as gone
+            else now.timestamp() - float(at)
+        )
         left = max(left - max(since, 0.0), 0.0)
     recipe = known.get("warm_start") or known.get("architecture")
     return RunningTrial(
