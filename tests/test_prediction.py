@@ -19,7 +19,7 @@ from hydralv_tune.numerics.test_time_augmentation import (
     Transform,
     activate,
     distinct_transforms,
-    ensemble,
+    join_transforms,
 )
 from hydralv_tune.trial.scoring.prediction import (
     load_network,
@@ -369,7 +369,7 @@ def test_wrong_input_is_refused_with_a_reason() -> None:
         with pytest.raises(ValueError, match=message):
             predict(network, picture(), candidate(inference=tta(**wrong)))
     with pytest.raises(ValueError, match="Unknown ensemble_mode"):
-        ensemble(network, torch.zeros(1, 1, 2, 2, 2), distinct_transforms(), "median")
+        join_transforms(network, torch.zeros(1, 1, 2, 2, 2), distinct_transforms(), "median")
 
 
 def state_of(setting: Candidate, network: nn.Module) -> dict[str, Any]:

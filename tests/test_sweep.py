@@ -30,7 +30,7 @@ from hydralv_tune.numerics.metrics.scores import score_labels as score
 from hydralv_tune.numerics.phantom.degradation import degraded_probabilities
 from hydralv_tune.numerics.phantom.volume import make_phantom
 from hydralv_tune.numerics.watershed.decoders import DECODERS, Decoder, decode, read_arguments
-from hydralv_tune.trial.scoring.sweep.grid import checked_axes, count
+from hydralv_tune.trial.scoring.sweep.grid import checked_axes, count_combinations
 from hydralv_tune.trial.scoring.sweep.sweep import Grid, SweepResult, sweep
 
 CONTOUR = "decode_instance_binary_contour_distance"
@@ -109,7 +109,7 @@ def assert_equal_to_decode_and_score(grid: Grid, volume: Volume, picks: int, see
     """Compare rows of a sweep, chosen at random, with decode and score; return how many."""
     maps, truth, mask = volume
     result = sweep(maps, truth, mask, grid, objective=VOI, threads=2)
-    assert result.combinations == count(checked_axes(grid))
+    assert result.combinations == count_combinations(checked_axes(grid))
     chosen = np.random.default_rng(seed).permutation(result.combinations)[:picks]
     for row in result.table.iloc[chosen].to_dict("records"):
         labels = decode(grid.decoder, maps, mask, **arguments_of(row, grid))
@@ -304,7 +304,7 @@ def test_no_seed_anywhere_is_error_one() -> None:
 def test_time_limit_of_nothing_leaves_one_flood_and_says_so() -> None:
     maps, truth, _ = noisy()
     result = sweep(maps, truth, None, Grid(CONTOUR, AXES, refine=1), time_limit_s=0.0)
-    whole = count(checked_axes(Grid(CONTOUR, AXES)))
+    whole = count_combinations(checked_axes(Grid(CONTOUR, AXES)))
     assert result.combinations == 3 * 3 * 2 * 2
     assert result.thinned is not None
     assert f"{result.combinations:,} of {whole:,} combinations" in result.thinned

@@ -11,7 +11,7 @@ import pytest
 
 from hydralv_tune.numerics.watershed.decoders import DECODERS, Decoder, read_arguments
 from hydralv_tune.trial.scoring.sweep.choice import by_rule, depths, plateau_of, rate
-from hydralv_tune.trial.scoring.sweep.grid import checked_axes, count, finer, halvings
+from hydralv_tune.trial.scoring.sweep.grid import checked_axes, count_combinations, finer, halvings
 from hydralv_tune.trial.scoring.sweep.sweep import Grid
 
 CONTOUR = "decode_instance_binary_contour_distance"
@@ -30,7 +30,7 @@ def test_axes_are_sorted_and_hold_each_value_once() -> None:
     assert axes["contour_threshold.seed"] == (0.5, np.inf)
     assert axes["min_seed_size"] == (1, 8)
     assert axes["contour_threshold.foreground"] == (np.inf,)
-    assert count(axes) == 3 * 2 * 2 * 2 * 2
+    assert count_combinations(axes) == 3 * 2 * 2 * 2 * 2
 
 
 def test_plateau_is_what_near_ties_reach_step_by_step() -> None:
@@ -85,7 +85,7 @@ def test_halvings_are_nested_and_end_in_one_flood() -> None:
     assert grids[-1] == axes
     assert all(len(grids[0][name]) == 1 for name in axes.slow)
     for small, large in itertools.pairwise(grids):
-        assert count(small) < count(large)
+        assert count_combinations(small) < count_combinations(large)
         assert all(set(small[name]) <= set(large[name]) for name in axes)
 
 

@@ -157,7 +157,7 @@ def activate(logits: Tensor, activations: Sequence[Sequence[Any]]) -> Tensor:
     return torch.stack([parts[channel] for channel in sorted(parts)], dim=1)
 
 
-def ensemble(
+def join_transforms(
     predict: Callable[[Tensor], Tensor],
     volume: Tensor,
     transforms: Sequence[Transform],

@@ -21,7 +21,11 @@ from hydralv_tune.numerics.augmentation.registry import AUGMENTATIONS
 from hydralv_tune.numerics.losses.registry import LOSSES, loss_arguments
 from hydralv_tune.numerics.networks.memory import training_bytes
 from hydralv_tune.numerics.networks.registry import ARCHITECTURES, build_network
-from hydralv_tune.numerics.test_time_augmentation import activate, distinct_transforms, ensemble
+from hydralv_tune.numerics.test_time_augmentation import (
+    activate,
+    distinct_transforms,
+    join_transforms,
+)
 from hydralv_tune.trial.scoring.prediction import network_of
 from hydralv_tune.trial.training.loop import Trainer, build_loss
 from hydralv_tune.trial.training.sampling import PatchSampler, ResidentVolume
@@ -141,7 +145,7 @@ def test_prediction_with_every_transform_never_waits_for_the_device(name: str, m
         return activate(network(window), [[0, 2, "sigmoid"], [2, 3, "tanh"]])
 
     with torch.inference_mode():
-        whole = ensemble(
+        whole = join_transforms(
             probabilities, torch.zeros(1, 1, 32, 32, 32, device=META), transforms, mode
         )
     assert whole.shape == (1, 3, 32, 32, 32)

@@ -31,7 +31,7 @@ from hydralv_tune.numerics.test_time_augmentation import (
     Transform,
     activate,
     distinct_transforms,
-    ensemble,
+    join_transforms,
     unfit_turn,
 )
 from hydralv_tune.trial.fitted_normalisation import (
@@ -466,7 +466,7 @@ def window_predictor(
             logits = network(inputs.expand(2, -1, -1, -1, -1) if alone else inputs)
         return activate(logits[: len(inputs)].float(), tta.channel_activations)
 
-    return lambda inputs: ensemble(probabilities, inputs, transforms, tta.ensemble_mode)
+    return lambda inputs: join_transforms(probabilities, inputs, transforms, tta.ensemble_mode)
 
 
 def _stitched(job: _Job, batch: int) -> Probabilities:

@@ -12,7 +12,7 @@ import pandas as pd
 from scipy import ndimage
 
 from hydralv_tune.numerics.metrics.registry import METRICS
-from hydralv_tune.trial.scoring.sweep.grid import plain
+from hydralv_tune.trial.scoring.sweep.grid import plain_threshold
 
 Array = npt.NDArray[Any]
 
@@ -113,5 +113,5 @@ def plateau_of(
             low -= 1
         while high + 1 < len(line) and line[high + 1]:
             high += 1
-        spans[name] = [plain(value) for value in values[low : high + 1]]
+        spans[name] = [plain_threshold(value) for value in values[low : high + 1]]
     return int(plateau.sum()), spans

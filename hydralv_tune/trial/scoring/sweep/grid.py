@@ -106,13 +106,13 @@ def checked_axes(grid: GridLike) -> Axes:
         for axis in decoder.axes
     }
     most = MOST_COMBINATIONS if decoder.sweep else MOST_DECODED
-    if count(checked) > most:
+    if count_combinations(checked) > most:
         why = (
             "" if decoder.sweep else f" since {grid.decoder} has no sweep form and must decode each"
         )
         raise ValueError(
-            f"the grid has {count(checked):,} combinations, but {most:,} is the most{why}; "
-            "shorten its axes and let `refine` look closer"
+            f"the grid has {count_combinations(checked):,} combinations, but {most:,} is the most"
+            f"{why}; shorten its axes and let `refine` look closer"
         )
     return Axes(checked, len(decoder.slow_axes))
 
@@ -126,7 +126,7 @@ def decoder_arguments_at(grid: GridLike, point: Mapping[str, Any]) -> dict[str, 
     """
     arguments: dict[str, Any] = {}
     for name, argument in arguments_of(grid.decoder).items():
-        entries = [plain(point[axis]) for axis in argument.axes(name) if axis in point]
+        entries = [plain_threshold(point[axis]) for axis in argument.axes(name) if axis in point]
         if argument.kind == "pair":
             arguments[name] = entries
         elif entries:
@@ -137,13 +137,13 @@ def decoder_arguments_at(grid: GridLike, point: Mapping[str, Any]) -> dict[str, 
     return arguments
 
 
-def plain(value: Any) -> Any:
+def plain_threshold(value: Any) -> Any:
     """Return a NumPy scalar as a Python one; no threshold, infinity, becomes None."""
     value = value.item() if isinstance(value, np.generic) else value
     return None if isinstance(value, float) and not np.isfinite(value) else value
 
 
-def count(axes: Mapping[str, Sequence[Any]]) -> int:
+def count_combinations(axes: Mapping[str, Sequence[Any]]) -> int:
     """Return the number of combinations."""
     return math.prod(len(values) for values in axes.values())
 

@@ -45,11 +45,11 @@ from hydralv_tune.trial.scoring.sweep.grid import (
     Grid,
     GridLike,
     checked_axes,
-    count,
+    count_combinations,
     decoder_arguments_at,
     finer,
     halvings,
-    plain,
+    plain_threshold,
 )
 from hydralv_tune.trial.scoring.sweep.volume import (
     NO_LIMIT,
@@ -177,7 +177,7 @@ def _short(row: Mapping[Any, Any], axes: Axes, metric: str) -> dict[str, Any]:
     rest |= {} if metric in HEADLINE else {metric: metric}
     rest |= dict(zip(HEADLINE, ("error", "foreground", "f1"), strict=True))
     rest |= {"instances_predicted": "found", "alike": "alike"}
-    return {**short, **{new: plain(row[name]) for name, new in rest.items()}}
+    return {**short, **{new: plain_threshold(row[name]) for name, new in rest.items()}}
 
 
 def _limit(value: float) -> str:
@@ -333,7 +333,7 @@ class _Runner:
 
     def thinning_note(self, axes: Axes, grids: Sequence[Axes]) -> str | None:
         """Return a sentence that says what the time limit cost, or none."""
-        before, after = count(axes), count(grids[0])
+        before, after = count_combinations(axes), count_combinations(grids[0])
         if before == after and not self.rounds_left_out:
             return None
         rounds = self.rounds_left_out
@@ -478,8 +478,8 @@ def _result(
     own = int(table["round"].iloc[winner])
     axes = grids[own]
     shape = [len(values) for values in axes.values()]
-    first = sum(count(earlier) for earlier in grids[:own])
-    near = table["near_tie"].to_numpy()[first : first + count(axes)].reshape(shape)
+    first = sum(count_combinations(earlier) for earlier in grids[:own])
+    near = table["near_tie"].to_numpy()[first : first + count_combinations(axes)].reshape(shape)
     at = [int(index) for index in np.unravel_index(winner - first, shape)]
     width, spans = plateau_of(near, at, axes)
     best = (winner, int(np.lexsort((cost, -f1))[0]), int(np.lexsort((-f1, cost))[0]))
