@@ -33,10 +33,13 @@ os.environ.update(RAY_worker_niceness="0")
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 LONGEST = (
-    "test_main_job", "test_docs", "test_help", "test_witness", "test_launch", "test_failures",
-    "test_ray_failures", "test_trial", "test_study", "test_whole_volume",
+    "test_main_job", "test_help", "test_trial", "test_witness", "test_study", "test_docs",
+    "test_whole_volume", "test_failures", "test_cli", "test_launch", "test_ray_failures",
 )  # fmt: skip
-"""Files of a minute and more. They come first, so that no worker ends long after the others."""
+"""Files of a minute and more, those that wait for Ray between those that compute.
+
+They come first, so that no worker ends long after the others.
+"""
 
 WARM_UP = "from hydralv_tune.trial.scoring.sweep.sweep import warm_up; warm_up()"
 
