@@ -62,7 +62,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     smoke = {"data": {"augmentation": {"preset": "all", **_unsaid()}}}
-    report("smoke", smoke, "cpu", arguments.steps, share_limit=0.10, ratio_limit=1.5)
+    report("smoke", smoke, "cpu", arguments.steps, share_limit=0.08, ratio_limit=2.0)
     concurrent("cpu", arguments.steps, (1, 2))
     if not torch.cuda.is_available():
         print("GPU: torch.cuda is not available here, so that part is not measured.")

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from typing import Any
 
 import numpy as np
 import pytest
-from scipy.ndimage import gaussian_filter
+from scipy.ndimage import gaussian_filter, label
 
 from hydralv_tune.numerics.watershed.decoders import CONTOUR
+from hydralv_tune.numerics.watershed.flood import components
+from hydralv_tune.numerics.watershed.graph import contour_graph
 from hydralv_tune.numerics.watershed.parts import Parts
 from hydralv_tune.numerics.watershed.pruning import pruned, steps_from_any_seed
 from hydralv_tune.trial.scoring.sweep import volume
@@ -88,7 +92,7 @@ def test_parts_and_pruning_change_no_sum(seed: int, monkeypatch: pytest.MonkeyPa
 
 
 def test_the_cases_have_instances_several_parts_and_something_to_prune() -> None:
-    found, parts, cut = 0, 0, 0
+    found, parts, cut, lakes, alone = 0, 0, 0, 0, 0
     for seed in range(24):
         maps, labels, mask, grid = a_case(seed)
         axes = checked_axes(grid)
@@ -103,7 +107,70 @@ def test_the_cases_have_instances_several_parts_and_something_to_prune() -> None
             int(max(axes["min_seed_size"])), steps_from_any_seed(graph),
         )  # fmt: skip
         cut += int(np.bitwise_count(less.unvisited).sum() < np.bitwise_count(graph.unvisited).sum())
-        parts += len(Parts(less)) > 1
+        found_parts = Parts(less)
+        parts += len(found_parts) > 1
+        nothing = np.zeros(0, np.int32)
+        own = [found_parts.part(number, nothing)[0] for number in range(len(found_parts))]
+        # Floods of several lakes meet in the background, and some seeds lie in it.
+        lakes += any(len(part.lakes.starts) > 3 and part.is_background.any() for part in own)
+        alone += any(part.is_background[part.elements].any() for part in own)
     assert found >= 18
     assert parts >= 4
     assert cut >= 8
+    assert lakes >= 8
+    assert alone >= 4
+
+
+@pytest.mark.parametrize("share", [0.05, 0.2, 0.5, 0.9, 1.0])
+def test_components_are_those_of_scipy(share: float) -> None:
+    rng = np.random.default_rng(int(100 * share))
+    maps = np.zeros((3, 9, 11, 13), np.float32)
+    maps[0] = rng.random(maps.shape[1:]) < share
+    graph = contour_graph(maps, None, seeds=(0.5, -1.0, -1.0), limits=(0.5, -1.0, -1.0))
+    found, component, sizes = components(
+        graph.values, np.array([0.5, -1.0, -1.0]), graph.candidates, graph.nodes, graph.box.before
+    )
+    expected, count = label(maps[0] > 0.5, np.ones((3, 3, 3)))
+    assert len(sizes) == count
+    labels = np.zeros(expected.size, np.int64)
+    labels[graph.box.voxels_of(graph.nodes[found])] = component + 1
+    np.testing.assert_array_equal(labels.reshape(expected.shape), expected)
+    np.testing.assert_array_equal(sizes, np.bincount(expected.ravel())[1:])
+
+
+COMPILED = """
+import sys
+import numpy as np
+from hydralv_tune.numerics.watershed import flood, graph, lakes, parts, pruning, threshold_sums
+from hydralv_tune.trial.scoring.sweep import sweep, volume
+
+def compiled():
+    return {
+        (module.__name__, name): len(own.signatures)
+        for module in (flood, graph, lakes, parts, pruning, threshold_sums)
+        for name, own in vars(module).items() if hasattr(own, "signatures")
+    }
+
+sweep.warm_up()
+before = compiled()
+assert before["hydralv_tune.numerics.watershed.parts", "add_sums"] == 1, before
+rng = np.random.default_rng(0)
+maps = rng.random((3, 12, 13, 14)).astype(np.float16)
+labels = rng.integers(0, 5, maps.shape[1:]).astype(np.uint16)
+volume.LARGE_PART = int(sys.argv[1])
+for decoder in ("decode_instance_binary_contour_distance", "decode_instance_watershed_distance"):
+    for seeds in ([0.5], [0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8]):
+        axes = {"distance_threshold.seed": seeds, "min_seed_size": [1, 4]}
+        for mask in (None, labels > 0):
+            sweep.sweep(maps, labels, mask, sweep.Grid(decoder, axes), threads=2)
+after = compiled()
+assert after == before, {name: count for name, count in after.items() if before[name] != count}
+"""
+
+
+@pytest.mark.parametrize("large", [1, 10**9])
+def test_a_sweep_compiles_nothing_once_it_is_warm(large: int) -> None:
+    """What is compiled later is not told as such: half a minute would count as the sweep's."""
+    command = [sys.executable, "-c", COMPILED, str(large)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr

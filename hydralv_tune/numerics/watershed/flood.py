@@ -54,34 +54,26 @@ def _numbered(parent: Any, counts: Any) -> Any:
     return number, total
 
 
-@kernel
-def _joined(seeds: Any, place: Any, where: Any, position: Any, before: Any) -> Any:
-    """Return the parent of each seed in a union-find over 26 neighbours."""
-    parent = np.arange(len(seeds)).astype(np.int32)
-    for index in range(len(seeds)):
-        at = position[seeds[index]]
-        for offset in before:
-            other = where[at + offset]
-            if other >= 0 and place[other] >= 0:
-                _join(parent, index, place[other])
-    return parent
+ROWS_BEFORE = (1, 4, 7, 10)
+"""Of the 13 neighbours that precede a voxel, those at its own x in the four rows before its own."""
 
 
 @kernel
-def components(
-    values: Any, thresholds: Any, candidates: Any, where: Any, position: Any, before: Any
-) -> Any:
+def components(values: Any, thresholds: Any, candidates: Any, position: Any, before: Any) -> Any:
     """Return (seed nodes, component of each, component sizes), 26-connected.
+
+    Seeds side by side in a row are joined as one run, and runs of neighbouring rows are gone
+    through together, so nothing is looked up at random.
 
     Args:
         values: (channels, nodes), float32; a seed is above the threshold in every channel.
         thresholds: (channels,), float64.
         candidates: Nodes that may be seeds, int32, in raster order.
-        where, position, before: Of `WatershedGraph` and its box.
+        position, before: Of `WatershedGraph` and its box.
     """
-    place = np.full(values.shape[1], -1, np.int32)
-    seeds = np.empty(len(candidates), np.int32)
-    found = 0
+    seeds, run = np.empty(len(candidates), np.int32), np.empty(len(candidates), np.int32)
+    first, last = np.empty(len(candidates), np.int32), np.empty(len(candidates), np.int32)
+    found, runs = 0, 0
     for node in candidates:
         above = True
         for channel in range(values.shape[0]):
@@ -89,23 +81,31 @@ def components(
                 above = False
                 break
         if above:
-            place[node] = found
+            place = position[node]
+            if runs == 0 or place != last[runs - 1] + 1:
+                first[runs] = place
+                runs += 1
+            last[runs - 1] = place
             seeds[found] = node
+            run[found] = runs - 1
             found += 1
-    seeds = seeds[:found].copy()
-    parent = _joined(seeds, place, where, position, before)
-    label = np.empty(found, np.int32)
-    sizes = np.zeros(found, np.int64)
-    total = 0
+    parent = np.arange(runs).astype(np.int32)
+    for row in ROWS_BEFORE:
+        begin = 0
+        for index in range(runs):
+            low, high = first[index] + before[row] - 1, last[index] + before[row] + 1
+            while last[begin] < low:
+                begin += 1
+            other = begin
+            while first[other] <= high:
+                _join(parent, index, other)
+                other += 1
+    number, total = _numbered(parent, np.ones(runs, np.bool_))
+    label, sizes = np.empty(found, np.int32), np.zeros(total, np.int64)
     for index in range(found):
-        top = _root(parent, index)
-        if top == index:
-            label[index] = total
-            total += 1
-        else:
-            label[index] = label[top]
+        label[index] = number[run[index]] - 1
         sizes[label[index]] += 1
-    return seeds, label, sizes[:total].copy()
+    return seeds[:found].copy(), label, sizes
 
 
 def regions(inside: Array, counted: Array) -> tuple[Array, Array, Array]:
@@ -238,14 +238,18 @@ def fingerprint(seeds: Any) -> Any:
     return one, two
 
 
+DE_BRUIJN = np.uint64(0x03F79D71B4CB0A89)
+"""Its product with each power of two begins with six other bits."""
+LOWEST_BIT = np.zeros(64, np.uint8)
+for _bit in range(64):
+    LOWEST_BIT[((1 << _bit) * int(DE_BRUIJN) % 2**64) >> 58] = _bit
+
+
 @kernel
-def _lowest_bit(word: Any) -> int:
-    bit = 0
-    for width in (32, 16, 8, 4, 2, 1):
-        if word & ((np.uint64(1) << np.uint64(width)) - np.uint64(1)) == 0:
-            word >>= np.uint64(width)
-            bit += width
-    return bit
+def lowest_bit(word: Any) -> Any:
+    """Return the place of the lowest bit that is set."""
+    alone = word & (~word + np.uint64(1))
+    return np.int64(LOWEST_BIT[(alone * DE_BRUIJN) >> np.uint64(58)])
 
 
 @kernel
@@ -268,8 +272,8 @@ def _push(node: int, rank: int, queues: Any, lowest: int) -> int:
 def _pop(top: int, queues: Any) -> int:
     """Take the first node out of the lowest rank, which is known to lie under this word."""
     head, _, follows, bits, tops = queues
-    word = (top << 6) + _lowest_bit(tops[top])
-    rank = (word << 6) + _lowest_bit(bits[word])
+    word = (top << 6) + lowest_bit(tops[top])
+    rank = (word << 6) + lowest_bit(bits[word])
     node = head[rank]
     head[rank] = follows[node]
     if head[rank] < 0:
@@ -394,8 +398,7 @@ class Workspace:
         """Return (seed nodes, component of each, component sizes)."""
         graph = self.graph
         return components(
-            graph.values, thresholds, graph.candidates, graph.where, graph.nodes,
-            graph.box.before,
+            graph.values, thresholds, graph.candidates, graph.nodes, graph.box.before
         )  # fmt: skip
 
     def flooded(self, seeds: Ints, seed_labels: Ints) -> Ints:

@@ -6,36 +6,74 @@ is small, so it stays in the processor's cache, and few of the seed masks of a g
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from hydralv_tune.numerics.watershed.compiled import kernel
-from hydralv_tune.numerics.watershed.flood import components, fingerprint, flood, keep_large
-from hydralv_tune.numerics.watershed.graph import (
-    BASIN,
-    NEEDED,
-    SEED,
-    Ints,
-    WatershedGraph,
-    bits_of,
-    box_with_wall,
-    gathered,
-    take,
+from hydralv_tune.numerics.watershed.flood import components, fingerprint, keep_large
+from hydralv_tune.numerics.watershed.graph import Ints, WatershedGraph, take
+from hydralv_tune.numerics.watershed.lakes import (
+    LakeRoom,
+    Lakes,
+    flood_lake,
+    follow_plan,
+    lake_room_of,
+    lakes_of,
+    make_plan,
 )
 from hydralv_tune.numerics.watershed.threshold_sums import threshold_sums
 
 Array = npt.NDArray[Any]
+Flags = npt.NDArray[np.bool_]
 
 
-@dataclass(frozen=True)
-class Part:
-    """A part of a graph: its own graph, and which nodes of the whole are its nodes, ascending."""
+class Part(NamedTuple):
+    """A part of a graph as the kernels take it.
 
-    graph: WatershedGraph
-    nodes: Ints
+    Its voxels are elements, one after the other in raster order. Before each row of them lies an
+    element that is none, so that the neighbours along x are the elements before and after.
+
+    Args:
+        names: (candidates,), int32, which node of the whole graph each candidate for a seed is.
+        values: (channels, candidates), float32.
+        position: (candidates,), int32, places in the whole box, ascending.
+        elements: (candidates,), int32.
+        candidates: (candidates,), int32, their numbers: 0, 1, 2 …
+        before: Of the whole box.
+        beside: (elements, 4), int32, the neighbours at z - 1, y - 1, y + 1 and z + 1; 0 for none.
+        is_background, is_needed: (elements,), of the voxels outside lakes, and of all.
+        lakes: `Lakes`.
+    """
+
+    names: Ints
+    values: Array
+    position: Ints
+    elements: Ints
+    candidates: Ints
+    before: Array
+    beside: Ints
+    is_background: Flags
+    is_needed: Flags
+    lakes: Lakes
+
+
+class Room(NamedTuple):
+    """The memory one thread needs to flood a part again and again, beside that of a plan.
+
+    Args:
+        lakes: `LakeRoom`.
+        labels: (elements,), int32.
+    """
+
+    lakes: LakeRoom
+    labels: Ints
+
+
+def room_of(part: Part) -> Room:
+    """Return the memory for floods of a part."""
+    return Room(lakes=lake_room_of(part.lakes), labels=np.empty(len(part.beside), np.int32))
 
 
 class Parts:
@@ -70,30 +108,66 @@ class Parts:
         """Return the number of voxels of each part."""
         return np.diff(self._starts)
 
-    def __getitem__(self, number: int) -> Part:
-        """Return one part, with a graph in the smallest box that holds it."""
+    def part(self, number: int, nodes: Ints) -> tuple[Part, Ints]:
+        """Return one part, and the elements of some of its nodes.
+
+        Args:
+            number: Of the part.
+            nodes: Of the whole graph.
+        """
         whole = self._graph
         places = np.sort(self._places[self._starts[number] : self._starts[number + 1]])
-        _, high, wide = whole.box.padded
-        z, rest = np.divmod(places, high * wide)
-        y, x = np.divmod(rest, wide)
-        low = [int(axis.min()) - 1 for axis in (z, y, x)]
-        padded = [int(axis.max()) - first + 2 for axis, first in zip((z, y, x), low, strict=True)]
-        box = box_with_wall(
-            whole.box.shape,
-            [own + first for own, first in zip(whole.box.low, low, strict=True)],
-            padded,
+        # One element that is no voxel before each row, and one at the end.
+        elements = np.arange(len(places), dtype=np.int32)
+        elements += np.cumsum(np.diff(places, prepend=np.int32(-2)) != 1, dtype=np.int32)
+        beside = np.zeros((int(elements[-1]) + 2, 4), np.int32)
+        faces = whole.box.faces
+        for column, face in enumerate((faces[0], faces[1], faces[4], faces[5])):
+            _find_beside(places, elements, face, beside[:, column])
+        own = whole.where[places]
+        is_node = own >= 0
+        own = own[is_node]
+        known, ranks = np.unique(whole.ranks[own], return_inverse=True)
+        background = len(known) - int(known[-1] == whole.levels)
+        rank = np.full(len(beside), -1, np.int32)
+        rank[elements] = background
+        rank[elements[is_node]] = ranks
+        is_needed = np.zeros(len(beside), bool)
+        is_needed[elements[is_node]] = whole.needed[own] > 0
+        is_candidate = self._is_candidate[own]
+        names = own[is_candidate]
+        part = Part(
+            names=names,
+            values=np.ascontiguousarray(whole.values[:, names]),
+            position=places[is_node][is_candidate],
+            elements=elements[is_node][is_candidate],
+            candidates=np.arange(len(names), dtype=np.int32),
+            before=whole.box.before,
+            beside=beside,
+            is_background=rank == background,
+            is_needed=is_needed,
+            lakes=lakes_of(beside, rank, is_needed, background),
         )
-        _, high, wide = padded
-        here = (((z - low[0]) * high + y - low[1]) * wide + x - low[2]).astype(np.int32)
-        nodes = whole.where[places]
-        is_node = nodes >= 0
-        nodes = nodes[is_node]
-        flags = SEED * self._is_candidate[nodes] + NEEDED * whole.needed[nodes]
-        flags = flags + BASIN * (whole.ranks[nodes] < whole.levels)
-        values = np.ascontiguousarray(whole.values[:, nodes])
-        unvisited = bits_of(here, len(box))
-        return Part(gathered(box, here[is_node], values, flags, unvisited, len(places)), nodes)
+        return part, elements[np.searchsorted(places, whole.nodes[nodes])]
+
+
+@kernel
+def _find_beside(places: Any, elements: Any, offset: int, beside: Any) -> None:
+    """Write the element of the voxel at an offset from each voxel; nothing where there is none.
+
+    Args:
+        places: Ascending.
+        elements: Of the places.
+        offset: In places.
+        beside: (elements,), int32; written to.
+    """
+    other = 0
+    for index in range(len(places)):
+        wanted = places[index] + offset
+        while other < len(places) and places[other] < wanted:
+            other += 1
+        if other < len(places) and places[other] == wanted:
+            beside[elements[index]] = elements[other]
 
 
 @kernel
@@ -141,63 +215,123 @@ def _number(places: Any, starts: Any, where: Any, of_node: Any) -> None:
 
 
 @kernel
-def sums_of_part(
-    names: Any, values: Any, candidates: Any, where: Any, position: Any, before: Any, faces: Any,
-    ranks: Any, levels: int, needed: Any, needed_count: int, unvisited: Any, known: Any,
-    background: int, thresholds: Any, least_seeds: Any, scored: Any, truth: Any, cell: Any,
-    bins: Any, truth_sizes: Any, least: Any, sums: Any, marks: Any,
-) -> None:  # fmt: skip
-    """Add the sums of a part for each set of seeds, and the fingerprint of its seeds.
-
-    Seeds that were met before in this part are not flooded again.
+def mark_seeds(
+    part: Any, thresholds: Any, least_seeds: Any, start: int, stop: int, marks: Any
+) -> None:
+    """Write the fingerprint of a part's seeds for some of the sets of thresholds.
 
     Args:
-        names: (nodes,), int32, the number of each node in the whole graph.
-        values, candidates, where, position, before, faces, ranks, levels, needed, needed_count,
-            unvisited, known, background: Of `WatershedGraph` and its box.
+        part: A `Part`.
         thresholds: (combinations, channels), float64, what a seed must be above.
         least_seeds: (combinations,), int64, the smallest seed.
-        scored, truth, cell: (scored nodes,), sorted by truth; bins, truth_sizes, least: as for
-            `threshold_sums`.
-        sums: (combinations, 6, sizes, foreground combinations), int64; added to.
-        marks: (combinations, 2), uint64; added to.
+        start, stop: Which combinations.
+        marks: (combinations, 2), uint64; written to.
     """
-    own = np.empty((len(thresholds), 2), np.uint64)
-    seeds, label, sizes = components(values, thresholds[0], candidates, where, position, before)
-    for index in range(len(thresholds)):
-        if index > 0 and not (thresholds[index] == thresholds[index - 1]).all():
-            seeds, label, sizes = components(
-                values, thresholds[index], candidates, where, position, before
-            )
+    seeds, label, sizes = _components(part, thresholds[start])
+    for index in range(start, stop):
+        if index > start and not (thresholds[index] == thresholds[index - 1]).all():
+            seeds, label, sizes = _components(part, thresholds[index])
         kept, _, _ = keep_large(seeds, label, sizes, least_seeds[index])
-        own[index, 0], own[index, 1] = fingerprint(names[kept])
-        marks[index, 0] += own[index, 0]
-        marks[index, 1] += own[index, 1]
-    first, follows = _same(own)
-    labels = np.empty(len(position), np.int32)
-    queued = np.empty(len(position), np.int32)
-    now, later = np.empty(background, np.int64), np.empty(background, np.int64)
-    for index in range(len(thresholds)):
-        if not first[index] or (own[index] == 0).all():
-            continue
-        seeds, label, sizes = components(
-            values, thresholds[index], candidates, where, position, before
-        )
-        kept, kept_labels, _ = keep_large(seeds, label, sizes, least_seeds[index])
+        marks[index, 0], marks[index, 1] = fingerprint(part.names[kept])
+
+
+@kernel
+def _components(part: Any, thresholds: Any) -> Any:
+    """Return what `components` does of a part's candidates."""
+    return components(part.values, thresholds, part.candidates, part.position, part.before)
+
+
+@kernel
+def add_sums(
+    part: Any, room: Any, thresholds: Any, least_seeds: Any, rows: Any, follows: Any, scored: Any,
+    truth: Any, cell: Any, bins: Any, truth_sizes: Any, least: Any, sums: Any,
+) -> None:  # fmt: skip
+    """Flood a part from some sets of seeds, and add its sums for all combinations that have them.
+
+    Args:
+        part, room: A `Part`, and a `Room` for it.
+        thresholds, least_seeds: As for `mark_seeds`.
+        rows: Combinations, each with another set of seeds.
+        follows: (combinations,), int64, the next one with the same seeds, -1 for none.
+        scored: (scored nodes,), int32, elements, sorted by truth; truth, cell alike, and bins,
+            truth_sizes, least: as for `threshold_sums`.
+        sums: (combinations, 6, sizes, foreground combinations), int64; added to.
+    """
+    labels = room.labels
+    nothing = np.zeros(len(part.lakes.starts) - 1, np.bool_), np.zeros(0, np.int64)
+    plan = make_plan(part.lakes, part.beside, part.is_background, part.is_needed, *nothing)
+    planned = (np.uint64(0), np.uint64(0))
+    for row in rows:
+        seeds, label, sizes = _components(part, thresholds[row])
+        kept, kept_labels, _ = keep_large(seeds, label, sizes, least_seeds[row])
         labels[:] = 0
-        flood(
-            kept, kept_labels, ranks, levels, needed, needed_count, unvisited.copy(), known, where,
-            position, faces, labels, queued, now, later,
-        )  # fmt: skip
+        is_seeded, alone = _flood_lakes(part, room, part.elements[kept], kept_labels)
+        sources = fingerprint(np.concatenate((np.flatnonzero(is_seeded), -1 - alone)))
+        if sources != planned:
+            plan = make_plan(
+                part.lakes, part.beside, part.is_background, part.is_needed, is_seeded, alone
+            )
+            planned = sources
+        follow_plan(plan, part.lakes, room.lakes, labels)
         found, _ = threshold_sums(labels[scored], truth, cell, bins, truth_sizes, least, False)
-        same = index
+        same = row
         while same >= 0:
             sums[same] += found
             same = follows[same]
 
 
 @kernel
-def _same(marks: Any) -> Any:
+def _flood_lakes(part: Any, room: Any, seeds: Any, seed_labels: Any) -> Any:
+    """Write the labels of all lakes that have a seed and of the seeds in no lake; return both.
+
+    A lake whose seeds are those of its last flood is not flooded again: labels are of the seeds.
+    """
+    lakes, own, labels = part.lakes, room.lakes, room.labels
+    starts, of, slot_of, elements = (
+        lakes.starts, lakes.of, lakes.slot, lakes.elements
+    )  # fmt: skip
+    origin, marks = own.origin, own.marks
+    count = len(starts) - 1
+    # Seeds lake by lake, in raster order.
+    begins = np.zeros(count + 1, np.int64)
+    for element in seeds:
+        slot = slot_of[element]
+        if slot >= 0:
+            begins[of[slot] + 1] += 1
+    for lake in range(count):
+        begins[lake + 1] += begins[lake]
+    ends = begins[:-1].copy()
+    slots = np.empty(begins[count], np.int32)
+    alone, end = np.empty(len(seeds) - begins[count], np.int64), 0
+    label_of = own.label_of
+    for index in range(len(seeds)):
+        slot = slot_of[seeds[index]]
+        if slot >= 0:
+            slots[ends[of[slot]]] = slot
+            ends[of[slot]] += 1
+            label_of[slot] = seed_labels[index]
+        else:
+            alone[end] = seeds[index]
+            labels[seeds[index]] = seed_labels[index]
+            end += 1
+    is_seeded = np.zeros(count, np.bool_)
+    for lake in range(count):
+        start, stop = begins[lake], begins[lake + 1]
+        if start == stop:
+            continue
+        is_seeded[lake] = True
+        one, two = fingerprint(slots[start:stop])
+        if marks[lake, 0] != one or marks[lake, 1] != two:
+            flood_lake(lakes, part.beside, lake, slots, start, stop, own)
+            marks[lake, 0] = one
+            marks[lake, 1] = two
+        for slot in range(starts[lake], starts[lake + 1]):
+            labels[elements[slot]] = label_of[origin[slot]]
+    return is_seeded, alone
+
+
+@kernel
+def same_rows(marks: Any) -> Any:
     """Return which rows are the first of their kind, and the next row of the same kind (-1: none).
 
     Args:

@@ -39,15 +39,12 @@ def pruned(
         least_seed: The largest size that a seed must have.
         near: Of `steps_from_any_seed`.
     """
-    found = components(
-        graph.values, thresholds, graph.candidates, graph.where, graph.nodes, graph.box.before
-    )
+    found = components(graph.values, thresholds, graph.candidates, graph.nodes, graph.box.before)
     seeds, _, _ = keep_large(*found, least_seed)
     steps = np.full(len(graph.nodes), NEVER, np.int32)
     _steps(
         seeds, graph.ranks, graph.levels, graph.needed, graph.needed_count,
         graph.unvisited.copy(), graph.known, graph.where, graph.nodes, graph.box.faces, steps,
-        np.zeros(0, np.uint8),
     )  # fmt: skip
     needed = np.flatnonzero(graph.needed)
     far_first = needed[np.argsort(-steps[needed], kind="stable")].astype(np.int32)
@@ -62,17 +59,18 @@ def pruned(
 
 
 def steps_from_any_seed(graph: WatershedGraph) -> npt.NDArray[np.uint8]:
-    """Return the steps through the background from the nearest place that may be a seed or basin.
+    """Return how many voxels of the background lie at least on a way from a seed or basin to each.
+
+    It is the city block distance to the nearest place that may be one: no way through the domain
+    is shorter, and it takes two passes in memory order, where a search takes one at random.
 
     Returns:
         (places of the box,), `FAR` where it is that or more.
     """
     near = np.full(len(graph.box), FAR, np.uint8)
-    _steps(
-        _sources(graph), graph.ranks, graph.levels, graph.needed, NEVER,
-        graph.unvisited.copy(), graph.known, graph.where, graph.nodes, graph.box.faces,
-        np.empty(len(graph.nodes), np.int32), near,
-    )  # fmt: skip
+    sources = _sources(graph)
+    near[graph.nodes[sources]] = graph.ranks[sources] >= graph.levels
+    _spread(near.reshape(graph.box.padded))
     return near
 
 
@@ -84,18 +82,53 @@ def _sources(graph: WatershedGraph) -> Ints:
 
 
 @kernel
-def _pushed(queue: Any, ends: int, place: int) -> Any:
-    """Return the queue with a place behind its end, longer where it was full."""
-    if ends == len(queue):
-        queue = np.concatenate((queue, np.empty(len(queue), np.int32)))
-    queue[ends] = place
-    return queue
+def _spread(near: Any) -> None:
+    """Lower each value of (z, y, x), uint8, to one more than any of its 6 neighbours at most.
+
+    Args:
+        near: Written to; the top value stays where it is reached.
+    """
+    depth, height, width = near.shape
+    for z in range(depth):
+        for y in range(height):
+            row = near[z, y]
+            if z > 0:
+                _lower(row, near[z - 1, y])
+            if y > 0:
+                _lower(row, near[z, y - 1])
+            for x in range(1, width):
+                if row[x] > row[x - 1]:
+                    row[x] = min(row[x], row[x - 1] + 1)
+    for z in range(depth - 1, -1, -1):
+        for y in range(height - 1, -1, -1):
+            row = near[z, y]
+            if z < depth - 1:
+                _lower(row, near[z + 1, y])
+            if y < height - 1:
+                _lower(row, near[z, y + 1])
+            for x in range(width - 2, -1, -1):
+                if row[x] > row[x + 1]:
+                    row[x] = min(row[x], row[x + 1] + 1)
+
+
+@kernel
+def _lower(row: Any, beside: Any) -> None:
+    """Lower each value of a row to one more than that beside it."""
+    for x in range(len(row)):
+        if row[x] > beside[x]:
+            row[x] = min(row[x], beside[x] + 1)
+
+
+@kernel
+def _longer(queue: Any) -> Any:
+    """Return the queue with as much room again behind it, for six neighbours at least."""
+    return np.concatenate((queue, np.empty(len(queue) + 6, np.int32)))
 
 
 @kernel
 def _steps(
     seeds: Any, ranks: Any, levels: int, needed: Any, needed_left: int, unvisited: Any, known: Any,
-    where: Any, position: Any, faces: Any, of_node: Any, of_place: Any,
+    where: Any, position: Any, faces: Any, of_node: Any,
 ) -> None:  # fmt: skip
     """Write how many voxels of the background a flood from the seeds enters on the way to each.
 
@@ -104,9 +137,8 @@ def _steps(
         ranks, levels, needed, unvisited, known, where, position, faces: As for `flood`.
         needed_left: It ends when so many needed nodes are reached.
         of_node: (nodes,), int32; written to.
-        of_place: (places,), uint8, or empty; written to.
     """
-    now, later = np.empty(1024, np.int32), np.empty(1024, np.int32)
+    now, later = np.empty(len(seeds) + 1024, np.int32), np.empty(len(seeds) + 1024, np.int32)
     now_ends, later_ends, level = 0, 0, 0
     for node in seeds:
         place = np.int64(position[node])
@@ -114,37 +146,36 @@ def _steps(
             continue
         needed_left -= needed[node]
         of_node[node] = ranks[node] >= levels
-        if len(of_place):
-            of_place[place] = of_node[node]
         if ranks[node] < levels:
-            now = _pushed(now, now_ends, place)
+            now[now_ends] = place
             now_ends += 1
         else:
-            later = _pushed(later, later_ends, place)
+            later[later_ends] = place
             later_ends += 1
     while needed_left > 0 and now_ends + later_ends > 0:
         at = 0
         while at < now_ends:
             place = np.int64(now[at])
             at += 1
+            if now_ends + 6 > len(now):
+                now = _longer(now)
+            if later_ends + 6 > len(later):
+                later = _longer(later)
             for offset in faces:
                 other = place + offset
                 if not take(unvisited, other):
                     continue
-                step = level + 1
                 if has(known, other):
                     node = where[other]
-                    step -= ranks[node] < levels
-                    of_node[node] = step
+                    is_basin = ranks[node] < levels
+                    of_node[node] = level + 1 - is_basin
                     needed_left -= needed[node]
-                if len(of_place):
-                    of_place[other] = min(step, FAR)
-                if step == level:
-                    now = _pushed(now, now_ends, other)
-                    now_ends += 1
-                else:
-                    later = _pushed(later, later_ends, other)
-                    later_ends += 1
+                    if is_basin:
+                        now[now_ends] = other
+                        now_ends += 1
+                        continue
+                later[later_ends] = other
+                later_ends += 1
         now, later = later, now
         now_ends, later_ends = later_ends, 0
         level += 1
@@ -169,8 +200,8 @@ def _keep(
     """
     # Of those with as many steps left: what came from the level before, then basins, which cost
     # no step to leave, then the background.
-    came, basins = np.empty(1024, np.int32), np.empty(1024, np.int32)
-    plains, later = np.empty(1024, np.int32), np.empty(1024, np.int32)
+    came, later = np.empty(1024, np.int32), np.empty(1024, np.int32)
+    basins, plains = np.empty(1024, np.int32), np.empty(1024, np.int32)
     came_ends, begun = 0, 0
     left = steps[far_first[0]] if len(far_first) else 0
     while left >= 0 and (came_ends > 0 or begun < len(far_first)):
@@ -180,40 +211,50 @@ def _keep(
             place = np.int64(position[far_first[begun]])
             begun += 1
             if take(unvisited, place):
-                came = _pushed(came, came_ends, place)
+                if came_ends + 6 > len(came):
+                    came = _longer(came)
+                came[came_ends] = place
                 came_ends += 1
         basin_ends, plain_ends, later_ends = 0, 0, 0
         for at in range(came_ends):
             place = np.int64(came[at])
             if has(known, place) and ranks[where[place]] < levels:
-                basins = _pushed(basins, basin_ends, place)
+                if basin_ends + 6 > len(basins):
+                    basins = _longer(basins)
+                basins[basin_ends] = place
                 basin_ends += 1
-            else:
-                plains = _pushed(plains, plain_ends, place)
+            elif left >= near[place]:  # nor is anything beyond it where not
+                if plain_ends + 6 > len(plains):
+                    plains = _longer(plains)
+                plains[plain_ends] = place
                 plain_ends += 1
         at = 0
         while at < basin_ends:
             place = np.int64(basins[at])
             at += 1
+            if basin_ends + 6 > len(basins):
+                basins = _longer(basins)
+            if plain_ends + 6 > len(plains):
+                plains = _longer(plains)
             for offset in faces:
                 other = place + offset
                 if not take(unvisited, other):
                     continue
                 if has(known, other) and ranks[where[other]] < levels:
-                    basins = _pushed(basins, basin_ends, other)
+                    basins[basin_ends] = other
                     basin_ends += 1
-                else:
-                    plains = _pushed(plains, plain_ends, other)
+                elif left >= near[other]:
+                    plains[plain_ends] = other
                     plain_ends += 1
         for at in range(plain_ends):
             place = np.int64(plains[at])
-            if left < near[place]:
-                continue  # nor is anything beyond it
             kept[place >> 6] |= np.uint64(1) << np.uint64(place & 63)
+            if later_ends + 6 > len(later):
+                later = _longer(later)
             for offset in faces:
                 other = place + offset
                 if take(unvisited, other):
-                    later = _pushed(later, later_ends, other)
+                    later[later_ends] = other
                     later_ends += 1
         came, later = later, came
         came_ends = later_ends

@@ -39,8 +39,8 @@ def _suffix_sums(row: Any, bins: Any) -> None:
 
 
 @kernel
-def _by_label(labels: Any, cell: Any) -> Any:
-    """Return the nodes of each label, in their order, and where each label's begin."""
+def _by_label(labels: Any, truth: Any, cell: Any) -> Any:
+    """Return truth and cell of the nodes of each label, in their order, and where each begins."""
     top = 0
     for node in range(len(labels)):
         top = max(top, labels[node])
@@ -51,12 +51,14 @@ def _by_label(labels: Any, cell: Any) -> Any:
     for label in range(top + 1):
         starts[label + 1] += starts[label]
     ends = starts.copy()
-    order = np.empty(starts[top + 1], np.int32)
+    truths, cells = np.empty(starts[top + 1], np.int32), np.empty(starts[top + 1], np.int32)
     for node in range(len(labels)):
         if labels[node] > 0 and cell[node] >= 0:
-            order[ends[labels[node]]] = node
-            ends[labels[node]] += 1
-    return order, starts
+            end = ends[labels[node]]
+            truths[end] = truth[node]
+            cells[end] = cell[node]
+            ends[labels[node]] = end + 1
+    return truths, cells, starts
 
 
 @kernel
@@ -100,37 +102,40 @@ def _add_pair(
 
 @kernel
 def _sizes(
-    order: Any, start: int, stop: int, truth: Any, cell: Any, bins: Any, full: Any, whole: Any,
-    inside: Any,
-) -> None:  # fmt: skip
+    truths: Any, cells: Any, start: int, stop: int, bins: Any, full: Any, whole: Any, inside: Any
+) -> None:
     """Write the sizes of one instance at every combination: in full, scored, within truth."""
     full[:] = 0
     whole[:] = 0
     inside[:] = 0
-    unscored = 0
-    for at in range(start, stop):
-        node = order[at]
-        full[cell[node]] += 1
-        whole[cell[node]] += truth[node] >= 0
-        inside[cell[node]] += truth[node] > 0
-        unscored += truth[node] < 0
-    _suffix_sums(whole, bins)
+    at = start
+    while at < stop and truths[at] < 0:
+        full[cells[at]] += 1
+        at += 1
+    has_unscored = at > start
+    while at < stop and truths[at] == 0:
+        whole[cells[at]] += 1
+        at += 1
+    while at < stop:
+        inside[cells[at]] += 1
+        at += 1
     _suffix_sums(inside, bins)
-    if unscored:
+    _suffix_sums(whole, bins)
+    whole += inside
+    if has_unscored:
         _suffix_sums(full, bins)
+        full += whole
     else:
         full[:] = whole
 
 
 @kernel
-def _overlap(
-    order: Any, at: int, stop: int, truth: Any, cell: Any, bins: Any, both: Any
-) -> Any:  # fmt: skip
+def _overlap(truths: Any, cells: Any, at: int, stop: int, bins: Any, both: Any) -> Any:
     """Write the overlap with the truth at `at` at every combination; return where it ends."""
-    name = truth[order[at]]
+    name = truths[at]
     both[:] = 0
-    while at < stop and truth[order[at]] == name:
-        both[cell[order[at]]] += 1
+    while at < stop and truths[at] == name:
+        both[cells[at]] += 1
         at += 1
     _suffix_sums(both, bins)
     return at
@@ -163,21 +168,21 @@ def threshold_sums(
     sums = np.zeros((COUNTS, len(least), width), np.int64)
     logs = np.zeros((2 if entropy else 0, len(least), width))
     covered = np.zeros((len(truth_sizes) if entropy else 1, len(least), width), np.int64)
-    order, starts = _by_label(labels, cell)
+    truths, cells, starts = _by_label(labels, truth, cell)
     full, whole, inside, both = (
         np.empty(width, np.int64), np.empty(width, np.int64), np.empty(width, np.int64),
         np.empty(width, np.int64),
     )  # fmt: skip
     for label in range(1, len(starts) - 1):
         at, stop = starts[label], starts[label + 1]
-        _sizes(order, at, stop, truth, cell, bins, full, whole, inside)
+        _sizes(truths, cells, at, stop, bins, full, whole, inside)
         _add_segment(full, whole, inside, least, sums, logs)
         while at < stop:
-            name = truth[order[at]]
+            name = truths[at]
             if name <= 0:
                 at += 1
                 continue
-            at = _overlap(order, at, stop, truth, cell, bins, both)
+            at = _overlap(truths, cells, at, stop, bins, both)
             place = name - 1 if entropy else 0
             _add_pair(both, full, whole, truth_sizes[name - 1], least, sums, logs, covered[place])
     if entropy:
@@ -202,13 +207,13 @@ def threshold_tables(labels: Any, truth: Any, cell: Any, bins: Any) -> Any:
         from 0, and its voxels (overlaps, combinations).
     """
     width = bins[0] * bins[1] * bins[2]
-    order, starts = _by_label(labels, cell)
+    truths, cells, starts = _by_label(labels, truth, cell)
     count = len(starts) - 2
     pairs = 0
     for label in range(1, count + 1):
         last = 0
         for at in range(starts[label], starts[label + 1]):
-            name = truth[order[at]]
+            name = truths[at]
             pairs += name > 0 and name != last
             last = name
     full, whole = np.zeros((count, width), np.int64), np.zeros((count, width), np.int64)
@@ -219,13 +224,13 @@ def threshold_tables(labels: Any, truth: Any, cell: Any, bins: Any) -> Any:
     pair = 0
     for label in range(1, count + 1):
         at, stop = starts[label], starts[label + 1]
-        _sizes(order, at, stop, truth, cell, bins, full[label - 1], whole[label - 1], inside)
+        _sizes(truths, cells, at, stop, bins, full[label - 1], whole[label - 1], inside)
         while at < stop:
-            name = truth[order[at]]
+            name = truths[at]
             if name <= 0:
                 at += 1
                 continue
-            at = _overlap(order, at, stop, truth, cell, bins, both[pair])
+            at = _overlap(truths, cells, at, stop, bins, both[pair])
             segment[pair], own[pair] = label - 1, name - 1
             pair += 1
     return full, whole, segment, own, both

@@ -531,12 +531,15 @@ def warm_up() -> float:
     """
     start = time.perf_counter()
     maps = np.zeros((3, 2, 2, 2), np.float32)
-    maps[:, 0, 0, 0] = 0.5
+    maps[(0, 2), 0, 0, 0] = 0.9
     labels = np.ones((2, 2, 2), np.uint8)
     for decoder in (CONTOUR, "decode_instance_watershed_distance"):
         seeds = tuple(0.1 * step for step in range(1, WORTH_PRUNING + 1))
         axes = checked_axes(Grid(decoder, {"distance_threshold.seed": seeds}))
         volume = FloodedVolume(maps, labels, None, None, Grid(decoder, {}), axes, entropy=False)
-        volume.run(axes.keys_of(), 1)
-        volume.stack(next(axes.keys_of()))
+        keys = list(axes.keys_of())
+        for some in (keys[:1], keys):  # as a whole, and by part
+            volume.fit(axes)
+            volume.run(some, 1)
+        volume.stack(keys[0])
     return time.perf_counter() - start

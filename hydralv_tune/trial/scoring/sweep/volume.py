@@ -6,6 +6,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from copy import copy
 from dataclasses import dataclass, field
 from threading import Lock
 from typing import Any
@@ -25,7 +26,14 @@ from hydralv_tune.numerics.metrics.scores import log_terms, match_instances
 from hydralv_tune.numerics.watershed.decoders import DECODERS, SweepForm, decode
 from hydralv_tune.numerics.watershed.flood import Workspace, fingerprint, keep_large, split
 from hydralv_tune.numerics.watershed.graph import WatershedGraph
-from hydralv_tune.numerics.watershed.parts import Part, Parts, sums_of_part
+from hydralv_tune.numerics.watershed.parts import (
+    Part,
+    Parts,
+    add_sums,
+    mark_seeds,
+    room_of,
+    same_rows,
+)
 from hydralv_tune.numerics.watershed.pruning import pruned, steps_from_any_seed
 from hydralv_tune.numerics.watershed.threshold_sums import COUNTS, threshold_sums, threshold_tables
 from hydralv_tune.trial.scoring.sweep.grid import Axes, GridLike, decoder_arguments_at
@@ -176,10 +184,13 @@ WORTH_PRUNING = 6
 LARGE_PART = 2**16
 """Voxels from which a part is flooded by all threads together."""
 
+SHARED_ROWS = 16
+"""Sets of seeds of a large part that a thread takes at once: neighbours share most floods."""
+
 
 @dataclass(frozen=True)
 class _Scored:
-    """The scored nodes of a graph, sorted by truth, as `threshold_sums` wants them."""
+    """The scored nodes of a graph, or elements of a part, sorted by truth for `threshold_sums`."""
 
     nodes: Array
     truth: Array
@@ -222,6 +233,12 @@ class _Total:
         self.marks = np.zeros((len(self.keys), 2), np.uint64)
         self.sums = np.zeros((len(self.keys), COUNTS, *width), np.int64)
         self.logs = np.zeros((len(self.keys), 2 if entropy else 0, *width))
+
+    def empty(self) -> _Total:
+        """Return the same combinations with no sums yet, for one thread to add to."""
+        other = copy(self)
+        other.marks, other.sums = np.zeros_like(self.marks), np.zeros_like(self.sums)
+        return other
 
 
 def _in_threads(work: Callable[[], bool], rest: Iterator[Any], threads: int) -> bool:
@@ -291,8 +308,7 @@ class FloodedVolume(SweptVolume):
             if is_pruned and not self._entropy and not self._split:
                 is_done = self._by_part(Parts(graph), scored, total, threads, deadline)
             else:
-                whole = Part(graph, np.arange(len(graph.nodes), dtype=np.int32))
-                is_done = self._by_key(whole, scored, total, threads, deadline)
+                is_done = self._by_key(graph, scored, total, threads, deadline)
             if not is_done:
                 return False
             for index, key in enumerate(total.keys):
@@ -316,57 +332,84 @@ class FloodedVolume(SweptVolume):
         order = np.argsort(part_of, kind="stable")
         begins = np.searchsorted(part_of[order], np.arange(len(parts) + 1))
 
-        def scored_of(number: int, part: Part) -> _Scored:
+        def ready(number: int) -> tuple[Part, _Scored]:
             own = order[begins[number] : begins[number + 1]]
-            nodes = np.searchsorted(part.nodes, scored.nodes[own]).astype(np.int32)
-            return _Scored(nodes, scored.truth[own], scored.cell[own], scored.bins)
+            part, elements = parts.part(number, scored.nodes[own])
+            return part, _Scored(elements, scored.truth[own], scored.cell[own], scored.bins)
 
         by_size = np.argsort(-parts.sizes, kind="stable")
         todo = [int(number) for number in by_size if begins[number] < begins[number + 1]]
         large = [number for number in todo if parts.sizes[number] >= LARGE_PART]
         for number in large:
-            part = parts[number]
-            if not self._by_key(part, scored_of(number, part), total, threads, deadline):
+            if not self._one_part(*ready(number), total, threads, deadline):
                 return False
         rest = iter(todo[len(large) :])
 
         def work() -> bool:
-            sums, marks = np.zeros_like(total.sums), np.zeros_like(total.marks)
+            own = total.empty()
             for number in rest:
-                if time.perf_counter() > deadline:
+                if not self._one_part(*ready(number), own, 1, deadline):
                     return False
-                part = parts[number]
-                graph, own = part.graph, scored_of(number, part)
-                sums_of_part(
-                    part.nodes, graph.values, graph.candidates, graph.where, graph.nodes,
-                    graph.box.before, graph.box.faces, graph.ranks, graph.levels, graph.needed,
-                    graph.needed_count, graph.unvisited, graph.known, graph.background,
-                    total.thresholds, total.least_seeds, own.nodes, own.truth, own.cell, own.bins,
-                    self.truth_sizes, self._least, sums, marks,
-                )  # fmt: skip
             with self._lock:
-                total.sums += sums
-                total.marks += marks
+                total.sums += own.sums
+                total.marks += own.marks
             return True
 
         return _in_threads(work, rest, threads)
 
-    def _by_key(
+    def _one_part(
         self, part: Part, scored: _Scored, total: _Total, threads: int, deadline: float
+    ) -> bool:
+        """Flood a part for each set of seeds that is met in it for the first time."""
+        marks = np.empty_like(total.marks)
+        # One call for a small part, since there are many; one call a flood for threads to share.
+        groups = iter(total.groups if threads > 1 else [range(len(total.keys))])
+
+        def mark() -> bool:
+            for group in groups:
+                mark_seeds(
+                    part, total.thresholds, total.least_seeds, group.start, group.stop, marks
+                )
+            return True
+
+        _in_threads(mark, groups, threads)
+        is_first, follows = same_rows(marks)
+        # Threads take different rows, and no two rows are followed by the same combination.
+        new = np.flatnonzero(is_first & marks.any(axis=1))
+        rows = iter(np.array_split(new, max(len(new) // SHARED_ROWS, 1)) if threads > 1 else [new])
+
+        def work() -> bool:
+            room = room_of(part)
+            for some in rows:
+                if time.perf_counter() > deadline:
+                    return False
+                add_sums(
+                    part, room, total.thresholds, total.least_seeds, some, follows,
+                    scored.nodes, scored.truth, scored.cell, scored.bins, self.truth_sizes,
+                    self._least, total.sums,
+                )  # fmt: skip
+            return True
+
+        is_done = _in_threads(work, rows, threads)
+        total.marks += marks
+        return is_done
+
+    def _by_key(
+        self, graph: WatershedGraph, scored: _Scored, total: _Total, threads: int, deadline: float
     ) -> bool:
         """Flood one graph for each set of seeds that is met in it for the first time."""
         known: dict[tuple[int, int], _Row] = {}
         rest = iter(total.groups)
 
         def work() -> bool:
-            space = Workspace(part.graph)
+            space = Workspace(graph)
             for group in rest:
                 if time.perf_counter() > deadline:
                     return False
                 found = space.seeds(total.thresholds[group[0]])
                 for index in group:
                     kept, names, _ = keep_large(*found, total.least_seeds[index])
-                    mark = fingerprint(part.nodes[kept])
+                    mark = fingerprint(kept)
                     with self._lock:
                         is_new = mark not in known
                         row = known.setdefault(mark, _Row())
@@ -376,7 +419,7 @@ class FloodedVolume(SweptVolume):
                         labels = space.flooded(kept, names)
                         found_sums = [
                             threshold_sums(*parts, self.truth_sizes, self._least, self._entropy)
-                            for parts in self._instances(part.graph, labels, scored)
+                            for parts in self._instances(graph, labels, scored)
                         ]
                         row.sums, row.logs = (
                             np.concatenate(sums, axis=2) for sums in zip(*found_sums, strict=True)
