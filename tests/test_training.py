@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
@@ -22,6 +23,7 @@ from hydralv_tune.data.volumes import Volume
 from hydralv_tune.numerics.networks.registry import ARCHITECTURES
 from hydralv_tune.numerics.randomness import seeded
 from hydralv_tune.trial.scoring.prediction import network_of
+from hydralv_tune.trial.training import compiling
 from hydralv_tune.trial.training.log import LossLog
 from hydralv_tune.trial.training.loop import (
     Trainer,
@@ -670,7 +672,10 @@ def test_a_single_patch_that_does_not_fit_fails_and_may_be_tried_elsewhere() -> 
     assert error.value.retry
 
 
-def test_a_network_that_cannot_be_compiled_is_trained_as_it_is() -> None:
+def test_a_network_that_cannot_be_compiled_is_trained_as_it_is(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(compiling, "_refusals", [])
     expected = trainer(candidate())
     expected.run_to(3)
     training = trainer(candidate())
@@ -686,6 +691,52 @@ def test_a_network_that_cannot_be_compiled_is_trained_as_it_is() -> None:
     training.compiled, training.compiled_works = broken, True
     with pytest.raises(RuntimeError, match="inductor"):
         training.run_to(4)
+
+
+def test_compiling_is_tried_once_in_a_process_and_ends_at_its_limit(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    calls = []
+
+    def hanging(network: nn.Module) -> Any:
+        calls.append(network)
+        return lambda image: time.sleep(600)
+
+    monkeypatch.setattr(compiling, "_refusals", [])
+    monkeypatch.setattr(torch, "compile", hanging)
+    network = nn.Conv3d(1, 3, 1)
+    for _ in range(2):
+        began = time.monotonic()
+        found, note = compiling.compiled_form(network, (1, 1, 2, 4, 4), autocast=False, limit_s=0.2)
+        assert time.monotonic() - began < 30
+        assert found is None
+        assert note is not None
+        assert "not done after 0.2 s" in note
+    assert len(calls) == 1
+
+
+def test_what_compiles_is_the_network_and_leaves_no_gradients(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(compiling, "_refusals", [])
+    real = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda network: real(network, backend="eager"))
+    network = nn.Conv3d(1, 3, 1)
+    found, note = compiling.compiled_form(network, (1, 1, 2, 4, 4), autocast=True)
+    assert note is None
+    assert found is not None
+    image = torch.rand(1, 1, 2, 4, 4)
+    assert torch.equal(found(image), network(image))
+    assert all(parameter.grad is None for parameter in network.parameters())
+
+    def broken(_: nn.Module) -> Any:
+        raise RuntimeError("cannot find a C compiler\nand more")
+
+    monkeypatch.setattr(torch, "compile", broken)
+    found, note = compiling.compiled_form(network, (1, 1, 2, 4, 4), autocast=False)
+    assert found is None
+    assert note is not None
+    assert note.endswith("cannot find a C compiler")
 
 
 def test_out_of_memory_is_told_from_other_errors() -> None:

@@ -26,6 +26,7 @@ from hydralv_tune.numerics.losses.multi_task import LossResult, LossTerm, MultiT
 from hydralv_tune.numerics.networks.weights import match_weights, trunk_weights
 from hydralv_tune.numerics.randomness import capture_random, restore_random, seeded
 from hydralv_tune.numerics.targets import derive_targets
+from hydralv_tune.trial.training.compiling import compiled_form, refuse, sentence
 from hydralv_tune.trial.training.log import Clock, LossLog
 from hydralv_tune.trial.training.optimization import (
     AveragedWeights,
@@ -197,7 +198,9 @@ class Trainer:
         if device.type == "cuda":
             torch.backends.cudnn.benchmark = True
             if self.plan.steps >= COMPILE_STEPS:
-                self.compiled = torch.compile(network)
+                shape = (self.plan.batch_size, 1, *candidate.data.patch_size)
+                self.compiled, note = compiled_form(network, shape, autocast=self.autocast)
+                self.notes += [] if note is None else [note]
         with seeded(seed + 2, device):
             self.random = capture_random(device)
 
@@ -372,7 +375,8 @@ class Trainer:
         """Go on with the network as it is, after its compiled form failed at its first step."""
         self.compiled = None
         self.optimizer.zero_grad(set_to_none=True)
-        self.notes.append(f"torch.compile does not work here, so it is not used: {reason[:200]}")
+        refuse(reason)
+        self.notes.append(sentence(reason))
 
     def _halve(self, reason: str) -> None:
         """Make micro-batches smaller after memory ran out; a step keeps its patches.
