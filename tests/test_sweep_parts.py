@@ -121,6 +121,27 @@ def test_the_cases_have_instances_several_parts_and_something_to_prune() -> None
     assert alone >= 4
 
 
+def test_the_tables_of_one_combination_are_those_of_the_whole_volume(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(volume, "WORTH_PRUNING", 1)
+    cut = 0
+    for seed in range(8):
+        ready, axes = swept(a_case(seed))
+        kept = ready._kept
+        assert kept is not None
+        keys = list(axes.keys_of())
+        for key in keys[:: max(len(keys) // 3, 1)]:
+            ready._kept = kept
+            quick = ready.stack(key)
+            ready._kept = None
+            whole = ready.stack(key)
+            for name in ("segment_sizes", "pair_truth", "pair_segment", "pair_voxels"):
+                np.testing.assert_array_equal(getattr(quick, name), getattr(whole, name))
+        cut += not np.array_equal(kept[0].unvisited, ready._graph.unvisited)
+    assert cut >= 3
+
+
 @pytest.mark.parametrize("share", [0.05, 0.2, 0.5, 0.9, 1.0])
 def test_components_are_those_of_scipy(share: float) -> None:
     rng = np.random.default_rng(int(100 * share))

@@ -281,6 +281,7 @@ class FloodedVolume(SweptVolume):
         self._scored = needed[order].astype(np.int32)
         self._truth = truth[order]
         self._near: Array | None = None
+        self._kept: tuple[WatershedGraph, Array, int] | None = None
         del self._labels, self._valid, self._maps, self._mask
 
     def fit(self, axes: Axes) -> None:
@@ -322,7 +323,10 @@ class FloodedVolume(SweptVolume):
         """Return a graph without what none of the combinations needs."""
         if self._near is None:
             self._near = steps_from_any_seed(graph)
-        return pruned(graph, total.thresholds.max(axis=0), int(total.least_seeds.max()), self._near)
+        highest, largest = total.thresholds.max(axis=0), int(total.least_seeds.max())
+        kept = pruned(graph, highest, largest, self._near)
+        self._kept = kept, highest, largest
+        return kept
 
     def _by_part(
         self, parts: Parts, scored: _Scored, total: _Total, threads: int, deadline: float
@@ -436,6 +440,11 @@ class FloodedVolume(SweptVolume):
     def stack(self, key: Key) -> ContingencyTable:
         """Return the tables of all combinations of one flood, which is made anew."""
         ((graph, cell, bins, ((seeds, _),)),) = self._passes([key])
+        if self._kept is not None:
+            kept_graph, highest, largest = self._kept
+            # What was cut off for fewer seeds is not needed for these either.
+            if (self._thresholds(seeds) <= highest).all() and key[-1] <= largest:
+                graph = kept_graph
         space = Workspace(graph)
         kept, names, _ = keep_large(*space.seeds(self._thresholds(seeds)), key[-1])
         labels = space.flooded(kept, names)
