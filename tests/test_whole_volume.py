@@ -385,7 +385,7 @@ def reference(model: Segmenter, paths: VolumePaths, masked: bool) -> np.ndarray:
     return decode(model.decoder, maps, mask, **model.arguments)
 
 
-@pytest.mark.parametrize("memory_gb", [2, 1e-3])
+@pytest.mark.parametrize("memory_gb", [2, pytest.param(1e-3, marks=pytest.mark.slow)])
 def test_equalised_sections_give_the_instances_of_predicting_at_once(
     tmp_path: Path, model: Segmenter, paths: VolumePaths, monkeypatch: pytest.MonkeyPatch,
     memory_gb: float,
@@ -520,7 +520,7 @@ def test_a_mask_of_annotated_sections_is_taken_as_a_study_takes_it(
         assert found[name] == pytest.approx(figures[name], abs=1e-12), name
 
 
-@pytest.mark.parametrize("memory_gb", [2, 1e-3])
+@pytest.mark.parametrize("memory_gb", [2, pytest.param(1e-3, marks=pytest.mark.slow)])
 def test_a_volume_without_instances_has_an_empty_table(
     tmp_path: Path, model: Segmenter, paths: VolumePaths, monkeypatch: pytest.MonkeyPatch,
     memory_gb: float,
