@@ -16,6 +16,8 @@ from rich.console import Console
 from hydralv_tune.cli.live_view import LiveView, clock, event_line, progress_table
 from hydralv_tune.cli.main import exit_code
 from hydralv_tune.config.search_space import space_from_mapping
+from hydralv_tune.launch.start import Start
+from hydralv_tune.results.publish import study_note
 from hydralv_tune.study.driver import Driver
 from hydralv_tune.study.progress import study_progress, time_left
 from hydralv_tune.study.study import Study
@@ -105,6 +107,8 @@ def test_figures_are_those_of_the_database_after_a_resume(story: Story) -> None:
         status = shown(progress_table(study_progress(story.study)))
     facts = story.study.facts()
     assert facts["best"]["number"] == best
+    note = study_note(story.study, story.study.space, story.study.trials(), None)
+    assert "2 complete, 1 running, 1 interrupted" in note
     assert f"{facts['trials']['complete']} of 6 finished" in text
     assert f"Best: trial {best}, error 0.1480" in text
     assert "1 interrupted" in text
@@ -151,6 +155,18 @@ def test_time_left_is_shared_by_the_places_and_counts_down(story: Story) -> None
         now = study_progress(story.study)
         assert now.left_s == pytest.approx((2 * 30.0 + 3 * 100.0) / 2, abs=30.0)
         assert time_left(story.study.trials(), now.running, 3) == pytest.approx(30.0, abs=30.0)
+
+
+def test_a_study_aims_at_what_its_last_run_wanted(tmp_path: Path) -> None:
+    space = space_from_mapping({"parameters": {"optimization.optimizer.lr": {"choice": [0.1, 1]}},
+                                "budget": {"trials": 16}})  # fmt: skip
+    aims = []
+    for wanted in (None, 4, None, 6):
+        start = Start(f"sqlite:///{tmp_path / 'study.db'}", "s", space, tmp_path, wanted=wanted)
+        study = start.open({})
+        aims.append(study_progress(study).target)
+        study.close()
+    assert aims == [16, 4, 4, 6]
 
 
 def test_what_starting_a_worker_takes_is_not_gone_from_the_time_left(story: Story) -> None:

@@ -137,7 +137,10 @@ def run_study(
     check_before_ray(ray_address, gpus_per_trial, cpus_per_trial)
     if trial_function is None:
         space = searchable(space, volumes)
-    start = Start(storage, study, space, out, extend, warm_start_from, tuple(map(str, learn_from)))
+    wanted, limit_s = trials or space.budget.trials, timeout_s or space.budget.timeout_s
+    start = Start(
+        storage, study, space, out, extend, warm_start_from, tuple(map(str, learn_from)), wanted
+    )
     start.check({})  # before volumes are read, which may take long
     tell_stage(on_event, f"Reading {counted(len(volumes), 'volume')}.")
     read = [] if trial_function is not None else open_volumes(space, volumes)
@@ -147,7 +150,6 @@ def run_study(
         check_candidates(space, read, volumes)
     interrupted: str | None = None
     opened: Study | None = None
-    wanted, limit_s = trials or space.budget.trials, timeout_s or space.budget.timeout_s
     tell_stage(on_event, f"Joining Ray at {ray_address}." if ray_address else "Starting Ray.")
     try:
         with ray_cluster(ray_address, [v for v in read if not is_lazy(v)]) as cluster:

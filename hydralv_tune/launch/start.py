@@ -18,7 +18,7 @@ from hydralv_tune.study.earlier import FEWEST, GUIDED_SAMPLER, Guide, Lesson, le
 from hydralv_tune.study.find import find_study_within
 from hydralv_tune.study.mutex import StudyMutex
 from hydralv_tune.study.storage_url import masked, parse_storage, without_secrets
-from hydralv_tune.study.study import IDENTITY, OUT, Study, open_if_exists, open_readonly
+from hydralv_tune.study.study import IDENTITY, OUT, WANTED, Study, open_if_exists, open_readonly
 from hydralv_tune.study.study_folder import SPACE_FILE, Owner, check_out, claim_out
 
 NO_LESSONS = "none"
@@ -39,6 +39,7 @@ class Start:
         learn_from: Earlier studies that teach ranks, each a folder, a file or a URL, with `/STUDY`
             where a storage holds several; `none` alone for none at all. Without any, a new study
             with the sampler `tpe` learns from what ships with the package.
+        wanted: Finished trials in all; None where the study says.
     """
 
     storage: str
@@ -48,6 +49,7 @@ class Start:
     extend: bool = False
     warm_start_from: str | None = None
     learn_from: Sequence[str] = ()
+    wanted: int | None = None
 
     def check(self, fingerprints: Mapping[str, str]) -> None:
         """Refuse what the study, its folder or its storage do not allow; nothing is written.
@@ -115,6 +117,8 @@ class Start:
                 "name another folder."
             ) from error
         opened.remember(OUT, str(self.out))
+        if self.wanted is not None:
+            opened.remember(WANTED, self.wanted)
         opened.settle_volumes(fingerprints)
 
     def _learn(self, opened: Study) -> None:

@@ -15,7 +15,7 @@ from hydralv_tune.config.files import candidate_from_mapping, decoding_step
 from hydralv_tune.config.pytc_portability import obstacles
 from hydralv_tune.data.volumes import VolumePaths
 from hydralv_tune.study.study import Study, open_readonly
-from hydralv_tune.study.trial_views import TrialView, best_trial, count_states
+from hydralv_tune.study.trial_views import TrialView, best_trial, count_outcomes
 
 
 @dataclass(frozen=True)
@@ -153,11 +153,11 @@ def chosen_trial(study: Study, number: int | None = None, portable: bool = False
             raise InputError(f"export --trial: {number} is no finished trial. Known: {known}.")
         view = found[number]
     if view is None:
-        counts = count_states(study.trials())
+        counts = count_outcomes(study.trials())
         states = ", ".join(f"{number} {state}" for state, number in counts.items() if number)
         raise StudyError(
             f"Study '{study.name}' in {study.storage} has no complete trial yet "
-            f"({states or 'no trial at all'}). Continue it with `run --study {study.name}`."
+            f"({states or 'no trial at all'}). Continue it with the command that started it."
         )
     folder, record = record_of(study, view)
     place = str(folder / "record.json")

@@ -23,7 +23,7 @@ from hydralv_tune.study.study import Study, open_readonly
 from hydralv_tune.study.trial_views import (
     TrialView,
     best_trial,
-    count_states,
+    count_outcomes,
     seconds_left,
     state_word,
 )
@@ -176,10 +176,10 @@ def study_note(
         trials: All its trials.
         record: Record of the best trial, if there is one.
     """
-    count, best = count_states(trials), best_trial(trials)
+    count, best = count_outcomes(trials), best_trial(trials)
     finished = count["complete"] + count["pruned"]
     budget = space.budget
-    limits = [f"{budget.trials} trials"]
+    limits = [f"{study.wanted} trials"]
     if budget.timeout_s:
         limits.append(f"{duration(budget.timeout_s)} a run")
     if budget.gpu_hours:
@@ -201,7 +201,7 @@ def study_note(
         figures = ", ".join(f"{METRICS[key].label} {figure(metrics.get(key))}" for key in SUMMARY)
         guarded = "" if best.is_feasible else " It violates the guard; no trial meets it yet."
         lines.append(f"**Best so far** trial {best.number}: {figures}.{guarded}")
-    lines.append(f"**Next** {_next(study, best, finished, space)}")
+    lines.append(f"**Next** {_next(study, best, finished)}")
     return "\n\n".join(lines) + "\n"
 
 
@@ -214,7 +214,7 @@ def _data(record: TrialRecord) -> str:
     )
 
 
-def _next(study: Study, best: TrialView | None, finished: int, space: SearchSpace) -> str:
+def _next(study: Study, best: TrialView | None, finished: int) -> str:
     """Return what to do now."""
     options = shlex.join(["--storage", study.storage, "--study", study.name])
     if best is None:
@@ -225,7 +225,7 @@ def _next(study: Study, best: TrialView | None, finished: int, space: SearchSpac
             "`overfit_check` shows within minutes whether the network can learn the volume."
         )
     report = f"`hydralv-tune report {options} --out report` says what limits the score."
-    if finished < space.budget.trials:
+    if finished < study.wanted:
         return f"run the same command again to continue. {report}"
     return (
         f"`hydralv-tune export {options} --out best.yaml` writes the best configuration. {report}"

@@ -16,7 +16,7 @@ from hydralv_tune.study.study import Study
 from hydralv_tune.study.trial_views import (
     TrialView,
     best_trial,
-    count_states,
+    count_outcomes,
     describe_best,
     seconds_left,
 )
@@ -90,22 +90,19 @@ def study_progress(study: Study, target: int | None = None) -> StudyProgress:
 
     Args:
         study: An open study.
-        target: Finished trials that it aims at; the budget of its space by default.
+        target: Finished trials that it aims at; what the last `run` wanted by default.
 
     Raises:
         DatabaseAway: The database does not answer.
     """
     views, now = study.trials(), datetime.now()
-    aim = target or study.space.budget.trials
+    aim = target or study.wanted
     ages = _heartbeat_ages(study)
     running = [_running(v, ages.get(v.number), now) for v in views if v.state == "RUNNING"]
-    counts = count_states(views)
-    interrupted = sum(view.user_attrs.get("retry") == "free" for view in views)
-    counts["fail"] -= interrupted
     return StudyProgress(
         study=study.name,
         target=aim,
-        counts={**counts, "interrupted": interrupted},
+        counts=count_outcomes(views),
         best=describe_best(best_trial(views)),
         running=running,
         left_s=time_left(views, running, aim),

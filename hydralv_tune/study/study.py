@@ -78,6 +78,8 @@ ARTIFACTS = "artifacts:"
 """Start of the system attributes in which Optuna keeps the artifacts of a trial."""
 
 SPACE, OUT, VOLUMES, IDENTITY = "space", "out", "volumes", "identity"
+WANTED = "wanted"
+"""Attribute of a study: how many finished trials the last `run` wanted."""
 LESSONS = "lessons"
 """Attribute of a study: what earlier studies teach it, as `Lesson.as_mapping` gives it."""
 
@@ -145,6 +147,11 @@ class Study:
         finally:
             mutex.close()
         return study
+
+    @property
+    def wanted(self) -> int:
+        """Return how many finished trials the last `run` wanted."""
+        return int(self._attributes().get(WANTED) or self.space.budget.trials)
 
     @property
     def space(self) -> SearchSpace:

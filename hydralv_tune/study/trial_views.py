@@ -177,6 +177,14 @@ def count_states(trials: Iterable[TrialView]) -> dict[str, int]:
     return counts
 
 
+def count_outcomes(trials: Iterable[TrialView]) -> dict[str, int]:
+    """Return the same for people, to whom an interrupted trial, which goes on, is no failure."""
+    known = list(trials)
+    counts = count_states(known)
+    interrupted = sum(trial.user_attrs.get("retry") == "free" for trial in known)
+    return {**counts, "fail": counts["fail"] - interrupted, "interrupted": interrupted}
+
+
 def best_trial(trials: Iterable[TrialView]) -> TrialView | None:
     """Return the best COMPLETE trial, or None; a repeat of another one is none.
 

@@ -15,7 +15,7 @@ from hydralv_tune.numerics.metrics.instance_errors import bootstrap
 from hydralv_tune.numerics.metrics.registry import HEADLINE, METRICS
 from hydralv_tune.results.best_trial import BestTrial
 from hydralv_tune.results.scored_volumes import judge_all, scored_volumes
-from hydralv_tune.study.trial_views import count_states
+from hydralv_tune.study.trial_views import count_outcomes, count_states
 
 PRINTED = ("hydralv-tune", "python", "torch", "monai", "scikit-image", "optuna", "ray")
 
@@ -92,7 +92,7 @@ def _intervals(best: BestTrial) -> tuple[Mapping[str, tuple[float, float]], str 
 
 def _counts(best: BestTrial) -> str:
     """Return how many trials there were and which one this is."""
-    counts = count_states(best.study.trials())
+    counts = count_outcomes(best.study.trials())
     said = ", ".join(f"{number} {state}" for state, number in counts.items() if number)
     return f"trial {best.view.number} of {said}"
 

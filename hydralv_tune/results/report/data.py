@@ -44,7 +44,7 @@ from hydralv_tune.results.scored_volumes import (
 from hydralv_tune.study.confirm import confirmations, confirmed
 from hydralv_tune.study.ending import outlook
 from hydralv_tune.study.study_folder import SPACE_FILE
-from hydralv_tune.study.trial_views import TrialView, count_states
+from hydralv_tune.study.trial_views import TrialView, count_outcomes
 
 MOST_THUMBNAILS = 400
 """More wrong instances than this are listed without a picture, or the page would not open."""
@@ -204,7 +204,7 @@ def report_data(best: BestTrial, out: Path) -> ReportData:
         written=datetime.now().strftime("%Y-%m-%d %H:%M"),
         metric=objective.metric,
         guard_f1=objective.guard.f1_iou50,
-        counts=count_states(trials),
+        counts=count_outcomes(trials),
         trials=trials,
         best=best,
         metrics=record.metrics,

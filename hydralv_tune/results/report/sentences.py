@@ -157,11 +157,10 @@ def history_lead(data: ReportData) -> str:
     """Return how the search went, in a sentence."""
     count = data.counts
     parts = [f"{count['complete']} complete, {count['pruned']} pruned early"]
-    interrupted = sum(trial.user_attrs.get("retry") == "free" for trial in data.trials)
-    if count["fail"] > interrupted:
-        parts.append(f"{count['fail'] - interrupted} failed")
-    if interrupted:
-        parts.append(f"{interrupted} interrupted and continued")
+    if count["fail"]:
+        parts.append(f"{count['fail']} failed")
+    if count["interrupted"]:
+        parts.append(f"{count['interrupted']} interrupted and continued")
     if count["running"] or count["waiting"]:
         parts.append(f"{count['running']} running and {count['waiting']} waiting")
     going_on = "" if data.going_on is None else f" {data.going_on['sentence']}"
