@@ -69,6 +69,8 @@ def test_one_study_tells_every_end_as_it_was(fake_study: Any) -> None:
                        "patience": 0},
             "budget": {"trial_timeout_s": 15},
         },
+        # A study that is taught prunes nothing before it has twelve complete trials.
+        options={"learn_from": ["none"]},
     )  # fmt: skip
     study = open_readonly(facts["storage"], "fake")
     trials = {trial.number: trial for trial in study.trials()}
