@@ -707,7 +707,7 @@ def facts_of(storage: str, name: str) -> dict[str, Any]:
         study.close()
 
 
-def rank_by_guard(study: Study) -> list[int]:
+def rank_by_guard(study: Study) -> None:
     """Rank the trials of a study of version 0.1.0 as this version ranks them.
 
     That one told Optuna the plain objective of a trial that violates the guard, and Optuna's own
@@ -715,23 +715,20 @@ def rank_by_guard(study: Study) -> list[int]:
 
     Args:
         study: Its space says what the objective is; to be called under the study mutex.
-
-    Returns:
-        The numbers of the trials that were ranked again; none where all were.
     """
     metric = study.space.objective.metric
-    ranked, numbers = {}, []
-    for trial in study.optuna.get_trials(deepcopy=False, states=[TrialState.COMPLETE]):
+    ranked = {}
+    for trial in study.frozen():
         value, violation = trial.value, violation_of(trial)
         ours = {OBJECTIVE, CONSTRAINTS} & set(trial.system_attrs)
-        if ours or value is None or violation is None or violation <= 0:
+        if trial.state != TrialState.COMPLETE or ours or value is None:
+            continue
+        if violation is None or violation <= 0:
             continue
         known = {OBJECTIVE: value, CONSTRAINTS: [violation]}
         ranked[trial_id(trial)] = (ranked_value(value, violation, metric), known)
-        numbers.append(trial.number)
     if ranked:
         rank_again(study.rdb, ranked)
-    return numbers
 
 
 def trial_by_number(study: optuna.Study, number: int) -> FrozenTrial | None:

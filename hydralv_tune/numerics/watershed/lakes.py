@@ -150,7 +150,7 @@ def _found(beside: Any, is_basin: Any) -> Any:
             element = np.int64(queue[at])
             at += 1
             for face in range(6):
-                other = element + 2 * face - 9 if face > 3 else np.int64(beside[element, face])
+                other = at_face(beside, element, face)
                 if is_basin[other] and of[other] < 0:
                     of[other] = count
                     queue[end] = other
@@ -328,13 +328,10 @@ def make_plan(
     if left > 0:
         for lake in range(len(is_seeded)):
             if is_seeded[lake]:
-                for slot in range(starts[lake], starts[lake + 1]):
-                    if is_shore[slot]:
-                        end, needed = _reach(
-                            np.int64(elements[slot]), 1, beside, is_background, is_needed, step,
-                            index_of, reached, end,
-                        )  # fmt: skip
-                        left -= needed
+                end, needed = _reach_from_lake(
+                    lakes, lake, 1, beside, is_background, is_needed, step, index_of, reached, end
+                )
+                left -= needed
     begin, now = 0, 1
     while left > 0 and begin < end:
         last = end
@@ -356,14 +353,11 @@ def make_plan(
             )  # fmt: skip
             left -= needed
         for index in range(first_lake, last_lake):
-            lake = -1 - reached[index]
-            for slot in range(starts[lake], starts[lake + 1]):
-                if is_shore[slot]:
-                    end, needed = _reach(
-                        np.int64(elements[slot]), now, beside, is_background, is_needed, step,
-                        index_of, reached, end,
-                    )  # fmt: skip
-                    left -= needed
+            end, needed = _reach_from_lake(
+                lakes, -1 - reached[index], now, beside, is_background, is_needed, step, index_of,
+                reached, end,
+            )  # fmt: skip
+            left -= needed
         begin = last_lake
     source_starts = np.empty(end + 1, np.int32)
     sources, count = np.empty(4 * end + 64, np.int32), 0
@@ -430,6 +424,24 @@ def _reach(
             needed += is_needed[other]
             end += 1
     return end, needed
+
+
+@kernel
+def _reach_from_lake(
+    lakes: Any, lake: int, now: int, beside: Any, is_background: Any, is_needed: Any, step: Any,
+    index_of: Any, reached: Any, end: int,
+) -> Any:  # fmt: skip
+    """Do the same beside every voxel of a lake's shore."""
+    elements, is_shore = lakes.elements, lakes.is_shore
+    total = 0
+    for slot in range(lakes.starts[lake], lakes.starts[lake + 1]):
+        if is_shore[slot]:
+            end, needed = _reach(
+                np.int64(elements[slot]), now, beside, is_background, is_needed, step, index_of,
+                reached, end,
+            )  # fmt: skip
+            total += needed
+    return end, total
 
 
 @kernel
