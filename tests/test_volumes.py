@@ -19,6 +19,7 @@ import zarr
 
 from hydralv_tune.config.errors import VolumeError
 from hydralv_tune.data.formats import SUFFIXES
+from hydralv_tune.data.formats.files import create_array
 from hydralv_tune.data.volumes import (
     NO_MASK,
     Volume,
@@ -587,6 +588,31 @@ def test_a_write_that_fails_leaves_the_old_file(
         write_array(path, counted() + 1)
     np.testing.assert_array_equal(read_array(path), counted())
     assert os.listdir(tmp_path) == [name]
+
+
+@pytest.mark.parametrize("new", ["other", "raw"])
+def test_a_dataset_of_a_zarr_is_written_beside_the_old_ones_without_copying_them(
+    tmp_path: Path, new: str
+) -> None:
+    path = tmp_path / "v.zarr"
+    write_array(f"{path}:raw", counted())
+    chunks = {file: file.stat().st_ino for file in path.rglob("0") if file.is_file()}
+    assert chunks
+
+    def fill(error: Exception | None) -> None:
+        with create_array(f"{path}:{new}", SHAPE, np.uint8) as target:
+            target[...] = counted() + 1
+            if error is not None:
+                raise error
+
+    with pytest.raises(VolumeError, match="No space left"):
+        fill(OSError(28, "No space left on device"))
+    np.testing.assert_array_equal(read_array(f"{path}:raw"), counted())
+    fill(None)
+    np.testing.assert_array_equal(read_array(f"{path}:{new}"), counted() + 1)
+    if new != "raw":
+        assert chunks == {file: file.stat().st_ino for file in chunks}
+    assert os.listdir(tmp_path) == ["v.zarr"]
 
 
 @pytest.mark.parametrize("name", ["v.h5", "v.tif", "v.zarr"])

@@ -68,7 +68,8 @@ def tiff(folder: Path, array: np.ndarray) -> str:
 def ome_zarr(folder: Path, array: np.ndarray, version: str = "0.4") -> str:
     """As ome-zarr-py writes an image with time and channels of length 1."""
     group = zarr.open_group(folder / "i.zarr", mode="w", zarr_format=2 if version == "0.4" else 3)
-    group.create_array("s0", data=array[None, None])
+    named = {} if version == "0.4" else {"dimension_names": list("tczyx")}
+    group.create_array("s0", data=array[None, None], **named)
     micrometres = [value / 1000 for value in SIZE]
     moved = [0, 0, *(value / 1000 for value in ORIGIN)]
     image = {
@@ -278,6 +279,49 @@ def test_box_by_box_is_as_at_once_and_carries_size_and_origin(
     assert [path.name for path in tmp_path.iterdir()] == [name]
 
 
+@pytest.mark.filterwarnings("ignore:.*holds a single section")
+@pytest.mark.parametrize("name", OUT)
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.uint32, np.float32])
+@pytest.mark.parametrize("short", [(0,), (1,), (2,), (0, 1), (0, 2), (1, 2), (0, 1, 2)])
+def test_axes_of_length_one_are_kept(
+    tmp_path: Path, short: tuple[int, ...], dtype: Any, name: str
+) -> None:
+    shape = tuple(1 if axis in short else side for axis, side in enumerate((3, 7, 5)))
+    for array in (values(dtype, shape), values(dtype, (2, *shape))):
+        write_array(tmp_path / name, array, voxel_size_nm=SIZE, origin_nm=(300.0, 16.0, -85.0))
+        with open_lazy(tmp_path / name, ndim=array.ndim) as lazy:
+            np.testing.assert_array_equal(lazy[...], array)
+            np.testing.assert_array_equal(lazy[..., :1, 1:, 0:], array[..., :1, 1:, 0:])
+            assert lazy.voxel_size_nm == SIZE
+
+
+def one_section(path: Path, section: np.ndarray, **options: Any) -> None:
+    """Write a volume of one section as Fiji or OME's tools do."""
+    axes = "ZYX" if path.name.startswith("fiji") else "YX"
+    with tifffile.TiffWriter(path, imagej=axes == "ZYX", ome=axes == "YX") as file:
+        file.write(section[None] if axes == "ZYX" else section, metadata={"axes": axes}, **options)
+
+
+@pytest.mark.parametrize("options", [{}, {"compression": "zlib"}, {"tile": (16, 16)}])
+@pytest.mark.parametrize("name", ["fiji.tif", "o.ome.tif"])
+def test_a_volume_of_one_section_is_read_with_a_word(
+    tmp_path: Path, name: str, options: dict[str, Any]
+) -> None:
+    one_section(tmp_path / name, values(np.uint16)[0], **options)
+    with pytest.warns(UserWarning, match="a single section"):
+        read = read_array(tmp_path / name, ndim=3)
+    np.testing.assert_array_equal(read, values(np.uint16)[:1])
+
+
+@pytest.mark.parametrize("suffix", [".tif", ".ome.tif"])
+def test_sections_that_fiji_saved_one_by_one_are_a_stack(tmp_path: Path, suffix: str) -> None:
+    for z, section in enumerate(values(np.uint16)):
+        one_section(tmp_path / f"fiji_{z}{suffix}", section)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        np.testing.assert_array_equal(read_array(tmp_path, ndim=3), values(np.uint16))
+
+
 def test_fiji_finds_the_size_in_a_tiff(tmp_path: Path) -> None:
     write_array(tmp_path / "s.tif", values(np.uint16), voxel_size_nm=SIZE)
     with tifffile.TiffFile(tmp_path / "s.tif") as file:
@@ -309,14 +353,60 @@ def test_an_ome_zarr_of_labels_is_valid_and_its_levels_lie_on_each_other(tmp_pat
         assert (level.voxel_size_nm, level.origin_nm) == ((30, 16, 16), (60, 0, 8))
 
 
-def test_labels_go_beside_the_image_of_an_ome_zarr(tmp_path: Path) -> None:
-    path = tmp_path / "im.ome.zarr"
-    write_array(path, values(), voxel_size_nm=SIZE)
-    write_array(f"{path}:labels/vesicles", values(np.uint16), voxel_size_nm=SIZE)
+@pytest.mark.filterwarnings("ignore:Consolidated metadata")
+@pytest.mark.parametrize("name", ["im.ome.zarr", "im.zarr"])
+@pytest.mark.parametrize("is_consolidated", [False, True])
+@pytest.mark.parametrize("version", ["0.4", "0.5"])
+def test_labels_go_beside_the_image_of_an_ome_zarr_in_its_own_version(
+    tmp_path: Path, version: str, is_consolidated: bool, name: str
+) -> None:
+    path = Path(ome_zarr(tmp_path, values(np.uint16), version)).rename(tmp_path / name)
+    if is_consolidated:
+        zarr.consolidate_metadata(path)
+    labels = values(np.uint32, (5, 12, 300))
+    for label in ("first", "vesicles", "vesicles"):
+        write_array(f"{path}:labels/{label}", labels, voxel_size_nm=SIZE)
     yaozarrs.validate_zarr_store(str(path))
-    assert zarr.open_group(path / "labels", mode="r").attrs["labels"] == ["vesicles"]
+    root = zarr.open_group(path, mode="r")
+    assert (root.metadata.consolidated_metadata is not None) == is_consolidated
+    assert root["labels/vesicles/1"].shape == (5, 6, 150)
+    assert root.metadata.zarr_format == root["labels/vesicles"].metadata.zarr_format
+    attributes = root["labels"].attrs
+    assert attributes.get("ome", attributes)["labels"] == ["first", "vesicles"]
+    np.testing.assert_array_equal(read_array(path, ndim=3), values(np.uint16))
+    with open_lazy(f"{path}:labels/vesicles", ndim=3) as lazy:
+        np.testing.assert_array_equal(lazy[...], labels)
+        assert lazy.voxel_size_nm == SIZE
+
+
+def test_an_array_of_an_ome_zarr_is_not_replaced_by_a_group(tmp_path: Path) -> None:
+    path = tmp_path / "im.ome.zarr"
+    write_array(path, values())
+    with pytest.raises(VolumeError, match="'0' is an array there"):
+        write_array(f"{path}:0", values(np.uint16))
     np.testing.assert_array_equal(read_array(path), values())
-    np.testing.assert_array_equal(read_array(f"{path}:labels/vesicles"), values(np.uint16))
+
+
+@pytest.mark.filterwarnings("ignore:Consolidated metadata")
+@pytest.mark.parametrize("zarr_format", [2, 3])
+def test_consolidated_metadata_that_are_stale_hide_nothing(
+    tmp_path: Path, zarr_format: Any
+) -> None:
+    path = tmp_path / "c.zarr"
+    group = zarr.open_group(path, mode="w", zarr_format=zarr_format)
+    group.create_array("deep/old", data=values())
+    zarr.consolidate_metadata(path)
+    zarr.consolidate_metadata(path / "deep")
+    group = zarr.open_group(path, mode="r+", use_consolidated=False)
+    group.create_array("deep/new", data=values(np.uint16)).attrs["voxel_size_nm"] = SIZE
+    with open_lazy(f"{path}:deep/new") as lazy:
+        np.testing.assert_array_equal(lazy[...], values(np.uint16))
+        assert lazy.voxel_size_nm == SIZE
+    assert "deep/new, deep/old" in refusal(path)
+    assert "2 datasets" in refusal(f"{path}:deep")
+    write_array(f"{path}:deep/new", values(np.uint8))
+    assert zarr.open_consolidated(path)["deep/new"].dtype == np.uint8
+    assert zarr.open_consolidated(path / "deep")["new"].dtype == np.uint8
 
 
 @pytest.mark.parametrize("dtype", [np.uint16, np.int32, np.uint64])

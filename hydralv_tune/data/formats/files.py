@@ -199,7 +199,9 @@ def _replacing(path: Path, *, keep: bool) -> Iterator[Path]:
     temporary = path.with_name(f".{uuid.uuid4().hex[:8]}.{path.name}")
     try:
         if keep and path.is_dir():
-            shutil.copytree(path, temporary)
+            # The libraries of these formats replace files and never change them in place, so the
+            # old content need not be copied.
+            shutil.copytree(path, temporary, copy_function=_link_or_copy)
         elif keep and path.exists():
             shutil.copy2(path, temporary)
         yield temporary
@@ -219,6 +221,14 @@ def _replacing(path: Path, *, keep: bool) -> Iterator[Path]:
             shutil.rmtree(temporary, ignore_errors=True)
         else:
             temporary.unlink(missing_ok=True)
+
+
+def _link_or_copy(source: str, target: str) -> None:
+    """Give a file a second name, or copy it where the file system has no hard links."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
 
 
 def _flush(path: Path) -> None:

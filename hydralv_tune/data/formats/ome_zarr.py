@@ -1,4 +1,7 @@
-"""OME-Zarr groups: axes, scales and translations of each level; pyramids are written as 0.4."""
+"""OME-Zarr groups: axes, scales and translations of each level.
+
+Pyramids are written as version 0.4, and into what is Zarr 3 already as 0.5.
+"""
 
 from __future__ import annotations
 
@@ -168,10 +171,20 @@ def create_image(
     """
     import zarr
 
-    root = zarr.open_group(location.path, mode="a", zarr_format=2)
-    group = root.require_group(location.dataset) if location.dataset else root
-    blocks = chunks or shape
-    options = {"chunks": blocks, "chunk_key_encoding": {"name": "v2", "separator": "/"}}
+    version = 3 if (location.path / "zarr.json").exists() else 2
+    root = zarr.open_group(location.path, mode="a", zarr_format=version, use_consolidated=False)
+    try:
+        group = root.require_group(location.dataset) if location.dataset else root
+    except TypeError as error:
+        raise VolumeError(
+            f"'{location.dataset}' is an array there, but an image of OME-Zarr is a group. Name "
+            "another, for example labels/vesicles."
+        ) from error
+    options: dict[str, Any] = {"chunks": chunks or shape}
+    if version == 2:
+        options["chunk_key_encoding"] = {"name": "v2", "separator": "/"}
+    else:
+        options["dimension_names"] = list("czyx"[-len(shape) :])
     level = group.create_array("0", shape=shape, dtype=dtype, overwrite=True, **options)
     yield level
     size = placement.voxel_size_nm or (1.0, 1.0, 1.0)
@@ -185,14 +198,27 @@ def create_image(
         level = _halved(group, level, str(number), step, options)
         steps.append(tuple(a * b for a, b in zip(steps[-1], step, strict=True)))
     is_label = np.dtype(dtype).kind in "iu" and (np.dtype(dtype).itemsize > 1 or location.dataset)
-    group.attrs.update(_metadata(location, len(shape), placement, steps))
-    if is_label:
-        group.attrs["image-label"] = {"version": "0.4"}
+    image = _metadata(location, len(shape), placement, steps)
+    _write_metadata(group, {"multiscales": [image]} | ({"image-label": {}} if is_label else {}))
     parent, _, name = (location.dataset or "").rpartition("/")
     if parent.rpartition("/")[2] == "labels":
         holder = root[parent]
-        names = [*holder.attrs.get("labels", [])]
-        holder.attrs["labels"] = names if name in names else [*names, name]
+        names = [*holder.attrs.get("ome", holder.attrs).get("labels", [])]
+        _write_metadata(holder, {"labels": names if name in names else [*names, name]})
+
+
+def _write_metadata(group: Any, metadata: Mapping[str, Any]) -> None:
+    """Write what OME-Zarr says of a group: as 0.5 under one key, as 0.4 with a version in each."""
+    if group.metadata.zarr_format == 3:
+        group.attrs["ome"] = {"version": "0.5", **metadata}
+        return
+    version = {"version": "0.4"}
+    images = [version | image for image in metadata.get("multiscales", [])]
+    group.attrs.update(
+        {**metadata}
+        | ({"multiscales": images} if images else {})
+        | ({"image-label": version} if "image-label" in metadata else {})
+    )
 
 
 def _halved(
@@ -212,7 +238,7 @@ def _halved(
 def _metadata(
     location: Location, axes: int, placement: Placement, steps: list[tuple[int, ...]]
 ) -> dict[str, Any]:
-    """Return `multiscales` of version 0.4."""
+    """Return the only image of `multiscales`."""
     known = placement.voxel_size_nm is not None
     unit = {"unit": "nanometer"} if known else {}
     named = [{"name": name, "type": "space", **unit} for name in "zyx"]
@@ -237,8 +263,4 @@ def _metadata(
         for level, step in enumerate(steps)
     ]
     name = location.dataset or "image"
-    return {
-        "multiscales": [
-            {"version": "0.4", "name": name, "axes": named, "datasets": datasets, "type": "nearest"}
-        ]
-    }
+    return {"name": name, "axes": named, "datasets": datasets, "type": "nearest"}

@@ -115,13 +115,14 @@ def _tiff(path: Path) -> np.ndarray:
         if stored.palette:
             raise VolumeError(f"{path}: it is in colours of a palette. Save it in grey.")
         # What tifffile writes of a plain array names no axes.
-        axes = ("y", "x") if stored.axes is None and len(stored.array.shape) == 2 else stored.axes
-        if axes is None or "".join(axes) != "yx":
+        shape = stored.array.shape
+        axes = ("y", "x") if stored.axes is None and len(shape) == 2 else stored.axes
+        if axes != ("y", "x") and (axes != ("z", "y", "x") or shape[0] != 1):
             raise VolumeError(
                 f"{path}: its axes are {', '.join(axes or 'not named')}, but one grey section is "
                 "required. Keep the sections of one stack alone in a folder."
             )
-        return np.asarray(stored.array[:, :])
+        return np.asarray(stored.array[(slice(None),) * len(shape)]).reshape(shape[-2:])
     finally:
         stored.close()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
@@ -29,6 +30,7 @@ CACHED_BYTES = 1 << 28
 """Of decoded pages kept, so that neighbouring boxes do not decode a page anew."""
 IMAGEJ_TYPES = (np.uint8, np.uint16, np.float32)
 UPRIGHT = 1
+ONE_SECTION = "It holds a single section, which is read as a volume of that one."
 UNNAMED_LETTERS = "IQ"
 
 
@@ -54,8 +56,12 @@ def open_stored(location: Location) -> Stored:
                 array = _Pages(series)
             else:
                 array = series.asarray() if series.size else np.empty(series.shape, series.dtype)
+            placement = _placement(file)
+            if axes is not None and _is_one_section(series):
+                array, axes = _OneSection(array), ("z", *axes)
+                placement = replace(placement, notes=(*placement.notes, ONE_SECTION))
             palette = _is_palette(location, series.keyframe)
-            return Stored(array, axes, _placement(file), close=file.close, palette=palette)
+            return Stored(array, axes, placement, close=file.close, palette=palette)
         except BaseException:
             file.close()
             raise
@@ -74,7 +80,8 @@ def create(
     # TIFF counts pixels for a unit of length, as a fraction.
     resolution = None if size is None else (1 / size[2], 1 / size[1])
     metadata: dict[str, Any] = {}
-    if len(shape) == 3 and dtype in IMAGEJ_TYPES:
+    # tifffile reads no stack of ImageJ that is one pixel wide.
+    if len(shape) == 3 and shape[-1] > 1 and dtype in IMAGEJ_TYPES:
         metadata |= {"axes": "ZYX"}
         if size is not None:
             metadata |= {"spacing": size[0], "unit": "nm"}
@@ -153,6 +160,11 @@ def _axes(file: tifffile.TiffFile, series: Any) -> Names | None:
     return tuple(UNNAMED if a in UNNAMED_LETTERS else a.lower() for a in series.axes)
 
 
+def _is_one_section(series: Any) -> bool:
+    """Return whether the only section of a volume stands without its z, as Fiji writes it."""
+    return "Z" in series.get_axes(squeeze=False) and not {"Z", "T"} & set(series.axes)
+
+
 def level_pages(level: Any) -> int:
     """Return how many pages of the file belong to a level of a series."""
     return len(level.pages)
@@ -167,6 +179,21 @@ def _is_paged(series: Any) -> bool:
         and len(series.pages) == int(np.prod(series.shape[:-2]))
         and series.transform is None
     )
+
+
+class _OneSection:
+    """A section as a volume of that one.
+
+    Args:
+        section: (Y, X), or with channels.
+    """
+
+    def __init__(self, section: Any) -> None:
+        self._section, self.shape, self.dtype = section, (1, *section.shape), section.dtype
+
+    def __getitem__(self, box: Sequence[slice]) -> np.ndarray:
+        """Return a box, given by one slice an axis."""
+        return np.asarray(self._section[tuple(box[1:])])[None][box[0]]
 
 
 class _Pages:

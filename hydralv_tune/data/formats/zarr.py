@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -36,7 +38,7 @@ def open_stored(location: Location) -> Stored:
             axes and scales is not understood. zarr raises what else it cannot read.
     """
     root, inner = _root_of(location.path)
-    node = zarr.open(root, mode="r")
+    node = _node(root)
     name = "/".join(part for part in (inner, location.dataset) if part)
     if isinstance(node, zarr.Array):
         if name:
@@ -65,11 +67,32 @@ def create(
     chunks: tuple[int, ...] | None,
     placement: Placement,
 ) -> Iterator[WritableArray]:
-    """Give an array to write to, alone or in a group whose other arrays stay."""
-    if location.path.name.endswith(OME_SUFFIX):
-        with create_image(location, shape, dtype, chunks, placement) as target:
-            yield target
-        return
+    """Give an array to write to, alone or in a group whose other arrays stay.
+
+    Consolidated metadata, where a group around it has some, are those of the new content.
+    """
+    around = list(_around(location))
+    consolidated = [group for group in around if _is_consolidated(group)]
+    is_image = location.path.name.endswith(OME_SUFFIX) or _is_label(location)
+    write = create_image if is_image else _create_plain
+    with write(location, shape, dtype, chunks, placement) as target:
+        yield target
+    for group in consolidated:
+        with warnings.catch_warnings():
+            # That format 3 does not specify them; they were there before.
+            warnings.filterwarnings("ignore", message="Consolidated metadata is currently not")
+            zarr.consolidate_metadata(group)
+
+
+@contextmanager
+def _create_plain(
+    location: Location,
+    shape: tuple[int, ...],
+    dtype: np.dtype[Any],
+    chunks: tuple[int, ...] | None,
+    placement: Placement,
+) -> Iterator[WritableArray]:
+    """Give a single array to write to."""
     options = {
         "shape": shape,
         "dtype": dtype,
@@ -80,10 +103,40 @@ def create(
     if location.dataset is None:
         yield zarr.create_array(location.path, **options)
     else:
-        group = zarr.open_group(location.path, mode="a")
+        group = zarr.open_group(location.path, mode="a", use_consolidated=False)
         if group.metadata.zarr_format == 2:
             del options["dimension_names"]
         yield group.create_array(location.dataset, overwrite=True, **options)
+
+
+def _around(location: Location) -> Iterator[Path]:
+    """Yield the folder of a container, and those of its groups down to a dataset."""
+    yield (folder := location.path)
+    for part in (location.dataset or "").split("/"):
+        yield (folder := folder / part)
+
+
+def _is_consolidated(group: Path) -> bool:
+    """Return whether a folder is a group that repeats the metadata of what is in it."""
+    own = group / "zarr.json"
+    return (group / ".zmetadata").exists() or (
+        own.exists() and bool(json.loads(own.read_bytes()).get("consolidated_metadata"))
+    )
+
+
+def _is_label(location: Location) -> bool:
+    """Return whether a dataset is to be one of the labels of an image that is there."""
+    image, labels, _ = f"/{location.dataset}".rpartition("/labels/")
+    folder = location.path / image.strip("/")
+    if not labels or not any((folder / mark).exists() for mark in MARKS):
+        return False
+    attributes = _node(folder).attrs
+    return "multiscales" in attributes.get("ome", attributes)
+
+
+def _node(root: Any, name: str = "") -> Any:
+    """Return an array or a group as it is: what its consolidated metadata repeat may be stale."""
+    return zarr.open(root, path=name, mode="r", use_consolidated=False)
 
 
 def _root_of(path: Path) -> tuple[Path, str]:
@@ -103,14 +156,18 @@ def _enter(location: Location, root: Any, name: str) -> tuple[Any, str]:
         if name:
             choose_dataset(location, [*_arrays(root)])
         return root, name
-    node = root[name]
+    node = _node(root.store_path, name)
     return (node, "") if isinstance(node, zarr.Group) else (root, name)
 
 
 def _arrays(group: Any) -> list[str]:
     """Return the names of all arrays in a group, those of its groups too."""
-    members = group.members(max_depth=None)
-    return sorted(name for name, item in members if isinstance(item, zarr.Array))
+    names: list[str] = []
+    for name, item in group.members():
+        is_array = isinstance(item, zarr.Array)
+        inner = [] if is_array else _arrays(_node(item.store_path))
+        names += [name] if is_array else [f"{name}/{one}" for one in inner]
+    return sorted(names)
 
 
 def _choose(location: Location, group: Any) -> str:
