@@ -241,6 +241,23 @@ def test_sections_whose_order_is_not_known_are_refused(
         read_array(tmp_path, ndim=3)
 
 
+@pytest.mark.parametrize("suffix", [".png", ".jpg", ".bmp"])
+def test_a_single_section_names_the_folder_to_give(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"s_0{suffix}"
+    Image.fromarray(values()[0]).save(path)
+    assert f"Give the folder that holds the sections of a stack, one picture each: {tmp_path}" in (
+        refusal(path)
+    )
+
+
+def test_hidden_files_of_macos_are_no_pictures(tmp_path: Path) -> None:
+    (tmp_path / "._0.png").write_bytes(b"Mac OS X")
+    assert "folder without pictures" in refusal(tmp_path)
+    for z, section in enumerate(values()):
+        Image.fromarray(section).save(tmp_path / f"{z}.png")
+    np.testing.assert_array_equal(read_array(tmp_path, ndim=3), values())
+
+
 def test_sections_that_differ_or_have_colours_are_refused(tmp_path: Path) -> None:
     for z, section in enumerate(values()):
         Image.fromarray(section).save(tmp_path / f"{z}.png")
@@ -824,6 +841,37 @@ def test_a_nifti_that_lies_askew_is_refused(tmp_path: Path) -> None:
     affine[:2, :2] = [[0.8, -0.6], [0.6, 0.8]]
     nibabel.save(nibabel.Nifti1Image(values().T, affine), tmp_path / "v.nii")
     assert "askew" in refusal(tmp_path / "v.nii")
+
+
+@pytest.mark.parametrize("kind", [nibabel.Nifti1Image, nibabel.Nifti2Image])
+@pytest.mark.parametrize("coded", [("sform", 1), ("qform", 1)])
+def test_sizes_of_nifti_in_mm_are_whole_nanometres(
+    tmp_path: Path, kind: Any, coded: tuple[str, int]
+) -> None:
+    image = kind(values().T, None)
+    affine = np.diag([8.5e-6, 8e-6, 3e-5, 1])
+    affine[:3, 3] = np.divide([85, -16, 300], 1e6)
+    getattr(image, f"set_{coded[0]}")(affine, coded[1])
+    image.header.set_xyzt_units("mm")
+    nibabel.save(image, tmp_path / "v.nii")
+    with open_lazy(tmp_path / "v.nii", ndim=3) as lazy:
+        assert (lazy.voxel_size_nm, lazy.origin_nm) == (SIZE, ORIGIN)
+
+
+@pytest.mark.parametrize("samples", [3, 4])
+@pytest.mark.parametrize("name", ["v.h5", "v.tif", "v.zarr"])
+def test_a_picture_whose_colours_have_no_name_is_read_with_a_word(
+    tmp_path: Path, name: str, samples: int
+) -> None:
+    picture = values(shape=(12, 17, samples))
+    if name == "v.tif":
+        tifffile.imwrite(tmp_path / name, picture, photometric="minisblack")
+    elif name == "v.zarr":
+        zarr.create_array(tmp_path / name, data=picture)
+    else:
+        write_array(tmp_path / name, picture)
+    with pytest.warns(UserWarning, match=f"may be {samples} colours"):
+        np.testing.assert_array_equal(read_array(tmp_path / name, ndim=3), picture)
 
 
 def test_how_voxels_run_in_the_world_is_one_thing_in_nifti_and_nrrd(tmp_path: Path) -> None:

@@ -47,6 +47,9 @@ SYNONYMS = {
 }
 LETTERS = {name: letter for letter, names in SYNONYMS.items() for name in names}
 UNNAMED = "?"
+STACK = "Give a stack of sections, or the folder that holds them."
+COLOURS = (3, 4)
+"""Samples of a colour picture, without and with transparency."""
 AT_ONCE_BYTES = 2**28
 """Read at once while an array is iterated, however much a layer of chunks holds."""
 
@@ -287,10 +290,16 @@ def arranged(location: object, stored: Stored, ndim: int | None, axes: str) -> L
         order = _order(location, stored.axes, shape, ndim)
     ours = tuple(shape[axis] for axis in order)
     if ndim is not None and len(ours) != ndim:
-        hint = "Give a stack of sections." if len(ours) < ndim else "Save one channel alone."
+        hint = STACK if len(ours) < ndim else "Save one channel alone."
         raise VolumeError(
             f"{location}: shape {ours} has {len(ours)} axes, but {ndim} are required, {axes}. "
             f"{hint}"
+        )
+    if stored.axes is None and len(ours) >= 3 and ours[-1] in COLOURS:
+        warnings.warn(
+            f"{location}: its axes have no names and its shape is {ours}: the last is read as x, "
+            f"but may be {ours[-1]} colours. If so, save one channel alone, as a stack.",
+            stacklevel=2,
         )
     if not ours or min(ours) < 1:
         raise VolumeError(f"{location}: shape {ours} holds no voxel. Name another file.")
@@ -356,7 +365,7 @@ def _order(
         )
     absent = [name for name in wanted if name not in names]
     if absent:
-        hint = "Give a stack of sections." if absent == ["z"] else "Name the axes in the file so."
+        hint = STACK if absent == ["z"] else "Name the axes in the file so."
         raise VolumeError(
             f"{location}: its axes are {spelled}; {', '.join(absent)} is missing, but "
             f"{axes_of(wanted)} are required. {hint}"

@@ -130,6 +130,11 @@ def format_of(location: Location) -> Format:
     for kind in FORMATS:
         if any(head[at : at + len(word)] == word for at, word in kind.magic):
             return kind
+    if known is None and FOLDER_OF_SECTIONS.code.is_picture(path):
+        raise VolumeError(
+            f"{location}: a single picture. Give the folder that holds the sections of a stack, "
+            f"one picture each: {path.parent}"
+        )
     if known is None:
         raise VolumeError(f"{location}: of no known format. Known suffixes: {', '.join(SUFFIXES)}.")
     size = path.stat().st_size

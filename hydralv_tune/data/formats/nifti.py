@@ -15,6 +15,8 @@ from hydralv_tune.data.voxel_size import measured, nm_of, unknown_unit
 
 ERRORS = (ImageFileError, HeaderDataError, WrapStructError)
 """What nibabel raises beside the usual errors."""
+SINGLE = 4
+"""Bytes of single precision, which keeps seven digits: 3e-05 mm, not 2.9999999e-05, are 30 nm."""
 ALIGNED = 1e-3
 """Share of a voxel by which an axis may lean."""
 
@@ -33,8 +35,10 @@ def open_stored(location: Location) -> Stored:
         )
     image = nibabel.load(location.path)
     header, count = image.header, len(image.shape)
-    directions, origins = image.affine[:3, :3], image.affine[:3, 3]
-    sizes = np.linalg.norm(directions, axis=0)
+    directions = image.affine[:3, :3]
+    sizes, origins = np.linalg.norm(directions, axis=0), image.affine[:3, 3]
+    if header["pixdim"].dtype.itemsize == SINGLE:
+        sizes, origins = (np.array([float(f"{v:.7g}") for v in vs]) for vs in (sizes, origins))
     axes, forward = list("xyz"[:count]), None
     if (sizes > 0).all() and count >= 3:
         unit = np.abs(directions) / sizes

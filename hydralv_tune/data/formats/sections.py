@@ -21,7 +21,21 @@ CACHED_SECTIONS = 32
 
 def holds_sections(folder: Path) -> bool:
     """Return whether a folder holds pictures."""
-    return any(path.suffix.lower() in SUFFIXES for path in folder.iterdir() if path.is_file())
+    return bool(_pictures(folder))
+
+
+def _pictures(folder: Path) -> list[Path]:
+    """Return the pictures in a folder, without the hidden files that macOS puts beside them."""
+    return [
+        path
+        for path in folder.iterdir()
+        if is_picture(path) and path.is_file() and not path.name.startswith(".")
+    ]
+
+
+def is_picture(path: Path) -> bool:
+    """Return whether a file is named as a picture."""
+    return path.suffix.lower() in SUFFIXES
 
 
 def open_stored(location: Location) -> Stored:
@@ -31,8 +45,7 @@ def open_stored(location: Location) -> Stored:
         VolumeError: They are of several kinds, one is missing, or they are not one grey picture of
             the same shape and type each.
     """
-    files = [p for p in location.path.iterdir() if p.is_file() and not p.name.startswith(".")]
-    pictures = [p for p in files if p.suffix.lower() in SUFFIXES]
+    pictures = _pictures(location.path)
     kinds = sorted({p.suffix.lower() for p in pictures})
     if len(kinds) > 1:
         raise VolumeError(
