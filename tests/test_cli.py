@@ -24,6 +24,7 @@ from commands_in_a_process import environment
 from hydralv_tune.cli.configurations import Kind
 from hydralv_tune.cli.main import exit_code
 from hydralv_tune.config.search_space_files import load_space
+from hydralv_tune.data.volumes import read_array, write_array
 from hydralv_tune.numerics.phantom.volume import make_phantom
 from hydralv_tune.study.study import Study, open_readonly
 
@@ -366,6 +367,132 @@ def test_an_input_is_never_replaced_by_the_output(run: Run, volume: dict[str, Pa
     message = one_error(run("decode", "--probabilities", volume["p"], "--out", volume["p"]))
     assert "would be lost" in message
     assert volume["p"].read_bytes() == before
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    """Return every file below a folder, with its bytes."""
+    return {str(p): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+@pytest.fixture
+def inputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Return the folder that we are in, of inputs of every kind and of folders of the user's own.
+
+    Each holds probabilities: where a name gives an image or labels, it is refused before it is
+    opened.
+    """
+    monkeypatch.chdir(tmp_path)
+    rng = np.random.default_rng(0)
+    maps = rng.random((3, 4, 16, 16)).astype(np.float32)
+    with h5py.File("s.h5", "w") as file:
+        file["main"], file["other"], file["in/deep"] = maps, maps, maps
+    with h5py.File("one.h5", "w") as file:
+        file["raw"] = maps
+    for name in ("raw", "other"):
+        write_array(f"g.zarr:{name}", maps)
+    write_array("im.ome.zarr", maps)
+    Path("sections").mkdir()
+    Path("sections/s_0.png").write_bytes(b"a picture")
+    for name in ("user.zarr", "user.precomputed", "view/image.precomputed"):
+        Path(name).mkdir(parents=True)
+        Path(name, "notes.txt").write_text("mine")
+    Path("link").symlink_to(".")
+    Path("linked.zarr").symlink_to("g.zarr")
+    return tmp_path
+
+
+LOSING = [
+    ("s.h5:main", "s.h5"),
+    ("s.h5", "s.h5:main"),
+    ("s.h5", "./o/../s.h5"),
+    ("s.h5", "link/s.h5:main"),
+    ("file://{here}/s.h5:other", "s.h5"),
+    ("one.h5", "one.h5:raw"),
+    ("s.h5:in/deep", "s.h5:in"),
+    ("one.h5", "s.h5:in"),
+    ("one.h5", "s.h5:other/seg"),
+    ("g.zarr:raw", "g.zarr"),
+    ("g.zarr/raw", "g.zarr"),
+    ("g.zarr/raw", "g.zarr:raw"),
+    ("g.zarr:raw", "linked.zarr:raw"),
+    ("g.zarr:raw", "g.zarr/new.zarr"),
+    ("s.h5", "g.zarr:raw/new"),
+    ("im.ome.zarr", "im.ome.zarr"),
+    ("im.ome.zarr", "im.ome.zarr:0"),
+    ("im.ome.zarr", "im.ome.zarr:0/seg"),
+    ("sections", "sections/seg.h5"),
+    ("s.h5", "user.zarr"),
+    ("s.h5", "user.precomputed"),
+    ("s.h5", "new.precomputed:8_8_8"),
+    ("s.h5", "new.tif:0"),
+]
+
+
+@pytest.mark.parametrize(("given", "out"), LOSING, ids=str)
+@pytest.mark.parametrize(
+    "words", [("segment", ".", "--image"), ("predict", "--checkpoint", "s.h5", "--image"),
+              ("decode", "--probabilities")], ids=lambda words: str(words[0])
+)  # fmt: skip
+def test_no_output_takes_the_place_of_what_is_there(
+    run: Run, inputs: Path, words: tuple[str, ...], given: str, out: str
+) -> None:
+    before = content(inputs)
+    message = one_error(run(*words, given.format(here=inputs), "--out", out))
+    assert message.startswith(("error: --out", f"error: {out}", f"error: {out.split(':')[0]}:"))
+    assert content(inputs) == before
+
+
+@pytest.mark.parametrize(
+    ("given", "out"),
+    [("s.h5", "s.h5:seg"), ("s.h5:other", "s.h5:in/seg"), ("one.h5", "one.h5:seg"),
+     ("g.zarr:raw", "g.zarr:seg"), ("g.zarr/raw", "g.zarr:seg"), ("g.zarr:raw", "linked.zarr:seg"),
+     ("s.h5:main", "linked.zarr"), ("im.ome.zarr", "im.ome.zarr:labels/seg")],
+    ids=str,
+)  # fmt: skip
+def test_another_dataset_of_the_input_may_be_written_and_written_again(
+    run: Run, inputs: Path, given: str, out: str
+) -> None:
+    before = read_array(given)
+    for _ in range(2 if given != "one.h5" else 1):  # of two datasets one must be named
+        code, _, err = run("decode", "--probabilities", given, "--out", out)
+        assert code == 0, err
+    kept = "one.h5:raw" if given == "one.h5" else given
+    np.testing.assert_array_equal(read_array(kept), before)
+    assert read_array(out).shape == before.shape[1:]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [("--out", "new.h5", "--neuroglancer", "view"),
+     ("--out", "new/truth.precomputed", "--neuroglancer", "new"),
+     ("--out", "new.zarr", "--neuroglancer", "new.zarr"),
+     ("--out", "new.h5", "--table", "g.zarr/t.csv"),
+     ("--out", "new.zarr", "--table", "new.zarr/t.csv"),
+     ("--out", "new.h5", "--label", "view/image.precomputed", "--neuroglancer", "view")],
+    ids=" ".join,
+)  # fmt: skip
+def test_table_and_view_replace_neither_inputs_nor_labels(
+    run: Run, inputs: Path, words: tuple[str, ...]
+) -> None:
+    before = content(inputs)
+    one_error(run("segment", ".", "--image", "g.zarr:raw", *words))
+    assert content(inputs) == before
+
+
+@pytest.mark.parametrize(
+    "words",
+    [("sweep", "--probabilities", "p.png", "--label", "l.h5", "--out", "p.yaml"),
+     ("inspect", "--image", "sections", "--out", "sections"),
+     ("train", "smoke", "--image", "sections", "--label", "sections", "--out", "sections/a"),
+     ("run", "smoke", "--image", "sections", "--label", "sections", "--out", "sections/a")],
+    ids=lambda words: str(words[0]),
+)  # fmt: skip
+def test_nothing_is_written_into_an_input(run: Run, inputs: Path, words: tuple[str, ...]) -> None:
+    shutil.copy("s.h5", "p.png")
+    shutil.copy("s.h5", "p.yaml")  # so that the sweep's own check is passed
+    before = content(inputs)
+    assert "--out" in one_error(run(*words))
+    assert content(inputs) == before
 
 
 @pytest.mark.parametrize("name", ["a/b", "..", "../x", "", " ", "a\nb", "x" * 300])

@@ -586,6 +586,42 @@ def test_a_killed_segmentation_goes_on_and_writes_the_same_file(
     assert out.read_bytes() == whole.read_bytes()
 
 
+@pytest.mark.parametrize(
+    ("first", "then", "goes_on"), [(None, None, True), (2, 3, True), (2, None, True), (3, 2, False)]
+)
+def test_other_memory_and_workers_lose_nothing_of_a_killed_segmentation(
+    tmp_path: Path, model: Segmenter, paths: VolumePaths, monkeypatch: pytest.MonkeyPatch,
+    first: float | None, then: float | None, goes_on: bool,
+) -> None:  # fmt: skip
+    class Memory:
+        available = 12e9
+
+    monkeypatch.setattr("psutil.virtual_memory", Memory)
+    out, jobs = tmp_path / "seg.h5", Killing(0)
+    jobs.workers = 2
+    with pytest.raises(Killed):
+        segment_volume(model, paths, out, memory_gb=first, jobs=jobs)
+    Memory.available = 9e9
+    started: list[int] = []
+    segment_volume(
+        model, paths, out, memory_gb=then, say=lambda step, done, _: started.append(done)
+    )
+    assert (started[0] > 0) == goes_on
+    segment_volume(model, paths, tmp_path / "whole.h5", memory_gb=2)
+    np.testing.assert_array_equal(read_array(out), read_array(tmp_path / "whole.h5"))
+
+
+def test_a_folder_that_is_no_work_folder_stays(
+    tmp_path: Path, model: Segmenter, paths: VolumePaths
+) -> None:
+    note = tmp_path / "seg.h5.work" / "notes.txt"
+    note.parent.mkdir()
+    note.write_text("mine")
+    with pytest.raises(InputError, match="would be lost"):
+        segment_volume(model, paths, tmp_path / "seg.h5", memory_gb=2)
+    assert note.read_text() == "mine"
+
+
 def test_what_fails_after_the_labels_does_not_lose_them(
     tmp_path: Path, model: Segmenter, paths: VolumePaths
 ) -> None:

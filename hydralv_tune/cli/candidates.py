@@ -72,6 +72,7 @@ def train(
     loaded = load_candidate(candidate, parse_overrides(settings or []))
     searched = load_space(space)
     paths = volumes_given(image, label or [], mask or [], scored_mask or [], ignore_label or [])
+    check_folder("--out", out, [file for volume in paths for file in volume.files])
     if not label:
         raise InputError("train: --label is missing; training needs instance labels.")
 
@@ -186,7 +187,9 @@ def segment(
     ] = None,
     memory_gb: Annotated[
         float | None,
-        typer.Option(min=1.0, help="Most memory to use. Default: half of what is free."),
+        typer.Option(
+            min=1.0, help="Most memory to use. Default: half of what is free, or as it was begun."
+        ),
     ] = None,
     ray_address: Annotated[
         str | None, typer.Option(help="Ray cluster whose nodes share the folder of --out.")
@@ -217,9 +220,11 @@ def segment(
     inputs = [path for path in (image, mask, label, scored_mask) if path is not None]
     check_file_out("--out", out, WRITABLE, inputs)
     if table is not None:
-        check_file_out("--table", table, (".csv", ".parquet"), inputs)
+        check_file_out("--table", table, (".csv", ".parquet"), [*inputs, out])
     if neuroglancer is not None:
-        check_folder("--neuroglancer", neuroglancer)
+        for name in ("image", "truth", "segmentation"):
+            shown = neuroglancer / f"{name}{PRECOMPUTED.suffixes[0]}"
+            check_file_out("--neuroglancer", shown, PRECOMPUTED.suffixes, [*inputs, out])
         _ = PRECOMPUTED.code  # refused before any work where its package is missing
     check_inputs(*inputs)
     if "://" not in best and not expanded_path(best).exists():
@@ -230,8 +235,6 @@ def segment(
     from hydralv_tune.data.volumes import check_heads
 
     check_heads(image, {"label": label, "mask": mask, "scored mask": scored_mask})
-    import psutil
-
     from hydralv_tune.artifacts.writing import write_frame
     from hydralv_tune.config.files import parse_overrides
     from hydralv_tune.data.truth import ANNOTATED_NOTE
@@ -245,7 +248,6 @@ def segment(
     if gaps != []:
         say(f"{mask}: {ANNOTATED_NOTE}.")
     tissue = None if gaps is None else mask
-    memory = memory_gb or max(psutil.virtual_memory().available / 2e9, 1.0)
     started = time.perf_counter()
     with ExitStack() as stack:
         jobs = Jobs()
@@ -257,7 +259,8 @@ def segment(
         found = stack.enter_context(
             segmented_volume(
                 model, VolumePaths(image, image, label, tissue), out, gaps=gaps or (),
-                memory_gb=memory, table=table is not None, device=device, jobs=jobs, say=say_step,
+                memory_gb=memory_gb, table=table is not None, device=device, jobs=jobs,
+                say=say_step,
             )
         )  # fmt: skip
         assessed = assess(

@@ -168,12 +168,13 @@ def inspect(
 
     Example: `hydralv-tune inspect --image runs/phantom/im.h5 --label runs/phantom/label.h5`
     """
+    read = [*image, *(label or []), *(mask or []), *(scored_mask or [])]
     if out is not None:
-        check_folder("--out", out)
+        check_folder("--out", out, read)
     if candidate is not None:
         find_file(candidate, "trials")
     if propose is not None:
-        check_file_out("--propose", propose, (".yaml", ".yml"), [*image, *(label or [])])
+        check_file_out("--propose", propose, (".yaml", ".yml"), read)
         if not label:
             raise InputError("inspect --propose: needs instance sizes, so give --label too.")
     given = volumes_given(image, label or [], mask or [], scored_mask or [], ignore_label or [])
@@ -288,7 +289,7 @@ def decode(
     """
     from hydralv_tune.data.formats import WRITABLE
 
-    check_file_out("--out", out, WRITABLE, [probabilities, *([mask] if mask else [])])
+    check_file_out("--out", out, WRITABLE, [probabilities, mask])
     check_inputs(probabilities, mask)
     from hydralv_tune.config.files import decoding_step, parse_overrides
     from hydralv_tune.data.volumes import (
@@ -356,7 +357,10 @@ def sweep(
     Example: `hydralv-tune sweep --probabilities runs/p.h5 --label runs/phantom/label.h5`
     """
     if out is not None:
-        check_file_out("--out", out, (".yaml", ".yml"))
+        read = [probabilities, label, mask, scored_mask]
+        check_file_out("--out", out, (".yaml", ".yml"), read)
+        for suffix in (".parquet", ".png"):
+            check_file_out("--out", out.with_suffix(suffix), (suffix,), read)
         _check_beside(out)
     find_file(space, "search_spaces")
     check_inputs(probabilities, label, mask, scored_mask)

@@ -5,6 +5,7 @@ Light to import: names and paths are refused before any library is loaded.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -18,6 +19,7 @@ from hydralv_tune.config.paths import expanded, expanded_path, expanded_url
 from hydralv_tune.data.formats import NAMES
 
 if TYPE_CHECKING:
+    from hydralv_tune.data.formats.location import Location
     from hydralv_tune.data.volume_paths import VolumePaths
 
 
@@ -157,16 +159,23 @@ def check_inputs(*paths: str | None) -> None:
             format_of(locate(path))
 
 
-def check_folder(option: str, path: Path) -> None:
+def check_folder(option: str, path: Path, inputs: Collection[str | Path | None] = ()) -> None:
     """Refuse a place where no folder can be made, before any work is done for it.
 
     Args:
         option: What the user calls it, for the message.
         path: The folder; it need not exist yet.
+        inputs: Files and folders that the command reads, which it must not write into.
 
     Raises:
-        InputError: A file stands in its way, or its folder cannot be written.
+        InputError: A file stands in its way, its folder cannot be written, or it lies in one of
+            the inputs.
     """
+    for given in inputs:
+        if given is not None and _real(path).is_relative_to(_real(given)):
+            raise InputError(
+                f"{option}: {path} lies in {given}, which the command reads. Name a folder outside."
+            )
     reason = why_not_writable(path)
     if reason is not None:
         raise InputError(
@@ -175,7 +184,7 @@ def check_folder(option: str, path: Path) -> None:
 
 
 def check_file_out(
-    option: str, path: Path, suffixes: Collection[str], inputs: Collection[str | Path] = ()
+    option: str, path: Path, suffixes: Collection[str], inputs: Collection[str | Path | None] = ()
 ) -> None:
     """Refuse a file that cannot be written or must not be, before any work is done for it.
 
@@ -187,10 +196,10 @@ def check_file_out(
 
     Raises:
         InputError: The suffix is another, a folder of that name exists, the folder cannot be
-            written, or the file is one of the inputs.
+            written, or an input or something else would be lost.
     """
     from hydralv_tune.data.formats import SUFFIXES, suffix_of
-    from hydralv_tune.data.formats.location import locate
+    from hydralv_tune.data.formats.location import format_to_write, locate
 
     location = locate(path)
     file = location.path
@@ -204,8 +213,42 @@ def check_file_out(
         raise InputError(f"{option}: {path} is a folder, but must be a file. Name a file in it.")
     check_folder(option, file.parent)
     for given in inputs:
-        other = locate(given)
-        if other.path.absolute() == file.absolute() and other.dataset == location.dataset:
-            raise InputError(
-                f"{option}: {path} is what the command reads, and would be lost. Name another file."
-            )
+        if given is not None:
+            _check_apart(option, location, given)
+    if kind is not None:
+        format_to_write(location)
+
+
+def _check_apart(option: str, out: Location, given: str | Path) -> None:
+    """Refuse an output that replaces what the command reads, or that lies in it.
+
+    Another dataset of the same file is none of both.
+    """
+    from hydralv_tune.data.formats.location import locate
+
+    here, there = _real(out), _real(given)
+    if out.dataset is not None and here != there and here.is_relative_to(there):
+        from hydralv_tune.data.formats.files import open_lazy
+
+        with open_lazy(given) as lazy:  # of a file without a name, the array that is read
+            there = _real(lazy.place or there)
+    if there.is_relative_to(here):
+        raise InputError(
+            f"{option}: {out} is what the command reads, and would be lost. Name another file."
+        )
+    file, read = Path(os.path.realpath(out.path)), Path(os.path.realpath(locate(given).path))
+    if here.is_relative_to(there) or (file != read and file.is_relative_to(read)):
+        raise InputError(
+            f"{option}: {out} lies in {given}, which the command uses. Name a file outside."
+        )
+
+
+def _real(path: str | Path | Location) -> Path:
+    """Return where a file or folder is, links followed, and then its dataset as if it were one."""
+    from hydralv_tune.data.formats.location import Location, locate
+
+    location = path if isinstance(path, Location) else locate(path)
+    file = location.path
+    if location.url is not None:
+        return Path(f"//{location.url}")
+    return Path(os.path.realpath(file), *([location.dataset] if location.dataset else []))

@@ -205,7 +205,7 @@ def _run(
     name = space.name if study is None else study
     _check_study_name(name, names_folder=out is None)
     folder = out or Path("runs") / name
-    check_folder("--out", folder)
+    check_folder("--out", folder, [file for volume in volumes for file in volume.files])
     url = storage or f"sqlite:///{folder / 'study.db'}"
     if sys.stderr.isatty():
         say(f"Study {name} in {folder}: starting.")

@@ -48,6 +48,12 @@ class VolumePaths:
     def __post_init__(self) -> None:
         object.__setattr__(self, "ignore_labels", tuple(self.ignore_labels))
 
+    @property
+    def files(self) -> list[str]:
+        """Return what is read of it."""
+        given = (self.image, self.label, self.mask, self.scored_mask)
+        return [path for path in given if path is not None]
+
 
 def volume_paths(
     images: Sequence[str | Path],

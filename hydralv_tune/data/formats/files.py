@@ -13,11 +13,6 @@ from pathlib import Path
 import numpy as np
 
 from hydralv_tune.config.errors import VolumeError
-from hydralv_tune.data.formats import (
-    SUFFIXES,
-    WRITABLE,
-    suffix_of,
-)
 from hydralv_tune.data.formats.interface import (
     UNREADABLE,
     LazyArray,
@@ -27,7 +22,7 @@ from hydralv_tune.data.formats.interface import (
     on_voxels_of,
     unreadable,
 )
-from hydralv_tune.data.formats.location import Location, format_of, locate
+from hydralv_tune.data.formats.location import Location, format_of, format_to_write, locate
 from hydralv_tune.data.voxel_size import Placement, VoxelSize
 
 __all__ = [
@@ -158,14 +153,7 @@ def create_array(
         VolumeError: As for `write_array`; the older file is untouched.
     """
     location = locate(path)
-    kind = None if location.url else SUFFIXES.get(suffix_of(location.path))
-    if kind is None or not kind.writable:
-        raise VolumeError(
-            f"{location}: '{location.path.suffix}' is no known format to write. Known suffixes: "
-            f"{', '.join(WRITABLE)}."
-        )
-    if location.dataset is not None and not kind.has_datasets:
-        raise VolumeError(f"{location}: a {kind.name} holds no datasets. Name the file alone.")
+    kind = format_to_write(location)
     whole = tuple(int(n) for n in shape)
     blocks = chunks_for(whole) if chunks is None else tuple(int(n) for n in chunks)
     try:
@@ -211,7 +199,10 @@ def _replacing(path: Path, *, keep: bool) -> Iterator[Path]:
             old = path.with_name(f".{uuid.uuid4().hex[:8]}.old.{path.name}")
             path.rename(old)
             temporary.rename(path)
-            shutil.rmtree(old)
+            if old.is_symlink():
+                old.unlink()
+            else:
+                shutil.rmtree(old)
         else:
             if temporary.is_file():
                 _flush(temporary)

@@ -18,7 +18,9 @@ from hydralv_tune.data.formats.interface import (
     Stored,
     WritableArray,
     axis_letters,
+    check_new_dataset,
     choose_dataset,
+    unreadable,
 )
 from hydralv_tune.data.formats.location import Location
 from hydralv_tune.data.voxel_size import Placement, in_nm, in_zyx, nm_of, placement_from
@@ -40,7 +42,9 @@ def open_stored(location: Location) -> Stored:
             raise VolumeError(
                 f"{location}: an Imaris file, whose arrays are padded. Export it as TIFF or HDF5."
             )
-        dataset = file[choose_dataset(location, _names(location, file))]
+        name = choose_dataset(location, _names(location, file))
+        dataset, link = file[name], file.get(name, getlink=True)
+        name = link.path if isinstance(link, h5py.SoftLink) else name
         _check_parts(location, dataset)
         _load_filters(location, dataset)
         axes, tagged = _axes(location, dataset)
@@ -50,6 +54,7 @@ def open_stored(location: Location) -> Stored:
             placement=_placement(dataset, axes, tagged),
             chunks=dataset.chunks,
             close=file.close,
+            place=location.path / name.lstrip("/"),
         )
     except BaseException:
         file.close()
@@ -81,6 +86,19 @@ def create(
         )
         target.attrs.update(placement_attributes(placement))
         yield target
+
+
+def check_dataset(location: Location) -> None:
+    """Refuse to write to a name that stands for several datasets of an existing file.
+
+    Raises:
+        VolumeError: It is a group, or a part of it is a dataset.
+    """
+    try:
+        with h5py.File(location.path, "r") as file:
+            check_new_dataset(location, file.get, h5py.Group)
+    except OSError as error:
+        raise unreadable(location, error) from error
 
 
 def placement_attributes(placement: Placement) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import warnings
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -65,6 +66,7 @@ class Stored:
         chunks: The blocks it is stored in; None where it is stored in one piece.
         close: Closes the file.
         palette: Whether its numbers stand for colours of a palette: they can be ids, but no greys.
+        place: The path of its file with its name in there, where it has one.
     """
 
     array: Any
@@ -73,6 +75,7 @@ class Stored:
     chunks: tuple[int, ...] | None = None
     close: Callable[[], None] = lambda: None
     palette: bool = False
+    place: Path | None = None
 
 
 class WritableArray(Protocol):
@@ -164,6 +167,11 @@ class LazyArray:
     def placement(self) -> Placement:
         """Return all that the file says of the place of its voxels."""
         return self._stored.placement
+
+    @property
+    def place(self) -> Path | None:
+        """Return that of `Stored`."""
+        return self._stored.place
 
     @property
     def ndim(self) -> int:
@@ -401,6 +409,32 @@ def choose_dataset(location: Location, names: list[str]) -> str:
         f"{location.path}: it holds {len(names)} datasets and none is named: {', '.join(names)}. "
         f"Name one, for example {location.path}:{names[0]}."
     )
+
+
+def check_new_dataset(
+    location: Location, item: Callable[[str], object | None], group: type[Any]
+) -> None:
+    """Refuse to write to a name that is a group, or that leads through an array.
+
+    Args:
+        location: With the dataset that is to be written.
+        item: Gives what has a name in the file, or None.
+        group: The type of those that hold others.
+
+    Raises:
+        VolumeError: It is one of these.
+    """
+    parts = str(location.dataset).split("/")
+    for depth in range(1, len(parts) + 1):
+        name = "/".join(parts[:depth])
+        found = item(name)
+        if found is not None and isinstance(found, group) == (depth == len(parts)):
+            what = (
+                "a group, and what it holds would be lost"
+                if depth == len(parts)
+                else "an array, which holds no other"
+            )
+            raise VolumeError(f"{location}: '{name}' is {what}. Name another dataset.")
 
 
 def unreadable(place: object, error: BaseException) -> VolumeError:

@@ -17,6 +17,7 @@ from hydralv_tune.data.formats import (
     FORMATS,
     PRECOMPUTED,
     SUFFIXES,
+    WRITABLE,
     Format,
     suffix_of,
 )
@@ -81,6 +82,32 @@ def absolute(path: str) -> str:
     if location.url is not None:
         return path
     return str(replace(location, path=Path(os.path.abspath(location.path))))
+
+
+def format_to_write(location: Location) -> Format:
+    """Return the format that is written there, where nothing else is lost by it.
+
+    Raises:
+        VolumeError: The suffix is unknown, the format holds no datasets, a folder of that name is
+            no volume of the format, or what is named is more than one dataset.
+    """
+    path = location.path
+    kind = None if location.url else SUFFIXES.get(suffix_of(path))
+    if kind is None or not kind.writable:
+        raise VolumeError(
+            f"{location}: '{path.suffix}' is no known format to write. Known suffixes: "
+            f"{', '.join(WRITABLE)}."
+        )
+    if location.dataset is not None and (not kind.has_datasets or kind is PRECOMPUTED):
+        raise VolumeError(f"{location}: a {kind.name} holds no datasets. Name the file alone.")
+    if path.is_dir() and any(path.iterdir()) and not any((path / m).exists() for m in kind.marks):
+        raise VolumeError(
+            f"{location}: this folder is no {kind.name} volume, and what is in it would be lost. "
+            "Name another, or move it away."
+        )
+    if location.dataset is not None and path.exists():
+        kind.code.check_dataset(location)
+    return kind
 
 
 def format_of(location: Location) -> Format:

@@ -20,6 +20,7 @@ from hydralv_tune.data.formats.interface import (
     Stored,
     WritableArray,
     axis_letters,
+    check_new_dataset,
     choose_dataset,
 )
 from hydralv_tune.data.formats.location import Location
@@ -73,8 +74,7 @@ def create(
     """
     around = list(_around(location))
     consolidated = [group for group in around if _is_consolidated(group)]
-    is_image = location.path.name.endswith(OME_SUFFIX) or _is_label(location)
-    write = create_image if is_image else _create_plain
+    write = create_image if _writes_image(location) else _create_plain
     with write(location, shape, dtype, chunks, placement) as target:
         yield target
     for group in consolidated:
@@ -107,6 +107,34 @@ def _create_plain(
         if group.metadata.zarr_format == 2:
             del options["dimension_names"]
         yield group.create_array(location.dataset, overwrite=True, **options)
+
+
+def check_dataset(location: Location) -> None:
+    """Refuse to write to a name that stands for several arrays of an existing group.
+
+    An image of an OME-Zarr, a group of its levels, is replaced as one.
+
+    Raises:
+        VolumeError: It is another group, an array where an image is written, or leads through one.
+    """
+    root = _node(location.path)
+    if isinstance(root, zarr.Array):
+        raise VolumeError(f"{location.path}: a single array, which holds no other. Name it alone.")
+    node = root.get(location.dataset)
+    if _writes_image(location):
+        if isinstance(node, zarr.Array):
+            raise VolumeError(
+                f"{location}: an array, but an image of OME-Zarr is a group. Name another, for "
+                "example labels/vesicles."
+            )
+        if isinstance(node, zarr.Group) and levels_of(location, node.attrs):
+            return
+    check_new_dataset(location, root.get, zarr.Group)
+
+
+def _writes_image(location: Location) -> bool:
+    """Return whether an image of OME-Zarr is written there, rather than a single array."""
+    return location.path.name.endswith(OME_SUFFIX) or _is_label(location)
 
 
 def _around(location: Location) -> Iterator[Path]:
@@ -201,8 +229,9 @@ def _stored(
     location: Location, array: Any, attributes: list[Mapping[str, Any]], level: Level | None
 ) -> Stored:
     """Return an opened array with the axes and the placement that its metadata give."""
+    place = Path(array.store_path.store.root) / array.path
     if level is not None:
-        return Stored(array, level.axes, level.placement, tuple(array.chunks))
+        return Stored(array, level.axes, level.placement, tuple(array.chunks), place=place)
     axes = _own_axes(array)
     placement = Placement()
     for mapping in attributes:
@@ -215,7 +244,7 @@ def _stored(
             placement.bare_size or found.bare_size,
             placement.bare_origin or found.bare_origin,
         )
-    return Stored(array, axes, placement, tuple(array.chunks))
+    return Stored(array, axes, placement, tuple(array.chunks), place=place)
 
 
 def _own_axes(array: Any) -> Names | None:

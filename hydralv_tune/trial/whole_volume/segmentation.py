@@ -20,6 +20,7 @@ from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
+import psutil
 import zarr
 from filelock import FileLock, Timeout
 
@@ -67,6 +68,8 @@ A_VOXEL = "a_voxel"
 """Kept beside the table of a block: a voxel of each instance."""
 WRITTEN_BYTES = 32
 """What it takes to put a voxel of several blocks together and to compress it."""
+COST = ("memory_bytes", "batch", "lanes")
+"""What of a plan says in which parts the work is done, not what comes out."""
 
 
 @dataclass(frozen=True)
@@ -223,8 +226,8 @@ class Work:
 
 @contextmanager
 def segmented_volume(
-    model: Segmenter, paths: VolumePaths, out: Path, *, memory_gb: float, gaps: Sequence[Gap] = (),
-    table: bool = True, device: str = "auto", jobs: Jobs | None = None,
+    model: Segmenter, paths: VolumePaths, out: Path, *, memory_gb: float | None,
+    gaps: Sequence[Gap] = (), table: bool = True, device: str = "auto", jobs: Jobs | None = None,
     say: Say = lambda step, done, whole: None,
 ) -> Iterator[Segmented]:  # fmt: skip
     """Write the instances of a volume, and give what there is of them.
@@ -236,7 +239,8 @@ def segmented_volume(
         model: Weights and thresholds.
         paths: Image and mask.
         out: Where the labels go, (Z, Y, X): uint16 where the ids fit, uint32 otherwise.
-        memory_gb: What the process may take at its peak, the program itself included.
+        memory_gb: What the process may take at its peak, the program itself included; None where
+            it is half of what is free, or what the work that goes on was begun with.
         gaps: Sections that the mask leaves out and that are tissue all the same.
         table: Whether instances are measured; otherwise their table holds the ids alone.
         device: As for `pick_device`.
@@ -251,12 +255,15 @@ def segmented_volume(
     """
     with _alone(out):
         jobs = jobs or Jobs()
-        spread = max((memory_gb * 1e9 - PROGRAM_BYTES), LEAST_BYTES)
+        wanted = memory_gb or max(psutil.virtual_memory().available / 2e9, 1.0)
+        spread = max((wanted * 1e9 - PROGRAM_BYTES), LEAST_BYTES)
         folder = work_folder(out)
         work = _begin(
             model, paths, folder, memory_bytes=spread, gaps=gaps, device=device,
-            workers=jobs.workers,
+            workers=jobs.workers, as_begun=memory_gb is None,
         )  # fmt: skip
+        if memory_gb is None:
+            spread = work.plan["memory_bytes"]
         if model.members:
             _predict_members(work, model, paths, jobs, say)
         else:
@@ -309,9 +316,23 @@ def work_folder(out: Path) -> Path:
 
 def _begin(
     model: Segmenter, paths: VolumePaths, folder: Path, *, memory_bytes: float, gaps: Sequence[Gap],
-    device: str, workers: int, member: int = 0,
+    device: str, workers: int, member: int = 0, as_begun: bool = False,
 ) -> Work:  # fmt: skip
-    """Return the work folder: an earlier one of the very same work, or a fresh one."""
+    """Return the work folder: an earlier one of the very same work, or a fresh one.
+
+    Earlier work goes on in the parts that it was begun in, with more memory or workers too.
+
+    Args:
+        model: As for `segmented_volume`.
+        paths: As for `segmented_volume`.
+        folder: The work folder.
+        memory_bytes: What a job may take.
+        gaps: As for `segmented_volume`.
+        device: As for `segmented_volume`.
+        workers: How many jobs run at once.
+        member: Which network of an ensemble predicts.
+        as_begun: Whether earlier work goes on whatever memory it was begun with.
+    """
     work = Work(folder)
     with open_lazy(paths.image, ndim=3) as image:
         shape = image.shape
@@ -345,9 +366,18 @@ def _begin(
         "lanes": [[list(lane.low), list(lane.high)] for lane in lanes],
     }
     text = json.dumps(plan, indent=1, default=list)
-    if (work.folder / "plan.json").exists() and work.plan == json.loads(text):
-        return work
+    if (work.folder / "plan.json").exists():
+        begun, asked = dict(work.plan), json.loads(text)
+        enough = as_begun or memory_bytes >= begun["memory_bytes"]
+        if enough and {**begun, **{key: asked[key] for key in COST}} == asked:
+            return work
     work = Work(work.folder)
+    empty = work.folder.is_dir() and not any(work.folder.iterdir())
+    if work.folder.exists() and not (empty or (work.folder / "probabilities.zarr").exists()):
+        raise InputError(
+            f"{work.folder}: is of no segmentation, and would be lost. Move it away, or give "
+            "another --out."
+        )
     shutil.rmtree(work.folder, ignore_errors=True)
     work.folder.mkdir(parents=True)
     # No chunk lies in two lanes, which may be written at once.
@@ -433,6 +463,7 @@ def _predict_members(
             replace(model, candidate=candidate, members=()), paths,
             work.folder / f"member_{number}", memory_bytes=plan["memory_bytes"],
             gaps=plan["gaps"], device=plan["device"], workers=jobs.workers, member=number,
+            as_begun=True,
         )  # fmt: skip
         _predict(part, jobs, say)
         parts.append(part)
