@@ -442,6 +442,61 @@ def test_no_output_takes_the_place_of_what_is_there(
     assert content(inputs) == before
 
 
+@pytest.mark.parametrize("out", ["file://{here}/a b.h5", "precomputed://{here}/a.precomputed"])
+def test_a_url_of_this_machine_is_its_path(run: Run, inputs: Path, out: str) -> None:
+    code, _, err = run("decode", "--probabilities", "s.h5", "--out", out.format(here=inputs))
+    assert code == 0, err
+    made = inputs / out.rpartition("/")[2]
+    assert read_array(made).shape == (4, 16, 16)
+    assert not list(inputs.glob("*:*")), "a folder named as the scheme"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [("decode", "--probabilities", "s.h5", "--out", "s3://bucket/x.h5"),
+     ("decode", "--probabilities", "s.h5", "--out", "precomputed://gs://bucket/x.precomputed"),
+     ("segment", ".", "--image", "s.h5", "--out", "a.h5", "--table", "https://place/t.csv"),
+     ("segment", ".", "--image", "s.h5", "--out", "a.h5", "--neuroglancer", "gs://place/view"),
+     ("predict", "--checkpoint", "s3://place/best.ckpt", "--image", "s.h5", "--out", "a.h5"),
+     ("phantom", "s3://place/phantom")],
+    ids=" ".join,
+)  # fmt: skip
+def test_a_url_of_another_place_is_no_path(run: Run, inputs: Path, words: tuple[str, ...]) -> None:
+    before = content(inputs)
+    assert "a URL, but a path" in one_error(run(*words))
+    assert content(inputs) == before
+
+
+@pytest.mark.parametrize(
+    "words",
+    [("segment", ".", "--image", "s.h5", "--image", "one.h5", "--out", "a.h5"),
+     ("segment", ".", "--image", "*.h5", "--out", "a.h5"),
+     ("segment", ".", "--image", "s.h5", "--mask", "a.h5", "--mask", "b.h5", "--out", "a.h5"),
+     ("segment", ".", "--image", "s.h5", "--label", "a.h5", "--label", "b.h5", "--out", "a.h5"),
+     ("predict", "--checkpoint", "s.h5", "--image", "s.h5", "--image", "s.h5", "--out", "a.h5"),
+     ("decode", "--probabilities", "s.h5", "--probabilities", "one.h5", "--out", "a.h5"),
+     ("sweep", "--probabilities", "s.h5", "--label", "a.h5", "--label", "b.h5"),
+     ("score", "--prediction", "s.h5", "--prediction", "one.h5", "--label", "s.h5"),
+     ("score", "--prediction", "s.h5", "--label", "s.h5", "--scored-mask", "*.h5")],
+    ids=" ".join,
+)  # fmt: skip
+def test_several_files_for_one_volume_are_refused(
+    run: Run, inputs: Path, words: tuple[str, ...]
+) -> None:
+    before = content(inputs)
+    assert "takes one volume" in one_error(run(*words))
+    assert content(inputs) == before
+
+
+def test_a_pattern_may_name_the_one_volume(run: Run, inputs: Path) -> None:
+    code, out, err = run(
+        "decode", "--probabilities", "on?.h5:raw", "--out", "a.h5", "--mask", "none", "--json"
+    )
+    assert code == 0, err
+    assert read_array(inputs / "a.h5").max() == json.loads(out)["instances"]
+    assert "no file matches" in one_error(run("score", "--prediction", "x*.h5", "--label", "s.h5"))
+
+
 @pytest.mark.parametrize(
     ("given", "out"),
     [("s.h5", "s.h5:seg"), ("s.h5:other", "s.h5:in/seg"), ("one.h5", "one.h5:seg"),
@@ -477,6 +532,18 @@ def test_table_and_view_replace_neither_inputs_nor_labels(
     before = content(inputs)
     one_error(run("segment", ".", "--image", "g.zarr:raw", *words))
     assert content(inputs) == before
+
+
+def test_a_phantom_replaces_a_phantom_but_no_volume_of_the_user(run: Run, tmp_path: Path) -> None:
+    words = ["phantom", tmp_path, "--shape", 8, 48, 48, "--instances", 1, "--seed"]
+    for seed in (0, 1):
+        code, _, err = run(*words, seed)
+        assert code == 0, err
+    (tmp_path / "label.h5").unlink()
+    write(tmp_path / "label.h5", np.ones((8, 48, 48), np.uint8))
+    before = content(tmp_path)
+    assert "label.h5 is no phantom" in one_error(run(*words, 2))
+    assert content(tmp_path) == before
 
 
 @pytest.mark.parametrize(

@@ -622,6 +622,69 @@ def test_a_folder_that_is_no_work_folder_stays(
     assert note.read_text() == "mine"
 
 
+def test_jobs_on_one_machine_share_what_is_free(
+    tmp_path: Path, model: Segmenter, paths: VolumePaths, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Memory:
+        available = 24e9
+
+    monkeypatch.setattr("psutil.virtual_memory", Memory)
+    jobs = Killing(0)
+    jobs.workers, jobs.together = 8, 4
+    for memory_gb, expected in ((None, 3e9), (2.0, 2e9)):
+        out = tmp_path / f"{memory_gb}.h5"
+        with pytest.raises(Killed):
+            segment_volume(model, paths, out, memory_gb=memory_gb, jobs=jobs)
+        plan = json.loads((segmentation.work_folder(out) / "plan.json").read_text())
+        assert plan["memory_bytes"] == pytest.approx(expected - segmentation.PROGRAM_BYTES)
+
+
+def test_the_labels_lie_where_the_mask_says_if_the_image_does_not(
+    tmp_path: Path, model: Segmenter, paths: VolumePaths
+) -> None:
+    assert paths.mask is not None
+    write_array(paths.image, read_array(paths.image))
+    write_array(paths.mask, read_array(paths.mask), voxel_size_nm=(30, 8, 8), origin_nm=(60, 8, 0))
+    found = segment_volume(model, paths, tmp_path / "seg.h5", memory_gb=2)
+    with open_lazy(tmp_path / "seg.h5") as labels:
+        assert (labels.voxel_size_nm, labels.origin_nm) == ((30, 8, 8), (60, 8, 0))
+    assert found.table.frame()["volume_nm3"].gt(0).all()
+
+
+@pytest.mark.parametrize(
+    ("label", "reason"),
+    [(np.full((20, 72, 72), 0.5), "Are these probabilities"),
+     (np.ones((20, 72, 72), bool), "dtype bool"),
+     (np.full((20, 72, 72), -1, np.int16), "negative"),
+     (np.full((20, 72, 72), 7, np.int16), "no labelled voxel"),
+     (np.zeros((20, 72, 72), np.int16), "no labelled voxel")],
+    ids=["floats", "bool", "negative", "ignored", "empty"],
+)  # fmt: skip
+def test_labels_that_cannot_be_scored_are_refused_before_any_work(
+    tmp_path: Path, paths: VolumePaths, capsys: pytest.CaptureFixture[str], label: np.ndarray,
+    reason: str,
+) -> None:  # fmt: skip
+    given = tmp_path / "given.h5"
+    write_array(given, label)
+    rest = ("--label", given, "--ignore-label", 7, "--out", tmp_path / "seg.h5")
+    message = refused(capsys, tmp_path, "--image", paths.image, *rest)
+    assert reason in message.partition("given.h5")[2]
+    assert not (tmp_path / "seg.h5.work").exists()
+
+
+def test_labels_outside_the_masks_are_refused_before_any_work(
+    tmp_path: Path, paths: VolumePaths, capsys: pytest.CaptureFixture[str]
+) -> None:
+    label = np.zeros((20, 72, 72), np.uint8)
+    label[3, 10:20], label[4, 30:40] = 1, 2
+    for name, row in (("label", label), ("one", label == 1), ("other", label == 2)):
+        write_array(tmp_path / f"{name}.h5", row.astype(np.uint8))
+    rest = ("--image", paths.image, "--label", tmp_path / "label.h5", "--out", tmp_path / "s.h5")
+    masks = ("--mask", tmp_path / "one.h5", "--scored-mask", tmp_path / "other.h5")
+    assert "no labelled voxel inside the mask" in refused(capsys, tmp_path, *rest, *masks)
+    assert "study.db" in refused(capsys, tmp_path, *rest, *masks[:2])
+
+
 def test_what_fails_after_the_labels_does_not_lose_them(
     tmp_path: Path, model: Segmenter, paths: VolumePaths
 ) -> None:
@@ -772,6 +835,14 @@ def test_segment_refuses_what_it_cannot_segment_with(
         capsys, fitting, "--image", paths.image, "--out", tmp_path / "seg.png"
     )
     assert "would be lost" in refused(capsys, fitting, "--image", paths.image, "--out", paths.image)
+    assert "Name one of these" in refused(capsys, paths.image, *rest)
+    trial = tmp_path / "trial"
+    trial.mkdir()
+    (trial / "notes").write_text("of the user")
+    assert "--storage" not in refused(capsys, trial, *rest)
+    (trial / "best.ckpt").write_bytes(model.checkpoint.read_bytes())
+    assert f"Give its checkpoint: {trial / 'best.ckpt'}" in refused(capsys, trial, *rest)
+    assert "no file of SQLite" in refused(capsys, trial / "notes", *rest)
     assert "nonsense" in refused(capsys, fitting, *rest, "--set", "nonsense=1")
     assert not (tmp_path / "seg.h5").exists()
     assert exit_code(["segment", *map(str, (fitting, *rest))]) == 0

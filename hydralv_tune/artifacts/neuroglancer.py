@@ -163,9 +163,9 @@ def write_view(
         opened = {
             name: stack.enter_context(open_lazy(path, ndim=3)) for name, path in volumes.items()
         }
-        placed = opened["image"]
-        size = placed.voxel_size_nm or (1.0, 1.0, 1.0)
-        origin = placed.origin_nm or (0.0, 0.0, 0.0)
+        placed = [*opened.values()]  # the image first; a mask may have told the segmentation
+        size = next((one.voxel_size_nm for one in placed if one.voxel_size_nm), (1.0, 1.0, 1.0))
+        origin = next((one.origin_nm for one in placed if one.origin_nm), (0.0, 0.0, 0.0))
         for name, array in opened.items():
             dtype = _shown_type(array.dtype, image=name == "image")
             with create_array(

@@ -31,6 +31,8 @@ from hydralv_tune.cli.options import (
     check_file_out,
     check_folder,
     check_inputs,
+    one_file,
+    one_or_none,
     path_option,
     text_option,
     volumes_given,
@@ -115,7 +117,7 @@ def train(
 
 def predict(
     checkpoint: Annotated[Path, path_option(help="best.ckpt of a trial, or an exported one.")],
-    image: OneImage,
+    images: OneImage,
     out: Annotated[Path, path_option(help="Where the (3, Z, Y, X) probabilities go.")],
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     settings: Settings = None,
@@ -130,6 +132,7 @@ def predict(
 
     from hydralv_tune.data.formats import WRITABLE
 
+    image = one_file("--image", images)
     check_file_out("--out", out, WRITABLE, [image, checkpoint])
     if not checkpoint.exists():
         raise InputError(f"{checkpoint}: no such file. Check the path.")
@@ -170,13 +173,14 @@ def segment(
             help="Exported YAML file, checkpoint, or folder of a study.", metavar="BEST"
         ),
     ],
-    image: OneImage,
+    images: OneImage,
     out: Annotated[Path, path_option(help="Where the instance labels go.")],
-    mask: OneMask = None,
-    label: Annotated[
-        str | None, text_option("--label", help="Instance labels; the result is scored on them.")
+    masks: OneMask = None,
+    labels: Annotated[
+        list[str] | None,
+        text_option("--label", help="Instance labels; the result is scored on them."),
     ] = None,
-    scored_mask: OneScoredMask = None,
+    scored_masks: OneScoredMask = None,
     ignore_label: IgnoreLabels = None,
     table: Annotated[
         Path | None, path_option(help="One row an instance: a .csv or .parquet file.")
@@ -188,7 +192,9 @@ def segment(
     memory_gb: Annotated[
         float | None,
         typer.Option(
-            min=1.0, help="Most memory to use. Default: half of what is free, or as it was begun."
+            min=1.0,
+            help="Most memory to use, on a Ray cluster for each task. Default: half of what is "
+            "free, divided among the tasks of a node; or as it was begun.",
         ),
     ] = None,
     ray_address: Annotated[
@@ -216,7 +222,11 @@ def segment(
     from hydralv_tune.data.formats import PRECOMPUTED, WRITABLE
     from hydralv_tune.data.volume_paths import NO_MASK, VolumePaths
 
-    mask, scored_mask = (None if path == NO_MASK else path for path in (mask, scored_mask))
+    image, label = one_file("--image", images), one_or_none("--label", labels)
+    mask, scored_mask = (
+        None if path == NO_MASK else path
+        for path in (one_or_none("--mask", masks), one_or_none("--scored-mask", scored_masks))
+    )
     inputs = [path for path in (image, mask, label, scored_mask) if path is not None]
     check_file_out("--out", out, WRITABLE, inputs)
     if table is not None:
@@ -232,9 +242,12 @@ def segment(
             f"{best}: no such file or folder. Give an exported YAML file, a checkpoint, or a "
             "study's folder."
         )
-    from hydralv_tune.data.volumes import check_heads
+    from hydralv_tune.data.volumes import check_heads, check_scorable
 
     check_heads(image, {"label": label, "mask": mask, "scored mask": scored_mask})
+    if label is not None:
+        ignored = tuple(ignore_label or ())
+        check_scorable(VolumePaths(image, image, label, mask, scored_mask, ignored))
     from hydralv_tune.artifacts.writing import write_frame
     from hydralv_tune.config.files import parse_overrides
     from hydralv_tune.data.truth import ANNOTATED_NOTE

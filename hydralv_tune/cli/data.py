@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import math
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -22,18 +23,22 @@ from hydralv_tune.cli.options import (
     Masks,
     OneLabel,
     OneMask,
+    OneProbabilities,
     OneScoredMask,
     ScoredMasks,
     Settings,
     check_file_out,
     check_folder,
     check_inputs,
+    local_path,
+    one_file,
+    one_or_none,
     path_option,
     text_option,
     volumes_given,
 )
 from hydralv_tune.config.errors import InputError, as_input_error
-from hydralv_tune.config.paths import expanded_path, find_file
+from hydralv_tune.config.paths import find_file
 
 if TYPE_CHECKING:
     import numpy as np
@@ -98,7 +103,7 @@ def phantom(
     out: Annotated[
         Path,
         typer.Argument(
-            help="Folder for im.h5, label.h5 and mask.h5.", parser=expanded_path, metavar="OUT"
+            help="Folder for im.h5, label.h5 and mask.h5.", parser=local_path, metavar="OUT"
         ),
     ],
     shape: Annotated[tuple[int, int, int], typer.Option(help="Voxels along z, y and x.")] = (
@@ -115,7 +120,7 @@ def phantom(
     Example: `hydralv-tune phantom runs/phantom --shape 16 96 96 --instances 6`
     """
     from hydralv_tune.data.inspection import characteristics
-    from hydralv_tune.data.volumes import Volume, write_array
+    from hydralv_tune.data.volumes import Volume, read_voxel_size_nm, write_array
     from hydralv_tune.numerics.phantom.volume import make_phantom
 
     check_folder("phantom", out)
@@ -126,11 +131,16 @@ def phantom(
         )
     with as_input_error("phantom"):
         made = make_phantom(shape=shape, instances=instances, seed=seed)
-    files = {}
-    for name, array in (("im", made.image), ("label", made.label), ("mask", made.mask)):
-        path = out / f"{name}.h5"
-        write_array(path, array, voxel_size_nm=made.voxel_size_nm)
-        files[name] = str(path)
+    arrays = {"im": made.image, "label": made.label, "mask": made.mask}
+    files = {name: str(out / f"{name}.h5") for name in arrays}
+    for path in files.values():
+        # Real volumes have these names too, but hardly this size of a voxel.
+        if os.path.exists(path) and read_voxel_size_nm(path) != made.voxel_size_nm:
+            raise InputError(
+                f"phantom: {path} is no phantom, and would be lost. Name a new folder."
+            )
+    for name, path in files.items():
+        write_array(path, arrays[name], voxel_size_nm=made.voxel_size_nm)
     volume = Volume(
         name=out.name,
         image=made.image,
@@ -231,10 +241,10 @@ def _plan(volume: Volume, name: str, out: Path | None) -> dict[str, Any]:
 
 
 def score(
-    prediction: Annotated[str, text_option(help="Segmentation to score.")],
-    label: OneLabel,
-    mask: OneMask = None,
-    scored_mask: OneScoredMask = None,
+    predictions: Annotated[list[str], text_option("--prediction", help="Segmentation to score.")],
+    labels: OneLabel,
+    masks: OneMask = None,
+    scored_masks: OneScoredMask = None,
     ignore_label: IgnoreLabels = None,
     json: Json = False,
 ) -> None:
@@ -242,6 +252,9 @@ def score(
 
     Example: `hydralv-tune score --prediction runs/seg.h5 --label runs/phantom/label.h5`
     """
+    prediction, label = one_file("--prediction", predictions), one_file("--label", labels)
+    mask = one_or_none("--mask", masks)
+    scored_mask = one_or_none("--scored-mask", scored_masks)
     check_inputs(prediction, label, mask, scored_mask)
     from hydralv_tune.data.volumes import agreed_placement, read_labels
     from hydralv_tune.numerics.metrics.scores import score_labels
@@ -260,9 +273,9 @@ def score(
 
 
 def decode(
-    probabilities: Annotated[str, text_option(help="(3, Z, Y, X) probabilities.")],
+    maps_given: OneProbabilities,
     out: Annotated[Path, path_option(help="Where the segmentation goes.")],
-    mask: OneMask = None,
+    masks: OneMask = None,
     candidate: Annotated[
         str | None,
         text_option(
@@ -289,6 +302,8 @@ def decode(
     """
     from hydralv_tune.data.formats import WRITABLE
 
+    probabilities = one_file("--probabilities", maps_given)
+    mask = one_or_none("--mask", masks)
     check_file_out("--out", out, WRITABLE, [probabilities, mask])
     check_inputs(probabilities, mask)
     from hydralv_tune.config.files import decoding_step, parse_overrides
@@ -338,10 +353,10 @@ def _check_beside(out: Path) -> None:
 
 
 def sweep(
-    probabilities: Annotated[str, text_option(help="(3, Z, Y, X) probabilities.")],
-    label: OneLabel,
-    mask: OneMask = None,
-    scored_mask: OneScoredMask = None,
+    maps_given: OneProbabilities,
+    labels: OneLabel,
+    masks: OneMask = None,
+    scored_masks: OneScoredMask = None,
     ignore_label: IgnoreLabels = None,
     space: Annotated[
         str, typer.Option(help="The search space whose decoding grid is swept.")
@@ -356,6 +371,9 @@ def sweep(
 
     Example: `hydralv-tune sweep --probabilities runs/p.h5 --label runs/phantom/label.h5`
     """
+    probabilities, label = one_file("--probabilities", maps_given), one_file("--label", labels)
+    mask = one_or_none("--mask", masks)
+    scored_mask = one_or_none("--scored-mask", scored_masks)
     if out is not None:
         read = [probabilities, label, mask, scored_mask]
         check_file_out("--out", out, (".yaml", ".yml"), read)

@@ -6,6 +6,7 @@ Light to import: names and paths are refused before any library is loaded.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -16,16 +17,35 @@ from hydralv_tune.artifacts.writing import why_not_writable
 from hydralv_tune.cli.console import say
 from hydralv_tune.config.errors import InputError
 from hydralv_tune.config.paths import expanded, expanded_path, expanded_url
-from hydralv_tune.data.formats import NAMES
+from hydralv_tune.data.formats import NAMES, SUFFIXES, suffix_of
+from hydralv_tune.data.formats.location import (
+    LOCAL_URL,
+    Location,
+    format_of,
+    format_to_write,
+    locate,
+)
 
 if TYPE_CHECKING:
-    from hydralv_tune.data.formats.location import Location
     from hydralv_tune.data.volume_paths import VolumePaths
 
 
+def local_path(text: str) -> Path:
+    """Return a path with `~` and `$VARIABLES` expanded; of a URL that means one here, that path.
+
+    Raises:
+        InputError: A URL of something that is elsewhere, or as for `expanded`.
+    """
+    if LOCAL_URL.match(text):
+        return Path(str(locate(text)))
+    if re.match(r"\w[\w+.-]*://", text):
+        raise InputError(f"{text}: a URL, but a path on this machine is needed. Name one.")
+    return expanded_path(text)
+
+
 def path_option(*names: str, help: str) -> Any:
-    """Return an option whose value is one path; `~` and `$VARIABLES` in it are expanded."""
-    return typer.Option(*names, help=help, parser=expanded_path, metavar="PATH")
+    """Return an option whose value is one path, as `local_path` reads it."""
+    return typer.Option(*names, help=help, parser=local_path, metavar="PATH")
 
 
 def text_option(*names: str, help: str, parser: Callable[[str], str] = expanded) -> Any:
@@ -93,13 +113,18 @@ IgnoreLabels = Annotated[
     list[int] | None,
     typer.Option("--ignore-label", help="An id that means 'no label'. May be repeated."),
 ]
-OneImage = Annotated[str, text_option("--image", help=f"Image volume: {NAMES}.")]
-OneLabel = Annotated[str, text_option("--label", help=f"Instance labels: {NAMES}.")]
+# Read as lists, of which `one_file` takes the one: else all but the last would be dropped silently.
+OneImage = Annotated[list[str], text_option("--image", help=f"Image volume: {NAMES}.")]
+OneLabel = Annotated[list[str], text_option("--label", help=f"Instance labels: {NAMES}.")]
 OneMask = Annotated[
-    str | None, text_option("--mask", help="Where there is tissue; the rest is ignored.")
+    list[str] | None, text_option("--mask", help="Where there is tissue; the rest is ignored.")
 ]
 OneScoredMask = Annotated[
-    str | None, text_option("--scored-mask", help="Where the truth is known. Default: the mask.")
+    list[str] | None,
+    text_option("--scored-mask", help="Where the truth is known. Default: the mask."),
+]
+OneProbabilities = Annotated[
+    list[str], text_option("--probabilities", help="(3, Z, Y, X) probabilities.")
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print exactly one JSON document.")]
 Settings = Annotated[
@@ -122,6 +147,29 @@ OptionalStorage = Annotated[
         parser=expanded_url,
     ),
 ]
+
+
+def one_file(option: str, given: Sequence[str]) -> str:
+    """Return the file that an option of a command for one volume names, a pattern expanded.
+
+    Raises:
+        InputError: They are several, or the pattern matches none.
+    """
+    from hydralv_tune.data.volume_paths import files_of
+
+    found = files_of(given)
+    if len(found) != 1:
+        raise InputError(
+            f"{option}: {len(found)} files are given ({', '.join(found[:3])}"
+            f"{', ...' if len(found) > 3 else ''}), but this command takes one volume. Run it once "
+            "for each."
+        )
+    return found[0]
+
+
+def one_or_none(option: str, given: Sequence[str] | None) -> str | None:
+    """Return that of `one_file`, or None where the option is left out."""
+    return one_file(option, given) if given else None
 
 
 def volumes_given(
@@ -151,7 +199,6 @@ def check_inputs(*paths: str | None) -> None:
     Raises:
         VolumeError: The first that is.
     """
-    from hydralv_tune.data.formats.location import format_of, locate
     from hydralv_tune.data.volume_paths import NO_MASK
 
     for path in paths:
@@ -198,9 +245,6 @@ def check_file_out(
         InputError: The suffix is another, a folder of that name exists, the folder cannot be
             written, or an input or something else would be lost.
     """
-    from hydralv_tune.data.formats import SUFFIXES, suffix_of
-    from hydralv_tune.data.formats.location import format_to_write, locate
-
     location = locate(path)
     file = location.path
     if location.url is not None or suffix_of(file) not in suffixes:
@@ -224,8 +268,6 @@ def _check_apart(option: str, out: Location, given: str | Path) -> None:
 
     Another dataset of the same file is none of both.
     """
-    from hydralv_tune.data.formats.location import locate
-
     here, there = _real(out), _real(given)
     if out.dataset is not None and here != there and here.is_relative_to(there):
         from hydralv_tune.data.formats.files import open_lazy
@@ -245,8 +287,6 @@ def _check_apart(option: str, out: Location, given: str | Path) -> None:
 
 def _real(path: str | Path | Location) -> Path:
     """Return where a file or folder is, links followed, and then its dataset as if it were one."""
-    from hydralv_tune.data.formats.location import Location, locate
-
     location = path if isinstance(path, Location) else locate(path)
     file = location.path
     if location.url is not None:

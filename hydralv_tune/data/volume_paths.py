@@ -76,10 +76,10 @@ def volume_paths(
     Raises:
         VolumeError: A glob matches nothing, no image is given, or the numbers differ.
     """
-    image_files = _expand(images)
-    label_files = _expand(labels)
+    image_files = files_of(images)
+    label_files = files_of(labels)
     mask_files, scored_files = (
-        [None if mask == NO_MASK else mask for mask in _expand(given)]
+        [None if mask == NO_MASK else mask for mask in files_of(given)]
         for given in (masks, scored_masks)
     )
     if not image_files:
@@ -140,7 +140,7 @@ def pairs(volumes: Sequence[VolumePaths]) -> list[str]:
     ]
 
 
-def _expand(patterns: Sequence[str | Path]) -> list[str]:
+def files_of(patterns: Sequence[str | Path]) -> list[str]:
     """Return the files that patterns stand for, each pattern in natural order."""
     files: list[str] = []
     for pattern in patterns:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -45,6 +46,7 @@ __all__ = [
     "Windowed",
     "agreed_placement",
     "check_heads",
+    "check_scorable",
     "check_volume",
     "first_voxel_size",
     "open_lazy",
@@ -306,12 +308,44 @@ def check_truth(paths: VolumePaths, label: Sections | None, inside: Sections | N
         for ids, valid in zip(label, places, strict=True)
     ):
         return
+    raise _no_truth(paths)
+
+
+def _no_truth(paths: VolumePaths) -> VolumeError:
+    """Return the error for a volume without a labelled voxel where it is scored."""
     where = " and ".join(path for path in (paths.mask, paths.scored_mask) if path is not None)
     place = f"inside the mask {where}" if where else "that is not ignored"
-    raise VolumeError(
+    return VolumeError(
         f"{paths.label}: the label has no labelled voxel {place}, so adapted Rand error is "
         "undefined. Check that both belong to this volume, or drop it."
     )
+
+
+def check_scorable(paths: VolumePaths) -> None:
+    """Refuse labels on disk that nothing can be scored against, a few sections in memory at once.
+
+    Args:
+        paths: With a label.
+
+    Raises:
+        VolumeError: They are no instance ids, or none of them lies where it is scored.
+    """
+    assert paths.label is not None
+    with ExitStack() as stack:
+        label = stack.enter_context(open_lazy(paths.label, ndim=3))
+        masks = [
+            stack.enter_context(open_mask(path, label.shape))
+            for path in (paths.mask, paths.scored_mask)
+            if path is not None
+        ]
+        _check_labels(paths.label, label, paths.ignore_labels)
+        for ids, *valid in zip(label, *masks, strict=True):
+            known = (ids > 0) & ~np.isin(ids, paths.ignore_labels)
+            for inside in valid:
+                known &= inside > 0
+            if known.any():
+                return
+    raise _no_truth(paths)
 
 
 def read_labels(path: str | Path, ignore: Collection[int] = ()) -> np.ndarray:

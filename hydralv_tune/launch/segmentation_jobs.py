@@ -20,11 +20,12 @@ class RayJobs(Jobs):
 
     Args:
         workers: How many tasks at once.
+        together: How many of them on one node at most.
         gpus: Whether a task takes a GPU.
     """
 
-    def __init__(self, workers: int, *, gpus: bool) -> None:
-        self.workers = workers
+    def __init__(self, workers: int, together: int, *, gpus: bool) -> None:
+        self.workers, self.together = workers, together
         self._options: dict[str, Any] = {
             "num_cpus": 1, "num_gpus": 1 if gpus else 0, "max_retries": 2,
         }  # fmt: skip
@@ -71,6 +72,7 @@ def ray_jobs(address: str) -> Iterator[RayJobs]:
     """
     check_before_ray(address, None, None)
     with ray_cluster(address, []):
-        found = ray.cluster_resources()
-        gpus = int(found.get("GPU", 0))
-        yield RayJobs(gpus or max(int(found.get("CPU", 1)), 1), gpus=bool(gpus))
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        kind = "GPU" if any(node.get("GPU") for node in nodes) else "CPU"
+        slots = [int(node.get(kind, 0)) for node in nodes]
+        yield RayJobs(max(sum(slots), 1), max(*slots, 1), gpus=kind == "GPU")

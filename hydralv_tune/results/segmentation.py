@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from hydralv_tune.config.candidate import Candidate, DecodingStep
-from hydralv_tune.config.errors import InputError
+from hydralv_tune.config.errors import InputError, StudyError
 from hydralv_tune.config.files import decoding_step, load_candidate
+from hydralv_tune.data.formats import SUFFIXES, suffix_of
 from hydralv_tune.data.formats.files import open_lazy, open_mask
 from hydralv_tune.data.truth import Gap, gaps_to_fill
 from hydralv_tune.data.volumes import occupied_sections
@@ -148,8 +149,22 @@ def _step_beside(checkpoint: Path) -> DecodingStep:
 def _of_study(best: str, study: str | None) -> tuple[Path, DecodingStep]:
     """Return checkpoint and thresholds of a study's best trial."""
     from hydralv_tune.results.best_trial import load_best_trial
-    from hydralv_tune.study.find import find_study
+    from hydralv_tune.study.find import check_place, find_study
 
+    path = Path(best)
+    if path.is_file() and suffix_of(path) in SUFFIXES:
+        raise InputError(
+            f"{best}: is a volume, where weights or thresholds are needed: an exported "
+            "YAML file, a checkpoint, or the folder of a study. Name one of these."
+        )
+    try:
+        check_place(best)
+    except StudyError as error:
+        if not (checkpoint := path / "best.ckpt").is_file():
+            raise
+        raise InputError(
+            f"{best}: is the folder of a trial, not of a study. Give its checkpoint: {checkpoint}"
+        ) from error
     address = find_study(best, study=study)
     with load_best_trial(address.storage, address.name, address.folder) as trial:
         return trial.checkpoint, trial.step

@@ -14,6 +14,7 @@ from hydralv_tune.study.study_folder import DATABASE, owner_of
 
 STORAGE_VARIABLE = "OPTUNA_STORAGE"
 RUNS = Path("runs")
+SQLITE_MAGIC = b"SQLite format 3\0"
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,7 @@ def find_study(
         place = _newest(RUNS)
     path = expanded_path(place)
     if path.is_file():
+        _refuse_other_file(path)
         url = f"sqlite:///{path}"
         return StudyAddress(url, study or _only(url))
     database, name = _of_folder(path)
@@ -104,8 +106,21 @@ def check_place(place: str | Path | None) -> None:
     if place is None or "://" in str(place):
         return
     path = expanded_path(place)
-    if not path.is_file() and not (path / DATABASE).is_file():
+    if path.is_file():
+        _refuse_other_file(path)
+    elif not (path / DATABASE).is_file():
         _of_folder(path)
+
+
+def _refuse_other_file(path: Path) -> None:
+    """Refuse a file that is no SQLite database."""
+    with path.open("rb") as file:
+        head = file.read(len(SQLITE_MAGIC))
+    if head not in (SQLITE_MAGIC, b""):
+        raise StudyError(
+            f"{path}: is no database of a study, since it is no file of SQLite. Give the folder "
+            "that `run` wrote, or the URL of the study's storage."
+        )
 
 
 def _of_folder(folder: Path) -> tuple[str, str | None]:
@@ -125,7 +140,7 @@ def _of_folder(folder: Path) -> tuple[str, str | None]:
             return place, owner.study
         raise StudyError(
             f"{folder} is the folder of study '{owner.study}', whose database is not in it. Give "
-            "its URL with --storage."
+            "the URL of that one instead."
         )
     if not folder.exists():
         raise StudyError(
@@ -134,7 +149,7 @@ def _of_folder(folder: Path) -> tuple[str, str | None]:
         )
     raise StudyError(
         f"{folder}: holds no {DATABASE}. Give the folder that `run` wrote, or the URL of the "
-        "study's storage with --storage."
+        "study's storage."
     )
 
 

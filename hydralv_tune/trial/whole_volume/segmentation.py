@@ -31,7 +31,7 @@ from hydralv_tune.config.files import candidate_from_mapping
 from hydralv_tune.data.formats.files import LazyArray, create_array, locate, open_lazy, open_mask
 from hydralv_tune.data.formats.location import absolute
 from hydralv_tune.data.truth import FilledMask, Gap
-from hydralv_tune.data.volumes import Volume, VolumePaths
+from hydralv_tune.data.volumes import Volume, VolumePaths, placement_of
 from hydralv_tune.numerics.normalisation import Normalisation
 from hydralv_tune.numerics.watershed.decoders import DECODERS, decode
 from hydralv_tune.trial.fitted_normalisation import with_normalisation
@@ -112,6 +112,9 @@ class Jobs:
     """Runs the jobs of a step one after the other, here. Another one may spread them."""
 
     workers = 1
+    """How many jobs run at once."""
+    together = 1
+    """How many of them on one machine."""
 
     def run(
         self, function: Callable[[str, int], Any], folder: str, numbers: Sequence[int]
@@ -239,8 +242,9 @@ def segmented_volume(
         model: Weights and thresholds.
         paths: Image and mask.
         out: Where the labels go, (Z, Y, X): uint16 where the ids fit, uint32 otherwise.
-        memory_gb: What the process may take at its peak, the program itself included; None where
-            it is half of what is free, or what the work that goes on was begun with.
+        memory_gb: What a process may take at its peak, the program itself included. None is what
+            the work that goes on was begun with, and else half of what is free here, divided
+            among the jobs that run on one machine.
         gaps: Sections that the mask leaves out and that are tissue all the same.
         table: Whether instances are measured; otherwise their table holds the ids alone.
         device: As for `pick_device`.
@@ -255,7 +259,8 @@ def segmented_volume(
     """
     with _alone(out):
         jobs = jobs or Jobs()
-        wanted = memory_gb or max(psutil.virtual_memory().available / 2e9, 1.0)
+        free = psutil.virtual_memory().available
+        wanted = memory_gb or max(free / 2e9 / jobs.together, 1.0)
         spread = max((wanted * 1e9 - PROGRAM_BYTES), LEAST_BYTES)
         folder = work_folder(out)
         work = _begin(
@@ -336,7 +341,6 @@ def _begin(
     work = Work(folder)
     with open_lazy(paths.image, ndim=3) as image:
         shape = image.shape
-        placement = {"voxel_size_nm": image.voxel_size_nm, "origin_nm": image.origin_nm}
     if paths.mask is not None:
         with open_mask(paths.mask, shape) as mask:
             if mask.shape != shape:
@@ -344,6 +348,7 @@ def _begin(
                     f"{paths.mask}: the mask has shape {mask.shape}, but the image {paths.image} "
                     f"has {shape}; both must be equal. Give the mask of this very volume."
                 )
+    size, origin = placement_of(paths)
     with as_input_error(paths.image):
         windows = plan_windows(shape, model.candidate)
     lanes = plan_lanes(shape, windows, memory_bytes=0.4 * memory_bytes, least=workers)
@@ -352,7 +357,8 @@ def _begin(
         "mask": None if paths.mask is None else absolute(paths.mask),
         "gaps": [list(gap) for gap in gaps],
         "shape": list(shape),
-        **placement,
+        "voxel_size_nm": size,
+        "origin_nm": origin,
         "files": [_state_of(p) for p in (paths.image, paths.mask) if p is not None],
         "checkpoint": str(model.checkpoint.absolute()),
         "weights": sha256(model.checkpoint.read_bytes()).hexdigest(),
