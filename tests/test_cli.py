@@ -534,6 +534,25 @@ def test_table_and_view_replace_neither_inputs_nor_labels(
     assert content(inputs) == before
 
 
+@pytest.mark.parametrize(
+    "words",
+    [("import", "a.yaml", "--out", "link/a.yaml"),
+     ("import", "a.yaml", "--out", "b.yaml", "--space", "./b.yaml"),
+     ("sweep", "--probabilities", "s.h5", "--label", "s.h5", "--space", "a.yaml", "--out",
+      "link/a.yaml"),
+     ("inspect", "--image", "s.h5", "--label", "s.h5", "--candidate", "a.yaml", "--propose",
+      "./link/a.yaml")],
+    ids=lambda words: str(words[0]),
+)  # fmt: skip
+def test_no_configuration_is_replaced_by_another(
+    run: Run, inputs: Path, words: tuple[str, ...]
+) -> None:
+    Path("a.yaml").write_text("{}")
+    before = content(inputs)
+    assert "would be lost" in one_error(run(*words))
+    assert content(inputs) == before
+
+
 def test_a_phantom_replaces_a_phantom_but_no_volume_of_the_user(run: Run, tmp_path: Path) -> None:
     words = ["phantom", tmp_path, "--shape", 8, 48, 48, "--instances", 1, "--seed"]
     for seed in (0, 1):
@@ -550,6 +569,7 @@ def test_a_phantom_replaces_a_phantom_but_no_volume_of_the_user(run: Run, tmp_pa
     "words",
     [("sweep", "--probabilities", "p.png", "--label", "l.h5", "--out", "p.yaml"),
      ("inspect", "--image", "sections", "--out", "sections"),
+     ("inspect", "--image", "g.zarr:raw", "--out", "linked.zarr/sheet"),
      ("train", "smoke", "--image", "sections", "--label", "sections", "--out", "sections/a"),
      ("run", "smoke", "--image", "sections", "--label", "sections", "--out", "sections/a")],
     ids=lambda words: str(words[0]),

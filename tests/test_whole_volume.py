@@ -842,6 +842,7 @@ def test_segment_refuses_what_it_cannot_segment_with(
     assert "--storage" not in refused(capsys, trial, *rest)
     (trial / "best.ckpt").write_bytes(model.checkpoint.read_bytes())
     assert f"Give its checkpoint: {trial / 'best.ckpt'}" in refused(capsys, trial, *rest)
+    assert "--storage" not in refused(capsys, f"sqlite:///{tmp_path}/absent.db", *rest)
     assert "no file of SQLite" in refused(capsys, trial / "notes", *rest)
     assert "nonsense" in refused(capsys, fitting, *rest, "--set", "nonsense=1")
     assert not (tmp_path / "seg.h5").exists()

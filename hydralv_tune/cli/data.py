@@ -182,7 +182,7 @@ def inspect(
     if out is not None:
         check_folder("--out", out, read)
     if candidate is not None:
-        find_file(candidate, "trials")
+        read.append(str(find_file(candidate, "trials")))
     if propose is not None:
         check_file_out("--propose", propose, (".yaml", ".yml"), read)
         if not label:
@@ -374,13 +374,13 @@ def sweep(
     probabilities, label = one_file("--probabilities", maps_given), one_file("--label", labels)
     mask = one_or_none("--mask", masks)
     scored_mask = one_or_none("--scored-mask", scored_masks)
+    searched = find_file(space, "search_spaces")
     if out is not None:
-        read = [probabilities, label, mask, scored_mask]
+        read = [probabilities, label, mask, scored_mask, str(searched)]
         check_file_out("--out", out, (".yaml", ".yml"), read)
         for suffix in (".parquet", ".png"):
             check_file_out("--out", out.with_suffix(suffix), (suffix,), read)
         _check_beside(out)
-    find_file(space, "search_spaces")
     check_inputs(probabilities, label, mask, scored_mask)
     from hydralv_tune.config.search_space_files import load_space
     from hydralv_tune.data.volumes import agreed_placement, read_labels, read_probabilities

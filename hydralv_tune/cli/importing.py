@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from hydralv_tune.cli.console import print_facts, print_json, say
-from hydralv_tune.cli.options import Json, check_folder, path_option
+from hydralv_tune.cli.options import Json, check_file_out, path_option
 from hydralv_tune.config.errors import CheckpointError, InputError
 
 YAML = (".yaml", ".yml")
@@ -51,14 +51,9 @@ def import_(
     from hydralv_tune.config.validation import merged, validated
     from hydralv_tune.config.yaml_io import dump_yaml
 
-    for option, target in (("--out", out), ("--space", space)):
-        if target is None:
-            continue
-        if target.suffix not in YAML:
-            raise InputError(f"import {option}: {target} is no .yaml file. Name it so.")
-        if target.absolute() == file.absolute():
-            raise InputError(f"import {option}: {target} is the file that is read. Name another.")
-        check_folder(option, target.parent)
+    check_file_out("import --out", out, YAML, [file])
+    if space is not None:
+        check_file_out("import --space", space, YAML, [file, out])
     if not file.is_file():
         raise InputError(f"import: {file}: there is no such file.")
     mapping = read_peer_file(file) if file.suffix in YAML else _configuration_of(file)

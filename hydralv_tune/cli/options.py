@@ -219,7 +219,7 @@ def check_folder(option: str, path: Path, inputs: Collection[str | Path | None] 
             the inputs.
     """
     for given in inputs:
-        if given is not None and _real(path).is_relative_to(_real(given)):
+        if given is not None and _real(path).is_relative_to(_real(locate(given).path)):
             raise InputError(
                 f"{option}: {path} lies in {given}, which the command reads. Name a folder outside."
             )
@@ -276,9 +276,9 @@ def _check_apart(option: str, out: Location, given: str | Path) -> None:
             there = _real(lazy.place or there)
     if there.is_relative_to(here):
         raise InputError(
-            f"{option}: {out} is what the command reads, and would be lost. Name another file."
+            f"{option}: {out} is what the command reads or writes, and would be lost. Name another."
         )
-    file, read = Path(os.path.realpath(out.path)), Path(os.path.realpath(locate(given).path))
+    file, read = _real(out.path), _real(locate(given).path)
     if here.is_relative_to(there) or (file != read and file.is_relative_to(read)):
         raise InputError(
             f"{option}: {out} lies in {given}, which the command uses. Name a file outside."

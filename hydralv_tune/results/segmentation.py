@@ -165,6 +165,10 @@ def _of_study(best: str, study: str | None) -> tuple[Path, DecodingStep]:
         raise InputError(
             f"{best}: is the folder of a trial, not of a study. Give its checkpoint: {checkpoint}"
         ) from error
-    address = find_study(best, study=study)
-    with load_best_trial(address.storage, address.name, address.folder) as trial:
-        return trial.checkpoint, trial.step
+    try:
+        address = find_study(best, study=study)
+        with load_best_trial(address.storage, address.name, address.folder) as trial:
+            return trial.checkpoint, trial.step
+    except StudyError as error:
+        # Here the place of a study is no option.
+        raise StudyError(str(error).removeprefix("--storage: ")) from error
