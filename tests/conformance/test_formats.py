@@ -9,10 +9,13 @@ import socket
 import struct
 import subprocess
 import sys
+import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import h5py
 import mrcfile
@@ -900,14 +903,163 @@ def test_a_packed_file_of_another_kind_is_no_nifti(tmp_path: Path) -> None:
 
 
 def test_a_url_without_its_format_says_which_is_read(tmp_path: Path) -> None:
-    assert "precomputed://https://" in refusal("https://example.org/volume")
+    message = refusal("https://example.org/volume")
+    assert "zarr://, n5:// or precomputed://" in message
+    assert "precomputed://https://example.org/volume" in message
+
+
+@pytest.mark.parametrize("url", ["zarr5:///tmp/v", "ftp://host/v.h5", "zarr://ftp://host/v"])
+def test_a_url_of_another_kind_says_what_is_known(url: str) -> None:
+    assert f"{url}: no URL of a known kind. Known: file://PATH" in refusal(url)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "file://{0}/s%20p%20%C3%A9.zarr",
+        "file://localhost{0}/s%20p%20%C3%A9.zarr/raw",
+        "file://{0}/s%20p%20%C3%A9.zarr:raw",
+        "file://{0}/s p é.zarr",
+        "zarr://{0}/s p é.zarr",
+        "zarr3://file://{0}/s%20p%20%C3%A9.zarr",
+        "{0}/s p é.zarr/|zarr3:",
+        "file://{0}/s%20p%20%C3%A9.zarr|zarr:raw/",
+    ],
+)
+def test_urls_of_what_is_here_are_read_as_browsers_and_viewers_show_them(
+    tmp_path: Path, url: str
+) -> None:
+    write_array(f"{tmp_path}/s p é.zarr:raw", values())
+    np.testing.assert_array_equal(read_array(url.format(tmp_path), ndim=3), values())
+
+
+def test_a_name_that_has_a_percent_sign_is_not_changed(tmp_path: Path) -> None:
+    write_array(tmp_path / "a%20b.h5", values())
+    np.testing.assert_array_equal(read_array(f"file://{tmp_path}/a%20b.h5"), values())
+
+
+class _Files(SimpleHTTPRequestHandler):
+    """Serves files and parts of them, as buckets do; Python's own server gives whole ones only."""
+
+    requested: ClassVar[list[str]] = []
+
+    def do_GET(self) -> None:
+        """Answer with a file, or the part that is asked for."""
+        path = Path(self.translate_path(self.path))
+        self.requested.append(self.path)
+        if "forbidden" in self.path or not path.is_file():
+            self.send_error(403 if "forbidden" in self.path else 404)
+            return
+        content = whole = path.read_bytes()
+        asked = re.fullmatch(r"bytes=(\d*)-(\d*)", self.headers.get("Range", ""))
+        first = 0
+        if asked is not None:
+            start, end = asked.groups()
+            first = int(start) if start else len(whole) - int(end)
+            content = whole[first : int(end) + 1 if start and end else None]
+        self.send_response(200 if asked is None else 206)
+        self.send_header("Content-Length", str(len(content)))
+        if asked is not None:
+            last = first + len(content) - 1
+            self.send_header("Content-Range", f"bytes {first}-{last}/{len(whole)}")
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, *_: Any) -> None:
+        """Say nothing."""
+
+
+@pytest.fixture
+def host(tmp_path: Path) -> Iterator[str]:
+    """Serve a folder at a URL."""
+    _Files.requested.clear()
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(_Files, directory=tmp_path)) as server:
+        thread = threading.Thread(target=server.serve_forever, daemon=True)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+        thread.join()
+
+
+def sharded(folder: Path, array: np.ndarray) -> str:
+    """As Zarr 3 keeps many chunks in a file."""
+    made = zarr.create_array(
+        folder / "sharded.zarr",
+        data=array,
+        chunks=(5, 3, 5),
+        shards=(5, 6, 20),
+        dimension_names=list("zyx"),
+        attributes={"voxel_size_nm": SIZE, "origin_nm": ORIGIN},
+    )
+    return str(folder / made.store_path.store.root.name)
+
+
+@pytest.mark.parametrize(
+    "write", [ome_zarr, ome_zarr_5, xarray_zarr, sharded, n5, precomputed], ids=lambda w: w.__name__
+)
+@pytest.mark.parametrize("form", ["{scheme}://{url}", "{scheme}://{url}/", "{url}/|{scheme}:"])
+def test_a_volume_elsewhere_is_read_as_it_is_here(
+    tmp_path: Path, host: str, write: Callable[[Path, np.ndarray], str], form: str
+) -> None:
+    here = write(tmp_path, values(np.uint16)).removeprefix("precomputed://file://")
+    scheme = {"n5": "n5", "precomputed": "precomputed"}.get(write.__name__, "zarr")
+    url = here.replace(str(tmp_path), host).replace(".n5:", ".n5/")
+    with open_lazy(form.format(scheme=scheme, url=url), ndim=3) as lazy:
+        np.testing.assert_array_equal(lazy[...], values(np.uint16))
+        np.testing.assert_array_equal(lazy[1:3, 4:9, ::2], values(np.uint16)[1:3, 4:9, ::2])
+        assert lazy.voxel_size_nm == SIZE
+        assert lazy.origin_nm == ORIGIN
+        assert str(lazy.path) == f"{scheme}://{url}"
+
+
+@pytest.mark.parametrize("zarr_format", [2, 3])
+def test_of_a_zarr_elsewhere_only_the_chunks_asked_for_are_fetched(
+    tmp_path: Path, host: str, zarr_format: Any
+) -> None:
+    group = zarr.open_group(tmp_path / "v.zarr", mode="w", zarr_format=zarr_format)
+    array = values(np.uint16, (40, 40, 40))
+    group.create_array("deep/raw", data=array, chunks=(10, 10, 10))
+    with open_lazy(f"zarr://{host}/v.zarr/deep/raw", ndim=3) as lazy:
+        opened = len(_Files.requested)
+        assert not any("zarr.json" not in path and "/.z" not in path for path in _Files.requested)
+        np.testing.assert_array_equal(lazy[12:18, 3:7, 11:19], array[12:18, 3:7, 11:19])
+        chunks = [path for path in _Files.requested[opened:] if not path.endswith((".json", "ray"))]
+    name = "/v.zarr/deep/raw/" + ("1.0.1" if zarr_format == 2 else "c/1/0/1")
+    assert chunks == [name]
+
+
+@pytest.mark.filterwarnings("ignore:Consolidated metadata")
+@pytest.mark.parametrize("zarr_format", [2, 3])
+def test_a_group_elsewhere_is_listed_by_its_consolidated_metadata(
+    tmp_path: Path, host: str, zarr_format: Any
+) -> None:
+    group = zarr.open_group(tmp_path / "v.zarr", mode="w", zarr_format=zarr_format)
+    group.create_array("deep/raw", data=values())
+    assert "cannot be listed. Name an array" in refusal(f"zarr://{host}/v.zarr")
+    zarr.consolidate_metadata(tmp_path / "v.zarr")
+    np.testing.assert_array_equal(read_array(f"zarr://{host}/v.zarr", ndim=3), values())
+    group.create_array("deep/new", data=values(np.uint16))
+    np.testing.assert_array_equal(
+        read_array(f"zarr://{host}/v.zarr/deep/new", ndim=3), values(np.uint16)
+    )
+    zarr.consolidate_metadata(tmp_path / "v.zarr")
+    assert f"for example zarr://{host}/v.zarr/deep/new" in refusal(f"zarr://{host}/v.zarr")
+
+
+@pytest.mark.parametrize("folder", ["missing", "forbidden"])
+@pytest.mark.parametrize("scheme", ["zarr", "n5", "precomputed"])
+def test_what_is_not_elsewhere_is_refused_as_such(host: str, scheme: str, folder: str) -> None:
+    message = refusal(f"{scheme}://{host}/{folder}/v")
+    assert "damaged" not in message
+    assert f"{scheme}://{host}/{folder}/v: there is no" in message
 
 
 @pytest.mark.timeout(60)
-def test_an_address_that_nobody_answers_at_is_refused_in_seconds() -> None:
+@pytest.mark.parametrize("scheme", ["zarr", "n5", "precomputed"])
+def test_an_address_that_nobody_answers_at_is_refused_in_seconds(scheme: str) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
-        url = f"precomputed://http://127.0.0.1:{taken.getsockname()[1]}/volume"
+        url = f"{scheme}://http://127.0.0.1:{taken.getsockname()[1]}/volume"
         message = refusal(url)
     assert "no answer" in message
 
@@ -918,3 +1070,6 @@ def test_a_format_without_its_package_names_it(monkeypatch: pytest.MonkeyPatch) 
         if kind.package is not None:
             with pytest.raises(InputError, match=f"pip install {kind.package}"):
                 _ = kind.code
+        for scheme in kind.schemes:
+            with pytest.raises(InputError, match="pip install tensorstore"):
+                open_lazy(f"{scheme}://https://127.0.0.1/v")

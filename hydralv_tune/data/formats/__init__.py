@@ -32,6 +32,7 @@ class Format:
         has_datasets: Whether `file:dataset` names an array in it.
         writable: Whether it can be written.
         package: What must be installed beside this package to read it; None where nothing.
+        schemes: What stands before the URL of one that is elsewhere.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Format:
     has_datasets: bool = False
     writable: bool = False
     package: str | None = None
+    schemes: tuple[str, ...] = ()
 
     @property
     def code(self) -> Any:
@@ -51,13 +53,22 @@ class Format:
         Raises:
             InputError: The package that it needs is not installed.
         """
-        package = self.package
-        if package is not None and find_spec(IMPORT_NAMES.get(package, package)) is None:
-            raise InputError(
-                f"{self.name} needs the package {package}, which is not installed. Install it: "
-                f"pip install {package}"
-            )
+        if self.package is not None:
+            check_installed(self.name, self.package)
         return import_module(f"{__name__}.{self.module}")
+
+
+def check_installed(what: str, package: str) -> None:
+    """Refuse what needs a package that is not installed.
+
+    Raises:
+        InputError: It is not.
+    """
+    if find_spec(IMPORT_NAMES.get(package, package)) is None:
+        raise InputError(
+            f"{what} needs the package {package}, which is not installed. Install it: "
+            f"pip install {package}"
+        )
 
 
 HDF5_MAGIC = b"\x89HDF\r\n\x1a\n"
@@ -86,6 +97,7 @@ FORMATS = (
         marks=("zarr.json", ".zarray", ".zgroup"),
         has_datasets=True,
         writable=True,
+        schemes=("zarr", "zarr2", "zarr3"),
     ),
     Format(
         "N5",
@@ -95,6 +107,7 @@ FORMATS = (
         marks_optional=True,
         has_datasets=True,
         package="tensorstore",
+        schemes=("n5",),
     ),
     Format(
         "precomputed",
@@ -104,6 +117,7 @@ FORMATS = (
         has_datasets=True,
         writable=True,
         package="tensorstore",
+        schemes=("precomputed",),
     ),
     Format(
         "NIfTI",
@@ -120,6 +134,7 @@ FORMATS = (
 )
 FOLDER_OF_SECTIONS = FORMATS[-1]
 PRECOMPUTED = next(kind for kind in FORMATS if kind.name == "precomputed")
+SCHEMES = {scheme: kind for kind in FORMATS for scheme in kind.schemes}
 SUFFIXES = {suffix: kind for kind in FORMATS for suffix in kind.suffixes}
 WRITABLE = tuple(suffix for suffix, kind in SUFFIXES.items() if kind.writable)
 NAMES = f"{', '.join(kind.name for kind in FORMATS[:-1])} or {FORMATS[-1].name}"

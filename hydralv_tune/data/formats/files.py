@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from hydralv_tune.config.errors import VolumeError
+from hydralv_tune.config.errors import InputError, VolumeError
 from hydralv_tune.data.formats.interface import (
     UNREADABLE,
     LazyArray,
@@ -60,6 +60,7 @@ def open_lazy(path: str | Path, *, ndim: int | None = None, axes: str = "(Z, Y, 
 
     Raises:
         VolumeError: As for `read_array`.
+        InputError: A package that its format needs is not installed.
     """
     location = locate(path)
     kind = format_of(location)
@@ -67,7 +68,7 @@ def open_lazy(path: str | Path, *, ndim: int | None = None, axes: str = "(Z, Y, 
         raise VolumeError(f"{location}: a {kind.name} holds no datasets. Name the file alone.")
     try:
         stored = kind.code.open_stored(location)
-    except VolumeError:
+    except InputError:
         raise
     except (*UNREADABLE, *getattr(kind.code, "ERRORS", ())) as error:
         raise unreadable(location, error) from error

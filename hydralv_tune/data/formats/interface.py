@@ -392,11 +392,12 @@ def choose_dataset(location: Location, names: list[str]) -> str:
     Raises:
         VolumeError: It is missing, or several are there and none is named.
     """
+    place = replace(location, dataset=None)
     if location.dataset is not None:
         if location.dataset in names:
             return location.dataset
         raise VolumeError(
-            f"{location.path}: there is no dataset '{location.dataset}'. It holds: "
+            f"{place}: there is no dataset '{location.dataset}'. It holds: "
             f"{', '.join(names) or 'none'}."
         )
     if DEFAULT_DATASET in names:
@@ -404,10 +405,10 @@ def choose_dataset(location: Location, names: list[str]) -> str:
     if len(names) == 1:
         return names[0]
     if not names:
-        raise VolumeError(f"{location.path}: it holds no dataset. Name another file.")
+        raise VolumeError(f"{place}: it holds no dataset. Name another file.")
     raise VolumeError(
-        f"{location.path}: it holds {len(names)} datasets and none is named: {', '.join(names)}. "
-        f"Name one, for example {location.path}:{names[0]}."
+        f"{place}: it holds {len(names)} datasets and none is named: {', '.join(names)}. "
+        f"Name one, for example {place.of(names[0])}."
     )
 
 
@@ -445,6 +446,11 @@ def unreadable(place: object, error: BaseException) -> VolumeError:
         return VolumeError(
             f"{place}: another program holds the file open for writing, or ended without closing "
             "it. Close it there, or copy the file once it is written."
+        )
+    if any(word in lower for word in ("http code", "ignored by server")):
+        return VolumeError(
+            f"{place}: its server does not give it ({reason}). Check the address, and that the "
+            "server gives whole files and parts of them."
         )
     if isinstance(error, OSError) and error.errno is not None and error.strerror:
         return VolumeError(

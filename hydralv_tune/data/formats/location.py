@@ -9,6 +9,7 @@ import os
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
+from urllib.parse import unquote
 
 from hydralv_tune.config.errors import VolumeError
 from hydralv_tune.config.paths import expanded
@@ -16,15 +17,21 @@ from hydralv_tune.data.formats import (
     FOLDER_OF_SECTIONS,
     FORMATS,
     PRECOMPUTED,
+    SCHEMES,
     SUFFIXES,
     WRITABLE,
     Format,
     suffix_of,
 )
 
-PRECOMPUTED_SCHEME = "precomputed://"
-LOCAL_URL = re.compile(r"^(?:precomputed://file://|file://|precomputed://(?=[/~.]))(.+)$")
-REMOTE_URL = re.compile(r"^(precomputed://)?((?:https?|gs|s3)://.+)$")
+SCHEME = "|".join(SCHEMES)
+LOCAL_URL = re.compile(
+    rf"^(?:(?:(?:{SCHEME})://)?file://(?:localhost(?=/))?|(?:{SCHEME})://(?!\w+://))(.+)$"
+)
+REMOTE_URL = re.compile(rf"^(?:({SCHEME})://)?((?:https?|gs|s3)://.+?)/*$")
+PIPED_URL = re.compile(rf"^(.+?)/*\|(?:neuroglancer-)?({SCHEME}):/*(.*?)/*$")
+"""As neuroglancer writes it: the place of a container, its format, and what is named in it."""
+ANY_URL = re.compile(r"^\w[\w+.-]*://")
 HEAD_BYTES = 4096 + 8
 """Read to tell formats apart."""
 
@@ -36,39 +43,64 @@ class Location:
     Args:
         path: On this machine; of a URL, its part behind the scheme.
         dataset: The array in it, or the key of a scale.
-        url: Of a precomputed volume that is elsewhere.
+        url: Of what is elsewhere, the path of an array in it included.
+        scheme: What stands before the URL for its format.
     """
 
     path: Path
     dataset: str | None = None
     url: str | None = None
+    scheme: str | None = None
 
     def __str__(self) -> str:
         if self.url is not None:
-            return f"{PRECOMPUTED_SCHEME}{self.url}"
-        return str(self.path) if self.dataset is None else f"{self.path}:{self.dataset}"
+            return f"{self.scheme}://{self.url}"
+        return str(self.path) if self.dataset is None else self.of(self.dataset)
+
+    def of(self, dataset: str) -> str:
+        """Return what names an array in it."""
+        return f"{self.path}:{dataset}" if self.url is None else f"{self}/{dataset}"
 
 
 def locate(path: str | Path) -> Location:
     """Split `file:dataset`, and expand `~` and `$VARIABLES`.
 
     A colon counts only after a known suffix, so that other colons in a path stay what they are.
-    `precomputed://URL` is a volume elsewhere, `file://` and `precomputed://file://` one here.
+    `zarr://URL`, `n5://URL` and `precomputed://URL` are elsewhere; `file://PATH` is here, alone and
+    after one of them, and so is what follows them without a URL.
 
     Raises:
-        VolumeError: A URL whose format is not said.
+        VolumeError: A URL whose format is not said, or that is of no known kind.
     """
     text = os.fspath(path)
-    local = LOCAL_URL.match(text)
-    if local is None and (found := REMOTE_URL.match(text)) is not None:
-        if not found.group(1):
+    if (piped := PIPED_URL.match(text)) is not None:
+        container, scheme, inner = piped.groups()
+        text = "/".join(part for part in (f"{scheme}://{container}", inner) if part)
+    if (found := REMOTE_URL.match(text)) is not None:
+        scheme, url = found.groups()
+        if scheme is None:
             raise VolumeError(
-                f"{text}: of what is not on this machine, precomputed volumes alone are read. Say "
-                f"{PRECOMPUTED_SCHEME}{text} where it is one, or copy it here."
+                f"{text}: of what is not on this machine, Zarr, N5 and precomputed are read, and a "
+                f"URL does not say which it is. Put zarr://, n5:// or precomputed:// before it: "
+                f"precomputed://{text}"
             )
-        url = found.group(2)
-        return Location(Path(url.partition("://")[2]), url=url)
-    text = expanded(text if local is None else local.group(1))
+        return Location(Path(url.partition("://")[2]), url=url, scheme=scheme)
+    local = LOCAL_URL.match(text)
+    if local is None and ANY_URL.match(text) and not os.path.exists(text):
+        raise VolumeError(
+            f"{text}: no URL of a known kind. Known: file://PATH, and after zarr://, n5:// or "
+            "precomputed:// a path or an http://, https://, gs:// or s3:// URL."
+        )
+    location = _split(text if local is None else local.group(1))
+    if local is not None and not location.path.exists():
+        # As a browser shows it, %20 for a space.
+        return _split(unquote(local.group(1)))
+    return location
+
+
+def _split(text: str) -> Location:
+    """Return the file and the dataset of a path on this machine."""
+    text = expanded(text)
     if ":" in text and not os.path.exists(text):
         file, _, dataset = text.rpartition(":")
         if suffix_of(Path(file)) in SUFFIXES:
@@ -80,7 +112,7 @@ def absolute(path: str) -> str:
     """Return a path, with its dataset, that means the same in another folder; a URL is one."""
     location = locate(path)
     if location.url is not None:
-        return path
+        return str(location)
     return str(replace(location, path=Path(os.path.abspath(location.path))))
 
 
@@ -117,8 +149,8 @@ def format_of(location: Location) -> Format:
         VolumeError: It is missing, cannot be opened, or is of no known format.
     """
     path = location.path
-    if location.url is not None:
-        return PRECOMPUTED
+    if location.scheme is not None:
+        return SCHEMES[location.scheme]
     if not path.exists():
         near = sorted(p.name for p in path.parent.glob("*") if suffix_of(p) in SUFFIXES)
         there = f" In that folder: {', '.join(near[:5])}." if near else ""

@@ -12,7 +12,7 @@ import numpy as np
 from hydralv_tune.config.errors import VolumeError
 from hydralv_tune.data.formats.interface import UNNAMED, Names, Stored, axis_letters, choose_dataset
 from hydralv_tune.data.formats.location import Location
-from hydralv_tune.data.formats.tensors import Tensors
+from hydralv_tune.data.formats.tensors import Tensors, parents_of, read_mapping, store_of
 from hydralv_tune.data.voxel_size import Placement, in_nm, measured, nm_of, no_size, unknown_unit
 
 MARK = "attributes.json"
@@ -26,9 +26,9 @@ def open_stored(location: Location) -> Stored:
         VolumeError: There is none of that name, several are there, or the order of its axes is not
             understood. tensorstore raises what else it cannot read.
     """
-    folder = location.path / (location.dataset or "")
+    folder = location.url or location.path / (location.dataset or "")
     if "dataType" not in _attributes(folder):
-        folder = location.path / _choose(location, folder)
+        folder = _choose(location, folder)
     attributes = _attributes(folder)
     array = Tensors(*_specification(folder, attributes))
     axes = _axes(location, attributes, len(array.shape))
@@ -43,7 +43,7 @@ def open_stored(location: Location) -> Stored:
     return Stored(array, axes, placement, array.chunks)
 
 
-def _specification(folder: Path, attributes: Mapping[str, Any]) -> tuple[dict[str, Any], Any]:
+def _specification(folder: Path | str, attributes: Mapping[str, Any]) -> tuple[dict[str, Any], Any]:
     """Return what tensorstore needs of an array, and the context that holds it.
 
     It is given a copy of the attributes that make the array: of `units` and `resolution` it refuses
@@ -56,14 +56,16 @@ def _specification(folder: Path, attributes: Mapping[str, Any]) -> tuple[dict[st
     needed = {key: attributes[key] for key in ARRAY_KEYS if key in attributes}
     memory.write(MARK, json.dumps(needed)).result()
     layers = [
-        {"base": {"driver": "file", "path": f"{folder}/"}},
+        {"base": store_of(folder)},
         {"exact": MARK, "base": {"driver": "memory", "path": MARK}},
     ]
     return {"driver": "n5", "kvstore": {"driver": "kvstack", "layers": layers}}, context
 
 
-def _attributes(folder: Path) -> Mapping[str, Any]:
-    """Return the attributes of a group or an array; empty where there are none."""
+def _attributes(folder: Path | str) -> Mapping[str, Any]:
+    """Return the attributes of a group or an array, here or at a URL; empty where it has none."""
+    if isinstance(folder, str):
+        return read_mapping(folder, MARK)
     file = folder / MARK
     content = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
     if not isinstance(content, dict):
@@ -71,14 +73,21 @@ def _attributes(folder: Path) -> Mapping[str, Any]:
     return content
 
 
-def _choose(location: Location, folder: Path) -> str:
+def _choose(location: Location, folder: Path | str) -> Path | str:
     """Return the array that a group stands for: its level s0, `main`, or the only one."""
+    if isinstance(folder, str):
+        if "dataType" in _attributes(f"{folder}/s0"):
+            return f"{folder}/s0"
+        raise VolumeError(
+            f"{location}: there is no array of N5, and what is elsewhere cannot be listed. Name an "
+            f"array: {location.of('PATH')}"
+        )
     if not folder.is_dir():
         choose_dataset(location, sorted(_arrays(location.path)))
     if "dataType" in _attributes(folder / "s0"):
-        return (folder / "s0").relative_to(location.path).as_posix()
+        return folder / "s0"
     names = sorted(_arrays(location.path, folder))
-    return choose_dataset(Location(location.path), names)
+    return location.path / choose_dataset(Location(location.path), names)
 
 
 def _arrays(root: Path, folder: Path | None = None) -> Iterator[str]:
@@ -108,7 +117,7 @@ def _axes(location: Location, attributes: Mapping[str, Any], count: int) -> Name
     return letters
 
 
-def _placement(folder: Path) -> Placement:
+def _placement(folder: Path | str) -> Placement:
     """Return what an array, or else a group that holds it, says of its voxels.
 
     `downsamplingFactors` of a level multiply a `pixelResolution`, as in the n5-viewer, and whatever
@@ -116,7 +125,8 @@ def _placement(folder: Path) -> Placement:
     """
     own = _attributes(folder)
     factors = np.asarray(own.get("downsamplingFactors", [1, 1, 1]), dtype=float)
-    for place in (folder, *folder.parents[:3]):
+    above = parents_of(folder) if isinstance(folder, str) else folder.parents
+    for place in (folder, *above[:3]):
         attributes = _attributes(place)
         transform, pixel = attributes.get("transform"), attributes.get("pixelResolution")
         if isinstance(transform, dict) and {"axes", "scale"} <= set(transform):

@@ -12,16 +12,13 @@ import numpy as np
 from hydralv_tune.config.errors import VolumeError
 from hydralv_tune.data.formats.interface import Stored, WritableArray
 from hydralv_tune.data.formats.location import Location
-from hydralv_tune.data.formats.tensors import Tensors
+from hydralv_tune.data.formats.tensors import Tensors, read_file, store_of
 from hydralv_tune.data.voxel_size import Placement, in_nm
 
 BLOCK = (64, 64, 64)
 SMALLEST_LEVEL = 256
 """Voxels of the longest side of a pyramid's coarsest level."""
 DRIVER = "neuroglancer_precomputed"
-FEW_RETRIES = {"max_retries": 3, "initial_delay": "500ms", "max_delay": "4s"}
-"""While a volume is opened: some seconds. tensorstore's own 32, good for what is read later, would
-keep a wrong address waiting for a quarter of an hour."""
 
 
 def open_stored(location: Location) -> Stored:
@@ -37,7 +34,9 @@ def open_stored(location: Location) -> Stored:
             f"{location}: there is no scale '{location.dataset}'. It has: {', '.join(keys)}."
         )
     index = 0 if location.dataset is None else keys.index(location.dataset)
-    array = Tensors({"driver": DRIVER, "kvstore": _store(location), "scale_index": index})
+    array = Tensors(
+        {"driver": DRIVER, "kvstore": store_of(location.url or location.path), "scale_index": index}
+    )
     scale = scales[index]
     size = in_nm(scale["resolution"][::-1], [1.0] * 3)
     offset = scale.get("voxel_offset", [0, 0, 0])
@@ -156,34 +155,15 @@ class _Writer:
         self._store[tuple(where[::-1])].write(block.T).result()
 
 
-def _store(location: Location) -> Mapping[str, Any] | str:
-    """Return the key-value store of tensorstore for a folder or a URL."""
-    if location.url is None:
-        return {"driver": "file", "path": f"{location.path}/"}
-    return f"{location.url.rstrip('/')}/"
-
-
 def _information(location: Location) -> Mapping[str, Any]:
     """Return the content of `info`."""
-    import tensorstore
-
-    few = dict.fromkeys((f"{kind}_request_retries" for kind in ("http", "gcs", "s3")), FEW_RETRIES)
-    store = tensorstore.KvStore.open(_store(location), context=tensorstore.Context(few)).result()
-    try:
-        content = store.read("info").result()
-    except ValueError as error:
-        if "retry attempts failed" not in str(error):
-            raise
-        reason = str(error).partition("failed: ")[2][:200]
+    content = read_file(location.url or location.path, "info")
+    if content is None:
         raise VolumeError(
-            f"{location}: no answer from there ({reason}). Check the address and the network."
-        ) from error
-    if content.state != "value":
-        raise VolumeError(
-            f"{location}: there is no file 'info' in it, so it is no precomputed volume. Check the "
-            "path."
+            f"{location}: there is no file 'info' in it, so it is no precomputed volume, or not a "
+            "public one. Check the path."
         )
-    information = json.loads(bytes(content.value))
+    information = json.loads(content)
     if information.get("type") not in ("image", "segmentation") or not information.get("scales"):
         raise VolumeError(
             f"{location}: its info is of type {information.get('type')!r}, not an image or a "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import warnings
 from collections.abc import Iterator, Mapping
@@ -25,6 +26,7 @@ from hydralv_tune.data.formats.interface import (
 )
 from hydralv_tune.data.formats.location import Location
 from hydralv_tune.data.formats.ome_zarr import Level, create_image, level_of, levels_of
+from hydralv_tune.data.formats.tensors import Tensors, parents_of, read_file, read_mapping, store_of
 from hydralv_tune.data.voxel_size import Placement, placement_from
 
 OME_SUFFIX = ".ome.zarr"
@@ -38,7 +40,7 @@ def open_stored(location: Location) -> Stored:
         VolumeError: There is none of that name, several are there, or what its metadata say of
             axes and scales is not understood. zarr raises what else it cannot read.
     """
-    root, inner = _root_of(location.path)
+    root, inner = _root_of(location.path) if location.url is None else _root_at(location)
     node = _node(root)
     name = "/".join(part for part in (inner, location.dataset) if part)
     if isinstance(node, zarr.Array):
@@ -58,6 +60,44 @@ def open_stored(location: Location) -> Stored:
     if level is None:
         level = _level_above(location, group, name)
     return _stored(location, array, [array.attrs, group.attrs, node.attrs], level)
+
+
+class _MetadataAt(zarr.storage.MemoryStore):
+    """The metadata of a Zarr elsewhere. Nothing is listed, since web servers have no lists.
+
+    Args:
+        url: Of its outermost group, or of its only array.
+    """
+
+    supports_listing = False
+
+    def __init__(self, url: str) -> None:
+        super().__init__(read_only=True)
+        self.url = url
+
+    async def get(self, key: str, prototype: Any, byte_range: Any = None) -> Any:
+        """Return the content of a file, whole, or None where there is none."""
+        content = await asyncio.to_thread(read_file, self.url, key)
+        return None if content is None else prototype.buffer.from_bytes(content)
+
+
+def _root_at(location: Location) -> tuple[_MetadataAt, str]:
+    """Return the outermost Zarr group around a URL, and the name of the URL's end within it.
+
+    Raises:
+        VolumeError: There is no Zarr, or nobody answers.
+    """
+    url = root = str(location.url)
+    if not any(read_mapping(url, mark) for mark in MARKS):
+        raise VolumeError(
+            f"{location}: there is no Zarr ({', '.join(MARKS)}), or it is not public. Check the "
+            "address."
+        )
+    for parent in parents_of(url):
+        if not any(read_mapping(parent, mark) for mark in MARKS):
+            break
+        root = parent
+    return _MetadataAt(root), url[len(root) + 1 :]
 
 
 @contextmanager
@@ -190,6 +230,9 @@ def _enter(location: Location, root: Any, name: str) -> tuple[Any, str]:
 
 def _arrays(group: Any) -> list[str]:
     """Return the names of all arrays in a group, those of its groups too."""
+    if group.metadata.consolidated_metadata is not None:
+        members = group.members(max_depth=None)
+        return sorted(name for name, item in members if isinstance(item, zarr.Array))
     names: list[str] = []
     for name, item in group.members():
         is_array = isinstance(item, zarr.Array)
@@ -200,9 +243,16 @@ def _arrays(group: Any) -> list[str]:
 
 def _choose(location: Location, group: Any) -> str:
     """Return the array that a group without levels of its own stands for."""
+    if location.url is not None:
+        group = zarr.open_group(group.store_path, mode="r")
+        if group.metadata.consolidated_metadata is None:
+            raise VolumeError(
+                f"{location}: a group, and what is elsewhere cannot be listed. Name an array: "
+                f"{location.of('PATH')}"
+            )
     if "plate" in group.attrs.get("ome", group.attrs):
         raise VolumeError(
-            f"{location}: a plate of many images. Name one, for example {location.path}:A/1/0."
+            f"{location}: a plate of many images. Name one, for example {location.of('A/1/0')}."
         )
     images = [
         f"{name}/{level.path}"
@@ -229,9 +279,15 @@ def _stored(
     location: Location, array: Any, attributes: list[Mapping[str, Any]], level: Level | None
 ) -> Stored:
     """Return an opened array with the axes and the placement that its metadata give."""
-    place = Path(array.store_path.store.root) / array.path
+    chunks = tuple(array.chunks)
+    if location.url is None:
+        values, place = array, Path(array.store_path.store.root) / array.path
+    else:
+        driver = "zarr3" if array.metadata.zarr_format == 3 else "zarr"
+        url = "/".join(part for part in (array.store.url, array.path) if part)
+        values, place = Tensors({"driver": driver, "kvstore": store_of(url)}), None
     if level is not None:
-        return Stored(array, level.axes, level.placement, tuple(array.chunks), place=place)
+        return Stored(values, level.axes, level.placement, chunks, place=place)
     axes = _own_axes(array)
     placement = Placement()
     for mapping in attributes:
@@ -244,7 +300,7 @@ def _stored(
             placement.bare_size or found.bare_size,
             placement.bare_origin or found.bare_origin,
         )
-    return Stored(array, axes, placement, tuple(array.chunks), place=place)
+    return Stored(values, axes, placement, chunks, place=place)
 
 
 def _own_axes(array: Any) -> Names | None:
