@@ -137,7 +137,8 @@ def exit_code(arguments: Sequence[str] | None = None) -> int:
     try:
         code = command_line(words)(args=words, standalone_mode=False)
     except ClickError as error:
-        say(f"error: {error.format_message()}")
+        # What a parser of ours refuses is wrapped by a library that says so first.
+        say(f"error: {error.format_message().replace(': Value error, ', ': ', 1)}")
         return EXIT_WRONG_INPUT
     except InputError as error:
         say(f"error: {error}")
