@@ -59,8 +59,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--threads", type=int, default=usable_cores())
+    parser.add_argument("--concurrent", action="store_true", help="only several trials at once")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
+    if arguments.concurrent:
+        if torch.cuda.is_available():
+            concurrent("cuda", arguments.steps, (1, 2, 4))
+        else:
+            concurrent("cpu", arguments.steps, (1, 2))
+        return
     smoke = {"data": {"augmentation": {"preset": "all", **_unsaid()}}}
     report("smoke", smoke, "cpu", arguments.steps, share_limit=0.08, ratio_limit=2.0)
     concurrent("cpu", arguments.steps, (1, 2))

@@ -578,7 +578,7 @@ def _find_components(work: Work, domain: decoding.Domain, memory_bytes: float, s
     shape, maps = work.shape, work.probabilities
     zarr.create_array(
         work.folder / "domain.zarr", shape=shape, chunks=(16, *(min(s, 256) for s in shape[1:])),
-        dtype="uint32", compressors=[zarr.codecs.BloscCodec(cname="zstd", clevel=3)],
+        dtype="uint32", compressors=[zarr.codecs.BloscCodec(cname="lz4", clevel=1)],
         overwrite=True,
     )  # fmt: skip
     kept = work.provisional
@@ -639,7 +639,7 @@ def decode_one(folder: str, number: int) -> None:
     kept = zarr.create_array(
         work.block_labels(number), shape=labels.shape, dtype=labels.dtype, overwrite=True,
         chunks=(decoding.SLAB, *(min(side, 256) for side in labels.shape[1:])),
-        compressors=[zarr.codecs.BloscCodec(cname="zstd", clevel=1)],
+        compressors=[zarr.codecs.BloscCodec(cname="lz4", clevel=1)],
     )  # fmt: skip
     for z in range(0, len(labels), decoding.SLAB):
         kept[z : z + decoding.SLAB] = labels[z : z + decoding.SLAB]
