@@ -18,8 +18,17 @@ from hydralv_tune.config.files import candidate_from_mapping
 from hydralv_tune.data.volumes import Volume
 from hydralv_tune.numerics.phantom.volume import make_phantom
 from hydralv_tune.trial import planning
-from hydralv_tune.trial.planning import _Part, _part_trainer, _predicted_s, draw_patches, plan_facts
+from hydralv_tune.trial.planning import (
+    _Part,
+    _part_trainer,
+    _predicted_s,
+    draw_patches,
+    plan_facts,
+    training_memory_gb,
+)
 from hydralv_tune.trial.scoring.prediction import network_of
+from hydralv_tune.trial.training.loop import build_loss
+from hydralv_tune.trial.training.optimization import build_optimizer
 from hydralv_tune.trial.training.sampling import ResidentVolume
 
 # Too short for any step: the two smallest parts of one are timed all the same.
@@ -194,3 +203,32 @@ def test_planning_leaves_global_random_numbers_alone(volume: Volume) -> None:
     torch.manual_seed(5)
     plan_facts(candidate(), volume, timing_s=BRIEF)
     torch.testing.assert_close(torch.rand(3), expected)
+
+
+@pytest.mark.parametrize("name", ["monai_unet", "rsunet", "monai_segresnet"])
+def test_the_memory_that_is_counted_is_about_what_a_cpu_takes(name: str) -> None:
+    """Against every allocation of a real step, in the order of time, as the profiler saw them."""
+    batch, patch = 4, (8, 32, 32)
+    chosen = candidate_from_mapping(
+        {
+            "model": {"architecture": name, "filters": [8, 16, 32]},
+            "data": {"patch_size": patch},
+            "system": {"training": {"batch_size": batch}},
+            "optimization": {"precision": "32"},
+        },
+        place="test",
+    )
+    network, loss = network_of(chosen).train(), build_loss(chosen.model)
+    counted = training_memory_gb(chosen, network)
+    optimizer = build_optimizer(network, loss.parameters(), chosen.optimization)
+    image, targets = torch.rand(batch, 1, *patch), torch.rand(batch, 3, *patch)
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True) as seen:
+        outputs = network(image)
+        heads = outputs if isinstance(outputs, list) else [outputs]
+        loss(heads, targets, targets[:, :1] > 0.5).total.backward()
+        optimizer.step()
+    events = sorted(seen.events(), key=lambda event: event.time_range.end)
+    held = np.cumsum([event.self_cpu_memory_usage for event in events]).max()
+    weights = sum(4 * parameter.numel() for parameter in network.parameters())
+    assert (held + weights) / 1e9 == pytest.approx(counted, rel=0.2)

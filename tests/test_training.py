@@ -20,6 +20,7 @@ from hydralv_tune.config.candidate import Candidate
 from hydralv_tune.config.errors import CheckpointError, TrialFailed, TrialInterrupted
 from hydralv_tune.config.files import candidate_from_mapping
 from hydralv_tune.data.volumes import Volume
+from hydralv_tune.numerics.networks.memory import is_out_of_memory
 from hydralv_tune.numerics.networks.registry import ARCHITECTURES
 from hydralv_tune.numerics.randomness import seeded
 from hydralv_tune.trial.scoring.prediction import network_of
@@ -28,7 +29,6 @@ from hydralv_tune.trial.training.log import LossLog
 from hydralv_tune.trial.training.loop import (
     Trainer,
     build_loss,
-    is_out_of_memory,
     load_external_weights,
     shared_parameter,
 )
@@ -742,6 +742,8 @@ def test_what_compiles_is_the_network_and_leaves_no_gradients(
 def test_out_of_memory_is_told_from_other_errors() -> None:
     assert is_out_of_memory(torch.OutOfMemoryError("x"))
     assert is_out_of_memory(RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes"))
+    assert is_out_of_memory(RuntimeError("CUDA error: out of memory"))
+    assert is_out_of_memory(RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"))
     assert is_out_of_memory(MemoryError())
     assert not is_out_of_memory(RuntimeError("size mismatch"))
     with pytest.raises(RuntimeError) as error:

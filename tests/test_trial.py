@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import re
@@ -11,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
@@ -33,11 +35,14 @@ from hydralv_tune.data.formats.files import LazyArray
 from hydralv_tune.data.volumes import Volume, VolumePaths, read_labels, write_array
 from hydralv_tune.numerics.metrics import scores
 from hydralv_tune.numerics.watershed.decoders import decode
+from hydralv_tune.trial import state
 from hydralv_tune.trial.record import plan_findings
 from hydralv_tune.trial.run import Evaluation, TrialSpec, run_trial, stop_on_signal
+from hydralv_tune.trial.scoring import evaluation as scoring
 from hydralv_tune.trial.scoring.evaluation import Outcome, better, evaluate
 from hydralv_tune.trial.scoring.prediction import load_network, network_of, predict
 from hydralv_tune.trial.state import BestUnit, TrialRun
+from hydralv_tune.trial.training import sampling
 from hydralv_tune.trial.training.lazy_reader import held_out_volumes
 
 pytestmark = pytest.mark.usefixtures("without_pictures")  # the fixture `finished` draws them
@@ -580,6 +585,64 @@ def test_what_the_training_met_stays_in_the_record(tmp_path: Path) -> None:
     training = record.training
     assert (training["batch_size"], training["accumulate_grad_batches"]) == (1, 2)
     assert (training["effective_batch"], training["patches"]) == (2, 8)
+
+
+class Exhausted:
+    """Stands before a function, and says once that memory ran out, as CUDA or NumPy would."""
+
+    def __init__(self, function: Callable[..., Any], error: Exception) -> None:
+        self.function, self.error, self.calls = function, error, 0
+
+    def __call__(self, *arguments: Any, **keys: Any) -> Any:
+        self.calls += 1
+        if self.calls == 1:
+            raise self.error
+        return self.function(*arguments, **keys)
+
+
+@pytest.mark.parametrize(
+    ("where", "name", "error"),
+    [
+        (sampling, "upload", torch.OutOfMemoryError("CUDA out of memory. Tried 2.00 GiB.")),
+        (scoring, "sweep", MemoryError("Unable to allocate 2.00 GiB")),
+    ],
+    ids=["upload", "sweep"],
+)
+def test_memory_that_runs_out_beside_the_network_fails_and_the_next_attempt_ends_as_otherwise(
+    where: Any, name: str, error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = run(spec(tmp_path / "whole", brief()))
+    hungry = Exhausted(getattr(where, name), error)
+    monkeypatch.setattr(where, name, hungry)
+    with pytest.raises(TrialFailed, match="out of memory") as failed:
+        run(spec(tmp_path / "trial", brief()))
+    assert failed.value.retry
+    record = run(spec(tmp_path / "trial", brief()))
+    assert hungry.calls > 1
+    assert record.value == expected.value
+    assert record.training["steps_done"] == expected.training["steps_done"]
+
+
+def test_a_trial_that_ran_out_of_memory_leaves_none_to_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alive = []
+
+    def remembered(*arguments: Any, **keys: Any) -> Any:
+        network = network_of(*arguments, **keys)
+        alive.append(weakref.ref(network))
+        network.register_forward_pre_hook(run_out)
+        return network
+
+    def run_out(*_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(state, "network_of", remembered)
+    with suppress(TrialFailed):
+        run(spec(tmp_path, brief()))
+    gc.collect()
+    assert alive
+    assert not [network for network in alive if network() is not None]
 
 
 def test_what_another_attempt_has_taken_over_is_not_touched_any_more(tmp_path: Path) -> None:

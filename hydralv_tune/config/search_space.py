@@ -209,7 +209,11 @@ class Pruner(StrictModel):
 
     name: str = Field("median", description="A name of the table Pruners.")
     warmup_evaluations: Whole = Field(3, description="Nothing is pruned before.")
-    startup_trials: Whole = Field(5, description="Finished trials before anything is pruned.")
+    startup_trials: Whole = Field(
+        5,
+        description="Finished trials before anything is pruned; at least 12 where earlier studies "
+        "teach, since what they propose is good on the whole.",
+    )
     patience: Whole = Field(0, description="Evaluations without improvement before pruning.")
     percentile: Annotated[float, Field(gt=0, lt=100)] = Field(
         25.0, description="Of `percentile`: this share of trials is kept at each step."

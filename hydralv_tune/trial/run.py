@@ -23,12 +23,12 @@ from hydralv_tune.config.errors import HydraLVError, InputError, TrialFailed, Tr
 from hydralv_tune.config.yaml_io import dump_yaml
 from hydralv_tune.data.volumes import Volume
 from hydralv_tune.numerics.cores import usable_cores
+from hydralv_tune.numerics.networks.memory import is_out_of_memory
 from hydralv_tune.trial.record import check_continues
 from hydralv_tune.trial.scoring.prediction import pick_device
 from hydralv_tune.trial.spec import Evaluation, TrialSpec
 from hydralv_tune.trial.state import TrialRun
 from hydralv_tune.trial.training.lazy_reader import held_out_volumes, read_or_open
-from hydralv_tune.trial.training.loop import is_out_of_memory
 
 Report = Callable[[Evaluation], None]
 Progress = Callable[[int, int], None]

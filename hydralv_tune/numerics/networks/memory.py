@@ -1,4 +1,4 @@
-"""How much memory a training step takes, counted on a network without any."""
+"""How much memory a training step takes, counted without taking any, and whether it ran out."""
 
 from __future__ import annotations
 
@@ -57,3 +57,13 @@ def training_bytes(
     activations = sum(size for storage, size in kept.items() if storage not in own)
     parameters = sum(p.numel() for p in network.parameters())
     return activations + parameters * (BYTES_PER_PARAMETER + 4 * averaged)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether an error says that memory ran out, on a GPU or on the host."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    text = str(error).lower()
+    # PyTorch's allocators, the driver's own, and what cuBLAS and cuDNN say of their workspace.
+    signs = ("out of memory", "can't allocate memory", "_status_alloc_failed")
+    return isinstance(error, RuntimeError) and any(sign in text for sign in signs)

@@ -108,7 +108,7 @@ def components(values: Any, thresholds: Any, candidates: Any, position: Any, bef
     return seeds[:found].copy(), label, sizes
 
 
-def regions(inside: Array, counted: Array) -> tuple[Array, Array, Array]:
+def regions(inside: Array, counted: Array, start: int = 0) -> tuple[Array, Array, Array]:
     """Return the 26-connected components of a volume: labels, boxes and sizes, in raster order.
 
     What is outside is looked at once, by NumPy: SciPy takes a pass over all voxels for each of
@@ -117,17 +117,18 @@ def regions(inside: Array, counted: Array) -> tuple[Array, Array, Array]:
     Args:
         inside: (z, y, x), bool.
         counted: (z, y, x), bool; its voxels are counted for each component too.
+        start: The last label that is taken already.
 
     Returns:
-        (z, y, x) uint32 labels from 1; (components, 3, 2) int64, first and end voxel along each
-        axis; (components, 2) int64, all voxels and those counted.
+        (z, y, x) uint32 labels from `start` + 1; (components, 3, 2) int64, first and end voxel
+        along each axis; (components, 2) int64, all voxels and those counted.
     """
-    labels, boxes, sizes = _regions(np.flatnonzero(inside), inside.shape, counted.ravel())
+    labels, boxes, sizes = _regions(np.flatnonzero(inside), inside.shape, counted.ravel(), start)
     return labels, boxes, sizes
 
 
 @kernel
-def _regions(places: Any, shape: Any, counted: Any) -> Any:
+def _regions(places: Any, shape: Any, counted: Any, start: int) -> Any:
     """Return what `regions` does of voxels given by their flat indices, in raster order."""
     depth, height, width = shape
     labels = np.zeros((depth, height, width), np.uint32)
@@ -168,7 +169,7 @@ def _regions(places: Any, shape: Any, counted: Any) -> Any:
         rest, x = place // width, place % width
         z, y = rest // height, rest % height
         label = number[labels[z, y, x]]
-        labels[z, y, x] = label
+        labels[z, y, x] = label + start
         index = np.int64(label) - 1
         sizes[index, 0] += 1
         sizes[index, 1] += counted[place]

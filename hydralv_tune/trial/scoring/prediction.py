@@ -18,6 +18,7 @@ from hydralv_tune.artifacts.records import FORMAT, load_checkpoint
 from hydralv_tune.config.candidate import Candidate
 from hydralv_tune.config.errors import CheckpointError, ConfigError, InputError, TrialFailed
 from hydralv_tune.config.files import candidate_from_mapping
+from hydralv_tune.numerics.networks.memory import is_out_of_memory
 from hydralv_tune.numerics.networks.registry import (
     GROUPS,
     build_network,
@@ -425,11 +426,13 @@ def _within_memory(job: _Job) -> Probabilities:
     while True:
         try:
             return _stitched(job, batch)
-        except torch.OutOfMemoryError as error:
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
             if batch == 1:
                 raise TrialFailed(
                     "prediction",
-                    f"out of GPU memory with window {job.windows.size}. Try a smaller "
+                    f"out of memory with window {job.windows.size}. Try a smaller "
                     "inference.sliding_window.window_size",
                     retry=True,
                 ) from error

@@ -23,6 +23,7 @@ from hydralv_tune.config.errors import (
 from hydralv_tune.numerics.augmentation.augment import augment
 from hydralv_tune.numerics.augmentation.registry import resolve_preset
 from hydralv_tune.numerics.losses.multi_task import LossResult, LossTerm, MultiTaskLoss
+from hydralv_tune.numerics.networks.memory import is_out_of_memory
 from hydralv_tune.numerics.networks.weights import match_weights, trunk_weights
 from hydralv_tune.numerics.randomness import capture_random, restore_random, seeded
 from hydralv_tune.numerics.targets import derive_targets
@@ -126,16 +127,6 @@ def _fitting_prefix(network: nn.Module, tensors: Mapping[str, Tensor], prefix: s
     own = network.state_dict().keys()
     longer = [prefix, f"{prefix}model.", f"{prefix}_orig_mod.", f"{prefix}_orig_mod.model."]
     return max(longer, key=lambda start: sum(f"{start}{name}" in tensors for name in own))
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether an error says that memory ran out, on a GPU or on the host."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    text = str(error)
-    return isinstance(error, RuntimeError) and (
-        "out of memory" in text or "can't allocate memory" in text
-    )
 
 
 class Trainer:

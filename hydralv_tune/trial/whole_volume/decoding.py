@@ -133,12 +133,10 @@ def label_components(
     last: Array | None = None
     for slab in slabs:
         domain, nodes = domain_at(slab)
-        labels, spans, sizes = regions(domain, nodes)
+        labels, spans, sizes = regions(domain, nodes, total)
         spans[:, 0] += slab.start
         boxes.append(spans.astype(np.int32))
         voxels.append(sizes)
-        if total:
-            np.add(labels, np.uint32(total), out=labels, where=labels > 0)
         if last is not None:
             pairs.append(_touching(last, labels[0]))
         write(slab, labels)
@@ -173,13 +171,14 @@ def _joined(total: int, pairs: Sequence[Array], boxes: Array, voxels: Ints) -> C
     order = np.zeros(count, np.uint32)
     order[roots[first]] = np.arange(count)
     roots = order[roots]
-    joined = np.zeros((count, 3, 2), np.int32)
-    joined[:, :, 0] = np.iinfo(np.int32).max
-    np.minimum.at(joined[:, :, 0], roots[1:], boxes[1:, :, 0])
-    np.maximum.at(joined[:, :, 1], roots[1:], boxes[1:, :, 1])
-    joined[0] = 0
-    sizes = np.zeros((count, 2), np.int64)
-    np.add.at(sizes, roots[1:], voxels[1:])
+    # Most components are of one label: only what others add to the first is looked at one by one.
+    joined, sizes = boxes[first], voxels[first]
+    others = np.ones(total + 1, bool)
+    others[first] = False
+    others = np.flatnonzero(others)
+    np.minimum.at(joined[:, :, 0], roots[others], boxes[others, :, 0])
+    np.maximum.at(joined[:, :, 1], roots[others], boxes[others, :, 1])
+    np.add.at(sizes, roots[others], voxels[others])
     return Components(roots=roots, boxes=joined, voxels=sizes[:, 0], nodes=sizes[:, 1])
 
 
@@ -221,14 +220,15 @@ def plan_blocks(
     """
     parts: list[tuple[Box, Ints]] = []
     most = max(memory_bytes - kept_bytes, memory_bytes / 2)
-    waiting = [np.flatnonzero(components.nodes)]
+    every = np.flatnonzero(components.nodes)
+    # Sides first: there may be millions of components, and each half is looked at as a whole.
+    waiting = [(every, np.ascontiguousarray(components.boxes[every].transpose(1, 2, 0)))]
     while waiting:
-        chosen = waiting.pop()
+        chosen, sides = waiting.pop()
         if not len(chosen):
             continue
-        boxes = components.boxes[chosen]
-        low = np.maximum(boxes[:, :, 0].min(0) - 1, 0)
-        high = np.minimum(boxes[:, :, 1].max(0) + 1, shape)
+        low = np.maximum(sides[:, 0].min(1) - 1, 0)
+        high = np.minimum(sides[:, 1].max(1) + 1, shape)
         nodes = int(components.nodes[chosen].sum())
         needed = math.prod((high - low).tolist()) * place_bytes + nodes * NODE_BYTES
         if needed <= most:
@@ -244,11 +244,12 @@ def plan_blocks(
                 f"{allowed} GB, give a mask of the tissue, or cut the region with --set "
                 "flood=support and a higher floor, for example --set floor=0.3."
             )
-        middle = boxes.mean(2)
-        axis = int(np.argmax(np.ptp(middle, axis=0) if len(chosen) > 2 else high - low))
-        order = np.argsort(middle[:, axis], kind="stable")
+        middle = sides.sum(1)
+        axis = int(np.argmax(np.ptp(middle, axis=1) if len(chosen) > 2 else high - low))
         half = len(chosen) // 2
-        waiting += [np.sort(chosen[order[half:]]), np.sort(chosen[order[:half]])]
+        order = np.argpartition(middle[axis], half)
+        for part in (np.sort(order[half:]), np.sort(order[:half])):
+            waiting.append((chosen[part], sides[:, :, part]))
     parts.sort(key=lambda part: [side.start for side in part[0]])
     of_component = np.zeros(len(components) + 1, np.uint32)
     for number, (_, chosen) in enumerate(parts, 1):
