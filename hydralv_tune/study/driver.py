@@ -461,12 +461,16 @@ class Driver:
         # First: a trial whose result a dead driver left behind is no orphan.
         self.adopt_journals()
         ages = self._heartbeat_ages()
-        for trial in self.study.frozen():
-            if trial.state == TrialState.RUNNING and trial.number not in self._live:
-                reason = self._orphaned(trial, ages.get(trial_id(trial)))
-                if reason is not None:
-                    self._fail_orphan(trial, reason)
-        views = self.study.trials()
+        frozen = self.study.frozen()
+        orphans = [
+            (trial, reason)
+            for trial in frozen
+            if trial.state == TrialState.RUNNING and trial.number not in self._live
+            if (reason := self._orphaned(trial, ages.get(trial_id(trial)))) is not None
+        ]
+        for trial, reason in orphans:
+            self._fail_orphan(trial, reason)
+        views = self.study.trials(self.study.frozen() if orphans else frozen)
         for view in missing_successors(views, retries=self.space.budget.retries):
             # One that was killed while it was being asked for has only part of its parameters.
             params = view.params if "owner" in view.user_attrs else view.requested

@@ -5,11 +5,11 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import pickle
 from collections.abc import Container, Mapping
-from copy import copy
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from types import SimpleNamespace
 from typing import Any
 
@@ -66,7 +66,7 @@ def moved_study(study: Any, shift: int) -> Any:
         study: As a storage returns it.
         shift: What is added to its id.
     """
-    moved = copy(study)
+    moved = copy.copy(study)
     moved._study_id += shift
     return moved
 
@@ -79,7 +79,7 @@ def moved_trial(trial: FrozenTrial, shift: int, system: Mapping[str, Any]) -> Fr
         shift: What is added to its id.
         system: The attributes that the copy has.
     """
-    moved = copy(trial)
+    moved = copy.copy(trial)
     moved._trial_id += shift
     moved._system_attrs = dict(system)
     return moved
@@ -325,16 +325,27 @@ class StudyWithout:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._study, name)
 
-    def get_trials(self, *arguments: Any, **options: Any) -> list[FrozenTrial]:
-        """Return the trials that are not hidden."""
-        return self._shown(self._study.get_trials(*arguments, **options))
-
-    def _get_trials(self, *arguments: Any, **options: Any) -> list[FrozenTrial]:
-        """Return the trials that are not hidden, as Optuna's samplers ask for them."""
-        return self._shown(self._study._get_trials(*arguments, **options))
-
-    def _shown(self, trials: list[FrozenTrial]) -> list[FrozenTrial]:
+    @cached_property
+    def _shown(self) -> list[FrozenTrial]:
+        """Return the trials that are not hidden, read once: samplers ask several times a trial."""
+        trials = self._study.get_trials(deepcopy=False)
         return [trial for trial in trials if self._hidden not in trial.system_attrs]
+
+    def get_trials(
+        self, deepcopy: bool = True, states: Container[TrialState] | None = None
+    ) -> list[FrozenTrial]:
+        """Return the trials that are not hidden, as they were when first asked for."""
+        found = [trial for trial in self._shown if states is None or trial.state in states]
+        return copy.deepcopy(found) if deepcopy else found
+
+    def _get_trials(
+        self,
+        deepcopy: bool = True,
+        states: Container[TrialState] | None = None,
+        use_cache: bool = False,
+    ) -> list[FrozenTrial]:
+        """Return the same, as Optuna's samplers ask for it."""
+        return self.get_trials(deepcopy, states)
 
 
 def owner_of_note(study: optuna.Study, storage: RDBStorage, trial: FrozenTrial) -> Any:

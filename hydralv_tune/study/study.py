@@ -222,10 +222,10 @@ class Study:
             place = f"Study '{self.name}' in {self.storage}"
             raise StudyGone(error.what, f"{place} {error.what}.") from None
 
-    def trials(self) -> list[TrialView]:
-        """Return all trials, in order of their numbers."""
+    def trials(self, frozen: Sequence[FrozenTrial] | None = None) -> list[TrialView]:
+        """Return all trials, in order of their numbers; `frozen` where they were just read."""
         views = []
-        for trial in self.frozen():
+        for trial in self.frozen() if frozen is None else frozen:
             view = self._finished.get(trial.number)
             if view is None:
                 view = view_of(trial)
