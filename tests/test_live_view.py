@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import io
 import json
+import sqlite3
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from rich.console import Console
 from hydralv_tune.cli.live_view import LiveView, clock, event_line, progress_table
 from hydralv_tune.cli.main import exit_code
 from hydralv_tune.config.search_space import space_from_mapping
+from hydralv_tune.launch.live_trial import LiveTrial
 from hydralv_tune.launch.start import Start
 from hydralv_tune.results.publish import study_note
 from hydralv_tune.study.driver import Driver
@@ -137,9 +140,10 @@ def test_nothing_essential_is_lost_with_24_trials_on_a_small_terminal(story: Sto
              "epoch": 12, "epochs": 1000, "evaluations": 10, "value": 0.1234,
              "f1": 0.5, "left_s": 86400.0, "host": "node"} for n in range(24)]  # fmt: skip
     many = type(now)(**{**now.__dict__, "running": [type(now.running[0])(**row) for row in rows]})
-    steps = {n: {"done": 12345, "total": 99999, "loss": 0.1234} for n in range(24)}
+    steps = {n: {"done": 1234, "total": 99999, "loss": 0.1234, "step_s": 0.4321, "left_s": 86399.0}
+             for n in range(24)}  # fmt: skip
     text = shown(progress_table(many, steps))
-    for word in ("finished", "Best", "12/1000", "0.1234", "0.5000", "23:59"):
+    for word in ("finished", "Best", "12/1000", "0.1234", "0.5000", "0.43", "23:59:59"):
         assert word in text
     assert max(map(len, text.splitlines())) <= 80
     assert number == 0
@@ -155,6 +159,61 @@ def test_time_left_is_shared_by_the_places_and_counts_down(story: Story) -> None
         now = study_progress(story.study)
         assert now.left_s == pytest.approx((2 * 30.0 + 3 * 100.0) / 2, abs=30.0)
         assert time_left(story.study.trials(), now.running, 3) == pytest.approx(30.0, abs=30.0)
+
+
+def test_time_left_is_known_from_trials_that_run_and_no_more_than_their_limit(
+    tmp_path: Path,
+) -> None:
+    space = space_from_mapping({"parameters": {"optimization.optimizer.lr": {"choice": [0.1, 1]}},
+                                "budget": {"trials": 3, "trial_timeout_s": 500.0}})  # fmt: skip
+    study = Study.open(f"sqlite:///{tmp_path / 'study.db'}", "s", space=space, create=True)
+    with closing(study), Driver(study, out=tmp_path) as driver:
+        asked = driver.ask(3)
+        assert isinstance(asked, Asked)
+        told = {"epoch": 0, "epochs": 4, "left_s": 100.0, "evaluated_at": time.time()}
+        driver.describe(asked.number, told)
+        now = study_progress(study)
+        assert now.running[0].left_s == pytest.approx(100.0, abs=20.0)
+        assert now.left_s == pytest.approx(300.0, abs=60.0)
+        assert "this run stops in 34 s" in shown(progress_table(now, {}, 34.0))
+        assert "stops" not in shown(progress_table(now, {}, 3400.0))
+        driver.describe(asked.number, {"left_s": 9999.0, "evaluated_at": time.time()})
+        assert study_progress(study).running[0].left_s == pytest.approx(500.0, abs=20.0)
+
+
+def test_a_trial_of_which_nothing_is_heard_is_not_said_to_go_on(story: Story) -> None:
+    with Driver(story.study, out=story.folder) as driver:
+        story.tell(driver, 0.1, 0.9)
+        number = story.ask(driver).number
+        driver.describe(number, {"left_s": 60.0, "evaluated_at": time.time()})
+        assert study_progress(story.study).warnings == []
+    database = sqlite3.connect(story.folder / "study.db")
+    with closing(database), database:
+        database.execute("update trial_heartbeats set heartbeat = datetime('now', '-3 hours')")
+    now = study_progress(story.study)
+    assert (now.running[0].left_s, now.running[0].is_silent) == (None, True)
+    text = " ".join(shown(progress_table(now)).split())
+    assert f"nothing was heard of trial {number} for 3 h" in text
+    assert "nobody works on it any more" in text
+
+
+def test_pace_and_time_left_are_those_of_this_attempt() -> None:
+    asked = Asked(number=3, root=1, attempt=2, retry_of=1, params={}, warm_start=None)
+    live = LiveTrial(asked)
+    assert "left_s" not in live.advance({"done": 500, "total": 1000, "loss": None})
+    began, steps = live.began or (0.0, 0)
+    live.began = began - 10.0, steps
+    now = live.advance({"done": 520, "total": 1000, "loss": 0.1})
+    assert now["step_s"] == pytest.approx(0.5, rel=0.2)
+    assert now["left_s"] == pytest.approx(240.0, rel=0.2)
+
+
+def test_a_finished_study_has_no_time_left(story: Story) -> None:
+    with Driver(story.study, out=story.folder) as driver:
+        story.tell(driver, 0.1, 0.9)
+    text = shown(progress_table(study_progress(story.study, 1)))
+    assert "1 of 1 finished" in text
+    assert "left" not in text
 
 
 def test_a_study_aims_at_what_its_last_run_wanted(tmp_path: Path) -> None:

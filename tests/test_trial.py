@@ -720,6 +720,19 @@ def test_a_trial_that_takes_too_long_fails(tmp_path: Path) -> None:
     assert not error.value.retry
 
 
+def test_a_trial_whose_time_is_up_counts_with_its_best_evaluation(tmp_path: Path) -> None:
+    def slow(_: Evaluation) -> None:
+        time.sleep(5.0)
+
+    record = run(spec(tmp_path, brief(), timeout_s=5.0), slow)
+    assert record.state == "complete"
+    assert record.training["steps_done"] < 4
+    assert any("its time of 5 s was over" in note for note in record.notes)
+    assert read_record(tmp_path / "record.json").value == record.value
+    # What is complete is not trained again.
+    assert run(spec(tmp_path, brief()), slow).value == record.value
+
+
 @pytest.mark.parametrize(
     ("sections", "said"),
     [

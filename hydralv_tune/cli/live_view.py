@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -26,7 +27,10 @@ REFRESH_S = 10.0
 """Seconds after which the database is read again, for the trials of other drivers."""
 
 ENDS = ("trial_finished", "trial_pruned", "trial_failed")
-COLUMNS = ("trial", "recipe", "epoch", "eval", "steps", "loss", "error", "F1", "left")
+COLUMNS = ("trial", "recipe", "epoch", "eval", "steps", "s/step", "loss", "error", "F1", "left")
+WIDE = 90
+"""Columns of a terminal that has room for whole names."""
+COLUMNS_OF_STATUS = ("trial", "recipe", "epoch", "eval", "error", "F1", "left", "heard", "host")
 
 
 class EventLike(Protocol):
@@ -132,6 +136,7 @@ class LiveView:
         trials: Finished trials that the study aims at.
         progress: Returns how the study stands; None before there is one.
         log: File that each line goes to as well.
+        limit_s: Seconds after which this run ends, whatever is missing.
     """
 
     def __init__(
@@ -141,9 +146,11 @@ class LiveView:
         trials: int,
         progress: Callable[[], StudyProgress | None] = lambda: None,
         log: Path | None = None,
+        limit_s: float | None = None,
     ) -> None:
         self._study, self._trials, self._log = study, trials, log
         self._read_progress = progress
+        self._ends = None if limit_s is None else time.monotonic() + limit_s
         self._progress: StudyProgress | None = None
         self._read_at = time.monotonic()
         self._stage = ""
@@ -232,7 +239,8 @@ class LiveView:
         if self._progress is None:
             return Group(Text(f"Study {self._study}: {self._stage or 'starting'}"))
         hint = Text("Ctrl-C saves and stops; the same command continues.", style="dim")
-        return Group(progress_table(self._progress, self._steps), hint)
+        stops_s = None if self._ends is None else max(self._ends - time.monotonic(), 0.0)
+        return Group(progress_table(self._progress, self._steps, stops_s), hint)
 
 
 class _Known:
@@ -243,7 +251,9 @@ class _Known:
 
 
 def progress_table(
-    progress: StudyProgress, steps: Mapping[int, Mapping[str, Any]] | None = None
+    progress: StudyProgress,
+    steps: Mapping[int, Mapping[str, Any]] | None = None,
+    stops_s: float | None = None,
 ) -> Group:
     """Return counts, best and running trials; it fits 80 columns, and 24 rows with few cut off.
 
@@ -251,34 +261,43 @@ def progress_table(
         progress: How the study stands.
         steps: Steps, total and loss of the trials of this driver; without them each row says when
             a trial was last heard of, and where it runs.
+        stops_s: Seconds after which this run ends, whatever is missing.
     """
     gone = (datetime.now() - progress.at).total_seconds()
     left = None if progress.left_s is None else max(progress.left_s - gone, 0.0)
     counts = ", ".join(f"{number} {name}" for name, number in progress.counts.items() if number)
-    to_go = "time left not known yet" if left is None else f"about {duration(left)} left"
+    counts = counts or "no trial yet"
+    if stops_s is not None and (left is None or left > stops_s):
+        counts += f"; this run stops in {duration(stops_s)}"
+    to_go = ", time left not known yet" if left is None else f", about {duration(left)} left"
+    if not progress.running and progress.finished >= progress.target:
+        to_go = ""
     parts: list[Any] = [
         Text(
-            f"Study {progress.study}: {progress.finished} of {progress.target} finished, {to_go}",
+            f"Study {progress.study}: {progress.finished} of {progress.target} finished{to_go}",
             style="bold",
         ),
-        Text(counts or "no trial yet"),
+        Text(counts),
         best_line(progress.best, progress.guard_f1),
     ]
     live = steps is not None
-    names = COLUMNS if live else (*COLUMNS[:4], *COLUMNS[6:], "heard", "host")
+    names = COLUMNS if live else COLUMNS_OF_STATUS
     table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
     for name in names:
         table.add_column(
             name, justify="left" if name in ("recipe", "host") else "right", no_wrap=True
         )
     stderr = console(stderr=True)
+    wide = stderr.size.width >= WIDE
     room = max(stderr.size.height - 8, 3) if stderr.is_terminal else len(progress.running)
     for trial in progress.running[:room]:
-        table.add_row(*_cells(trial, (steps or {}).get(trial.number, {}) if live else None, gone))
+        known = (steps or {}).get(trial.number, {}) if live else None
+        table.add_row(*_cells(trial, known, gone, 18 if wide or not live else 10))
     if progress.running:
         parts.append(table)
     if len(progress.running) > room:
         parts.append(Text(f"and {len(progress.running) - room} more trials running"))
+    parts += [Text(f"warning: {warning}", style="yellow") for warning in progress.warnings]
     return Group(*parts)
 
 
@@ -300,22 +319,34 @@ def best_line(best: Mapping[str, Any] | None, guard_f1: float) -> Text:
     )
 
 
-def _cells(trial: RunningTrial, steps: Mapping[str, Any] | None, gone: float) -> list[str]:
-    """Return the cells of a running trial."""
+def _cells(
+    trial: RunningTrial, steps: Mapping[str, Any] | None, gone: float, longest: int
+) -> list[str]:
+    """Return the cells of a running trial; `longest` is what of its recipe's name there is room."""
     number = str(trial.number) if trial.root == trial.number else f"{trial.number} ({trial.root})"
     left = None if trial.left_s is None else max(trial.left_s - gone, 0.0)
-    first = [
-        number,
-        (trial.recipe or "–")[:18],
-        _of(trial.epoch, trial.epochs),
-        _of(trial.evaluation, trial.evaluations),
-    ]
+    recipe = (trial.recipe or "–")[:longest]
+    epoch = _of(trial.epoch, trial.epochs)
+    evaluation = _of(trial.evaluation, trial.evaluations)
     scores = [_figure(trial.value), _figure(trial.f1)]
     if steps is None:
         heard = "–" if trial.heard_s is None else f"{duration(trial.heard_s + gone)} ago"
-        return [*first, *scores, clock(left), heard, trial.host or "–"]
-    done, total, seconds = (steps.get(key) for key in ("done", "total", "seconds"))
-    if left is None and done and total and seconds:
-        left = seconds / done * (total - done)
+        return [number, recipe, epoch, evaluation, *scores, clock(left), heard, trial.host or "–"]
+    if steps.get("left_s") is not None:  # of a moment ago; the database says it every half minute
+        left = min(steps["left_s"], math.inf if trial.most_s is None else trial.most_s)
     loss = steps.get("loss", (steps.get("losses") or {}).get("total"))
-    return [*first, _of(done, total), _figure(loss), *scores, clock(left)]
+    pace = "–" if steps.get("step_s") is None else f"{steps['step_s']:.2g}"
+    done, total = steps.get("done"), steps.get("total")
+    if trial.epochs and done is not None and total:
+        epoch = _of(int(done / total * trial.epochs), trial.epochs)
+    return [
+        number,
+        recipe,
+        epoch,
+        evaluation,
+        _of(done, total),
+        pace,
+        _figure(loss),
+        *scores,
+        clock(left),
+    ]

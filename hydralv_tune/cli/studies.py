@@ -216,9 +216,12 @@ def _run(
     from hydralv_tune.study.find import StudyAddress
 
     trials = int(options["trials"] or space.budget.trials)
+    limit_s = options["timeout_s"] or space.budget.timeout_s
     reader = _ProgressReader(StudyAddress(url, name), trials)
-    log = folder / "run.log"
-    with reader, LiveView(name, trials=trials, progress=reader.read, log=log) as view:
+    view = LiveView(
+        name, trials=trials, progress=reader.read, log=folder / "run.log", limit_s=limit_s
+    )
+    with reader, view:
         facts = run_study(
             space,
             volumes,
@@ -290,9 +293,10 @@ class _ProgressReader:
 
     def facts(self) -> dict[str, Any]:
         """Return what `status --json` prints; the study must have been read before."""
-        self.read()
+        now = self.read()
         assert self._study is not None
-        return self._study.facts()
+        facts = self._study.facts()
+        return {**facts, **now.as_facts(), "warnings": [*facts["warnings"], *now.warnings]}
 
 
 def _show_facts(facts: dict[str, Any], json: bool) -> None:
@@ -350,8 +354,12 @@ def status(
                 print_json(reader.facts(), one_line=True)
             return
         if not watch:
-            console().print(progress_table(reader.read()))
-            _show_facts(reader.facts(), json=False)
+            now = reader.read()
+            console().print(progress_table(now))
+            facts = reader.facts()
+            if facts["best"] is not None:  # the table has said that there is none, and its warnings
+                rest = [text for text in facts["warnings"] if text not in now.warnings]
+                _show_facts({**facts, "warnings": rest}, json=False)
             return
         with Live(progress_table(reader.read()), console=console(), auto_refresh=False) as live:
             while True:

@@ -180,7 +180,11 @@ class Budget(StrictModel):
     trials: Count = Field(60, description="COMPLETE and PRUNED trials in all.")
     timeout_s: Positive | None = Field(None, description="Wall clock of one `run`.")
     gpu_hours: Positive | None = Field(None, description="Summed over all trials.")
-    trial_timeout_s: Positive | None = Field(None, description="A trial that hangs is failed.")
+    trial_timeout_s: Positive | None = Field(
+        None,
+        description="A trial that takes longer trains no further, and its best evaluation counts. "
+        "It fails where it has none, or where it has not ended after half of this again.",
+    )
     retries: Whole = Field(2, description="Further attempts after a crash or out of memory.")
     stop_when: Literal["no_gain"] | None = Field(
         None,

@@ -208,6 +208,7 @@ def ray_cluster(address: str | None, volumes: Sequence[Volume]) -> Iterator[Clus
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
         ray.init(
             address="local",
+            num_cpus=usable_cores(),  # Ray counts those that the process may not use too
             include_dashboard=False,
             log_to_driver=False,
             logging_level=level,

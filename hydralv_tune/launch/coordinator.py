@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from hydralv_tune.config.errors import ConfigError, HydraLVError
 from hydralv_tune.config.search_space import SearchSpace, guard_violation, objective_value
-from hydralv_tune.launch.live_trial import LiveTrial, kept_of
+from hydralv_tune.launch.live_trial import HANGS_AFTER, LiveTrial, kept_of
 from hydralv_tune.numerics.metrics.registry import HEADLINE
 from hydralv_tune.study.database import DatabaseAway, StudyGone
 from hydralv_tune.study.driver import Driver
@@ -30,6 +30,8 @@ REST = 10.0
 """How much longer than the last answer took the pause before the next question is."""
 
 POLL_EVERY_S = 3.0
+TELL_EVERY_S = 30.0
+"""How often the database is told how far a trial is between two evaluations."""
 AWAY_RETRY_S = 2.0
 MAX_CONSECUTIVE_FAILURES = 12
 
@@ -188,8 +190,12 @@ class Coordinator:
             self.driver.describe(live.asked.number, {"host": live.where.get("host")})
             return "go"
         if kind == "progress":
-            live.progress = {k: v for k, v in message.items() if k != "kind"}
+            live.advance({k: v for k, v in message.items() if k != "kind"})
             self.emit("progress", live.asked.number, seconds=live.seconds, **live.progress)
+            if time.monotonic() - live.told > TELL_EVERY_S:
+                live.told = time.monotonic()
+                told = {"epoch": live.reached()["epoch"], "left_s": live.progress.get("left_s")}
+                self.driver.describe(live.asked.number, {**told, "evaluated_at": time.time()})
             return "go"
         if kind == "evaluation":
             return self._evaluate(key, live, message)
@@ -215,7 +221,7 @@ class Coordinator:
         if live.kill_reason == "interrupted" or self.stop_reason is not None:
             self._interrupted(key, live)
         elif live.kill_reason == "hang":
-            limit = self.space.budget.trial_timeout_s
+            limit = HANGS_AFTER * (self.space.budget.trial_timeout_s or 0)
             self._fail(key, live, f"timeout: still running after {limit:g} s", "no")
         elif live.kill_reason == "no start":
             reason = f"timeout: its process had not started after {live.seconds:.0f} s"
@@ -335,6 +341,7 @@ class Coordinator:
                 "epoch": message.get("epoch"),
                 "f1_iou50": message.get("best_f1_iou50", metrics.get("f1_iou50")),
                 "spent_s": message.get("seconds"),
+                "left_s": live.progress.get("left_s"),
                 "evaluated_at": time.time(),
             },
         )

@@ -14,6 +14,8 @@ from hydralv_tune.study.trial_views import Asked
 # A process has this long at least to say that it works: PyTorch from a cold disk, a large state
 # from a store, and the two minutes that an earlier attempt gets to leave the folder.
 LEAST_START_S = 300.0
+# Of its limit: a worker ends by itself at the limit, and has to score and draw what it has.
+HANGS_AFTER = 1.5
 # User attributes are read by every ask; whatever is large belongs into the trial's folder.
 MAX_ATTRIBUTE_CHARACTERS = 20_000
 KEPT = (
@@ -35,6 +37,8 @@ class LiveTrial:
         last: Its last evaluation.
         where: What its worker said of where it runs.
         progress: Steps and loss that its worker said last.
+        began: Clock and steps when its worker first said how many are done.
+        told: Clock when its steps were last written into the database.
         plan: Its recipe and what it sets out to do: architecture, epochs, evaluations.
         kill_reason: Why its process is to be ended, once that is decided.
     """
@@ -45,6 +49,8 @@ class LiveTrial:
     last: dict[str, Any] = field(default_factory=dict)
     where: dict[str, Any] = field(default_factory=dict)
     progress: dict[str, Any] = field(default_factory=dict)
+    began: tuple[float, int] | None = None
+    told: float = -math.inf
     plan: dict[str, Any] = field(default_factory=dict)
     kill_reason: KillReason | None = None
 
@@ -54,6 +60,25 @@ class LiveTrial:
         if epochs and self.progress.get("total"):
             epoch = int(self.progress["done"] / self.progress["total"] * epochs)
         return {"epoch": epoch, "epochs": epochs}
+
+    def advance(self, progress: Mapping[str, Any]) -> dict[str, Any]:
+        """Take in steps and loss, and return them with the pace of this attempt.
+
+        Args:
+            progress: `done` and `total` steps, those of earlier attempts included, and `loss`.
+
+        Returns:
+            The same with `step_s`, seconds a step, evaluations included, and `left_s`.
+        """
+        now, done, total = time.monotonic(), progress.get("done"), progress.get("total")
+        self.progress = dict(progress)
+        if done is not None and self.began is None:
+            self.began = now, done
+        elif done is not None and self.began is not None and done > self.began[1]:
+            step_s = (now - self.began[0]) / (done - self.began[1])
+            left = None if total is None else step_s * (total - done)
+            self.progress |= {"step_s": step_s, "left_s": left}
+        return self.progress
 
     @property
     def seconds(self) -> float:
@@ -68,7 +93,7 @@ class LiveTrial:
         """
         limit = limit_s or math.inf
         if self.started is not None:
-            return "hang" if time.monotonic() - self.started > limit else None
+            return "hang" if time.monotonic() - self.started > HANGS_AFTER * limit else None
         # One that waits for a place in a busy cluster is in nobody's way.
         return "no start" if self.seconds > max(limit, LEAST_START_S) else None
 

@@ -39,9 +39,9 @@ from hydralv_tune.launch.worker import Reporter, TrialFunction
 from hydralv_tune.numerics.formatting import counted
 from hydralv_tune.study.confirm import missing_repeats
 from hydralv_tune.study.database import DatabaseAway
-from hydralv_tune.study.driver import GRACE_S, HEARTBEAT_S, Driver
+from hydralv_tune.study.driver import HEARTBEAT_S, Driver
 from hydralv_tune.study.study import Study
-from hydralv_tune.study.trial_views import Asked, process_start
+from hydralv_tune.study.trial_views import GRACE_S, Asked, process_start
 from hydralv_tune.trial.state import planned_split
 from hydralv_tune.trial.training.lazy_reader import held_out_volumes, is_lazy, read_or_open
 from hydralv_tune.trial.training.sampling import check_patch_fits

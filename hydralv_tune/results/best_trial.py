@@ -157,7 +157,12 @@ def chosen_trial(study: Study, number: int | None = None, portable: bool = False
         states = ", ".join(f"{number} {state}" for state, number in counts.items() if number)
         raise StudyError(
             f"Study '{study.name}' in {study.storage} has no complete trial yet "
-            f"({states or 'no trial at all'}). Continue it with the command that started it."
+            f"({states or 'no trial at all'}). "
+            + (
+                "`hydralv-tune status` shows how far the running ones are."
+                if counts["running"]
+                else "Continue it with the command that started it."
+            )
         )
     folder, record = record_of(study, view)
     place = str(folder / "record.json")

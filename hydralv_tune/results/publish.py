@@ -8,6 +8,7 @@ import shutil
 import uuid
 from collections.abc import Mapping
 from contextlib import suppress
+from datetime import datetime
 from pathlib import Path
 from typing import IO, Any, BinaryIO
 
@@ -278,7 +279,7 @@ def _progress(attributes: Mapping[str, Any]) -> str:
             of = f" of {attributes[whole]}" if attributes.get(whole) else ""
             parts.append(f"{word} {attributes[done]}{of}")
     if (left := seconds_left(attributes)) is not None:
-        parts.append(f"{duration(left)} left")
+        parts.append(f"{duration(left)} left at {datetime.now():%H:%M}")
     if attributes.get("host"):
         parts.append(f"on {attributes['host']}")
     if "root" in attributes:

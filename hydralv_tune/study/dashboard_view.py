@@ -35,8 +35,11 @@ LONGEST = 80
 """Characters of an attribute that still fits a row of the dashboard's table."""
 
 HIDDEN = {"pid", "root", "owner", "driver", "record", "checkpoint", "cuda_visible_devices", "retry",
-          REPEATS}  # fmt: skip
+          "evaluated_at", "evaluations", "left_s", "spent_s", REPEATS}  # fmt: skip
 """User attributes that nobody compares trials by."""
+
+HIDDEN_OF_STUDY = {"identity", "out", "wanted"}
+"""User attributes of a study that only the tool reads."""
 
 OF_A_TRIAL = re.compile(r"^(dashboard:(?:artifacts:)?)(\d+)(:.*)$", re.S)
 STOPPED = "stopped from the dashboard"
@@ -174,8 +177,11 @@ class StudiesView(BaseStorage):
                 study.user_attrs = {
                     key: value
                     for key, value in frozen.user_attrs.items()
-                    if isinstance(value, int | float)
-                    or (isinstance(value, str) and len(value) <= LONGEST)
+                    if key not in HIDDEN_OF_STUDY
+                    and (
+                        isinstance(value, int | float)
+                        or (isinstance(value, str) and len(value) <= LONGEST)
+                    )
                 }
                 study.system_attrs = {
                     self._shifted(key, index * SPAN): value

@@ -44,6 +44,7 @@ from hydralv_tune.study.study_folder import recover_command
 from hydralv_tune.study.trial_views import (
     CONSTRAINTS,
     FOLD_VALUES,
+    GRACE_S,
     GUIDED,
     OBJECTIVE,
     OVERRIDES,
@@ -64,7 +65,6 @@ from hydralv_tune.study.trial_views import (
 )
 
 HEARTBEAT_S = 30.0
-GRACE_S = 120.0
 EXEMPT = {"retry_of", "warm_start", GUIDED, REPEAT_OF}  # what nobody enqueued by hand
 ABANDONED_S = 3600.0  # of a journal, after which its driver on another machine is not awaited
 

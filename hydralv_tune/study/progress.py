@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from typing import Any
 
 import sqlalchemy
 from optuna.trial import TrialState
 
+from hydralv_tune.numerics.formatting import duration
 from hydralv_tune.study.database import database_errors
 from hydralv_tune.study.optuna_private import trial_id
 from hydralv_tune.study.study import Study
 from hydralv_tune.study.trial_views import (
+    GRACE_S,
     TrialView,
     best_trial,
     count_outcomes,
@@ -36,7 +38,9 @@ class RunningTrial:
         evaluations: Evaluations in all.
         value: Objective of its best checkpoint so far.
         f1: F1 at IoU 0.5 of that checkpoint.
-        left_s: Seconds that it still needs; None before the first evaluation.
+        spent_s: Seconds since it was asked for.
+        left_s: Seconds that it still needs, or may still take; None where nothing tells.
+        most_s: Seconds that its time limit leaves it; None without a limit.
         heard_s: Seconds since its driver's last sign of life; None where there was none.
         host: Machine that it runs on.
     """
@@ -50,9 +54,16 @@ class RunningTrial:
     evaluations: int | None
     value: float | None
     f1: float | None
+    spent_s: float
     left_s: float | None
+    most_s: float | None
     heard_s: float | None
     host: str | None
+
+    @property
+    def is_silent(self) -> bool:
+        """Return whether its driver has not been heard of for so long that nobody works on it."""
+        return self.heard_s is not None and self.heard_s > GRACE_S
 
 
 @dataclass(frozen=True)
@@ -80,6 +91,28 @@ class StudyProgress:
     at: datetime = field(default_factory=datetime.now)
 
     @property
+    def warnings(self) -> list[str]:
+        """Return what is wrong with the running trials."""
+        silent = [trial for trial in self.running if trial.is_silent]
+        if not silent:
+            return []
+        names = " and ".join(str(trial.number) for trial in silent[:3])
+        names += f" and {len(silent) - 3} more" if len(silent) > 3 else ""
+        heard = min(trial.heard_s or 0.0 for trial in silent)
+        return [
+            f"nothing was heard of trial {names} for {duration(heard)}: nobody works on it any "
+            "more. The command that started the study goes on with it."
+        ]
+
+    def as_facts(self) -> dict[str, Any]:
+        """Return what `status --json` prints beside the study's facts."""
+        return {
+            "target": self.target,
+            "left_s": self.left_s,
+            "running": [asdict(trial) for trial in self.running],
+        }
+
+    @property
     def finished(self) -> int:
         """Return how many trials are complete or pruned."""
         return self.counts["complete"] + self.counts["pruned"]
@@ -98,7 +131,8 @@ def study_progress(study: Study, target: int | None = None) -> StudyProgress:
     views, now = study.trials(), datetime.now()
     aim = target or study.wanted
     ages = _heartbeat_ages(study)
-    running = [_running(v, ages.get(v.number), now) for v in views if v.state == "RUNNING"]
+    limit_s = study.space.budget.trial_timeout_s
+    running = [_running(v, ages.get(v.number), limit_s, now) for v in views if v.state == "RUNNING"]
     return StudyProgress(
         study=study.name,
         target=aim,
@@ -111,19 +145,29 @@ def study_progress(study: Study, target: int | None = None) -> StudyProgress:
     )
 
 
-def _running(view: TrialView, heard_s: float | None, now: datetime) -> RunningTrial:
-    """Return a running trial."""
+def _running(
+    view: TrialView, heard_s: float | None, limit_s: float | None, now: datetime
+) -> RunningTrial:
+    """Return a running trial; `limit_s` is what a trial may take."""
     known = view.user_attrs
-    left = seconds_left({**known, "seconds": known.get("spent_s")})
-    if left is not None and view.started is not None:
-        # The time since the evaluation is gone too, or the clock would stand still until the next.
+    spent = 0.0 if view.started is None else (now - view.started).total_seconds()
+    left = known.get("left_s")
+    if left is None:
+        left = seconds_left({**known, "seconds": known.get("spent_s")})
+    if left is not None:
+        # The time since that was told is gone too, or the clock would stand still until the next.
         at = known.get("evaluated_at")
         since = (
-            (now - view.started).total_seconds() - float(known["spent_s"])
+            spent - float(known["spent_s"])
             if at is None  # an older driver: what starting the worker took counts as gone
             else now.timestamp() - float(at)
         )
-        left = max(left - max(since, 0.0), 0.0)
+        left = max(float(left) - max(since, 0.0), 0.0)
+    most = None if limit_s is None else max(limit_s - spent, 0.0)
+    if left is not None and most is not None:
+        left = min(left, most)
+    if heard_s is not None and heard_s > GRACE_S:
+        left = most = None
     recipe = known.get("warm_start") or known.get("architecture")
     return RunningTrial(
         number=view.number,
@@ -135,7 +179,9 @@ def _running(view: TrialView, heard_s: float | None, now: datetime) -> RunningTr
         evaluations=known.get("evaluations"),
         value=view.intermediate[max(view.intermediate)] if view.intermediate else None,
         f1=known.get("f1_iou50"),
+        spent_s=spent,
         left_s=left,
+        most_s=most,
         heard_s=heard_s,
         host=known.get("host"),
     )
@@ -147,10 +193,15 @@ def time_left(
     """Return the seconds until so many trials are finished, on as many places as are taken now.
 
     What the running trials still need, and what those that are missing beside them will take, is
-    shared by the places. None where no trial says how long one takes.
+    shared by the places. What one takes is known from those that ended, before that from those
+    that run. None where neither says.
     """
+    running = [trial for trial in running if not trial.is_silent]
     ended = [v for v in views if v.state in ("COMPLETE", "PRUNED") and not v.is_imported]
-    usual = sum(view.seconds for view in ended) / len(ended) if ended else None
+    taken = [view.seconds for view in ended] or [
+        trial.spent_s + trial.left_s for trial in running if trial.left_s is not None
+    ]
+    usual = sum(taken) / len(taken) if taken else None
     rest = [usual if trial.left_s is None else trial.left_s for trial in running]
     finished = [view for view in ended if not view.is_repeat]
     missing = max(target - len(finished) - len(running), 0)

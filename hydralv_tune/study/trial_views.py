@@ -61,6 +61,9 @@ SEED_SHIFT = "seed_shift"
 REPEATS = "repeats"
 """Attribute of such a repeat: how many there are to be of the same trial."""
 
+GRACE_S = 120.0
+"""Without a sign of life for so long, nobody is thought to work on a trial any more."""
+
 NOISE = "noise"
 """Attribute of a COMPLETE trial: standard deviation of its value over the instances scored."""
 

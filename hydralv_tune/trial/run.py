@@ -82,7 +82,7 @@ def run_trial(
 
         def stop() -> bool:
             if deadline is not None and time.monotonic() > deadline:
-                raise TrialFailed("training", f"took longer than {spec.timeout_s:g} s", retry=False)
+                raise _TimeIsUp
             return should_stop is not None and should_stop()
 
         try:
@@ -91,8 +91,15 @@ def run_trial(
             for row in run.history:
                 report(_evaluation(row))
             while not run.is_trained:
-                with stage("training"):
-                    run.train(stop, progress, live)
+                try:
+                    with stage("training"):
+                        run.train(stop, progress, live)
+                except _TimeIsUp:
+                    if not run.history:
+                        reason = f"took longer than {spec.timeout_s:g} s, without any evaluation"
+                        raise TrialFailed("training", reason, retry=False) from None
+                    run.end_early(f"its time of {spec.timeout_s:g} s was over")
+                    break
                 with stage("evaluation"):
                     row = run.evaluate()
                 report(_evaluation(row))
@@ -105,6 +112,10 @@ def run_trial(
             raise
         finally:
             run.close()
+
+
+class _TimeIsUp(HydraLVError):
+    """A trial has trained for as long as it may."""
 
 
 def _evaluation(row: Mapping[str, Any]) -> Evaluation:

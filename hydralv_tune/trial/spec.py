@@ -28,7 +28,8 @@ class TrialSpec:
         device: `auto`, `cpu`, `cuda` or `cuda:N`.
         threads: CPU threads; None: `system.cpu_threads`, or all.
         study: Name, where there is one.
-        timeout_s: Wall clock after which the trial fails; None: never.
+        timeout_s: Wall clock after which it trains no further, and fails where nothing was
+            evaluated yet; None: never.
     """
 
     number: int

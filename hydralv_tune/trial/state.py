@@ -333,6 +333,10 @@ class TrialRun:
         self._show(outcome)
         return self.history[-1]
 
+    def end_early(self, reason: str) -> None:
+        """Train no further: the best evaluation so far stands, and the record says why."""
+        self.notes.append(f"ended after {self._step} of {self.plan.steps} steps: {reason}")
+
     def finish(self) -> TrialRecord:
         """Score the best checkpoint with every threshold, draw it, and return the record."""
         start = time.perf_counter()

@@ -309,8 +309,27 @@ def make_plan(
         each begin among all sources, int32; the sources, int32: a slot on the shore of a seeded
         lake, or -1 less the index of what was reached a step before. A seed has none.
     """
-    starts, of, slot_of = lakes.starts, lakes.of, lakes.slot
-    elements, is_shore = lakes.elements, lakes.is_shore
+    reached, step, index_of, lake_step, lake_index = _reached_from(
+        lakes, beside, is_background, is_needed, is_seeded, alone
+    )
+    source_starts, sources = _sources_of(
+        lakes, beside, is_background, is_seeded, len(alone), reached, step, index_of, lake_step,
+        lake_index,
+    )  # fmt: skip
+    return reached, source_starts, sources
+
+
+@kernel
+def _reached_from(
+    lakes: Any, beside: Any, is_background: Any, is_needed: Any, is_seeded: Any, alone: Any
+) -> Any:
+    """Return what is reached, in order, until nothing that is needed is left.
+
+    Returns:
+        `reached` of the plan; of each element and of each lake the step in which it was reached,
+        from 1, and its index in `reached`.
+    """
+    of, slot_of = lakes.of, lakes.slot
     step, index_of = np.zeros(len(beside), np.int32), np.empty(len(beside), np.int32)
     lake_step, lake_index = np.zeros(len(is_seeded), np.int32), np.empty(len(is_seeded), np.int32)
     reached = np.empty(np.count_nonzero(is_background) + len(is_seeded), np.int32)
@@ -359,26 +378,40 @@ def make_plan(
             )  # fmt: skip
             left -= needed
         begin = last_lake
-    source_starts = np.empty(end + 1, np.int32)
-    sources, count = np.empty(4 * end + 64, np.int32), 0
-    for index in range(end):
+    return reached[:end].copy(), step, index_of, lake_step, lake_index
+
+
+@kernel
+def _sources_of(
+    lakes: Any, beside: Any, is_background: Any, is_seeded: Any, seeds: int, reached: Any,
+    step: Any, index_of: Any, lake_step: Any, lake_index: Any,
+) -> Any:  # fmt: skip
+    """Return where the sources of each begin, and the sources.
+
+    Args:
+        lakes, beside, is_background, is_seeded: Of `make_plan`.
+        seeds: How many of the first that are reached are seeds in no lake.
+        reached, step, index_of, lake_step, lake_index: Of `_reached_from`.
+    """
+    starts, of, slot_of = lakes.starts, lakes.of, lakes.slot
+    elements, is_shore = lakes.elements, lakes.is_shore
+    source_starts = np.empty(len(reached) + 1, np.int32)
+    sources = np.empty(6 * (len(reached) + len(elements)), np.int32)  # what is unused costs nothing
+    count = 0
+    for index in range(len(reached)):
         source_starts[index] = count
         if reached[index] < 0:
             lake = -1 - reached[index]
             for slot in range(starts[lake], starts[lake + 1]):
                 if is_shore[slot]:
-                    if count + 6 > len(sources):
-                        sources = np.concatenate((sources, np.empty(len(sources), np.int32)))
                     for face in range(6):
                         other = at_face(beside, np.int64(elements[slot]), face)
                         if is_background[other] and step[other] == lake_step[lake]:
                             sources[count] = -1 - index_of[other]
                             count += 1
             continue
-        if index < len(alone):
+        if index < seeds:
             continue
-        if count + 6 > len(sources):
-            sources = np.concatenate((sources, np.empty(len(sources), np.int32)))
         element = np.int64(reached[index])
         before = step[element] - 1
         for face in range(6):
@@ -396,8 +429,8 @@ def make_plan(
             elif before > 0 and is_background[other] and step[other] == before:
                 sources[count] = -1 - index_of[other]
                 count += 1
-    source_starts[end] = count
-    return reached[:end].copy(), source_starts, sources[:count].copy()
+    source_starts[len(reached)] = count
+    return source_starts, sources[:count].copy()
 
 
 @kernel

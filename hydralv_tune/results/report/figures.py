@@ -25,6 +25,9 @@ STATES = {
     "PRUNED": ("x-thin-open", "#7d8896"),
     "INFEASIBLE": ("circle-open", "#D55E00"),
 }
+GOOD_TO_BAD = [[0.0, "#3d7edb"], [0.5, "#2a9d8f"], [1.0, "#c77d1e"]]
+"""Of middling lightness, so that lines stand out from a light page and a dark one."""
+
 AXIS_PIXELS = 118
 """Width of one axis of the parallel coordinates; narrower, and its labels overlap."""
 
@@ -168,7 +171,7 @@ def parallel_coordinates(
     figure = go.Figure(
         go.Parcoords(
             line={
-                "color": values, "colorscale": "Viridis", "reversescale": False,
+                "color": values, "colorscale": GOOD_TO_BAD,
                 "cmin": low, "cmax": max(high, low + 1e-9),
             },
             dimensions=dimensions,

@@ -294,11 +294,12 @@ def _run_again(data: ReportData, *words: Any) -> str:
 
 @dataclass(frozen=True)
 class NextStep:
-    """One thing to do next: what, why, and what to copy."""
+    """One thing to do next: what, why, what to copy, and the command after it, if that is none."""
 
     title: str
     why: str
     text: str
+    then: str = ""
 
 
 def next_steps(data: ReportData) -> list[NextStep]:
@@ -356,8 +357,9 @@ def _edge_steps(data: ReportData) -> list[NextStep]:
             NextStep(
                 f"Widen {counted(len(edges), 'threshold')}",
                 f"Their best values are at the end of the grid ({found}). Put this into "
-                f"{data.space_file}, and run that file with --extend.",
+                f"{data.space_file}, then run it.",
                 "\n".join(["decoding:", "  grid:", *_widened_grid(data.axes, edges)]),
+                _run_again(data, "--extend"),
             )
         )
     for key, parameter in data.best.study.space.parameters.items():
@@ -380,8 +382,9 @@ def _edge_steps(data: ReportData) -> list[NextStep]:
             NextStep(
                 f"Widen the range of {key}",
                 f"The best value, {value:.3g}, is at the end of {ends[0]:g} to {ends[1]:g}. Put "
-                f"this into {data.space_file}, and run that file with --extend.",
+                f"this into {data.space_file}, then run it.",
                 f"parameters:\n  {key}: {{{kind}: [{low:g}, {high:g}]{log}}}",
+                _run_again(data, "--extend"),
             )
         )
     return steps
@@ -442,7 +445,8 @@ def _budget_steps(data: ReportData) -> list[NextStep]:
                 _run_again(data, "--trials", more),
             )
         )
-    if data.ranks is not None and data.ranks.half_would_do:
+    ranks = data.ranks
+    if ranks is not None and ranks.trials >= FEWEST_FOR_RANKS and ranks.half_would_do:
         epochs = max(data.best.candidate.optimization.max_epochs // 2, 1)
         steps.append(
             NextStep(
@@ -457,15 +461,23 @@ def _budget_steps(data: ReportData) -> list[NextStep]:
     return steps
 
 
+FEWEST_FOR_RANKS = 10
+"""Trials whose ranks half way say whether half of the training would do."""
+
+
 def ranks_sentence(data: ReportData) -> str:
     """Return whether early evaluations rank trials as the last one does."""
     ranks = data.ranks
     if ranks is None:
         return ""
-    place = {1: "first", 2: "second", 3: "third"}.get(ranks.rank, f"number {ranks.rank}")
+    if ranks.trials < FEWEST_FOR_RANKS:
+        verdict = "too few trials to say whether half of the training would do"
+    else:
+        verdict = f"half of the training would {'do' if ranks.half_would_do else 'not do'}"
     return (
         f"Half way through training, the ranks of {ranks.trials} complete trials agreed with the "
-        f"final ones by ρ = {ranks.half:.2f} (Spearman), and the best trial was {place}."
+        f"final ones by ρ = {ranks.half:.2f} (Spearman), and the best one stood at place "
+        f"{ranks.rank}: {verdict}."
     )
 
 
