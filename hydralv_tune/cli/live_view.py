@@ -272,6 +272,8 @@ def progress_table(
     to_go = ", time left not known yet" if left is None else f", about {duration(left)} left"
     if not progress.running and progress.finished >= progress.target:
         to_go = ""
+    elif not progress.running:
+        to_go = ", nothing runs now" + ("" if left is None else f", about {duration(left)} to go")
     parts: list[Any] = [
         Text(
             f"Study {progress.study}: {progress.finished} of {progress.target} finished{to_go}",

@@ -309,12 +309,22 @@ def _show_facts(facts: dict[str, Any], json: bool) -> None:
         say("No trial is complete yet.")
         return
     shown = {key: value for key, value in best.items() if key not in ("value", "warm_start")}
+    if shown.get("decoding"):
+        thresholds = {key: _or_off(value) for key, value in shown["decoding"]["kwargs"].items()}
+        shown["decoding"] = {**shown["decoding"], "kwargs": thresholds}
     print_facts(f"Best trial of study {facts['study']}: {best['number']}", shown)
     for key in ("confirmed", "going_on"):
         if key in facts:
             say(facts[key]["sentence"])
     for warning in facts.get("warnings", ()):
         say(f"warning: {warning}")
+
+
+def _or_off(threshold: Any) -> Any:
+    """Return a threshold with a word for None, which is no test."""
+    if isinstance(threshold, list | tuple):
+        return [_or_off(value) for value in threshold]
+    return "off" if threshold is None else threshold
 
 
 def _say_next(folder: Path, best: bool) -> None:

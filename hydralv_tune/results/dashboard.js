@@ -7,7 +7,8 @@ const REFUSED = ["Fail Trial", "Create", "Upload a New File"];
 
 // Trials side by side share the width of the window; what is wide in one scrolls there.
 const widths = document.createElement("style");
-widths.textContent = ".MuiBox-root, .MuiCard-root { min-width: 0; } td, code { overflow-wrap: anywhere; }";
+widths.textContent = ".MuiBox-root, .MuiCard-root { min-width: 0; } td, code { overflow-wrap: anywhere; }"
+  + "@media (max-width: 700px) { .MuiGrid-item { flex-basis: 100% !important; max-width: 100% !important; } }";
 document.head.append(widths);
 
 if (!writable) {

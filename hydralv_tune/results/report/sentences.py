@@ -376,6 +376,8 @@ def _edge_steps(data: ReportData) -> list[NextStep]:
             low = low / factor if factor else max(low - width / 2, 0.0)
         else:
             high = high * factor if factor else high + width / 2
+        if (low, high) == (float(ends[0]), float(ends[1])):
+            continue  # a dropout of 0 has nothing below it
         kind = "float" if parameter.float_ is not None else "int"
         log = ", log: true" if parameter.log else ""
         steps.append(
