@@ -409,7 +409,7 @@ def test_a_running_trial_has_note_and_picture_and_the_study_a_name_from_the_star
             assert [artifact["filename"] for artifact in trial["artifacts"]] == ["losses.png"]
             chromium.get(f"{address}/dashboard/studies/1/trials?numbers={asked.number}")
             text = until(lambda: _text_with(chromium, "node7"))
-    assert "epoch 4 of 8, evaluation 2 of 4, 2 min left" in text
+    assert "epoch 4 of 8, evaluation 2 of 4, 2 min left at " in text
     assert "0.7500" in text
 
 
@@ -438,6 +438,23 @@ def test_two_trials_side_by_side_need_no_sideways_scroll(fooled: Study, chromium
     chromium.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
     assert widths[0] <= widths[1]
     assert tallest < 120
+
+
+def test_on_a_phone_a_study_is_one_column(fooled: Study, chromium: Any) -> None:
+    chromium.execute_cdp_cmd(
+        "Emulation.setDeviceMetricsOverride",
+        {"width": 400, "height": 900, "deviceScaleFactor": 1, "mobile": False},
+    )
+    with served(application([fooled])) as address:
+        chromium.get(f"{address}/dashboard/studies/1")
+        until(lambda: _text_with(chromium, "Best Trial"))
+        page, cards = chromium.execute_script(
+            "return [document.documentElement.scrollWidth,"
+            " [...document.querySelectorAll('.MuiCard-root')].map(c => c.offsetWidth)]"
+        )
+    chromium.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+    assert page <= 400
+    assert min(cards) > 250
 
 
 def test_what_is_refused_is_hidden_and_the_page_says_why(fooled: Study, chromium: Any) -> None:

@@ -23,6 +23,7 @@ from hydralv_tune.artifacts.pictures import (
 from hydralv_tune.artifacts.thumbnails import thumbnail
 from hydralv_tune.config.candidate import DecodingGrid
 from hydralv_tune.config.errors import InputError, StudyError
+from hydralv_tune.config.search_space import space_from_mapping
 from hydralv_tune.config.search_space_files import load_space
 from hydralv_tune.data.volumes import Volume
 from hydralv_tune.numerics.metrics.contingency import offsets
@@ -228,6 +229,8 @@ def test_thresholds_at_the_end_of_their_grid_come_with_a_grid_that_can_be_pasted
     ]
     widen = [s for s in next_steps(replace(data, axes=axes)) if s.title.startswith("Widen")]
     assert [step.title for step in widen] == ["Widen 4 thresholds"]
+    assert widen[0].then.startswith("hydralv-tune run ")
+    assert widen[0].then.endswith(" --extend")
     pasted = DecodingGrid.model_validate(yaml.safe_load(widen[0].text)["decoding"])
     assert pasted.axes == {
         "contour_threshold.seed": (0.15, 0.3, 0.6, None),
@@ -239,6 +242,22 @@ def test_thresholds_at_the_end_of_their_grid_come_with_a_grid_that_can_be_pasted
     assert not [
         step for step in next_steps(replace(data, axes=axes[-1:])) if step.title.startswith("Widen")
     ]
+
+
+@pytest.mark.parametrize(("dropout", "wider"), [(0.0, []), (0.2, ["[0, 0.3]"])])
+def test_a_range_is_widened_where_there_is_something_beyond(
+    finished_study: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dropout: float,
+    wider: list[str],
+) -> None:  # fmt: skip
+    with load_best_trial(finished_study.storage, "tiny", None) as best:
+        data = report_data(best, tmp_path)
+    parameters = {"model.dropout": {"float": [0.0, 0.2]}}
+    space = space_from_mapping({"base": "smoke", "parameters": parameters})
+    monkeypatch.setattr(data.best.study, "space", space)
+    view = replace(data.best.view, params={"model.dropout": dropout})
+    shown = replace(data, axes=[], best=replace(data.best, view=view))
+    found = [step.text for step in next_steps(shown) if step.title.startswith("Widen")]
+    assert [text.split("float: ")[1].rstrip("}") for text in found] == wider
 
 
 def test_parameters_of_one_ending_have_a_bar_each() -> None:
