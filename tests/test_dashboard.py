@@ -450,7 +450,7 @@ def test_on_a_phone_a_study_is_one_column(fooled: Study, chromium: Any) -> None:
         until(lambda: _text_with(chromium, "Best Trial"))
         page, cards = chromium.execute_script(
             "return [document.documentElement.scrollWidth,"
-            " [...document.querySelectorAll('.MuiCard-root')].map(c => c.offsetWidth)]"
+            " [...document.querySelectorAll('.MuiGrid-item')].map(c => c.offsetWidth)]"
         )
     chromium.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
     assert page <= 400

@@ -252,6 +252,22 @@ def test_status_watches_as_one_document_a_line(
     assert [json.loads(line)["study"] for line in lines] == ["story"] * 3
 
 
+def test_status_lists_the_running_trials_as_a_document_too(
+    story: Story, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with Driver(story.study, out=story.folder) as driver:
+        number = story.ask(driver).number
+        told = {"epoch": 3, "epochs": 8, "left_s": 90.0, "evaluated_at": time.time()}
+        driver.describe(number, told)
+        assert exit_code(["status", str(story.folder), "--json"]) == 0
+    facts = json.loads(capfd.readouterr().out)
+    (running,) = facts["running"]
+    assert (running["number"], running["epoch"], running["epochs"]) == (number, 3, 8)
+    assert running["left_s"] == pytest.approx(90.0, abs=30.0)
+    assert facts["target"] == 6
+    assert facts["left_s"] > 90.0
+
+
 def test_a_folder_is_enough_and_no_folder_is_the_newest(
     story: Story, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

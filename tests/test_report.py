@@ -253,7 +253,7 @@ def test_a_range_is_widened_where_there_is_something_beyond(
         data = report_data(best, tmp_path)
     parameters = {"model.dropout": {"float": [0.0, 0.2]}}
     space = space_from_mapping({"base": "smoke", "parameters": parameters})
-    monkeypatch.setattr(data.best.study, "space", space)
+    monkeypatch.setattr(data.best.study, "_space", space)
     view = replace(data.best.view, params={"model.dropout": dropout})
     shown = replace(data, axes=[], best=replace(data.best, view=view))
     found = [step.text for step in next_steps(shown) if step.title.startswith("Widen")]

@@ -105,7 +105,9 @@ class StudyProgress:
         ]
 
     def as_facts(self) -> dict[str, Any]:
-        """Return what `status --json` prints beside the study's facts."""
+        """Return what `status --json` prints beside the study's facts, while trials run."""
+        if not self.running:
+            return {}
         return {
             "target": self.target,
             "left_s": self.left_s,
