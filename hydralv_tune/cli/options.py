@@ -6,7 +6,6 @@ Light to import: names and paths are refused before any library is loaded.
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -19,6 +18,7 @@ from hydralv_tune.config.errors import InputError
 from hydralv_tune.config.paths import expanded, expanded_path, expanded_url
 from hydralv_tune.data.formats import NAMES, SUFFIXES, suffix_of
 from hydralv_tune.data.formats.location import (
+    ANY_URL,
     LOCAL_URL,
     Location,
     format_of,
@@ -38,7 +38,7 @@ def local_path(text: str) -> Path:
     """
     if LOCAL_URL.match(text):
         return Path(str(locate(text)))
-    if re.match(r"\w[\w+.-]*://", text):
+    if ANY_URL.match(text):
         raise InputError(f"{text}: a URL, but a path on this machine is needed. Name one.")
     return expanded_path(text)
 
