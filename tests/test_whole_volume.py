@@ -237,6 +237,27 @@ def in_blocks(
     return result, len(blocks)
 
 
+@pytest.mark.parametrize("flood", ["contour", "distance"])
+def test_the_domain_of_halves_is_that_of_doubles(flood: str) -> None:
+    rng = np.random.default_rng(0)
+    maps = rng.uniform(-1, 1, (3, 4, 64, 64)).astype(np.float16)
+    maps[:2] = np.abs(maps[:2])
+    maps[:, 0, 0, :4] = np.array([0.0, -0.0, 6e-8, 1.0], np.float16)
+    exact = [float(value) for value in rng.choice(maps[0].ravel(), 20)]
+    for threshold in [*exact, *rng.uniform(0, 1, 20), 0.0, 1.0, 1e-9, 2.0, -0.5]:
+        if flood == "contour":
+            name = "decode_instance_binary_contour_distance"
+            domain = decoding.domain_of(name, {"flood": "support", "floor": threshold})
+        else:
+            name = "decode_instance_watershed_distance"
+            chosen = [max(threshold, 0.0), threshold]
+            domain = decoding.domain_of(name, {"distance_threshold": chosen})
+        assert domain is not None
+        np.testing.assert_array_equal(
+            domain(maps, None), domain(maps.astype(np.float64), None), err_msg=str(threshold)
+        )
+
+
 @pytest.mark.parametrize("share", [0, 0.02, 0.08, 0.2, 0.5, 0.95, 1])
 @pytest.mark.parametrize("shape", [(1, 1, 1), (2, 30, 31), (9, 20, 20)])
 def test_regions_are_those_of_scipy(shape: tuple[int, ...], share: float) -> None:

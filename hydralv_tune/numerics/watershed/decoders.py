@@ -179,6 +179,23 @@ class Decoder:
         return *self.slow_axes, *fast
 
 
+def _above(values: Array, threshold: float) -> npt.NDArray[np.bool_]:
+    """Return where finite values are above a threshold, compared in double precision.
+
+    Halves from 0 on are in the order of their bits, and NumPy compares whole numbers fifty times
+    as fast.
+    """
+    import numpy as np
+
+    if values.dtype != np.float16 or threshold < 0:
+        above: npt.NDArray[np.bool_] = values > np.float64(threshold)
+        return above
+    highest = np.float16(threshold)
+    if float(highest) > threshold:
+        highest = np.nextafter(highest, np.float16(0))
+    return values.view(np.int16) > highest.view(np.int16)
+
+
 def _contour_domain(
     maps: Array, mask: Array | None, arguments: Mapping[str, Any]
 ) -> npt.NDArray[np.bool_]:
@@ -187,8 +204,7 @@ def _contour_domain(
 
     if arguments["flood"] == "volume":
         return np.ones(maps.shape[1:], bool) if mask is None else mask > 0
-    # Compared in double precision, as the flood does it.
-    support: npt.NDArray[np.bool_] = (maps[0] > np.float64(arguments["floor"])) | (maps[2] > 0)
+    support = _above(maps[0], arguments["floor"]) | _above(maps[2], 0.0)
     return support if mask is None else support & (mask > 0)
 
 
@@ -204,10 +220,7 @@ def _distance_domain(
     maps: Array, mask: Array | None, arguments: Mapping[str, Any]
 ) -> npt.NDArray[np.bool_]:
     """Return where the distance decoder has foreground or a seed."""
-    import numpy as np
-
-    least = np.float64(min(arguments["distance_threshold"]))
-    found: npt.NDArray[np.bool_] = maps[2] > least
+    found = _above(maps[2], min(arguments["distance_threshold"]))
     return found if mask is None else found & (mask > 0)
 
 

@@ -244,7 +244,7 @@ def plan_blocks(
                 f"{allowed} GB, give a mask of the tissue, or cut the region with --set "
                 "flood=support and a higher floor, for example --set floor=0.3."
             )
-        middle = sides.sum(1)
+        middle = sides[:, 0] + sides[:, 1]
         axis = int(np.argmax(np.ptp(middle, axis=1) if len(chosen) > 2 else high - low))
         half = len(chosen) // 2
         order = np.argpartition(middle[axis], half)

@@ -561,9 +561,10 @@ def _plan_blocks(work: Work, memory_bytes: float, say: Say) -> decoding.Blocks:
             f"{(needed + PROGRAM_BYTES) / 1e9:.1f} GB here. Allow that much, or crop the volume."
         )
     else:
-        if not (work.folder / "components.npz").exists():
-            _find_components(work, domain, memory_bytes, say)
-        found = work.components()
+        if (work.folder / "components.npz").exists():
+            found = work.components()
+        else:
+            found = _find_components(work, domain, memory_bytes, say)
         kept = LABEL_BYTES * len(found.roots)
         kept += decoding.READ_BYTES * decoding.SLAB * math.prod(shape[1:])
         blocks = decoding.plan_blocks(
@@ -573,8 +574,10 @@ def _plan_blocks(work: Work, memory_bytes: float, say: Say) -> decoding.Blocks:
     return blocks
 
 
-def _find_components(work: Work, domain: decoding.Domain, memory_bytes: float, say: Say) -> None:
-    """Label the domain on disk, and keep its components."""
+def _find_components(
+    work: Work, domain: decoding.Domain, memory_bytes: float, say: Say
+) -> decoding.Components:
+    """Label the domain on disk, and keep and return its components."""
     shape, maps = work.shape, work.probabilities
     zarr.create_array(
         work.folder / "domain.zarr", shape=shape, chunks=(16, *(min(s, 256) for s in shape[1:])),
@@ -608,6 +611,7 @@ def _find_components(work: Work, domain: decoding.Domain, memory_bytes: float, s
         slabs = list(decoding.sections_of(shape, memory_bytes=memory_bytes))
         found = decoding.label_components(slabs, at, write)
     _save(work.folder / "components.npz", **asdict(found))
+    return found
 
 
 def decode_one(folder: str, number: int) -> None:
