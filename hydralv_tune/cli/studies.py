@@ -216,7 +216,7 @@ def _run(
     from hydralv_tune.study.find import StudyAddress
 
     trials = int(options["trials"] or space.budget.trials)
-    limit_s = options["timeout_s"] or space.budget.timeout_s
+    limit_s = options.get("timeout_s") or space.budget.timeout_s
     reader = _ProgressReader(StudyAddress(url, name), trials)
     view = LiveView(
         name, trials=trials, progress=reader.read, log=folder / "run.log", limit_s=limit_s
