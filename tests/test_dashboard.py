@@ -53,6 +53,15 @@ def served(made: Any) -> Iterator[str]:
         thread.join()
 
 
+@contextmanager
+def window(chromium: Any, width: int) -> Iterator[None]:
+    """Let a browser have so many pixels of width for a while."""
+    size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
+    chromium.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    yield
+    chromium.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
 @pytest.fixture(scope="module")
 def address(finished_study: Any) -> Iterator[str]:
     """Serve the dashboard of the finished study and return its address."""
@@ -422,11 +431,7 @@ def test_two_trials_side_by_side_need_no_sideways_scroll(fooled: Study, chromium
             asked = driver.ask(9)
             assert not isinstance(asked, str)
             driver.tell(asked.number, TrialResult("COMPLETE", 0.3, -0.1, long))
-    chromium.execute_cdp_cmd(
-        "Emulation.setDeviceMetricsOverride",
-        {"width": 1440, "height": 900, "deviceScaleFactor": 1, "mobile": False},
-    )
-    with served(application([fooled])) as address:
+    with served(application([fooled])) as address, window(chromium, 1440):
         chromium.get(f"{address}/dashboard/studies/1/trials?numbers=3,4")
         until(lambda: _text_with(chromium, "Trial 4 (trial_id"))
         widths = chromium.execute_script(
@@ -435,24 +440,18 @@ def test_two_trials_side_by_side_need_no_sideways_scroll(fooled: Study, chromium
         tallest = chromium.execute_script(
             "return Math.max(0, ...[...document.querySelectorAll('tr')].map(r => r.offsetHeight))"
         )
-    chromium.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
     assert widths[0] <= widths[1]
     assert tallest < 120
 
 
 def test_on_a_phone_a_study_is_one_column(fooled: Study, chromium: Any) -> None:
-    chromium.execute_cdp_cmd(
-        "Emulation.setDeviceMetricsOverride",
-        {"width": 400, "height": 900, "deviceScaleFactor": 1, "mobile": False},
-    )
-    with served(application([fooled])) as address:
+    with served(application([fooled])) as address, window(chromium, 400):
         chromium.get(f"{address}/dashboard/studies/1")
         until(lambda: _text_with(chromium, "Best Trial"))
         page, cards = chromium.execute_script(
             "return [document.documentElement.scrollWidth,"
             " [...document.querySelectorAll('.MuiGrid-item')].map(c => c.offsetWidth)]"
         )
-    chromium.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
     assert page <= 400
     assert min(cards) > 250
 

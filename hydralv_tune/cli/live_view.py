@@ -290,11 +290,11 @@ def progress_table(
             name, justify="left" if name in ("recipe", "host") else "right", no_wrap=True
         )
     stderr = console(stderr=True)
-    wide = stderr.size.width >= WIDE
+    longest = 18 if stderr.size.width >= WIDE or not live else 10
     room = max(stderr.size.height - 8, 3) if stderr.is_terminal else len(progress.running)
     for trial in progress.running[:room]:
         known = (steps or {}).get(trial.number, {}) if live else None
-        table.add_row(*_cells(trial, known, gone, 18 if wide or not live else 10))
+        table.add_row(*_cells(trial, known, gone, longest))
     if progress.running:
         parts.append(table)
     if len(progress.running) > room:

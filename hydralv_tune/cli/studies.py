@@ -294,9 +294,13 @@ class _ProgressReader:
     def facts(self) -> dict[str, Any]:
         """Return what `status --json` prints; the study must have been read before."""
         now = self.read()
-        assert self._study is not None
-        facts = self._study.facts()
+        facts = self.facts_of_study()
         return {**facts, **now.as_facts(), "warnings": [*facts["warnings"], *now.warnings]}
+
+    def facts_of_study(self) -> dict[str, Any]:
+        """Return the same without the running trials, which a table has shown."""
+        assert self._study is not None
+        return self._study.facts()
 
 
 def _show_facts(facts: dict[str, Any], json: bool) -> None:
@@ -308,9 +312,11 @@ def _show_facts(facts: dict[str, Any], json: bool) -> None:
     if best is None:
         say("No trial is complete yet.")
         return
+    from hydralv_tune.numerics.formatting import or_off
+
     shown = {key: value for key, value in best.items() if key not in ("value", "warm_start")}
     if shown.get("decoding"):
-        thresholds = {key: _or_off(value) for key, value in shown["decoding"]["kwargs"].items()}
+        thresholds = {key: or_off(value) for key, value in shown["decoding"]["kwargs"].items()}
         shown["decoding"] = {**shown["decoding"], "kwargs": thresholds}
     print_facts(f"Best trial of study {facts['study']}: {best['number']}", shown)
     for key in ("confirmed", "going_on"):
@@ -318,13 +324,6 @@ def _show_facts(facts: dict[str, Any], json: bool) -> None:
             say(facts[key]["sentence"])
     for warning in facts.get("warnings", ()):
         say(f"warning: {warning}")
-
-
-def _or_off(threshold: Any) -> Any:
-    """Return a threshold with a word for None, which is no test."""
-    if isinstance(threshold, list | tuple):
-        return [_or_off(value) for value in threshold]
-    return "off" if threshold is None else threshold
 
 
 def _say_next(folder: Path, best: bool) -> None:
@@ -364,12 +363,10 @@ def status(
                 print_json(reader.facts(), one_line=True)
             return
         if not watch:
-            now = reader.read()
-            console().print(progress_table(now))
-            facts = reader.facts()
-            if facts["best"] is not None:  # the table has said that there is none, and its warnings
-                rest = [text for text in facts["warnings"] if text not in now.warnings]
-                _show_facts({**facts, "warnings": rest}, json=False)
+            console().print(progress_table(reader.read()))
+            facts = reader.facts_of_study()
+            if facts["best"] is not None:  # the table has said that there is none
+                _show_facts(facts, json=False)
             return
         with Live(progress_table(reader.read()), console=console(), auto_refresh=False) as live:
             while True:

@@ -190,11 +190,11 @@ class Coordinator:
             self.driver.describe(live.asked.number, {"host": live.where.get("host")})
             return "go"
         if kind == "progress":
-            live.advance({k: v for k, v in message.items() if k != "kind"})
-            self.emit("progress", live.asked.number, seconds=live.seconds, **live.progress)
+            progress = live.advance({k: v for k, v in message.items() if k != "kind"})
+            self.emit("progress", live.asked.number, seconds=live.seconds, **progress)
             if time.monotonic() - live.told > TELL_EVERY_S:
                 live.told = time.monotonic()
-                told = {"epoch": live.reached()["epoch"], "left_s": live.progress.get("left_s")}
+                told = {"epoch": live.reached()["epoch"], "left_s": progress.get("left_s")}
                 self.driver.describe(live.asked.number, {**told, "evaluated_at": time.time()})
             return "go"
         if kind == "evaluation":

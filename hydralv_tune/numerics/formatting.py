@@ -85,3 +85,10 @@ def objective_label(metric: str) -> str:
     """Return what the study minimises, in words."""
     known = METRICS.get(metric)
     return metric.replace("_", " ") if known is None else known.cost_label
+
+
+def or_off(threshold: Any) -> Any:
+    """Return a threshold, or a list of them, with a word for None, which is no test."""
+    if isinstance(threshold, list | tuple):
+        return [or_off(value) for value in threshold]
+    return "off" if threshold is None else threshold

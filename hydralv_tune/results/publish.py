@@ -16,7 +16,7 @@ from hydralv_tune.artifacts.records import TrialRecord, read_record
 from hydralv_tune.artifacts.writing import write_atomically
 from hydralv_tune.config.errors import HydraLVError
 from hydralv_tune.config.search_space import SearchSpace
-from hydralv_tune.numerics.formatting import duration, figure, number_of, objective_label
+from hydralv_tune.numerics.formatting import duration, figure, number_of, objective_label, or_off
 from hydralv_tune.numerics.metrics.registry import METRICS, SUMMARY
 from hydralv_tune.study.database import database_errors
 from hydralv_tune.study.driver import Driver
@@ -289,9 +289,8 @@ def _progress(attributes: Mapping[str, Any]) -> str:
 
 def _threshold(value: Any) -> str:
     """Return a decoder's argument as people read it; None is a test that is off."""
-    if isinstance(value, list | tuple):
-        return f"[{', '.join(_threshold(entry) for entry in value)}]"
-    return "off" if value is None else str(value)
+    shown = or_off(value)
+    return f"[{', '.join(map(str, shown))}]" if isinstance(shown, list) else str(shown)
 
 
 def _plain(text: Any) -> str:

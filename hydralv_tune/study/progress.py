@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
 from typing import Any
 
@@ -168,10 +168,8 @@ def _running(
     most = None if limit_s is None else max(limit_s - spent, 0.0)
     if left is not None and most is not None:
         left = min(left, most)
-    if heard_s is not None and heard_s > GRACE_S:
-        left = most = None
     recipe = known.get("warm_start") or known.get("architecture")
-    return RunningTrial(
+    running = RunningTrial(
         number=view.number,
         root=view.root,
         recipe=None if recipe is None else str(recipe),
@@ -187,6 +185,7 @@ def _running(
         heard_s=heard_s,
         host=known.get("host"),
     )
+    return replace(running, left_s=None, most_s=None) if running.is_silent else running
 
 
 def time_left(
