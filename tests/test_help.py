@@ -9,7 +9,9 @@ import re
 import shlex
 import subprocess
 import sys
+from inspect import Parameter, signature
 from pathlib import Path
+from typing import get_type_hints
 
 import pytest
 from commands_in_a_process import environment, serve_and_stop
@@ -71,6 +73,18 @@ def test_help_shows_what_the_docstring_promises(
     assert exit_code([name, "--help"]) == 0
     shown = "".join(re.sub(r"[│╭╮╰╯─]", " ", capsys.readouterr().out).split())
     assert "Example:hydralv-tune" + "".join(example(name)) in shown
+
+
+def test_the_default_of_every_option_is_what_its_parser_takes() -> None:
+    taken = []
+    for name, function in ALL.items():
+        hints = get_type_hints(function, include_extras=True)
+        for key, parameter in signature(function).parameters.items():
+            for option in getattr(hints[key], "__metadata__", ()):
+                if option.parser is not None and parameter.default not in (None, Parameter.empty):
+                    assert option.parser(parameter.default) == parameter.default
+                    taken.append((name, key))
+    assert ("demo", "out") in taken
 
 
 def test_help_needs_none_of_the_slow_libraries() -> None:

@@ -30,12 +30,13 @@ if TYPE_CHECKING:
     from hydralv_tune.data.volume_paths import VolumePaths
 
 
-def local_path(text: str) -> Path:
+def local_path(path: str | Path) -> Path:
     """Return a path with `~` and `$VARIABLES` expanded; of a URL that means one here, that path.
 
     Raises:
         InputError: A URL of something that is elsewhere, or as for `expanded`.
     """
+    text = os.fspath(path)  # the default of an option is a path
     if LOCAL_URL.match(text):
         return Path(str(locate(text)))
     if ANY_URL.match(text):
