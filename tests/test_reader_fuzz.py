@@ -139,6 +139,9 @@ def tiff(random: Random, folder: Path) -> Made:
         # As written, axes of length 1 can be dropped or become others; these are the file's.
         with tifffile.TiffFile(folder / "v.tif") as file:
             array, named = file.series[0].asarray(), file.series[0].axes.lower()
+        if not {"z", "t"} & set(named):
+            # Among what they drop is the z of a volume of one section.
+            array, named = array[None], "z" + named
     return str(folder / "v.tif"), array, named
 
 
