@@ -17,7 +17,13 @@ from skimage.segmentation import watershed
 
 from hydralv_tune.numerics.metrics.scores import adapted_rand, contingency_table
 from hydralv_tune.numerics.watershed.decoders import DECODERS, decode, decoder_arguments
-from hydralv_tune.numerics.watershed.graph import distance_graph, squared_distances
+from hydralv_tune.numerics.watershed.graph import (
+    LOWEST,
+    SLACK,
+    check_range,
+    distance_graph,
+    squared_distances,
+)
 
 NAMES = sorted(DECODERS)
 CONTOUR = "decode_instance_binary_contour_distance"
@@ -106,6 +112,19 @@ def test_wrong_input_is_refused_with_a_reason(name: str) -> None:
         decode(name, maps, thresholds=3)
     with pytest.raises(ValueError, match="mask has shape"):
         decode(name, maps, np.ones((1, 2, 3)))
+
+
+@pytest.mark.parametrize("channel", range(3))
+def test_every_half_is_in_range_or_refused(channel: int) -> None:
+    for half in np.arange(2**16, dtype=np.uint16).view(np.float16):
+        value = float(half)
+        fits = np.isfinite(value) and LOWEST[channel] - SLACK <= value <= 1.0 + SLACK
+        try:
+            check_range(channel, np.array([half, np.float16(0.5)]))
+        except ValueError:
+            assert not fits, value
+        else:
+            assert fits, value
 
 
 @pytest.mark.parametrize("name", NAMES)

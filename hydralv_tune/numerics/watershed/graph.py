@@ -24,6 +24,7 @@ LOWEST = (0.0, 0.0, -1.0)
 FLOOR = 0.1
 SLACK = 1e-3
 """How far a value may leave its range: float16 rounds, and a mean of flips may pass 1 by an ulp."""
+HIGHEST_BITS, LOWEST_BITS = np.array([1, -1], np.float16).view(np.uint16)
 MOST_PLACES = 2**31 - 1
 DOMAIN, SEED, NEEDED, BASIN = 1, 2, 4, 8
 
@@ -159,6 +160,12 @@ def check_range(channel: int, values: Array) -> None:
     Raises:
         ValueError: They are.
     """
+    if values.dtype == np.float16 and values.size:
+        # Halves of one sign are in the order of their bits, what is no number beyond all others.
+        bits = values.view(np.uint16)
+        lowest = LOWEST_BITS if LOWEST[channel] < 0 else np.uint16(0x8000)
+        if bits.view(np.int16).max() <= HIGHEST_BITS and bits.max() <= lowest:
+            return
     low, high = (float(values.min()), float(values.max())) if values.size else (0.0, 0.0)
     name = CHANNELS[channel]
     if not (np.isfinite(low) and np.isfinite(high)):
@@ -172,36 +179,33 @@ def check_range(channel: int, values: Array) -> None:
 
 @kernel
 def _scan(
-    values: Any, valid: Any, bounded: bool, floor: float, seeds: Any, limits: Any, first: int,
-    wide: int, unvisited: Any,
+    values: Any, offsets: Any, bounded: bool, floor: float, seeds: Any, limits: Any, first: int,
+    unvisited: Any,
 ) -> Any:  # fmt: skip
-    """Return the flags of one section's voxels, and set the bits of the domain.
+    """Return the flags of a section's voxels, and set the bits of the domain.
 
     Args:
-        values: (channels, Y, X), float32, the contour negated.
-        valid: (Y, X), bool; empty where all are.
+        values: (channels, voxels), float32, the contour negated.
+        offsets: (voxels,), from the place `first` in the box.
         bounded: Only voxels with channel 0 above `floor` or the last above 0 are in the domain.
         seeds, limits: (channels,), float64: the lowest thresholds of seeds and foreground.
-        first: The place of the section's first voxel; `wide` is the length of a padded row.
+        first: The place of the section's first voxel.
         unvisited: Bits of the box.
     """
     last = values.shape[0] - 1
-    flags = np.zeros(values.shape[1] * values.shape[2], np.uint8)
-    for y in range(values.shape[1]):
-        for x in range(values.shape[2]):
-            if len(valid) and not valid[y, x]:
-                continue
-            basin = values[last, y, x] > 0
-            if bounded and not basin and not values[0, y, x] > floor:
-                continue
-            seed = True
-            needed = True
-            for channel in range(values.shape[0]):
-                seed &= values[channel, y, x] > seeds[channel]
-                needed &= values[channel, y, x] > limits[channel]
-            place = first + y * wide + x
-            unvisited[place >> 6] |= np.uint64(1) << np.uint64(place & 63)
-            flags[y * values.shape[2] + x] = DOMAIN | SEED * seed | NEEDED * needed | BASIN * basin
+    flags = np.zeros(values.shape[1], np.uint8)
+    for voxel in range(values.shape[1]):
+        basin = values[last, voxel] > 0
+        if bounded and not basin and not values[0, voxel] > floor:
+            continue
+        seed = True
+        needed = True
+        for channel in range(values.shape[0]):
+            seed &= values[channel, voxel] > seeds[channel]
+            needed &= values[channel, voxel] > limits[channel]
+        place = first + offsets[voxel]
+        unvisited[place >> 6] |= np.uint64(1) << np.uint64(place & 63)
+        flags[voxel] = DOMAIN | SEED * seed | NEEDED * needed | BASIN * basin
     return flags
 
 
@@ -259,27 +263,26 @@ def graph_of(
     inside = box.inside
     domain_voxels = 0
     nodes, values, flags = _nothing(channels)
-    everywhere = np.zeros((0, 0), bool)
+    everywhere = np.ones((high - 2, wide - 2), bool)
     for z in range(maps.shape[1]):
-        section = maps[:, z].astype(np.float32)
+        section = np.asarray(maps[:, z])
         for channel in range(3):
             check_range(channel, section[channel])
         if not inside[0].start <= z < inside[0].stop:
             continue
-        section = np.ascontiguousarray(section[list(channels)][:, inside[1], inside[2]])
+        y, x = np.nonzero(everywhere if valid is None else valid[z, inside[1], inside[2]])
+        own = section[list(channels)][:, inside[1], inside[2]][:, y, x].astype(np.float32)
         for index, channel in enumerate(channels):
             if channel == 1:
-                np.negative(section[index], out=section[index])
-        first = ((z - inside[0].start + 1) * high + 1) * wide + 1
-        here = everywhere if valid is None else np.ascontiguousarray(valid[z, *inside[1:]])
+                np.negative(own[index], out=own[index])
+        first, offsets = ((z - inside[0].start + 1) * high + 1) * wide + 1, y * wide + x
         found = _scan(
-            section, here, floor is not None, floor or 0.0, lowest, least, first, wide, unvisited
+            own, offsets, floor is not None, floor or 0.0, lowest, least, first, unvisited
         )
         domain_voxels += int(np.count_nonzero(found))
         at = np.flatnonzero(found > DOMAIN)
-        y, x = np.divmod(at, wide - 2)
-        nodes.append((first + y * wide + x).astype(np.int32))
-        values.append(section.reshape(len(channels), -1)[:, at])
+        nodes.append((first + offsets[at]).astype(np.int32))
+        values.append(own[:, at])
         flags.append(found[at])
     return gathered(
         box, np.concatenate(nodes), np.concatenate(values, 1), np.concatenate(flags), unvisited,

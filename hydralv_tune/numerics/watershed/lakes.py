@@ -35,6 +35,7 @@ class Lakes(NamedTuple):
         of: (slots,), int32, the lake of each.
         elements: (slots,), int32, which voxel of the part each is.
         slot: (elements,), int32, the slot of each voxel, -1 for background and for none.
+        faces: (slots, 6), int32, the slots beside each, in raster order; -1 for none.
         ranks: (slots,), int32, in the lake.
         rank: (slots,), int32, in the part.
         queues: (slots + lakes,), int32: from `starts[lake] + lake` on, where the queue of each
@@ -48,6 +49,7 @@ class Lakes(NamedTuple):
     of: Ints
     elements: Ints
     slot: Ints
+    faces: Ints
     ranks: Ints
     rank: Ints
     queues: Ints
@@ -108,11 +110,14 @@ def lakes_of(beside: Ints, rank: Ints, needed: npt.NDArray[np.bool_], background
     queues = np.zeros(len(elements) + count, np.int32)
     own = rank[elements].astype(np.int32)
     _rank_in_lakes(np.lexsort((own, of)), own, of, starts, ranks, queues)
-    is_shore = np.zeros(len(elements), bool)
-    for other in (*beside[elements].T, elements - 1, elements + 1):
-        is_shore |= rank[other] == background
+    near = beside[elements]
+    around = np.column_stack(
+        [near[:, 0], near[:, 1], elements - 1, elements + 1, near[:, 2], near[:, 3]]
+    )
+    is_shore = (rank[around] == background).any(axis=1)
     return Lakes(
-        starts=starts, of=of, elements=elements, slot=slot, ranks=ranks, rank=own, queues=queues,
+        starts=starts, of=of, elements=elements, slot=slot, faces=slot[around], ranks=ranks,
+        rank=own, queues=queues,
         is_shore=is_shore, needed=np.bincount(of, needed[elements], count).astype(np.int64),
         most=int(np.diff(starts).max(initial=0)),
     )  # fmt: skip
@@ -181,14 +186,11 @@ def _rank_in_lakes(order: Any, rank: Any, of: Any, starts: Any, ranks: Any, queu
 
 
 @kernel
-def flood_lake(
-    lakes: Any, beside: Any, lake: int, seeds: Any, start: int, stop: int, room: Any
-) -> None:
+def flood_lake(lakes: Any, lake: int, seeds: Any, start: int, stop: int, room: Any) -> None:
     """Flood one lake from its seeds, and remember what it took.
 
     Args:
         lakes: `Lakes`.
-        beside: Of `Part`.
         lake: Which.
         seeds: Slots, those from `start` to `stop` of this lake, in raster order.
         room: `LakeRoom`; written to.
@@ -196,8 +198,7 @@ def flood_lake(
     low, high = np.int64(lakes.starts[lake]), np.int64(lakes.starts[lake + 1])
     # Each look-up in a tuple of arrays counts a reference, so none is left in the loops.
     queue, ends, bits, tops = room.queue, room.ends, room.bits, room.tops
-    ranks, queues, of_part, elements = lakes.ranks, lakes.queues, lakes.rank, lakes.elements
-    slot_of = lakes.slot
+    ranks, queues, of_part, faces = lakes.ranks, lakes.queues, lakes.rank, lakes.faces
     origin, queued_in, left_in, left_at = room.origin, room.queued_in, room.left_in, room.left_at
     began, parent, opening = room.rank, room.parent, room.opening
     origin[low:high] = -1
@@ -233,13 +234,8 @@ def flood_lake(
             opening[stretch] = slot
         left_in[slot], left_at[slot] = stretch, left
         left += 1
-        element = np.int64(elements[slot])
-        # The faces in raster order.
-        for other in (
-            np.int64(beside[element, 0]), np.int64(beside[element, 1]), element - 1, element + 1,
-            np.int64(beside[element, 2]), np.int64(beside[element, 3]),
-        ):  # fmt: skip
-            reached = np.int64(slot_of[other])
+        for face in range(6):
+            reached = np.int64(faces[slot, face])
             if reached >= 0 and origin[reached] < 0:
                 origin[reached] = origin[slot]
                 queued_in[reached] = stretch

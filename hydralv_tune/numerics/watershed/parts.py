@@ -322,7 +322,7 @@ def _flood_lakes(part: Any, room: Any, seeds: Any, seed_labels: Any) -> Any:
         is_seeded[lake] = True
         one, two = fingerprint(slots[start:stop])
         if marks[lake, 0] != one or marks[lake, 1] != two:
-            flood_lake(lakes, part.beside, lake, slots, start, stop, own)
+            flood_lake(lakes, lake, slots, start, stop, own)
             marks[lake, 0] = one
             marks[lake, 1] = two
         for slot in range(starts[lake], starts[lake + 1]):

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
-from scipy import ndimage
+from skimage.segmentation import flood
 
 from hydralv_tune.numerics.metrics.registry import METRICS
 from hydralv_tune.trial.scoring.sweep.grid import plain_threshold
@@ -44,7 +44,7 @@ def depths(near: npt.NDArray[np.bool_]) -> npt.NDArray[np.float64]:
     if inner.ndim == 0:
         return deep.reshape(near.shape).astype(np.float64)
     while inner.any():
-        inner = ndimage.binary_erosion(inner)
+        inner = _eroded(inner)
         deep += inner
     as_deep = np.zeros(deep.shape)
     for axis in range(deep.ndim):
@@ -53,6 +53,17 @@ def depths(near: npt.NDArray[np.bool_]) -> npt.NDArray[np.float64]:
         seen[1:] += steps[:-1] >= steps[1:]
         seen[:-1] += steps[1:] >= steps[:-1]
     return (deep + (deep > 0) * as_deep / (4 * deep.ndim)).reshape(near.shape)
+
+
+def _eroded(inner: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
+    """Return what has all its neighbours; eight axes take SciPy fifty times as long."""
+    kept = inner.copy()
+    for axis in range(inner.ndim):
+        into, before = np.moveaxis(kept, axis, 0), np.moveaxis(inner, axis, 0)
+        into[1:] &= before[:-1]
+        into[:-1] &= before[1:]
+        into[[0, -1]] = False
+    return kept
 
 
 def rate(table: pd.DataFrame, shapes: Sequence[Sequence[int]], metric: str, guard: float) -> None:
@@ -103,8 +114,7 @@ def plateau_of(
 
     A plateau is what near-ties reach from each other by single steps.
     """
-    regions, _ = ndimage.label(near)
-    plateau = regions == regions[tuple(at)]
+    plateau = flood(near, tuple(at), connectivity=1)
     spans: dict[str, list[Any]] = {}
     for axis, (name, values) in enumerate(axes.items()):
         line = plateau[tuple(slice(None) if a == axis else i for a, i in enumerate(at))]
