@@ -138,7 +138,7 @@ def checked_mask(mask: Array | None, shape: tuple[int, ...]) -> Mask | None:
     mask = np.asarray(mask)
     if mask.shape != tuple(shape):
         raise ValueError(f"mask has shape {mask.shape}, but the volume has {tuple(shape)}")
-    mask = mask > 0
+    mask = mask if mask.dtype == bool else mask > 0
     if not mask.any():
         raise ValueError("the mask holds no valid voxel; drop it to use the whole volume")
     return mask

@@ -90,8 +90,8 @@ class SweptVolume(ABC):
         valid = scored_mask(mask, scored, labels.shape)
         if unknown is not None:
             valid = ~unknown if valid is None else valid & ~unknown
-        inside = labels > 0 if valid is None else (labels > 0) & valid
-        self._ids, sizes = np.unique(labels[inside], return_counts=True)
+        own = labels if valid is None else labels[valid]
+        self._ids, sizes = np.unique(own[own > 0], return_counts=True)
         if not len(self._ids):
             raise ValueError(EMPTY_TRUTH)
         self.truth_sizes = sizes.astype(np.int64)
