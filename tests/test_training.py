@@ -19,11 +19,15 @@ from hydralv_tune.artifacts.records import load_checkpoint, save_checkpoint
 from hydralv_tune.config.candidate import Candidate
 from hydralv_tune.config.errors import CheckpointError, TrialFailed, TrialInterrupted
 from hydralv_tune.config.files import candidate_from_mapping
+from hydralv_tune.config.search_space_files import load_space
 from hydralv_tune.data.volumes import Volume
 from hydralv_tune.numerics.networks.memory import is_out_of_memory
 from hydralv_tune.numerics.networks.registry import ARCHITECTURES
+from hydralv_tune.numerics.phantom.volume import make_phantom
 from hydralv_tune.numerics.randomness import seeded
-from hydralv_tune.trial.scoring.prediction import network_of
+from hydralv_tune.results.export.models import write_safetensors
+from hydralv_tune.trial.scoring.prediction import network_of, predict
+from hydralv_tune.trial.scoring.sweep.sweep import sweep
 from hydralv_tune.trial.training import compiling
 from hydralv_tune.trial.training.log import LossLog
 from hydralv_tune.trial.training.loop import (
@@ -885,6 +889,34 @@ def test_weights_of_pytorch_connectomics_load_and_are_fine_tuned(
     training = trainer(chosen, network)
     training.run_to(3)
     assert not torch.equal(before, weights_of(network))
+
+
+def test_the_weights_that_ship_find_vesicles_they_have_never_seen() -> None:
+    space = load_space("hydra_lv_small")
+    phantom = make_phantom((24, 112, 192), instances=14, seed=990_000)
+    found = {}
+    for name in ("phantom_unet", "small_unet"):
+        chosen = space.candidate({}, space.recipes[name])
+        network = network_of(chosen)
+        report = load_external_weights(network, chosen.model)
+        assert report is None or report.startswith("phantom.safetensors: ")
+        assert report is None or "(100.0%)" in report
+        maps = predict(network.eval(), phantom.image, chosen)
+        swept = sweep(maps, phantom.label, phantom.mask, space.decoding, objective=space.objective)
+        found[name] = swept.best_by_f1.metrics["f1_iou50"]
+    assert found["phantom_unet"] > 0.7 > 0.3 > found["small_unet"]
+
+
+def test_exported_safetensors_are_weights_to_start_from(tmp_path: Path) -> None:
+    given = network_of(candidate())
+    path = write_safetensors(tmp_path / "weights.safetensors", given, candidate())
+    chosen = candidate(model={"external_weights_path": str(path)})
+    network = network_of(chosen)
+    assert "(100.0%)" in str(load_external_weights(network, chosen.model))
+    assert all(torch.equal(network.state_dict()[k], v) for k, v in given.state_dict().items())
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(CheckpointError, match=r"weights\.safetensors: no safetensors"):
+        load_external_weights(network, chosen.model)
 
 
 def test_a_wrong_prefix_is_refused_not_trained_from_scratch(shared_data: Path) -> None:

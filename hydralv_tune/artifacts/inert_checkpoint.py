@@ -190,15 +190,34 @@ def read_inert_checkpoint(path: str | Path) -> dict[str, Any]:
 def read_foreign_checkpoint(path: str | Path) -> dict[str, Any]:
     """Return the content of a checkpoint of this tool or another; nothing in it is run.
 
+    Of safetensors it is the tensors by name.
+
     Raises:
         CheckpointError: There is no such file, or it is damaged or no checkpoint.
     """
+    if Path(path).suffix == ".safetensors":
+        return _read_safetensors(Path(path))
     try:
         return load_checkpoint(path)
     except CheckpointError:
         if not zipfile.is_zipfile(path):
             raise
     return read_inert_checkpoint(path)
+
+
+def _read_safetensors(path: Path) -> dict[str, Any]:
+    """Return the tensors of a file of safetensors.
+
+    Raises:
+        CheckpointError: There is no such file, or it is damaged.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return dict(load_file(path))
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path}: no safetensors can be read there ({error}).") from error
 
 
 def plain_values(value: Any) -> Any:

@@ -130,7 +130,9 @@ class Model(OpenModel):
         description="[first channel, end, task, losses] of each task.",
     )  # fmt: skip
     loss_balancing: LossBalancing = Field(default_factory=LossBalancing)
-    external_weights_path: str | None = Field(None, description="Pretrained weights.")
+    external_weights_path: str | None = Field(
+        None, description="Pretrained weights: a file, or `phantom`, which ships."
+    )
     external_weights_key_prefix: str = Field("model.", description="Prefix in that file.")
     external_weights_strict: bool = Field(
         True, description="Refuse weights that match only in part."

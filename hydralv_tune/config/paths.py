@@ -88,6 +88,19 @@ def find_file(name: str, kind: str) -> Path:
     )
 
 
+def weights_file(name: str | Path) -> Path:
+    """Return the file of pretrained weights: a path, or the bare name of one in `trials/`.
+
+    Whether there is such a file is for the caller to ask.
+    """
+    path = expanded_path(name)
+    if path.parent == Path() and not path.suffix and not path.is_file():
+        for folder in _folders("trials"):
+            if (folder / f"{name}.safetensors").is_file():
+                return folder / f"{name}.safetensors"
+    return path
+
+
 def shown_path(path: Path) -> str:
     """Return a path as messages name it: relative where that is shorter."""
     for start in (Path.cwd(), PACKAGE.parent):

@@ -12,7 +12,7 @@ from typing import Any
 from hydralv_tune.config.candidate import Candidate
 from hydralv_tune.config.errors import ConfigError, InputError
 from hydralv_tune.config.files import layered, load_candidate
-from hydralv_tune.config.paths import expanded_path, find_file, shown_path
+from hydralv_tune.config.paths import find_file, shown_path, weights_file
 from hydralv_tune.config.portable_space import only_portable
 from hydralv_tune.config.search_space import SearchSpace, space_from_mapping
 from hydralv_tune.config.search_space_rules import check_space, extremes, with_conditions
@@ -121,7 +121,7 @@ def check_weights(candidate: Mapping[str, Any], place: str) -> None:
         ConfigError: There is no such file.
     """
     weights = value_at(candidate, WEIGHTS)
-    if weights is not None and not expanded_path(weights).is_file():
+    if weights is not None and not weights_file(weights).is_file():
         raise ConfigError(
             f"{place}: model.external_weights_path is {weights}, but there is no such file. Check "
             "the path, or set it to null."

@@ -114,7 +114,10 @@ def require_compatible(before: SearchSpace, space: SearchSpace, name: str) -> No
 
 def elsewhere(name: str) -> str:
     """Return what to do instead of changing a study."""
-    return f"Take another --study name and add --warm-start-from {name}."
+    return (
+        f"Take another --study name and add --warm-start-from {name}, or go on with the space that "
+        "it has: space.yaml in its folder."
+    )
 
 
 def imported_trial(

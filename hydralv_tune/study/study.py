@@ -487,7 +487,8 @@ class Study:
             lines = "\n".join(f"  {line}" for line in differences)
             raise StudyError(
                 f"Study '{self.name}' in {self.storage} was made with another search space:\n"
-                f"{lines}\nTake another --study name, or accept the change with --extend."
+                f"{lines}\nTake another --study name, accept the change with --extend, or go on "
+                "with the space that it has: space.yaml in its folder."
             )
         require_comparable(before, space, self.name)
         require_compatible(before, space, self.name)

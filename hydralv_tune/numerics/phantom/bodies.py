@@ -85,14 +85,14 @@ class Canvas:
     voxel_size_nm: VoxelSize
 
 
-def random_body(size: int, rng: np.random.Generator) -> Body:
-    """Return a body of `size` voxels: a little flat along z, a little long, a little bumpy."""
+def random_body(size: int, rng: np.random.Generator, longest: float = 1.3) -> Body:
+    """Return a body of `size` voxels: a little flat along z, a little bumpy, up to so long."""
     amplitudes = rng.normal(0, [0.05, 0.035, 0.05])
     phases = rng.uniform(0, 2 * np.pi, 3)
     return Body(
         size=size,
         flat=rng.uniform(0.85, 1.05),
-        long=rng.uniform(1.0, 1.3),
+        long=rng.uniform(1.0, longest),
         angle=rng.uniform(0, np.pi),
         waves=np.stack([amplitudes, phases], axis=1),
     )

@@ -116,21 +116,21 @@ def make_tissue(host: Host, voxel_size_nm: VoxelSize, rng: np.random.Generator) 
     return Tissue(pattern=pattern, clearance_nm=np.minimum(clearance, -host.depth_nm))
 
 
-def expose(pattern: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+def expose(pattern: np.ndarray, rng: np.random.Generator, grain: float = 1.0) -> np.ndarray:
     """Return the pattern as a microscope records it: uint8, every section with its own brightness.
 
     Blur and shot noise are those of the real sections; the means of the sections run from 86 to
-    211 as those of the plan's volume do, in a slow drift with jumps.
+    211 as those of the plan's volume do, in a slow drift with jumps. `grain` multiplies the noise.
     """
     means, gains = _sections(len(pattern), rng)
     image = np.empty(pattern.shape, dtype=np.uint8)
     for z, section in enumerate(pattern):
         sharp: np.ndarray = ndimage.gaussian_filter(section, 0.6)
         white = rng.standard_normal(section.shape, dtype=np.float32)
-        grain: np.ndarray = ndimage.gaussian_filter(
+        coarse: np.ndarray = ndimage.gaussian_filter(
             rng.standard_normal(section.shape, dtype=np.float32), 0.7
         )
-        values = gains[z] * (sharp + 0.075 * white + 0.15 * grain)
+        values = gains[z] * (sharp + grain * (0.075 * white + 0.15 * coarse))
         values += means[z] - values.mean()
         # Clipping moves the mean, so it is set once more.
         values += means[z] - np.clip(values, 0, 255).mean()

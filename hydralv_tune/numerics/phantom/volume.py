@@ -53,6 +53,64 @@ OUTSIDE: tuple[tuple[int, Callable[[np.random.Generator], Look], tuple[int, int]
 
 
 @dataclass(frozen=True)
+class Style:
+    """How a phantom differs from those of Hydra.
+
+    Args:
+        voxel_size_nm: Along z, y, x.
+        size: Factor on the voxels of each vesicle.
+        longest: The length of the longest vesicle over its width.
+        vesicle: Draws the look of one vesicle.
+        grain: Factor on the noise of the sections.
+        inverted: Whether what scatters is bright.
+    """
+
+    voxel_size_nm: tuple[float, float, float] = VOXEL_SIZE_NM
+    size: float = 1.0
+    longest: float = 1.3
+    vesicle: Callable[[np.random.Generator], Look] = vesicle_look
+    grain: float = 1.0
+    inverted: bool = False
+
+
+def random_style(seed: int) -> Style:
+    """Return a style whose vesicles are bright or dark, with rims from none to black.
+
+    All vesicles of a phantom look alike; from one seed to the next they differ far more than those
+    of real volumes do, as do voxel size, sizes, noise and the sign of the contrast.
+
+    Args:
+        seed: The same seed gives the same style.
+    """
+    rng = np.random.default_rng(seed)
+    lumen, rim = rng.uniform(-0.45, 0.2), rng.uniform(0.0, 0.5)
+    if abs(lumen) < 0.15:
+        rim = max(rim, 0.25)  # else nothing sets them apart
+    grain, rim_nm = rng.uniform(0.01, 0.10), rng.uniform(6, 16)
+    broken = rng.uniform(0, 0.4)
+
+    def look(rng: np.random.Generator) -> Look:
+        return Look(
+            lumen=lumen + rng.normal(0, 0.03),
+            grain=grain * rng.uniform(0.8, 1.2),
+            rim=max(rim * rng.uniform(0.7, 1.2), 0.0),
+            rim_nm=rim_nm * rng.uniform(0.85, 1.15),
+            gap=rng.uniform(0.6, 1.0) if rng.random() < broken else 0.0,
+            gap_angle=rng.uniform(0, 2 * np.pi),
+        )
+
+    flat = float(rng.uniform(4, 12))
+    return Style(
+        voxel_size_nm=(float(flat * rng.uniform(1.5, 7)), flat, flat),
+        size=float(np.exp(rng.uniform(np.log(0.5), np.log(8)))),
+        longest=float(rng.uniform(1.1, 3.0)),
+        vesicle=look,
+        grain=float(rng.uniform(0.4, 1.6)),
+        inverted=bool(rng.random() < 0.25),
+    )
+
+
+@dataclass(frozen=True)
 class Phantom:
     """A volume and its truth.
 
@@ -72,7 +130,10 @@ class Phantom:
 
 
 def make_phantom(
-    shape: tuple[int, int, int] = (51, 516, 516), instances: int = 51, seed: int = 0
+    shape: tuple[int, int, int] = (51, 516, 516),
+    instances: int = 51,
+    seed: int = 0,
+    style: Style | None = None,
 ) -> Phantom:
     """Return a synthetic EM volume; the defaults are those of the plan's volume.
 
@@ -83,6 +144,7 @@ def make_phantom(
         shape: Voxels along z, y, x; at least 8 x 48 x 48.
         instances: How many vesicles, at least 1.
         seed: The same seed gives the same volume.
+        style: How its vesicles, voxels and sections look; as in Hydra without.
 
     Raises:
         ValueError: The shape is too small, or the instances do not fit into it.
@@ -95,22 +157,30 @@ def make_phantom(
         )
     if instances < 1:
         raise ValueError(f"instances is {instances}, but must be at least 1.")
+    style = style or Style()
     rng = np.random.default_rng(seed)
-    sizes = _sizes(instances, rng)
+    sizes = np.round(style.size * _sizes(instances, rng)).astype(int)
     share = float(sizes.sum()) / FOREGROUND_IN_MASK / float(np.prod(shape))
     if share > LARGEST_MASK_SHARE:
         raise ValueError(_too_many(instances, shape, int(LARGEST_MASK_SHARE / share * instances)))
-    host = make_host(shape, max(MASK_SHARE, share), VOXEL_SIZE_NM, rng)
-    tissue = make_tissue(host, VOXEL_SIZE_NM, rng)
+    host = make_host(shape, max(MASK_SHARE, share), style.voxel_size_nm, rng)
+    tissue = make_tissue(host, style.voxel_size_nm, rng)
     canvas = Canvas(
         pattern=tissue.pattern,
         taken=np.zeros(shape, dtype=np.int32),
-        voxel_size_nm=VOXEL_SIZE_NM,
+        voxel_size_nm=style.voxel_size_nm,
     )
-    placer = _Placer(canvas, host, tissue, rng)
+    placer = _Placer(canvas, host, tissue, style, rng)
     label = placer.vesicles(sizes)
     distractors = placer.distractors(instances)
-    return Phantom(expose(tissue.pattern, rng), label, host.mask.astype(np.uint8), distractors)
+    image = expose(tissue.pattern, rng, style.grain)
+    return Phantom(
+        255 - image if style.inverted else image,
+        label,
+        host.mask.astype(np.uint8),
+        distractors,
+        style.voxel_size_nm,
+    )
 
 
 def _sizes(instances: int, rng: np.random.Generator) -> np.ndarray:
@@ -135,11 +205,17 @@ class _Placer:
     """Finds a place for one body after another. Its state is what is taken already."""
 
     def __init__(
-        self, canvas: Canvas, host: Host, tissue: Tissue, rng: np.random.Generator
+        self,
+        canvas: Canvas,
+        host: Host,
+        tissue: Tissue,
+        style: Style,
+        rng: np.random.Generator,
     ) -> None:
         self.canvas = canvas
         self.host = host
         self.tissue = tissue
+        self.style = style
         self.rng = rng
         self.shape: Shape = host.mask.shape
         self.number = 0
@@ -156,8 +232,8 @@ class _Placer:
         others = max(len(sizes) - 1, 0)
         touching = 1 + self.rng.permutation(others)[: round(TOUCHING_SHARE * len(sizes))]
         for index, size in enumerate(sizes):
-            body = random_body(int(size), self.rng)
-            look = vesicle_look(self.rng)
+            body = random_body(int(size), self.rng, self.style.longest)
+            look = self.style.vesicle(self.rng)
             touch = index in touching
             found = self._beside(body, look, bodies, centres) if touch else None
             if found is None:
@@ -189,7 +265,7 @@ class _Placer:
         self, body: Body, look: Look, tries: int
     ) -> tuple[np.ndarray, tuple[int, int, int]] | None:
         """Draw a body somewhere inside the mask, free of all others."""
-        need = max(body.half_axes_nm(VOXEL_SIZE_NM)) + 14
+        need = max(body.half_axes_nm(self.canvas.voxel_size_nm)) + 14
         for slack, spacing in ((1.0, 30.0), (0.85, 22.0), (0.7, 16.0)):
             candidates = self.inside[self.depth >= slack * need]
             if not len(candidates):
@@ -211,12 +287,16 @@ class _Placer:
         """Draw a vesicle in touch with one that is there."""
         for _ in range(200):
             other = int(self.rng.integers(len(centres)))
-            apart = bodies[other].radius_nm(VOXEL_SIZE_NM) + body.radius_nm(VOXEL_SIZE_NM)
+            apart = bodies[other].radius_nm(self.canvas.voxel_size_nm) + body.radius_nm(
+                self.canvas.voxel_size_nm
+            )
             tilt, turn = self.rng.normal(0, 0.35), self.rng.uniform(0, 2 * np.pi)
             direction = (np.sin(tilt), np.cos(tilt) * np.sin(turn), np.cos(tilt) * np.cos(turn))
             z, y, x = (
                 round(c + 0.98 * apart * d / s)
-                for c, d, s in zip(centres[other], direction, VOXEL_SIZE_NM, strict=True)
+                for c, d, s in zip(
+                    centres[other], direction, self.canvas.voxel_size_nm, strict=True
+                )
             )
             if not all(0 <= c < n for c, n in zip((z, y, x), self.shape, strict=True)):
                 continue
@@ -227,7 +307,7 @@ class _Placer:
 
     def _outside(self, body: Body, look: Look) -> None:
         """Draw a body inside some neurite outside the mask, where one is found with room."""
-        need = 0.9 * body.radius_nm(VOXEL_SIZE_NM)
+        need = 0.9 * body.radius_nm(self.canvas.voxel_size_nm)
         for _ in range(40):
             z, y, x = (int(self.rng.integers(n)) for n in self.shape)
             clear = self.tissue.clearance_nm[z, y, x] >= need

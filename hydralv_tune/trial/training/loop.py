@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +19,7 @@ from hydralv_tune.config.errors import (
     TrialInterrupted,
     as_input_error,
 )
+from hydralv_tune.config.paths import weights_file
 from hydralv_tune.numerics.augmentation.augment import augment
 from hydralv_tune.numerics.augmentation.registry import resolve_preset
 from hydralv_tune.numerics.losses.multi_task import LossResult, LossTerm, MultiTaskLoss
@@ -103,7 +103,7 @@ def load_external_weights(network: nn.Module, model: Model) -> str | None:
     """
     if model.external_weights_path is None:
         return None
-    path = Path(model.external_weights_path).expanduser()
+    path = weights_file(model.external_weights_path)
     content = read_foreign_checkpoint(path)
     own = content.get("format") == records.FORMAT
     state = content.get("weights" if own else "state_dict", content)
@@ -122,10 +122,10 @@ def _fitting_prefix(network: nn.Module, tensors: Mapping[str, Tensor], prefix: s
     """Return the prefix under which the weights fit, which a wrapper of the network makes longer.
 
     PyTorch Connectomics wraps MONAI's networks in a module that calls them `model`, and
-    `torch.compile` wraps any network in `_orig_mod`.
+    `torch.compile` wraps any network in `_orig_mod`. Safetensors of this package have none.
     """
     own = network.state_dict().keys()
-    longer = [prefix, f"{prefix}model.", f"{prefix}_orig_mod.", f"{prefix}_orig_mod.model."]
+    longer = [prefix, f"{prefix}model.", f"{prefix}_orig_mod.", f"{prefix}_orig_mod.model.", ""]
     return max(longer, key=lambda start: sum(f"{start}{name}" in tensors for name in own))
 
 
