@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from hydralv_tune.artifacts.records import TrialRecord
@@ -40,22 +42,41 @@ def train_for(
     """
     probe = {"optimization": {"max_epochs": 2, "scheduler": {"warmup_epochs": 1}},
              "monitor": {"evaluation": {"count": 1}}}  # fmt: skip
-    rate = trained(volume, load_candidate(name, merged(overrides, probe)), space, threads).training
+    rate = trained(
+        [volume], load_candidate(name, merged(overrides, probe)), space, threads
+    ).training
     epochs = max(int(TRAINING_SHARE * seconds * rate["steps_per_s"] / rate["steps_per_epoch"]), 10)
     longer = {"optimization": {"max_epochs": epochs, "scheduler": {"warmup_epochs": epochs // 10}}}
     started = time.perf_counter()
-    record = trained(volume, load_candidate(name, merged(overrides, longer)), space, threads)
+    record = trained([volume], load_candidate(name, merged(overrides, longer)), space, threads)
     return record, time.perf_counter() - started
 
 
-def trained(volume: Volume, candidate: Candidate, space: SearchSpace, threads: int) -> TrialRecord:
-    """Return the record of a trial in a folder that is thrown away, its best checkpoint kept."""
-    out = tempfile.mkdtemp(prefix="hydralv_benchmark_")
+def trained(
+    volumes: Sequence[Volume],
+    candidate: Candidate,
+    space: SearchSpace,
+    threads: int,
+    out: Path | None = None,
+) -> TrialRecord:
+    """Return the record of a trial in a new folder.
+
+    Args:
+        volumes: Trained and scored on.
+        candidate: What is trained.
+        space: Its thresholds, or the candidate's own, are swept for its objective.
+        threads: Of the CPU.
+        out: The folder, emptied before; a temporary one without.
+    """
+    if out is None:
+        out = Path(tempfile.mkdtemp(prefix="hydralv_benchmark_"))
+    shutil.rmtree(out, ignore_errors=True)
     spec = TrialSpec(
         number=0, root=0, candidate=candidate, objective=space.objective,
-        grid=candidate.test.decoding_grid or space.decoding, volumes=[], out=out, threads=threads,
+        grid=candidate.test.decoding_grid or space.decoding, volumes=[], out=str(out),
+        threads=threads,
     )  # fmt: skip
-    return run_trial(spec, lambda _: None, volumes=[volume])
+    return run_trial(spec, lambda _: None, volumes=volumes)
 
 
 def sentence(record: TrialRecord, seconds: float, threads: int) -> str:

@@ -3,7 +3,8 @@
 `.venv/bin/python benchmarks/load.py [--trials 5000] [--minutes 20] [--filled 0]` starts drivers in
 processes of their own; each plays the workers of its trials, which do no work. Once so many trials
 are finished, or the time is up, it asks whether any was lost or finished twice, how long an ask
-took, whether the drivers' memory grew, and how long report and dashboard take.
+took, whether the drivers' memory grew, and how long report and dashboard take. What an ask takes
+with nobody beside it says `overhead.py`.
 """
 
 from __future__ import annotations
@@ -26,12 +27,11 @@ from pathlib import Path
 from typing import Any
 
 import optuna
+import psutil
 from _targets import verdict
 from overhead import METRICS, SPACE, fill, storages
 
 from hydralv_tune.config.search_space import space_from_mapping
-from hydralv_tune.data.volumes import write_array
-from hydralv_tune.numerics.phantom.volume import make_phantom
 from hydralv_tune.results.dashboard import make_dashboard
 from hydralv_tune.results.report.report import write_report
 from hydralv_tune.study.driver import Driver
@@ -44,8 +44,8 @@ TRIAL_S = 12.0
 """What a trial takes: 64 workers finish 5,000 in about 16 minutes."""
 KILL_S = 60.0
 """Seconds from one kill to the next."""
-ASK_S, PAGE_S, GROWTH = 0.2, 10.0, 1.25
-"""An ask and a page may take so long, and the memory of a driver may be so much more at the end."""
+PAGE_S, GROWTH = 10.0, 1.25
+"""A page may take so long, and the memory of a driver may be so much more at the end."""
 
 
 def drive(storage: str, out: Path, target: int) -> None:
@@ -53,7 +53,7 @@ def drive(storage: str, out: Path, target: int) -> None:
 
     Each line of the standard output is an ask's seconds, or the number of a trial that was told.
     """
-    study = Study.open(storage, NAME, space=space_from_mapping(_space()), create=False)
+    study = opened(storage)
     draw = random.Random(os.getpid())
     places: list[tuple[int, int, float] | None] = [None] * (WORKERS // DRIVERS)
     with Driver(study, out=out, heartbeat_s=5.0, grace_s=20.0) as driver:
@@ -98,18 +98,16 @@ def drive(storage: str, out: Path, target: int) -> None:
 
 def say(what: str, **more: Any) -> None:
     """Write one line for the parent."""
-    print(json.dumps({"what": what, "memory_mb": resident_mb(), **more}), flush=True)
+    print(
+        json.dumps({"what": what, "memory_mb": psutil.Process().memory_info().rss / 1e6, **more}),
+        flush=True,
+    )
 
 
-def resident_mb() -> float:
-    """Return how much memory this process has."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return int(next(line for line in lines if line.startswith("VmRSS")).split()[1]) / 1024
-
-
-def _space() -> dict[str, Any]:
-    """Return the space, with the pruner that spaces have where they say nothing."""
-    return {key: value for key, value in SPACE.items() if key != "pruner"} | {"name": NAME}
+def opened(storage: str, *, create: bool = False) -> Study:
+    """Return the study; its pruner is the one that spaces have where they say nothing."""
+    space = {key: value for key, value in SPACE.items() if key != "pruner"} | {"name": NAME}
+    return Study.open(storage, NAME, space=space_from_mapping(space), create=create)
 
 
 class Drivers:
@@ -159,7 +157,7 @@ class Drivers:
 
 def run(storage: str, folder: Path, target: int, filled: int, seconds: float) -> None:
     """Run the study, and print what has a target."""
-    Study.open(storage, NAME, space=space_from_mapping(_space()), create=True).close()
+    opened(storage, create=True).close()
     if filled:
         fill(storage, NAME, filled)
     drivers, draw = Drivers(storage, folder, target), random.Random(0)
@@ -182,7 +180,7 @@ def show(
     storage: str, lines: list[dict[str, Any]], target: int, filled: int, how: str, in_time: bool
 ) -> None:
     """Print counts, asks and memory, and what the database says of every trial that was told."""
-    study = Study.open(storage, NAME, space=space_from_mapping(_space()), create=False)
+    study = opened(storage)
     states = {trial.number: trial.state for trial in study.trials()}
     study.close()
     counts = Counter(states.values())
@@ -218,31 +216,14 @@ def memory(lines: list[dict[str, Any]]) -> Iterator[tuple[float, float]]:
             yield after["memory_mb"], own[-1]["memory_mb"]
 
 
-def ask_alone(storage: str, folder: Path, kind: str) -> None:
-    """Print how long one driver waits for a trial with nobody beside it."""
-    study = Study.open(storage, NAME, space=space_from_mapping(_space()), create=False)
-    number = len(study.trials())
-    with Driver(study, out=folder) as driver:
-        times = []
-        for _ in range(8):
-            began = time.monotonic()
-            asked = driver.ask(10**9)
-            times.append(time.monotonic() - began)
-            assert isinstance(asked, Asked)
-            driver.tell(asked.number, TrialResult("COMPLETE", 0.3, -0.3, {"metrics": METRICS}))
-    study.close()
-    median = statistics.median(times[1:])  # the first reads what is kept in memory
-    print(f"{kind}: ask at {number} trials {median:.3f} s{verdict(median, at_most=ASK_S)}")
-
-
 def pages(storage: str, folder: Path, trials: int) -> None:
     """Print how long report and dashboard of a real study take, its two trials copied."""
-    made = make_phantom(shape=(16, 96, 96), instances=6)
-    words = [sys.executable, "-m", "hydralv_tune", "run", "smoke", "--trials", "2"]
-    for kind, array in (("image", made.image), ("label", made.label), ("mask", made.mask)):
-        path = folder / f"{kind}.h5"
-        write_array(path, array, voxel_size_nm=made.voxel_size_nm)
-        words += [f"--{kind}", str(path)]
+    tune, volume = [sys.executable, "-m", "hydralv_tune"], folder / "volume"
+    shape = ["--shape", "16", "96", "96", "--instances", "6"]
+    subprocess.run([*tune, "phantom", str(volume), *shape], check=True, stdout=subprocess.DEVNULL)
+    words = [*tune, "run", "smoke", "--trials", "2"]
+    for option, file in (("--image", "im"), ("--label", "label"), ("--mask", "mask")):
+        words += [option, str(volume / f"{file}.h5")]
     words += ["--storage", storage, "--study", "pages", "--out", str(folder / "pages")]
     words += ["--set", "optimization.max_epochs=2", "--set", "data.iter_num_per_epoch=5"]
     subprocess.run(words, check=True, stdout=subprocess.DEVNULL)
@@ -265,17 +246,23 @@ def pages(storage: str, folder: Path, trials: int) -> None:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         address = f"http://127.0.0.1:{server.server_port}"
         began = time.monotonic()
-        for page in ("dashboard", "api/studies", f"api/studies/{study._study_id}"):
-            with urllib.request.urlopen(f"{address}/{page}") as answer:
-                size = len(answer.read())
+        studies = json.loads(page(address, "api/studies"))["study_summaries"]
+        (number,) = (one["study_id"] for one in studies if one["study_name"] == "pages")
+        size = len(page(address, "dashboard")) + len(page(address, f"api/studies/{number}"))
         spent = time.monotonic() - began
         server.shutdown()
     print(f"dashboard of them {spent:.1f} s, {size / 1e6:.1f} MB"
           f"{verdict(spent, at_most=PAGE_S)}")  # fmt: skip
 
 
+def page(address: str, name: str) -> bytes:
+    """Return what the dashboard answers."""
+    with urllib.request.urlopen(f"{address}/{name}") as answer:
+        return bytes(answer.read())
+
+
 def main() -> None:
-    """Run the study on PostgreSQL, and ask a filled one on SQLite."""
+    """Run the study on PostgreSQL, and open the pages of one as long."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--trials", type=int, default=5000, help="of the study in the end")
     parser.add_argument("--filled", type=int, default=0, help="of them there before")
@@ -291,12 +278,6 @@ def main() -> None:
         with storages(folder) as urls:
             run(urls["PostgreSQL"], folder, chosen.trials, chosen.filled, chosen.minutes * 60)
             pages(urls["PostgreSQL"], folder, chosen.trials)
-            Study.open(
-                urls["SQLite"], NAME, space=space_from_mapping(_space()), create=True
-            ).close()
-            fill(urls["SQLite"], NAME, chosen.trials)
-            for kind, storage in urls.items():
-                ask_alone(storage, folder / kind, kind)
 
 
 if __name__ == "__main__":

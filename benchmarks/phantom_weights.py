@@ -5,9 +5,9 @@ weights: each round trains on phantoms that no round before has seen, and starts
 the last. Their vesicles are bright or dark, with rims from none to black, in voxels of many sizes.
 The same command goes on.
 
-`.venv/bin/python benchmarks/phantom_weights.py compare [--out FOLDER] [--data FOLDER]` fine-tunes
-on one half of each real volume, with these weights and from scratch, on the same number of
-patches, and prints the F1 of the other half.
+`.venv/bin/python benchmarks/phantom_weights.py compare [--minutes 2 5 10] [--data FOLDER]`
+fine-tunes on one half of each real volume, with the weights that ship and from scratch, on the same
+number of patches, and prints the F1 of the other half; `--weights FILE` compares others.
 """
 
 from __future__ import annotations
@@ -15,9 +15,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import shutil
 import time
-from collections.abc import Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -25,20 +23,20 @@ from typing import Any
 
 import pandas as pd
 import torch
-from real_volumes import MARGIN, VOLUMES
+from _timed_training import trained
+from real_volumes import MARGIN, VOLUMES, real_volume
 
-from hydralv_tune.artifacts.records import TrialRecord
 from hydralv_tune.artifacts.writing import write_atomically
 from hydralv_tune.config.candidate import Candidate
-from hydralv_tune.config.search_space import SearchSpace
+from hydralv_tune.config.files import whole_candidate
 from hydralv_tune.config.search_space_files import load_space
 from hydralv_tune.config.validation import merged
-from hydralv_tune.data.volumes import Volume, read_volume, volume_paths
+from hydralv_tune.data.volumes import Volume
 from hydralv_tune.numerics.phantom.volume import make_phantom, random_style
 from hydralv_tune.results.export.models import write_safetensors
-from hydralv_tune.trial.run import TrialSpec, run_trial
 from hydralv_tune.trial.scoring.prediction import load_network
 
+SPACE = load_space("hydra_lv_small")
 SHAPE, INSTANCES, PHANTOMS, HELD_OUT = (24, 112, 192), 14, 48, 8
 PATCHES_A_ROUND, PATCHES_AN_EPOCH = 1600, 40
 RATES = (5e-3, 3e-3)
@@ -63,21 +61,22 @@ FIGURES = ("f1_iou50", "adapted_rand_error")
 def main() -> None:
     """Make the weights, or compare with and without."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", choices=["train", "compare"])
-    parser.add_argument("--minutes", type=float, nargs="*", help="60, or 2, 5 and 10 each")
+    parser.add_argument("what", choices=["train", "compare"], nargs="?", default="compare")
+    parser.add_argument("--minutes", type=float, nargs="*", help="60 for train; 2 for compare")
     parser.add_argument("--out", type=Path, default=Path("runs/phantom_weights"))
     default = Path(__file__).parents[2] / "shared" / "data"
     parser.add_argument("--data", type=Path, default=default)
     parser.add_argument("--volumes", nargs="*", default=list(VOLUMES), choices=list(VOLUMES))
     parser.add_argument("--seeds", type=int, nargs="*", default=[1, 2, 3])
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--weights", default="phantom", help="that are compared; those that ship")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     arguments.out.mkdir(parents=True, exist_ok=True)
     if arguments.what == "train":
         train(arguments.out, 60 * (arguments.minutes or [60.0])[0], arguments.threads)
     else:
-        arguments.minutes = arguments.minutes or [2.0, 5.0, 10.0]
+        arguments.minutes = arguments.minutes or [2.0]
         compare(arguments)
 
 
@@ -95,9 +94,13 @@ def train(out: Path, seconds: float, threads: int) -> None:
             volumes = following.result()
             following = pool.submit(phantoms, first_seed(done + 1), PHANTOMS)
             candidate = small_unet(
-                TRAINED, weights if done else None, PATCHES_A_ROUND, RATES[min(done, 1)], seed=done
+                TRAINED,
+                str(weights) if done else None,
+                PATCHES_A_ROUND,
+                RATES[min(done, 1)],
+                seed=done,
             )
-            record = trained(out / "round", candidate, [*volumes, *held_out], threads)
+            record = trained([*volumes, *held_out], candidate, SPACE, threads, out / "round")
             assert record.checkpoint is not None
             write_atomically(weights, Path(record.checkpoint).read_bytes())
             ship(weights, out / "phantom.safetensors")
@@ -147,17 +150,16 @@ def phantoms(first: int, count: int) -> list[Volume]:
 
 
 def small_unet(
-    changes: dict[str, Any], weights: Path | None, patches: int, rate: float, seed: int
+    changes: dict[str, Any], weights: str | None, patches: int, rate: float, seed: int
 ) -> Candidate:
     """Return the first recipe of `hydra_lv_small`, changed."""
-    space = load_space("hydra_lv_small")
     epochs = max(patches // PATCHES_AN_EPOCH, 2)
     mapping = merged(
-        space.whole_mapping({}, space.recipes["small_unet"]),
+        SPACE.whole_mapping({}, SPACE.recipes["small_unet"]),
         {
             "system": {"seed": seed},
             "data": {"iter_num_per_epoch": PATCHES_AN_EPOCH},
-            "model": {"external_weights_path": None if weights is None else str(weights)},
+            "model": {"external_weights_path": weights},
             "optimization": {
                 "max_epochs": epochs,
                 "optimizer": {"lr": rate},
@@ -165,21 +167,7 @@ def small_unet(
             },
         },
     )
-    return Candidate.model_validate(merged(mapping, changes))
-
-
-def trained(
-    out: Path, candidate: Candidate, volumes: Sequence[Volume], threads: int
-) -> TrialRecord:
-    """Return the record of a training in a folder of its own, emptied before."""
-    shutil.rmtree(out, ignore_errors=True)
-    space: SearchSpace = load_space("hydra_lv_small")
-    spec = TrialSpec(
-        number=0, root=0, candidate=candidate, objective=space.objective,
-        grid=candidate.test.decoding_grid or space.decoding, volumes=[], out=str(out),
-        threads=threads,
-    )  # fmt: skip
-    return run_trial(spec, lambda _: None, volumes=list(volumes))
+    return whole_candidate(merged(mapping, changes), "small_unet")
 
 
 def compare(arguments: argparse.Namespace) -> None:
@@ -190,11 +178,7 @@ def compare(arguments: argparse.Namespace) -> None:
         if not folder.is_dir():
             print(f"{name}: not in {arguments.data}, so it is not measured.")
             continue
-        image, label, mask, axis = VOLUMES[name]
-        (paths,) = volume_paths(
-            [folder / image], [folder / label], [] if mask is None else [folder / mask]
-        )
-        volume = replace(read_volume(paths), name=name)
+        volume, axis = real_volume(name, folder)
         split = {"kind": "holdout", "axis": axis, "fraction": 0.5, "margin": MARGIN}
         rows += compared(arguments, volume, {"data": {"split": split}})
     if not rows:
@@ -214,21 +198,27 @@ def compared(
     """
     kept = arguments.out / f"{volume.name}.json"
     rows: list[dict[str, Any]] = json.loads(kept.read_text()) if kept.exists() else []
-    out = arguments.out / volume.name
+    every = (
+        {"volume": volume.name, "minutes": minutes, "seed": seed, "start": start}
+        for seed, minutes, start in itertools.product(arguments.seeds, arguments.minutes, STARTS)
+    )
+    missing = [key for key in every if not any(key.items() <= row.items() for row in rows)]
+    if not missing:
+        return rows
+    out, threads = arguments.out / volume.name, arguments.threads
     changes = merged(changes, {"monitor": {"evaluation": {"count": 1}}})
     probe = small_unet(changes, None, 2 * PATCHES_AN_EPOCH, RATES[0], 0)
-    pace = trained(out, probe, [volume], arguments.threads).training["patches_per_s"]
-    for seed, minutes, start in itertools.product(arguments.seeds, arguments.minutes, STARTS):
-        key = {"volume": volume.name, "minutes": minutes, "seed": seed, "start": start}
-        if any(key.items() <= row.items() for row in rows):
-            continue
-        same = [row["patches"] for row in rows if (row["minutes"], row["seed"]) == (minutes, seed)]
-        patches = same[0] if same else int(60 * minutes * pace)
-        weights = arguments.out / "weights.ckpt" if start == "phantom" else None
-        chosen = small_unet(changes, weights, patches, RATES[0], seed)
-        record = trained(out, chosen, [volume], arguments.threads)
-        figures = {name: record.metrics[name] for name in FIGURES}
-        rows.append({**key, "patches": patches, **figures})
+    pace = trained([volume], probe, SPACE, threads, out).training["patches_per_s"]
+    for key in missing:
+        # What the other start had, where it was trained in a call before.
+        same = [
+            row["patches"] for row in rows if all(row[k] == key[k] for k in ("minutes", "seed"))
+        ]
+        patches = same[0] if same else int(60 * key["minutes"] * pace)
+        weights = arguments.weights if key["start"] == "phantom" else None
+        chosen = small_unet(changes, weights, patches, RATES[0], key["seed"])
+        record = trained([volume], chosen, SPACE, threads, out)
+        rows.append({**key, "patches": patches, **{name: record.metrics[name] for name in FIGURES}})
         write_atomically(kept, json.dumps(rows, indent=1).encode())
         print(rows[-1], flush=True)
     return rows

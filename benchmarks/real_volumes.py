@@ -73,11 +73,7 @@ def main() -> None:
 
 def report(name: str, folder: Path, seconds: float, threads: int) -> None:
     """Train on the low half of a volume for so long, and print the scores of both halves."""
-    image, label, mask, axis = VOLUMES[name]
-    paths = volume_paths(
-        [folder / image], [folder / label], [] if mask is None else [folder / mask]
-    )
-    volume = replace(read_volume(paths[0]), name=name)
+    volume, axis = real_volume(name, folder)
     record, spent = train_for(
         seconds, volume, "smoke", merged(RECIPE, {"data": {"split": {"axis": axis}}}),
         space=_space(), threads=threads,
@@ -87,6 +83,15 @@ def report(name: str, folder: Path, seconds: float, threads: int) -> None:
     show_scores(
         "trained half, same thresholds", record.metrics | _of_trained_half(volume, axis, record)
     )
+
+
+def real_volume(name: str, folder: Path) -> tuple[Volume, int]:
+    """Return one of `VOLUMES`, read from its folder, and the axis along which it is cut."""
+    image, label, mask, axis = VOLUMES[name]
+    (paths,) = volume_paths(
+        [folder / image], [folder / label], [] if mask is None else [folder / mask]
+    )
+    return replace(read_volume(paths), name=name), axis
 
 
 def _space() -> SearchSpace:

@@ -11,18 +11,17 @@ from __future__ import annotations
 
 import argparse
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from _timed_training import train_for
-from real_volumes import RECIPE, VOLUMES
+from real_volumes import RECIPE, VOLUMES, real_volume
 
 from hydralv_tune.artifacts.writing import write_atomically
 from hydralv_tune.config.search_space_files import load_space
 from hydralv_tune.config.validation import merged
-from hydralv_tune.data.volumes import Volume, read_volume, volume_paths
+from hydralv_tune.data.volumes import Volume
 from hydralv_tune.numerics.cores import usable_cores
 from hydralv_tune.trial.splits import slab
 
@@ -78,10 +77,7 @@ def main() -> None:
         print(f"{arguments.volume}: not in {arguments.data}, so it is not measured.")
         return
     torch.set_num_threads(arguments.threads)
-    image, label, mask, axis = VOLUMES[arguments.volume]
-    masks = [] if mask is None else [folder / mask]
-    (paths,) = volume_paths([folder / image], [folder / label], masks)
-    whole = replace(read_volume(paths), name=arguments.volume)
+    whole, axis = real_volume(arguments.volume, folder)
     volume = slab(whole, 0, *SECTIONS[arguments.volume])
     kept = arguments.out / f"{arguments.volume}_{arguments.width}"
     for name in arguments.recipes:

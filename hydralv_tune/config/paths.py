@@ -62,6 +62,15 @@ def known_names(kind: str) -> list[str]:
     return sorted({path.stem for folder in _folders(kind) for path in folder.glob("*.yaml")})
 
 
+def _shipped(path: Path, kind: str, suffix: str) -> Path | None:
+    """Return the file of a kind that a bare name means, None where it means none."""
+    if path.parent == Path():
+        for folder in _folders(kind):
+            if (folder / f"{path}{suffix}").is_file():
+                return folder / f"{path}{suffix}"
+    return None
+
+
 def find_file(name: str, kind: str) -> Path:
     """Return the file of a path or a bare name.
 
@@ -75,10 +84,9 @@ def find_file(name: str, kind: str) -> Path:
     path = expanded_path(name)
     if path.is_file():
         return path
-    bare = path.parent == Path() and path.suffix not in (".yaml", ".yml")
-    for folder in _folders(kind):
-        if bare and (folder / f"{name}.yaml").is_file():
-            return folder / f"{name}.yaml"
+    shipped = None if path.suffix in (".yaml", ".yml") else _shipped(path, kind, ".yaml")
+    if shipped is not None:
+        return shipped
     known = known_names(kind)
     near = get_close_matches(path.stem, known, n=1)
     hint = f" Did you mean '{near[0]}'?" if near else ""
@@ -94,11 +102,7 @@ def weights_file(name: str | Path) -> Path:
     Whether there is such a file is for the caller to ask.
     """
     path = expanded_path(name)
-    if path.parent == Path() and not path.suffix and not path.is_file():
-        for folder in _folders("trials"):
-            if (folder / f"{name}.safetensors").is_file():
-                return folder / f"{name}.safetensors"
-    return path
+    return path if path.is_file() else _shipped(path, "trials", ".safetensors") or path
 
 
 def shown_path(path: Path) -> str:

@@ -112,12 +112,13 @@ def require_compatible(before: SearchSpace, space: SearchSpace, name: str) -> No
             ) from None
 
 
+OWN_SPACE = "go on with the space that it has: space.yaml in its folder"
+"""What one may always do with a study."""
+
+
 def elsewhere(name: str) -> str:
     """Return what to do instead of changing a study."""
-    return (
-        f"Take another --study name and add --warm-start-from {name}, or go on with the space that "
-        "it has: space.yaml in its folder."
-    )
+    return f"Take another --study name and add --warm-start-from {name}, or {OWN_SPACE}."
 
 
 def imported_trial(

@@ -29,6 +29,7 @@ from hydralv_tune.study.database import (
     while_opening,
 )
 from hydralv_tune.study.distributions import (
+    OWN_SPACE,
     distribution_of,
     elsewhere,
     imported_trial,
@@ -487,8 +488,8 @@ class Study:
             lines = "\n".join(f"  {line}" for line in differences)
             raise StudyError(
                 f"Study '{self.name}' in {self.storage} was made with another search space:\n"
-                f"{lines}\nTake another --study name, accept the change with --extend, or go on "
-                "with the space that it has: space.yaml in its folder."
+                f"{lines}\nTake another --study name, accept the change with --extend, or "
+                f"{OWN_SPACE}."
             )
         require_comparable(before, space, self.name)
         require_compatible(before, space, self.name)

@@ -18,7 +18,9 @@ import pytest
 import yaml
 
 from hydralv_tune.artifacts.checkpoint_store import CheckpointStore
-from hydralv_tune.data.volumes import open_lazy, write_array
+from hydralv_tune.data.volumes import open_lazy, read_labels, read_mask, write_array
+from hydralv_tune.numerics.metrics.contingency import contingency_table
+from hydralv_tune.numerics.metrics.instance_errors import truth_kinds
 from hydralv_tune.numerics.phantom.volume import make_phantom
 
 pytestmark = pytest.mark.timeout(900)
@@ -151,6 +153,13 @@ def test_segment_gives_the_score_of_the_study(
     assert sorted(points["invented"]) == found["invented"]
     assert set(points["split"]) <= set(found["split"]) <= {*points["split"], *points["merged"]}
     assert len(points["merged"]) >= len(found["merged"])
+    compared = contingency_table(
+        prediction=read_labels(folder / "whole.h5"),
+        truth=read_labels(folder / "phantom/label.h5"),
+        mask=read_mask(folder / "phantom/mask.h5"),
+    )
+    wrong = [kind for kind in truth_kinds(compared).values() if kind != "true"]
+    assert sum(map(len, points.values())) == len(wrong) + len(found["invented"])
     for name in ("adapted_rand_error", "adapted_rand_error_foreground", "f1_iou50"):
         assert found[name] == study["best"][name], name
     scored = hydralv("score", "--prediction", "whole.h5", *data("label", "mask"), cwd=folder)

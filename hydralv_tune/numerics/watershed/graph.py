@@ -263,15 +263,16 @@ def graph_of(
     inside = box.inside
     domain_voxels = 0
     nodes, values, flags = _nothing(channels)
-    everywhere = np.ones((high - 2, wide - 2), bool)
+    everywhere = np.nonzero(np.ones((high - 2, wide - 2) if valid is None else (0, 0), bool))
     for z in range(maps.shape[1]):
         section = np.asarray(maps[:, z])
         for channel in range(3):
             check_range(channel, section[channel])
         if not inside[0].start <= z < inside[0].stop:
             continue
-        y, x = np.nonzero(everywhere if valid is None else valid[z, inside[1], inside[2]])
-        own = section[list(channels)][:, inside[1], inside[2]][:, y, x].astype(np.float32)
+        y, x = everywhere if valid is None else np.nonzero(valid[z, inside[1], inside[2]])
+        own = np.stack([section[channel, inside[1], inside[2]][y, x] for channel in channels])
+        own = own.astype(np.float32)
         for index, channel in enumerate(channels):
             if channel == 1:
                 np.negative(own[index], out=own[index])
