@@ -60,7 +60,9 @@ TRIALS = 60
 """Full trainings in the budget that every strategy gets, as in `hydra_lv`."""
 
 SHELF = Path(hydralv_tune.study.__file__).parent / "shelf.json"
-SHELF_VERSION = 1
+SHELF_VERSION = 2
+SHOWN = {"hydra": "half of hydra-11-5", "mito": "half of vnc-mito"}
+"""What a real volume is called; the others are phantoms."""
 
 EARLIER_TRIALS = 36
 """Finished trials of an earlier study that another one learns from."""
@@ -100,7 +102,7 @@ class Strategy:
 
 @dataclass(frozen=True)
 class Progress:
-    """The best error as GPU-seconds went by; infinite before the first feasible trial.
+    """The best `guarded` error as GPU-seconds went by; infinite before the first trial.
 
     Args:
         seconds: GPU-seconds spent when the best error changed, ascending.
@@ -154,10 +156,13 @@ def curves(phantom: str) -> dict[tuple[Any, ...], Curve]:
 @cache
 def phantoms() -> tuple[str, ...]:
     """Return the names of the volumes of which the table holds every candidate."""
+    choices = {key: len(one.choices) for key, one in space().parameters.items() if key != LR}
     found = []
     for name, rows in _trained().groupby("phantom"):
-        keys = rows[list(space().parameters)]
-        if len(keys.drop_duplicates()) == math.prod(keys.nunique()):
+        keys = rows[list(space().parameters)].drop_duplicates()
+        levels = keys.nunique()
+        chosen = (levels[list(choices)] == list(choices.values())).all()
+        if chosen and levels[LR] > 1 and len(keys) == levels.prod():
             found.append(str(name))
     return tuple(sorted(found))
 
@@ -205,6 +210,12 @@ def curve_of(phantom: str, params: Mapping[str, Any]) -> Curve:
     return Curve(*mixed, fails_after=None)
 
 
+def guarded(error: float, f1: float) -> float:
+    """Return an error, or 1 and what the F1 is below the guard: that is worse than any error."""
+    below = space().objective.guard.f1_iou50 - f1
+    return 1 + below if below > 0 else error
+
+
 def simulate(strategy: Strategy, phantom: str, seed: int, goal: float = 0.0) -> Progress:
     """Return how a study goes until its GPU-seconds are spent or its best error is at a goal."""
     return _simulated(strategy, phantom, seed, goal=goal)[0]
@@ -234,12 +245,20 @@ def shelf_without(phantom: str, seed: int) -> list[Lesson]:
 
 
 def shelf_text() -> str:
-    """Return the file that ships with the package: the rank of each candidate on each phantom."""
+    """Return the file that ships with the package: the rank of each candidate on each volume.
+
+    None stands where a candidate was not trained on a volume.
+    """
     lessons = {name: table_lesson(name) for name in phantoms()}
-    rows = [list(params.values()) for params in lessons[phantoms()[0]].params]
+    params = [each for lesson in lessons.values() for each in lesson.params]
+    rows = list(dict.fromkeys(tuple(each.values()) for each in params))
+    ranks = {}
+    for name, lesson in lessons.items():
+        own = {tuple(each.values()): rank
+               for each, rank in zip(lesson.params, lesson.ranks, strict=True)}  # fmt: skip
+        ranks[SHOWN.get(name, f"phantom {name}")] = [own.get(row) for row in rows]
     parts = [f'"version": {SHELF_VERSION}', f'"keys": {json.dumps(list(space().parameters))}']
     parts.append('"candidates": [\n  ' + ",\n  ".join(map(json.dumps, rows)) + "\n ]")
-    ranks = {f"phantom {name}": lesson.ranks for name, lesson in lessons.items()}
     lines = [f"{json.dumps(name)}: {json.dumps(values)}" for name, values in ranks.items()]
     parts.append('"ranks": {\n  ' + ",\n  ".join(lines) + "\n }")
     return "{" + ",\n ".join(parts) + "}\n"
@@ -347,10 +366,9 @@ def _simulated(
         trial.set_user_attr(RESUMABLE, not last)
         study.tell(trial, value if last else None, state=state)
         states[state.name] += 1
-        feasible = last and f1 >= space().objective.guard.f1_iou50
-        if feasible and value < best[-1]:
+        if last and (shown := guarded(value, f1)) < best[-1]:
             seconds.append(now * WORKERS)
-            best.append(value)
+            best.append(shown)
         if states["COMPLETE"] + states["PRUNED"] == trials_wanted or best[-1] <= goal:
             break
         start(now)
@@ -395,9 +413,9 @@ def thresholds_only(phantom: str, seed: int) -> Progress:
         error, f1 = float(row["adapted_rand_error"]), float(row["f1_iou50"])
         trial.set_constraint(GUARD, guard - f1)
         study.tell(trial, error)
-        if f1 >= guard and error < best[-1]:
+        if (shown := guarded(error, f1)) < best[-1]:
             seconds.append(spent)
-            best.append(error)
+            best.append(shown)
     return Progress(tuple(seconds), tuple(best), 1)
 
 
@@ -434,7 +452,7 @@ COLD = Strategy("cold: the defaults without the shelf")
 BARE = Strategy("cold, without warm starts", warm_starts=False)
 ONE = Strategy("after one earlier study", lessons=one_earlier)
 TWO = Strategy("after two earlier studies", lessons=two_earlier)
-SHELVED = Strategy("with the shelf, but for this phantom", lessons=shelf_without)
+SHELVED = Strategy("with the shelf, but for this volume", lessons=shelf_without)
 MISLED = Strategy("after one misleading study", lessons=misleading)
 MAIN = (
     RANDOM,
@@ -616,7 +634,8 @@ def plot(runs: Runs, path: Path) -> None:
             steps = [*range(len(reached) - 1), len(reached) - 2]
             axes.step(reached, [step / len(times) for step in steps], color=f"C{index}",
                       where="post", label=name)  # fmt: skip
-        axes.set(title=f"Phantom {phantom}", xlabel="Share of the budget", xlim=(0, 1), ylim=(0, 1))
+        title = SHOWN.get(phantom, f"Phantom {phantom}")
+        axes.set(title=title, xlabel="Share of the budget", xlim=(0, 1), ylim=(0, 1))
     panels[0].set_ylabel("Share of studies with\nrandom search's last error")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3,
                   frameon=False)  # fmt: skip
@@ -641,7 +660,7 @@ def main() -> None:
     strategies: list[Strategy | None] = [*MAIN, None]
     if arguments.variants:
         strategies += variants()
-    print(f"{len(curves(phantoms()[0]))} candidates really trained on {len(phantoms())} phantoms, "
+    print(f"{len(curves(phantoms()[0]))} candidates really trained on {len(phantoms())} volumes, "
           f"{arguments.seeds} seeds each, {WORKERS} simulated GPUs, "
           f"a budget of {TRIALS} full trainings")  # fmt: skip
     end = time.monotonic() + 60 * arguments.minutes

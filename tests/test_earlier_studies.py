@@ -16,7 +16,7 @@ from study_checks import DECAY, LR, make_space
 from hydralv_tune.config.errors import StudyError
 from hydralv_tune.launch.start import Start
 from hydralv_tune.study.driver import Driver
-from hydralv_tune.study.earlier import Guide, Lesson, lesson_of, ranks_of, shelf
+from hydralv_tune.study.earlier import GUIDED_TRIALS, Guide, Lesson, lesson_of, ranks_of, shelf
 from hydralv_tune.study.optuna_private import enqueue
 from hydralv_tune.study.proposals import TriedCandidates
 from hydralv_tune.study.study import Study, open_readonly
@@ -115,10 +115,10 @@ def test_without_earlier_studies_the_model_learns_from_the_trials_of_its_own() -
     space = make_space(parameters=PARAMETERS)
     guide, tried = Guide(space, [], alone=True), TriedCandidates(space, 0.05)
     trials: list[TrialView] = []
-    for number in range(45):
+    for number in range(GUIDED_TRIALS + 5):
         params = guide.propose(trials, tried, random.Random(number))
         # Random ones before, and the sampler's after.
-        assert (params is None) == (number < 3 or number >= 40)
+        assert (params is None) == (number < 3 or number >= GUIDED_TRIALS)
         params = params or draws(space, 1, 100 + number)[0]
         trials.append(view(number, value=error_of(dict(params)), params=params))
         tried.update(trials)
@@ -144,7 +144,7 @@ def test_a_lesson_serves_a_space_with_other_keys_choices_and_ranges() -> None:
             "optimization.optimizer.weight_decay": {"float": [0.0, 0.1]},
         }
     )
-    first = proposals(other, [lesson(space)], 3)
+    first = proposals(other, [lesson(space)], 5)[::2]  # those between are the sampler's
     assert [params[LOSS] for params in first] == ["none"] * 3
     assert all(1e-3 < params[LR] < 0.1 for params in first)
     decays = [params["optimization.optimizer.weight_decay"] for params in first]
@@ -160,10 +160,9 @@ def test_a_lesson_serves_a_space_with_other_keys_choices_and_ranges() -> None:
 def test_the_sampler_takes_over_once_the_study_knows_enough_itself() -> None:
     space = make_space(parameters=PARAMETERS)
     guide, tried = Guide(space, [lesson(space)]), TriedCandidates(space, 0.0)
-    trials = [
-        view(i, value=error_of(each), params=each) for i, each in enumerate(draws(space, 45, 2))
-    ]
-    assert guide.propose(trials[:30], tried, random.Random(0)) is not None
+    drawn = draws(space, GUIDED_TRIALS, 2)
+    trials = [view(i, value=error_of(each), params=each) for i, each in enumerate(drawn)]
+    assert guide.propose(trials[:-1], tried, random.Random(0)) is not None
     assert guide.propose(trials, tried, random.Random(0)) is None
 
 

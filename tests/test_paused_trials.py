@@ -20,7 +20,8 @@ from hydralv_tune.study.trial_views import Asked, TrialResult
 from hydralv_tune.trial.spec import Evaluation
 
 STEPS = 4
-PAUSING = {"name": "median", "warmup_evaluations": 1, "startup_trials": 2, "revive": 0.34}
+PAUSING = {"name": "median", "warmup_evaluations": 1, "startup_trials": 2, "patience": 0,
+           "revive": 0.34}  # fmt: skip
 QUICK = {"heartbeat_s": 1.0, "grace_s": 8.0}
 
 

@@ -109,22 +109,22 @@ def test_a_simulated_study_keeps_to_its_budget_and_its_best_never_rises(
 
 def test_thresholds_alone_end_at_most_where_their_exact_sweep_does(search: ModuleType) -> None:
     table = pd.read_csv(search.FOLDER / "thresholds.csv.gz")
-    guard = search.space().objective.guard.f1_iou50
     for phantom in search.phantoms():
         rows = table[table["phantom"] == phantom]
         assert len(rows) == 2304
-        feasible = rows[rows["f1_iou50"] >= guard]["adapted_rand_error"]
-        run = search.thresholds_only(phantom, 0)
-        # On some phantoms the baseline's network has no feasible combination at all.
-        assert run.best[-1] >= feasible.min() if len(feasible) else run.best == (math.inf,)
+        figures = rows[["adapted_rand_error", "f1_iou50"]].itertuples(index=False)
+        # On some volumes the baseline's network has no combination that meets the guard.
+        exact = min(search.guarded(*row) for row in figures)
+        assert search.thresholds_only(phantom, 0).best[-1] >= exact
 
 
 def test_the_shelf_is_the_table_and_a_row_leaves_out_its_volume(search: ModuleType) -> None:
     assert search.SHELF.read_text("utf-8") == search.shelf_text()
-    names = {f"phantom {name}": name for name in search.phantoms()}
+    names = {search.SHOWN.get(name, f"phantom {name}"): name for name in search.phantoms()}
     lessons = {names[lesson.source.partition(", ")[2]]: lesson for lesson in shelf()}
     for name, lesson in lessons.items():
-        assert (lesson.params, lesson.ranks) == (
-            search.table_lesson(name).params, search.table_lesson(name).ranks,
-        )  # fmt: skip
+        table = search.table_lesson(name)
+        assert sorted(zip(map(str, lesson.params), lesson.ranks, strict=True)) == sorted(
+            zip(map(str, table.params), table.ranks, strict=True)
+        )
         assert {each.source for each in search.shelf_without(name, 0)} == set(lessons) - {name}

@@ -14,7 +14,7 @@ from hydralv_tune.numerics.watershed.decoders import CONTOUR
 from hydralv_tune.numerics.watershed.flood import components
 from hydralv_tune.numerics.watershed.graph import contour_graph
 from hydralv_tune.numerics.watershed.parts import Parts
-from hydralv_tune.numerics.watershed.pruning import pruned, steps_from_any_seed
+from hydralv_tune.numerics.watershed.pruning import pruned
 from hydralv_tune.trial.scoring.sweep import volume
 from hydralv_tune.trial.scoring.sweep.grid import Axes, Grid, checked_axes
 from hydralv_tune.trial.scoring.sweep.volume import FloodedVolume
@@ -104,7 +104,7 @@ def test_the_cases_have_instances_several_parts_and_something_to_prune() -> None
             graph, np.array([max(axes["binary_threshold.seed"]),
                              -min(axes["contour_threshold.seed"]),
                              max(axes["distance_threshold.seed"])]),
-            int(max(axes["min_seed_size"])), steps_from_any_seed(graph),
+            int(max(axes["min_seed_size"])),
         )  # fmt: skip
         cut += int(np.bitwise_count(less.unvisited).sum() < np.bitwise_count(graph.unvisited).sum())
         found_parts = Parts(less)

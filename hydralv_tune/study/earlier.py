@@ -31,16 +31,16 @@ FEWEST = 5
 MOST = 200
 """Trials that are kept of an earlier study."""
 
-GUIDED_TRIALS = 40
+GUIDED_TRIALS = 80
 """Finished trials of a study until which earlier ones guide it; the sampler goes on from there."""
 
 FADE_TRIALS = 30.0
 """Finished trials after which earlier studies have half of their weight."""
 
-LENGTH = 0.5
+LENGTH = 0.25
 """Share of a range over which two numbers of a candidate resemble each other."""
 
-OTHER = 0.7
+OTHER = 2.0
 """Squared distance of two choices that differ, where `LENGTH` is one unit of length."""
 
 NOISE = 0.3
@@ -55,7 +55,7 @@ EXPLORE = 2.0
 GUIDED_SAMPLER = "tpe"
 """Sampler whose studies are guided though nobody names an earlier one."""
 
-EXPLORE_ALONE = 1.0
+EXPLORE_ALONE = 1.5
 """The same without earlier studies."""
 
 PRUNED_AFTER = 12
@@ -64,12 +64,8 @@ PRUNED_AFTER = 12
 EXPECTED_VARIANCE = 0.04
 """Variance over a space of the ranks that a lesson lets expect."""
 
-TRUST_TRIALS = 6.0
+TRUST_TRIALS = 2.0
 """Trials of this study that weigh as much as the belief that earlier ones are right."""
-
-CONTRAST_AFTER = 3
-"""Trials of a study from which on every other one is the sampler's, until one has been tried that
-earlier studies advise against."""
 
 POOL = 150
 """Random candidates from which the most promising one is taken."""
@@ -183,11 +179,19 @@ def lesson_of(
 def shelf() -> list[Lesson]:
     """Return what ships with the package: the candidates of its benchmark, a volume each."""
     table = json.loads(files("hydralv_tune.study").joinpath("shelf.json").read_text("utf-8"))
-    params = tuple(dict(zip(table["keys"], row, strict=True)) for row in table["candidates"])
-    return [
-        Lesson(f"shelf {table['version']}, {name}", tuple(table["keys"]), params, tuple(ranks))
-        for name, ranks in table["ranks"].items()
-    ]
+    params = [dict(zip(table["keys"], row, strict=True)) for row in table["candidates"]]
+    lessons = []
+    for name, ranks in table["ranks"].items():
+        trained = [index for index, rank in enumerate(ranks) if rank is not None]
+        lessons.append(
+            Lesson(
+                f"shelf {table['version']}, {name}",
+                tuple(table["keys"]),
+                tuple(params[index] for index in trained),
+                tuple(ranks[index] for index in trained),
+            )
+        )
+    return lessons
 
 
 class _Kernel:
@@ -407,9 +411,10 @@ class Guide:
 
 
 def _lacks_contrast(tried_before: Sequence[Floats], there: Sequence[Floats]) -> bool:
-    """Return whether a study tried only what its lessons hold for good.
+    """Return whether a study tried only what its lessons hold for good, and the sampler proposes.
 
-    Ranks among those alone cannot tell whether the lessons are right.
+    Ranks among those alone cannot tell whether the lessons are right, so every other trial is the
+    sampler's until one has been tried that they advise against.
 
     Args:
         tried_before: Ranks that each lesson lets expect of what was tried.
@@ -418,7 +423,7 @@ def _lacks_contrast(tried_before: Sequence[Floats], there: Sequence[Floats]) -> 
     if not there:
         return False
     tried = np.mean(tried_before, axis=0)
-    if len(tried) < CONTRAST_AFTER or len(tried) % 2 == 0:
+    if len(tried) % 2 == 0:
         return False
     low, high = np.quantile(np.mean(there, axis=0), [0.1, 0.9])
     return bool(np.ptp(tried) < (high - low) / 3)
@@ -427,7 +432,8 @@ def _lacks_contrast(tried_before: Sequence[Floats], there: Sequence[Floats]) -> 
 def _trust(expected: Floats, ranks: Floats) -> float:
     """Return the weight of a lesson: the slope of ranks over those expected, fading with both.
 
-    The belief that it is right counts as `TRUST_TRIALS` trials that agree with it.
+    The belief that it is right counts as `TRUST_TRIALS` trials that agree with it. A lesson that
+    this study's trials contradict counts the other way round.
 
     Args:
         expected: What the lesson says of the ended trials of a study.
@@ -439,4 +445,4 @@ def _trust(expected: Floats, ranks: Floats) -> float:
         centred = expected - expected.mean()
         agreement, spread = float(centred @ (ranks - ranks.mean())), float(centred @ centred)
     slope = (belief + agreement) / (belief + spread)
-    return min(max(slope, 0.0), 2.0) * FADE_TRIALS / (FADE_TRIALS + len(ranks))
+    return min(max(slope, -1.0), 2.0) * FADE_TRIALS / (FADE_TRIALS + len(ranks))

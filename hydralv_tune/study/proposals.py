@@ -19,7 +19,7 @@ from hydralv_tune.study.distributions import distribution_of
 from hydralv_tune.study.optuna_private import StudyWithout, contains
 from hydralv_tune.study.trial_views import REPEAT_OF, TrialView, is_tried, recipe_of
 
-DRAWS = 3
+DRAWS = 2
 """Proposals that a sampler is asked for before an untried candidate is drawn at random."""
 
 UNIFORM_DRAWS = 300

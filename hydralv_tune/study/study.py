@@ -25,6 +25,7 @@ from hydralv_tune.study.database import (
     database_errors,
     gone_before,
     load_named,
+    no_collection,
     open_storage,
     while_opening,
 )
@@ -210,7 +211,7 @@ class Study:
         Raises:
             DatabaseAway: The database does not answer right now.
         """
-        with self._errors():
+        with self._errors(), no_collection():
             return self.optuna.get_trials(deepcopy=False)
 
     @contextmanager

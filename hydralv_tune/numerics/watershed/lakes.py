@@ -376,7 +376,7 @@ def _reached_from(
             )  # fmt: skip
             left -= needed
         begin = last_lake
-    return reached[:end].copy(), step, index_of, lake_step, lake_index
+    return reached[:end], step, index_of, lake_step, lake_index
 
 
 @kernel
@@ -428,7 +428,7 @@ def _sources_of(
                 sources[count] = -1 - index_of[other]
                 count += 1
     source_starts[len(reached)] = count
-    return source_starts, sources[:count].copy()
+    return source_starts, sources[:count]
 
 
 @kernel

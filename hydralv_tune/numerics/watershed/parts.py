@@ -201,7 +201,7 @@ def _gather(
                     places[ends] = place + step
                     ends += 1
         starts.append(ends)
-    return places[:ends].copy(), np.array(starts)
+    return places[:ends], np.array(starts)
 
 
 @kernel
@@ -258,8 +258,8 @@ def add_sums(
         sums: (combinations, 6, sizes, foreground combinations), int64; added to.
     """
     labels = room.labels
-    nothing = np.zeros(len(part.lakes.starts) - 1, np.bool_), np.zeros(0, np.int64)
-    plan = make_plan(part.lakes, part.beside, part.is_background, part.is_needed, *nothing)
+    none = np.zeros(0, np.int32), np.zeros(1, np.int32), np.zeros(0, np.int32)
+    plan = none
     planned = (np.uint64(0), np.uint64(0))
     for row in rows:
         seeds, label, sizes = _components(part, thresholds[row])
@@ -268,6 +268,7 @@ def add_sums(
         is_seeded, alone = _flood_lakes(part, room, part.elements[kept], kept_labels)
         sources = fingerprint(np.concatenate((np.flatnonzero(is_seeded), -1 - alone)))
         if sources != planned:
+            plan = none  # the last one goes before the next is made
             plan = make_plan(
                 part.lakes, part.beside, part.is_background, part.is_needed, is_seeded, alone
             )

@@ -24,10 +24,7 @@ NEVER = 2**30
 
 
 def pruned(
-    graph: WatershedGraph,
-    thresholds: npt.NDArray[np.float64],
-    least_seed: int,
-    near: npt.NDArray[np.uint8],
+    graph: WatershedGraph, thresholds: npt.NDArray[np.float64], least_seed: int
 ) -> WatershedGraph:
     """Return the graph without the background that no flood from these seeds, or more, needs.
 
@@ -37,7 +34,6 @@ def pruned(
         graph: What is flooded.
         thresholds: (channels,), float64: the highest that a seed must be above.
         least_seed: The largest size that a seed must have.
-        near: Of `steps_from_any_seed`.
     """
     found = components(graph.values, thresholds, graph.candidates, graph.nodes, graph.box.before)
     seeds, _, _ = keep_large(*found, least_seed)
@@ -50,15 +46,15 @@ def pruned(
     far_first = needed[np.argsort(-steps[needed], kind="stable")].astype(np.int32)
     kept = bits_of(graph.nodes[_sources(graph)], len(graph.box))
     _keep(
-        far_first, steps, near, graph.ranks, graph.levels, graph.unvisited.copy(), graph.known,
-        graph.where, graph.nodes, graph.box.faces, kept,
+        far_first, steps, _steps_from_any_seed(graph), graph.ranks, graph.levels,
+        graph.unvisited.copy(), graph.known, graph.where, graph.nodes, graph.box.faces, kept,
     )  # fmt: skip
     kept &= graph.unvisited
     basins = int(np.count_nonzero(graph.ranks < graph.levels))
     return replace(graph, unvisited=kept, background=int(np.bitwise_count(kept).sum()) - basins)
 
 
-def steps_from_any_seed(graph: WatershedGraph) -> npt.NDArray[np.uint8]:
+def _steps_from_any_seed(graph: WatershedGraph) -> npt.NDArray[np.uint8]:
     """Return how many voxels of the background lie at least on a way from a seed or basin to each.
 
     It is the city block distance to the nearest place that may be one: no way through the domain

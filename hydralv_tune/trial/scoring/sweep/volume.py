@@ -34,7 +34,7 @@ from hydralv_tune.numerics.watershed.parts import (
     room_of,
     same_rows,
 )
-from hydralv_tune.numerics.watershed.pruning import pruned, steps_from_any_seed
+from hydralv_tune.numerics.watershed.pruning import pruned
 from hydralv_tune.numerics.watershed.threshold_sums import COUNTS, threshold_sums, threshold_tables
 from hydralv_tune.trial.scoring.sweep.grid import Axes, GridLike, decoder_arguments_at
 
@@ -280,7 +280,6 @@ class FloodedVolume(SweptVolume):
         order = np.argsort(truth, kind="stable")
         self._scored = needed[order].astype(np.int32)
         self._truth = truth[order]
-        self._near: Array | None = None
         self._kept: tuple[WatershedGraph, Array, int] | None = None
         del self._labels, self._valid, self._maps, self._mask
 
@@ -321,10 +320,8 @@ class FloodedVolume(SweptVolume):
 
     def _pruned(self, graph: WatershedGraph, total: _Total) -> WatershedGraph:
         """Return a graph without what none of the combinations needs."""
-        if self._near is None:
-            self._near = steps_from_any_seed(graph)
         highest, largest = total.thresholds.max(axis=0), int(total.least_seeds.max())
-        kept = pruned(graph, highest, largest, self._near)
+        kept = pruned(graph, highest, largest)
         self._kept = kept, highest, largest
         return kept
 
