@@ -4,7 +4,7 @@
 defaults, cold and taught by earlier studies, with what one would do without them: random search
 without pruning, TPE without pruning, and tuning the decoding thresholds of the baseline alone,
 which is what PyTorch Connectomics offers. The curves in `search_table/` were made by really
-training every candidate of a small space on several phantoms (`search_table/train_curves.py`); a
+training every candidate of a small space on several volumes (`search_table/train_curves.py`); a
 GPU-second here is a second of one CPU core there, and a rate between two tabulated ones has a curve
 between theirs. Proposals, pauses, warm starts and the guard are those of a real study; only the
 training, the clock and the database (in memory) are not.
@@ -138,10 +138,10 @@ def space() -> SearchSpace:
 
 
 @cache
-def curves(phantom: str) -> dict[tuple[Any, ...], Curve]:
-    """Return the curve of each candidate on a phantom, by its parameters."""
+def curves(volume: str) -> dict[tuple[Any, ...], Curve]:
+    """Return the curve of each candidate on a volume, by its parameters."""
     table = _trained()
-    table = table[table["phantom"] == phantom]
+    table = table[table["phantom"] == volume]
     found = {}
     for key, rows in table.groupby(list(space().parameters), sort=False):
         ok = rows[rows["evaluation"] > 0].sort_values("evaluation")
@@ -154,7 +154,7 @@ def curves(phantom: str) -> dict[tuple[Any, ...], Curve]:
 
 
 @cache
-def phantoms() -> tuple[str, ...]:
+def volumes() -> tuple[str, ...]:
     """Return the names of the volumes of which the table holds every candidate."""
     choices = {key: len(one.choices) for key, one in space().parameters.items() if key != LR}
     found = []
@@ -174,18 +174,18 @@ def _trained() -> pd.DataFrame:
 
 
 @cache
-def full_budget(phantom: str) -> float:
+def full_budget(volume: str) -> float:
     """Return the GPU-seconds that `TRIALS` full trainings take on average."""
-    ends = [curve.fails_after or curve.seconds[-1] for curve in curves(phantom).values()]
+    ends = [curve.fails_after or curve.seconds[-1] for curve in curves(volume).values()]
     return TRIALS * statistics.fmean(ends)
 
 
-def curve_of(phantom: str, params: Mapping[str, Any]) -> Curve:
+def curve_of(volume: str, params: Mapping[str, Any]) -> Curve:
     """Return the curve of a candidate: between those of the two tabulated rates around its own.
 
     Where one of the two failed, or has other evaluations, it is the curve of the nearer.
     """
-    table = curves(phantom)
+    table = curves(volume)
     at = list(space().parameters).index(LR)
     rates = sorted({key[at] for key in table})
     place = float(np.interp(math.log(params[LR]), np.log(rates), np.arange(len(rates))))
@@ -216,15 +216,15 @@ def guarded(error: float, f1: float) -> float:
     return 1 + below if below > 0 else error
 
 
-def simulate(strategy: Strategy, phantom: str, seed: int, goal: float = 0.0) -> Progress:
+def simulate(strategy: Strategy, volume: str, seed: int, goal: float = 0.0) -> Progress:
     """Return how a study goes until its GPU-seconds are spent or its best error is at a goal."""
-    return _simulated(strategy, phantom, seed, goal=goal)[0]
+    return _simulated(strategy, volume, seed, goal=goal)[0]
 
 
 @cache
-def table_lesson(phantom: str) -> Lesson:
-    """Return what all tabulated candidates teach of a phantom; those that failed come last."""
-    found, guard = curves(phantom), space().objective.guard.f1_iou50
+def table_lesson(volume: str) -> Lesson:
+    """Return what all tabulated candidates teach of a volume; those that failed come last."""
+    found, guard = curves(volume), space().objective.guard.f1_iou50
     ends = {
         key: (2.0, 0.0) if curve.fails_after else (max(guard - curve.f1[-1], 0), curve.values[-1])
         for key, curve in found.items()
@@ -233,15 +233,15 @@ def table_lesson(phantom: str) -> Lesson:
     ranks = {key: round(index / (len(order) - 1), 4) for index, key in enumerate(order)}
     keys = tuple(space().parameters)
     return Lesson(
-        phantom, keys,
+        volume, keys,
         tuple(dict(zip(keys, key, strict=True)) for key in found),
         tuple(ranks[key] for key in found),
     )  # fmt: skip
 
 
-def shelf_without(phantom: str, seed: int) -> list[Lesson]:
-    """Return the shelf as it would be had the phantom never been seen."""
-    return [table_lesson(name) for name in phantoms() if name != phantom]
+def shelf_without(volume: str, seed: int) -> list[Lesson]:
+    """Return the shelf as it would be had the volume never been seen."""
+    return [table_lesson(name) for name in volumes() if name != volume]
 
 
 def shelf_text() -> str:
@@ -249,7 +249,7 @@ def shelf_text() -> str:
 
     None stands where a candidate was not trained on a volume.
     """
-    lessons = {name: table_lesson(name) for name in phantoms()}
+    lessons = {name: table_lesson(name) for name in volumes()}
     params = [each for lesson in lessons.values() for each in lesson.params]
     rows = list(dict.fromkeys(tuple(each.values()) for each in params))
     ranks = {}
@@ -265,24 +265,24 @@ def shelf_text() -> str:
 
 
 @cache
-def earlier_lesson(phantom: str, seed: int) -> Lesson:
-    """Return what a study of `EARLIER_TRIALS` trials on a phantom teaches, made by the tool."""
-    trials = _simulated(COLD, phantom, seed, EARLIER_TRIALS)[1]
-    lesson = lesson_of(space(), trials, f"{phantom}#{seed}")
+def earlier_lesson(volume: str, seed: int) -> Lesson:
+    """Return what a study of `EARLIER_TRIALS` trials on a volume teaches, made by the tool."""
+    trials = _simulated(COLD, volume, seed, EARLIER_TRIALS)[1]
+    lesson = lesson_of(space(), trials, f"{volume}#{seed}")
     assert lesson is not None
     return lesson
 
 
 def _simulated(
     strategy: Strategy,
-    phantom: str,
+    volume: str,
     seed: int,
     trials_wanted: int | None = None,
     goal: float = 0.0,
 ) -> tuple[Progress, list[TrialView]]:
     """Return how a study goes until its GPU-seconds are spent or so many trials finished."""
     sampler = strategy.sampler.model_copy(update={"seed": seed})
-    lessons = [] if strategy.lessons is None else strategy.lessons(phantom, seed)
+    lessons = [] if strategy.lessons is None else strategy.lessons(volume, seed)
     study = optuna.create_study(pruner=make_pruner(pruner_with(lessons, strategy.pruner)))
     tried = TriedCandidates(space(), sampler.min_distance)
     alone = sampler.name == GUIDED_SAMPLER and strategy.guided
@@ -291,7 +291,7 @@ def _simulated(
     if not strategy.warm_starts:
         recipes = []
     lasting = make_sampler(sampler, 0) if sampler.name in ("cmaes", "qmc") else None
-    budget = full_budget(phantom) / WORKERS  # on the clock: all workers are always busy
+    budget = full_budget(volume) / WORKERS  # on the clock: all workers are always busy
     events: list[tuple[float, int, int, float]] = []
     live: dict[int, tuple[optuna.Trial, Curve]] = {}
     violations: dict[int, dict[str, float]] = defaultdict(dict)
@@ -326,7 +326,7 @@ def _simulated(
             recipes[:] = [each for each in recipes if each is not chosen_first]
             study.enqueue_trial(dict(chosen_first))
         trial = study.ask()
-        curve = curve_of(phantom, suggest(space(), trial))
+        curve = curve_of(volume, suggest(space(), trial))
         trial.set_user_attr("owner", "simulated")
         live[trial.number] = (trial, curve)
         done = 0 if paused is None else len(paused.intermediate)
@@ -379,11 +379,11 @@ def _simulated(
 
 @cache
 def _thresholds(
-    phantom: str,
+    volume: str,
 ) -> tuple[dict[str, list[float]], dict[tuple[float, ...], dict[str, float]], float]:
     """Return the values of each axis, the figures of each combination, and seconds for one."""
     table = pd.read_csv(FOLDER / "thresholds.csv.gz")
-    table = table[table["phantom"] == phantom]
+    table = table[table["phantom"] == volume]
     figures = ["adapted_rand_error", "f1_iou50"]
     axes = [name for name in table.columns if name not in (*figures, "phantom", "seconds")]
     levels = {name: sorted(table[name].unique()) for name in axes}
@@ -391,12 +391,12 @@ def _thresholds(
     return levels, rows, float(table["seconds"].iloc[0])
 
 
-def thresholds_only(phantom: str, seed: int) -> Progress:
+def thresholds_only(volume: str, seed: int) -> Progress:
     """Return how tuning the thresholds of the baseline goes: one training, then one combination
     decoded and scored at a time, chosen by TPE.
     """
-    levels, rows, cost = _thresholds(phantom)
-    trained = curve_of(phantom, space().warm_start("baseline").params)
+    levels, rows, cost = _thresholds(volume)
+    trained = curve_of(volume, space().warm_start("baseline").params)
     spent = trained.seconds[-1]
     study = optuna.create_study(
         sampler=make_sampler(Sampler(seed=seed), 0)  # one sampler: it draws a sequence
@@ -430,21 +430,21 @@ RANDOM = Strategy(
 RANDOM_ONCE = Strategy("random, no repeats", Sampler(name="random"), NO_PRUNING, warm_starts=False)
 
 
-def one_earlier(phantom: str, seed: int) -> list[Lesson]:
-    """Return what a study on another phantom teaches, made by the tool itself."""
-    others = [name for name in phantoms() if name != phantom]
+def one_earlier(volume: str, seed: int) -> list[Lesson]:
+    """Return what a study on another volume teaches, made by the tool itself."""
+    others = [name for name in volumes() if name != volume]
     return [earlier_lesson(others[seed % len(others)], 1000 + seed)]
 
 
-def two_earlier(phantom: str, seed: int) -> list[Lesson]:
-    """Return what a study on each of two other phantoms teaches."""
-    others = [name for name in phantoms() if name != phantom]
+def two_earlier(volume: str, seed: int) -> list[Lesson]:
+    """Return what a study on each of two other volumes teaches."""
+    others = [name for name in volumes() if name != volume]
     return [earlier_lesson(name, 1000 + seed) for name in others[:2]]
 
 
-def misleading(phantom: str, seed: int) -> list[Lesson]:
-    """Return what a study on another phantom would teach were its ranks reversed."""
-    (lesson,) = one_earlier(phantom, seed)
+def misleading(volume: str, seed: int) -> list[Lesson]:
+    """Return what a study on another volume would teach were its ranks reversed."""
+    (lesson,) = one_earlier(volume, seed)
     return [replace(lesson, ranks=tuple(1 - rank for rank in lesson.ranks))]
 
 
@@ -507,10 +507,10 @@ def variants() -> list[Strategy]:
 def _run(task: tuple[Strategy | None, str, int, float]) -> Progress:
     """Simulate one study until a goal; None is tuning thresholds alone."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    strategy, phantom, seed, goal = task
+    strategy, volume, seed, goal = task
     if strategy is None:
-        return thresholds_only(phantom, seed)
-    return simulate(strategy, phantom, seed, goal)
+        return thresholds_only(volume, seed)
+    return simulate(strategy, volume, seed, goal)
 
 
 Runs = dict[str, dict[str, list[Progress]]]
@@ -524,30 +524,30 @@ def run_all(
     end: float,
     goals: Mapping[str, float] | None = None,
 ) -> Iterator[tuple[str, dict[str, list[Progress]]]]:
-    """Yield name and progress of each strategy on every phantom under every seed.
+    """Yield name and progress of each strategy on every volume under every seed.
 
     Args:
         strategies: None is tuning thresholds alone.
-        seeds: Studies of each on each phantom.
+        seeds: Studies of each on each volume.
         processes: That run side by side.
         keep: File of what was run before, which is not run again; it takes what is new.
         end: Monotonic time after which nothing new is begun; what is missing then is left out.
-        goals: Best error on each phantom at which a study ends; without, its budget is spent.
+        goals: Best error on each volume at which a study ends; without, its budget is spent.
     """
     known: dict[str, dict[str, Any]] = {}
-    goals = goals or dict.fromkeys(phantoms(), 0.0)
+    goals = goals or dict.fromkeys(volumes(), 0.0)
     if keep is not None and keep.exists():
         known = json.loads(keep.read_text())
     named = {THRESHOLDS if each is None else each.name: each for each in strategies}
     tasks = [
-        (name, phantom, seed)
+        (name, volume, seed)
         for seed in range(seeds)  # so that a run that is stopped has as many of each
         for name in named
-        for phantom in phantoms()
-        if not _serves(known.get("/".join((name, phantom, str(seed)))), goals[phantom])
+        for volume in volumes()
+        if not _serves(known.get("/".join((name, volume, str(seed)))), goals[volume])
     ]
     with multiprocessing.get_context("spawn").Pool(processes) as pool:
-        given = ((named[name], phantom, seed, goals[phantom]) for name, phantom, seed in tasks)
+        given = ((named[name], volume, seed, goals[volume]) for name, volume, seed in tasks)
         for task, found in zip(tasks, pool.imap(_run, given), strict=True):
             known["/".join(map(str, task))] = asdict(found)
             if keep is not None:
@@ -556,12 +556,12 @@ def run_all(
                 pool.terminate()
                 break
     for name in named:
-        by_phantom: dict[str, list[Progress]] = {}
+        by_volume: dict[str, list[Progress]] = {}
         for key, entry in sorted(known.items()):
-            its_name, phantom, seed = key.rsplit("/", 2)
-            if its_name == name and int(seed) < seeds and _serves(entry, goals[phantom]):
-                by_phantom.setdefault(phantom, []).append(progress_of(entry))
-        yield name, by_phantom
+            its_name, volume, seed = key.rsplit("/", 2)
+            if its_name == name and int(seed) < seeds and _serves(entry, goals[volume]):
+                by_volume.setdefault(volume, []).append(progress_of(entry))
+        yield name, by_volume
 
 
 def _serves(entry: Mapping[str, Any] | None, goal: float) -> bool:
@@ -575,17 +575,17 @@ def progress_of(entry: Mapping[str, Any]) -> Progress:
     return Progress(times, best, entry["finished"], entry["pruned"], entry.get("goal", 0.0))
 
 
-def goal(runs: Runs, reference: str, phantom: str) -> float:
-    """Return what random search ends with on a phantom: the median of its seeds."""
-    return statistics.median(run.at(full_budget(phantom)) for run in runs[reference][phantom])
+def goal(runs: Runs, reference: str, volume: str) -> float:
+    """Return what random search ends with on a volume: the median of its seeds."""
+    return statistics.median(run.at(full_budget(volume)) for run in runs[reference][volume])
 
 
 def shares(runs: Runs, name: str, reference: str = "random, repeats") -> list[float]:
     """Return, for every study, the share of the budget until random search's end was reached."""
     found = []
-    for phantom, studies in runs[name].items():
-        budget = full_budget(phantom)
-        wanted = goal(runs, reference, phantom)
+    for volume, studies in runs[name].items():
+        budget = full_budget(volume)
+        wanted = goal(runs, reference, volume)
         found += [study.time_to(wanted) / budget for study in studies]
     return found
 
@@ -604,8 +604,8 @@ def report(runs: Runs, name: str) -> None:
         never = sum(map(math.isinf, found)) / len(found)
         columns.append(f"{_share(middle)} ({_share(low)} to {_share(high)}), {never:>4.0%} never")
     bests = "  ".join(
-        f"{statistics.median(run.at(full_budget(phantom)) for run in each):.4f}"
-        for phantom, each in runs[name].items()
+        f"{statistics.median(run.at(full_budget(volume)) for run in each):.4f}"
+        for volume, each in runs[name].items()
         if not any(run.goal for run in each)
     )
     studies = [run for each in runs[name].values() for run in each]
@@ -624,17 +624,17 @@ def plot(runs: Runs, path: Path) -> None:
     """Draw how many studies have what random search ends with, as time goes by, for each volume."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(3.6 * len(phantoms()), 3.6), layout="constrained")
-    panels = figure.subplots(1, len(phantoms()), squeeze=False, sharey=True)[0]
-    for axes, phantom in zip(panels, phantoms(), strict=True):
-        budget, wanted = full_budget(phantom), goal(runs, RANDOM.name, phantom)
-        for index, (name, by_phantom) in enumerate(runs.items()):
-            times = sorted(study.time_to(wanted) / budget for study in by_phantom[phantom])
+    figure = Figure(figsize=(3.6 * len(volumes()), 3.6), layout="constrained")
+    panels = figure.subplots(1, len(volumes()), squeeze=False, sharey=True)[0]
+    for axes, volume in zip(panels, volumes(), strict=True):
+        budget, wanted = full_budget(volume), goal(runs, RANDOM.name, volume)
+        for index, (name, by_volume) in enumerate(runs.items()):
+            times = sorted(study.time_to(wanted) / budget for study in by_volume[volume])
             reached = [0.0, *(time for time in times if math.isfinite(time)), 1.0]
             steps = [*range(len(reached) - 1), len(reached) - 2]
             axes.step(reached, [step / len(times) for step in steps], color=f"C{index}",
                       where="post", label=name)  # fmt: skip
-        title = SHOWN.get(phantom, f"Phantom {phantom}")
+        title = SHOWN.get(volume, f"Phantom {volume}")
         axes.set(title=title, xlabel="Share of the budget", xlim=(0, 1), ylim=(0, 1))
     panels[0].set_ylabel("Share of studies with\nrandom search's last error")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3,
@@ -660,7 +660,7 @@ def main() -> None:
     strategies: list[Strategy | None] = [*MAIN, None]
     if arguments.variants:
         strategies += variants()
-    print(f"{len(curves(phantoms()[0]))} candidates really trained on {len(phantoms())} volumes, "
+    print(f"{len(curves(volumes()[0]))} candidates really trained on {len(volumes())} volumes, "
           f"{arguments.seeds} seeds each, {WORKERS} simulated GPUs, "
           f"a budget of {TRIALS} full trainings")  # fmt: skip
     end = time.monotonic() + 60 * arguments.minutes
@@ -668,17 +668,17 @@ def main() -> None:
     runs: Runs = dict(run_all([RANDOM, RANDOM_ONCE], *given))
     goals = None
     if arguments.to_goal:
-        goals = {phantom: min(goal(runs, name, phantom) for name in runs) for phantom in phantoms()}
+        goals = {volume: min(goal(runs, name, volume) for name in runs) for volume in volumes()}
     runs |= dict(
         run_all([each for each in strategies if each not in (RANDOM, RANDOM_ONCE)], *given, goals)
     )
-    wanted = len(phantoms()) * arguments.seeds
+    wanted = len(volumes()) * arguments.seeds
     left = sum(wanted - sum(map(len, of_name.values())) for of_name in runs.values())
     if left:
         print(f"{left} studies are still to be run")
     print(f"{'':<38} {'share of the budget to reach':>35} {'the same of random':>35}   best error,")
     print(f"{'strategy':<38} {'random with repeats at its end':>35} {'without repeats':>35}   "
-          f"median of seeds, on {', '.join(phantoms())}")  # fmt: skip
+          f"median of seeds, on {', '.join(volumes())}")  # fmt: skip
     runs = {name: of_name for name, of_name in runs.items() if of_name}
     for name in runs:
         report(runs, name)

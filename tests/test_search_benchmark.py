@@ -35,11 +35,11 @@ def search() -> ModuleType:
 
 def test_every_candidate_was_trained_on_every_volume(search: ModuleType) -> None:
     train_curves = loaded(search.FOLDER / "train_curves.py")
-    real = set(search.phantoms()) & set(train_curves.REAL)
-    assert set(search.phantoms()) - real == set(train_curves.PHANTOMS)
-    for phantom in search.phantoms():
-        curves = search.curves(phantom)
-        grid = train_curves.grid(train_curves.space_of(phantom), phantom)
+    real = set(search.volumes()) & set(train_curves.REAL)
+    assert set(search.volumes()) - real == set(train_curves.PHANTOMS)
+    for volume in search.volumes():
+        curves = search.curves(volume)
+        grid = train_curves.grid(train_curves.space_of(volume), volume)
         assert set(curves) == {tuple(params.values()) for params in grid}
         for curve in curves.values():
             assert list(curve.seconds) == sorted(curve.seconds)
@@ -50,14 +50,14 @@ def test_every_candidate_was_trained_on_every_volume(search: ModuleType) -> None
 
 
 def test_a_rate_between_two_tabulated_ones_has_a_curve_between_theirs(search: ModuleType) -> None:
-    phantom = search.phantoms()[0]
+    volume = search.volumes()[0]
     params = dict(search.space().warm_start("baseline").params)
-    low, high = (search.curve_of(phantom, {**params, search.LR: rate}) for rate in (1e-3, 3e-3))
-    assert low is search.curves(phantom)[tuple(params.values())]
-    middle = search.curve_of(phantom, {**params, search.LR: math.sqrt(3) * 1e-3})
+    low, high = (search.curve_of(volume, {**params, search.LR: rate}) for rate in (1e-3, 3e-3))
+    assert low is search.curves(volume)[tuple(params.values())]
+    middle = search.curve_of(volume, {**params, search.LR: math.sqrt(3) * 1e-3})
     for one, other, found in zip(low.values, high.values, middle.values, strict=True):
         assert found == pytest.approx((one + other) / 2)
-    assert search.curve_of(phantom, {**params, search.LR: 1.0001e-3}).f1 == pytest.approx(
+    assert search.curve_of(volume, {**params, search.LR: 1.0001e-3}).f1 == pytest.approx(
         low.f1, abs=1e-3
     )
 
@@ -91,13 +91,13 @@ def test_what_was_kept_is_not_run_again(search: ModuleType, tmp_path: Path) -> N
 def test_a_simulated_study_keeps_to_its_budget_and_its_best_never_rises(
     search: ModuleType,
 ) -> None:
-    phantom = search.phantoms()[0]
-    budget = search.full_budget(phantom)
+    volume = search.volumes()[0]
+    budget = search.full_budget(volume)
     for strategy in search.MAIN:
-        run = search.simulate(strategy, phantom, 3)
+        run = search.simulate(strategy, volume, 3)
         assert run.seconds[-1] <= budget
         assert list(run.best) == sorted(run.best, reverse=True)
-        assert run == search.simulate(strategy, phantom, 3)
+        assert run == search.simulate(strategy, volume, 3)
         assert run.time_to(run.best[-1]) == run.seconds[-1]
         if strategy.pruner.name == "none":
             assert run.pruned == 0
@@ -109,18 +109,18 @@ def test_a_simulated_study_keeps_to_its_budget_and_its_best_never_rises(
 
 def test_thresholds_alone_end_at_most_where_their_exact_sweep_does(search: ModuleType) -> None:
     table = pd.read_csv(search.FOLDER / "thresholds.csv.gz")
-    for phantom in search.phantoms():
-        rows = table[table["phantom"] == phantom]
+    for volume in search.volumes():
+        rows = table[table["phantom"] == volume]
         assert len(rows) == 2304
         figures = rows[["adapted_rand_error", "f1_iou50"]].itertuples(index=False)
         # On some volumes the baseline's network has no combination that meets the guard.
         exact = min(search.guarded(*row) for row in figures)
-        assert search.thresholds_only(phantom, 0).best[-1] >= exact
+        assert search.thresholds_only(volume, 0).best[-1] >= exact
 
 
 def test_the_shelf_is_the_table_and_a_row_leaves_out_its_volume(search: ModuleType) -> None:
     assert search.SHELF.read_text("utf-8") == search.shelf_text()
-    names = {search.SHOWN.get(name, f"phantom {name}"): name for name in search.phantoms()}
+    names = {search.SHOWN.get(name, f"phantom {name}"): name for name in search.volumes()}
     lessons = {names[lesson.source.partition(", ")[2]]: lesson for lesson in shelf()}
     for name, lesson in lessons.items():
         table = search.table_lesson(name)
