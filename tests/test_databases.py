@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import os
 import random
@@ -25,7 +26,7 @@ from hydralv_tune.artifacts.records import TrialRecord
 from hydralv_tune.config.errors import ConfigError, InputError, StudyError
 from hydralv_tune.launch.cluster import ray_cluster
 from hydralv_tune.launch.start import Start
-from hydralv_tune.study.database import DatabaseAway
+from hydralv_tune.study.database import DatabaseAway, no_collection
 from hydralv_tune.study.driver import Driver
 from hydralv_tune.study.find import STORAGE_VARIABLE, find_study
 from hydralv_tune.study.recover import recover_study
@@ -39,6 +40,16 @@ def content(database: Path) -> str:
     """Return everything that is in an SQLite file."""
     with sqlite3.connect(database) as connection:
         return "\n".join(connection.iterdump())
+
+
+def test_garbage_is_looked_for_again_after_trials_were_read() -> None:
+    with pytest.raises(KeyError), no_collection():
+        assert not gc.isenabled()
+        with no_collection():
+            pass
+        assert not gc.isenabled()
+        raise KeyError
+    assert gc.isenabled()
 
 
 def run_one(folder: Path, storage: str, name: str = "s") -> None:

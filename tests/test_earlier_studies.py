@@ -135,6 +135,24 @@ def test_a_misleading_study_is_soon_not_believed_any_more() -> None:
     assert np.mean(tried[12:]) < 1.0
 
 
+def test_a_lesson_that_trials_contradict_serves_the_other_way_round() -> None:
+    space = make_space(parameters=PARAMETERS)
+
+    def reached(lessons: Sequence[Lesson]) -> float:
+        errors = []
+        for seed in range(6):
+            params = draws(space, 12, 5 + seed)
+            trials = [view(i, value=error_of(each), params=each) for i, each in enumerate(params)]
+            guide, tried = Guide(space, lessons, alone=True), TriedCandidates(space, 0.05)
+            tried.update(trials)
+            proposed = [guide.propose(trials, tried, random.Random(i)) for i in range(5)]
+            errors += [error_of(dict(each)) for each in proposed if each is not None]
+        assert len(errors) == 30
+        return float(np.mean(errors))
+
+    assert reached([lesson(space, -1.0)]) < 0.7 * reached([])
+
+
 def test_a_lesson_serves_a_space_with_other_keys_choices_and_ranges() -> None:
     space = make_space(parameters=PARAMETERS)
     other = make_space(
