@@ -42,7 +42,14 @@ from hydralv_tune.config.search_space import Pruner, Sampler, SearchSpace
 from hydralv_tune.config.search_space_files import load_space
 from hydralv_tune.numerics.cores import usable_cores
 from hydralv_tune.study.distributions import suggest
-from hydralv_tune.study.earlier import GUIDED_SAMPLER, Guide, Lesson, lesson_of, pruner_with
+from hydralv_tune.study.earlier import (
+    GUIDED_SAMPLER,
+    WAITED_FOR,
+    Guide,
+    Lesson,
+    lesson_of,
+    pruner_with,
+)
 from hydralv_tune.study.paused import trial_to_revive
 from hydralv_tune.study.proposals import ProposalSampler, TriedCandidates
 from hydralv_tune.study.pruners import make_pruner
@@ -95,7 +102,6 @@ class Strategy:
     warm_starts: bool = True
     guard_first: bool = True
     repeats: bool = False
-    recipes_wait: bool = True
     guided: bool = True
     lessons: Callable[[str, int], Sequence[Lesson]] | None = None
 
@@ -310,7 +316,7 @@ def _simulated(
                 chosen, tried, seed * 1_000_003 + len(trials), trials, guide
             )
         paused = None
-        may_wait = bool(lessons) and strategy.recipes_wait
+        may_wait = len(lessons) >= WAITED_FOR
         if not recipes or may_wait:
             paused = trial_to_revive(trials, strategy.pruner.revive)
         if paused is not None:
@@ -479,7 +485,7 @@ def variants() -> list[Strategy]:
     pruners = [
         Pruner(warmup_evaluations=warmup, patience=patience)
         for warmup in (1, 2, 3, 4)
-        for patience in (0, 1)
+        for patience in (0, 1, 2)
         if (warmup, patience) != (Pruner().warmup_evaluations, Pruner().patience)
     ]
     pruners += [

@@ -290,7 +290,7 @@ def test_recipes_that_earlier_studies_advise_against_wait(
 ) -> None:
     space = make_space(parameters=PARAMETERS, recipes=RECIPES, warm_starts=["bad", "good"])
     study = Study.open(storage, "s", space=space, create=True)
-    study.remember_lessons([lesson(space)])
+    study.remember_lessons([lesson(space), lesson(space, count=20)])
     driver = make_driver(storage, space)
     asked = []
     for number in range(4):
@@ -311,16 +311,17 @@ def test_recipes_that_earlier_studies_advise_against_wait(
 
 
 @pytest.mark.parametrize(
-    ("warm_starts", "target", "first"),
+    ("warm_starts", "lessons", "target", "first"),
     [
-        (["bad", "good"], 2, ["bad", "good"]),  # no room for anything else
-        (["bad", "good"], 3, ["good", "bad"]),
-        (["bad", "more"], 9, ["bad", "more"]),  # one sets what nobody searches
-        (["bad", "good", "other"], 9, ["bad", "good", "other"]),  # the lesson knows no decay
+        (["bad", "good"], 2, 2, ["bad", "good"]),  # no room for anything else
+        (["bad", "good"], 2, 3, ["good", "bad"]),
+        (["bad", "good"], 1, 3, ["bad", "good"]),  # one study alone may be no better
+        (["bad", "more"], 2, 9, ["bad", "more"]),  # one sets what nobody searches
+        (["bad", "good", "other"], 2, 9, ["bad", "good", "other"]),  # they know no decay
     ],
 )
 def test_every_recipe_is_trained_within_the_number_of_trials(
-    warm_starts: list[str], target: int, first: list[str], storage: str,
+    warm_starts: list[str], lessons: int, target: int, first: list[str], storage: str,
     make_driver: Callable[..., Driver],
 ) -> None:  # fmt: skip
     searched = {**PARAMETERS, DECAY: {"float": [0.0, 0.1]}} if "other" in first else PARAMETERS
@@ -329,7 +330,10 @@ def test_every_recipe_is_trained_within_the_number_of_trials(
     good = {LR: 1e-2, LOSS: "none", DROPOUT: 0.1}
     others = {LR: 1e-5, LOSS: "gradnorm"}
     params = (good, *[others] * 9)
-    study.remember_lessons([Lesson("one", tuple(PARAMETERS), params, (0.0, *[0.6] * 9))])
+    ranks = (0.0, *[0.6] * 9)
+    study.remember_lessons(
+        [Lesson(f"{i}", tuple(PARAMETERS), params, ranks) for i in range(lessons)]
+    )
     study.close()
     driver, names = make_driver(storage, space), []
     while isinstance(trial := driver.ask(target), Asked):

@@ -218,7 +218,10 @@ class Pruner(StrictModel):
         description="Finished trials before anything is pruned; at least 12 where earlier studies "
         "teach, since what they propose is good on the whole.",
     )
-    patience: Whole = Field(2, description="Evaluations without improvement before pruning.")
+    patience: Whole = Field(
+        2,
+        description="Of `median` and `percentile`: evaluations without improvement before pruning.",
+    )
     percentile: Annotated[float, Field(gt=0, lt=100)] = Field(
         25.0, description="Of `percentile`: this share of trials is kept at each step."
     )

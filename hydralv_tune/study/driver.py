@@ -21,7 +21,7 @@ from optuna.trial import FrozenTrial, TrialState
 from hydralv_tune.study.confirm import missing_repeats
 from hydralv_tune.study.database import DatabaseAway, DatabaseFile, StudyGone, database_errors
 from hydralv_tune.study.distributions import misfit, suggest
-from hydralv_tune.study.earlier import GUIDED_SAMPLER, Guide, pruner_with
+from hydralv_tune.study.earlier import GUIDED_SAMPLER, WAITED_FOR, Guide, pruner_with
 from hydralv_tune.study.journal import PREFIX, SUFFIX, Journal, journals_in
 from hydralv_tune.study.mutex import StudyMutex
 from hydralv_tune.study.optuna_private import (
@@ -223,8 +223,9 @@ class Driver:
     def _recipes_that_may_wait(self, trials: Sequence[TrialView], room: int) -> list[TrialView]:
         """Return the waiting trials where earlier studies say what to try first; none without.
 
-        Only recipes wait that set nothing beside what this study and an earlier one search, since
-        of more no earlier study can tell; and no longer than there is room for all of them.
+        They wait for `WAITED_FOR` earlier studies, where all recipes set nothing beside what this
+        study and an earlier one search, since of more no earlier study can tell; and no longer than
+        there is room for all of them.
 
         Args:
             trials: Of the study.
@@ -236,9 +237,10 @@ class Driver:
             for trial in waiting
             if "warm_start" in trial.user_attrs and "retry_of" not in trial.user_attrs
         ]
-        known = all(
+        lessons = self._guide.lessons
+        known = len(lessons) >= WAITED_FOR and all(
             is_plain(self.space, trial)
-            and any(trial.requested.keys() <= set(each.keys) for each in self._guide.lessons)
+            and any(trial.requested.keys() <= set(each.keys) for each in lessons)
             for trial in recipes
         )
         return recipes if known and len(waiting) < room else []

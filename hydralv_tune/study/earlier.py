@@ -67,6 +67,9 @@ EXPECTED_VARIANCE = 0.04
 TRUST_TRIALS = 2.0
 """Trials of this study that weigh as much as the belief that earlier ones are right."""
 
+WAITED_FOR = 2
+"""Earlier studies from which on recipes wait for what they say: one alone may be no better."""
+
 POOL = 150
 """Random candidates from which the most promising one is taken."""
 
