@@ -91,7 +91,7 @@ def test_what_was_kept_is_not_run_again(search: ModuleType, tmp_path: Path) -> N
 def test_a_simulated_study_keeps_to_its_budget_and_its_best_never_rises(
     search: ModuleType,
 ) -> None:
-    volume = search.volumes()[0]
+    volume = "hydra"  # trainings that get better all the time, as on phantoms, are hardly paused
     budget = search.full_budget(volume)
     for strategy in search.MAIN:
         run = search.simulate(strategy, volume, 3)
