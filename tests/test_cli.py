@@ -51,7 +51,7 @@ SCORE_KEYS = {
 }
 MORE_SCORE_KEYS = {
     "voi", "f1_iou30", "f1_iou75", "ap_iou50", "ap_iou75", "ap", "pq", "sq", "rq", "best_dice",
-    "count_bias", "volume_bias", "by_size",
+    "count_bias", "volume_bias", "by_size", "recall_small", "recall_medium", "recall_large",
 }  # fmt: skip
 """Added in the second version."""
 

@@ -253,3 +253,24 @@ def test_wrong_input_is_refused(change: dict[str, np.ndarray], reason: str) -> N
 def test_iou_under_a_half_is_refused() -> None:
     with pytest.raises(ValueError, match=r"0\.5 <= iou"):
         match_instances(contingency_table(prediction=TWO, truth=TWO), iou=0.4)
+
+
+def test_sizes_are_told_in_thirds_of_the_truths_each_with_its_recall() -> None:
+    # Truths of 1, 2, 3, 4, 5 and 6 voxels; 1, 4 and 6 are found.
+    truth = np.repeat([1, 0, 2, 0, 3, 0, 4, 0, 5, 0, 6], [1, 1, 2, 1, 3, 1, 4, 1, 5, 1, 6])
+    found = np.where(np.isin(truth, (1, 4, 6)), truth, 0)
+    result = score(prediction=found[None, None], truth=truth[None, None])
+    assert (result.recall_small, result.recall_medium, result.recall_large) == (0.5, 0.5, 0.5)
+    own = result.as_dict((10.0, 2.0, 1.0))["by_size"]
+    assert {name: (one["smallest_voxels"], one["largest_voxels"]) for name, one in own.items()} == {
+        "small": (1, 2), "medium": (3, 4), "large": (5, 6),
+    }  # fmt: skip
+    assert (own["large"]["smallest_nm3"], own["large"]["largest_nm3"]) == (100.0, 120.0)
+    assert own["small"]["missed"] == 1
+    assert "smallest_nm3" not in result.as_dict()["by_size"]["small"]
+
+
+def test_a_third_without_truths_has_a_recall_of_one() -> None:
+    result = score(prediction=np.zeros_like(TWO), truth=TWO)  # both of one size: all are small
+    assert (result.recall_small, result.recall_medium, result.recall_large) == (0.0, 1.0, 1.0)
+    assert result.as_dict((1.0, 1.0, 1.0))["by_size"]["large"]["smallest_nm3"] is None

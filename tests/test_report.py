@@ -92,6 +92,7 @@ def test_what_the_study_searches_lies_beside_and_is_what_a_command_names(
 
 def test_what_was_trained_on_and_what_was_held_out_stand_beside_each_other(page: Path) -> None:
     text = (page.parent / "report.md").read_text()
+    assert re.search(r"^- Small \([\d,]+ to [\d,]+ voxels, .* nm³\): \d of \d match", text, re.M)
     assert "## Trained on and held out" in text
     assert "how it does elsewhere is not known" in text
     rows = re.findall(r"^\| adapted Rand error \| (\S+) \| (\S+) \|$", text, re.M)

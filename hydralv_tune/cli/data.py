@@ -260,16 +260,17 @@ def score(
     from hydralv_tune.numerics.metrics.scores import score_labels
 
     ignored = ignore_label or []
-    agreed_placement(prediction, label, mask, scored_mask)
+    size, _ = agreed_placement(prediction, label, mask, scored_mask)
     truth = read_labels(label, ignored)
     segmentation = read_labels(prediction, [one for one in ignored if one < 0])
     inside = joined_masks(mask_or_none(mask, truth.shape), mask_or_none(scored_mask, truth.shape))
     with as_input_error(f"{prediction} against {label}"):
         result = score_labels(prediction=segmentation, truth=truth, mask=inside, ignore=ignored)
+    figures = result.as_dict(size)
     if json:
-        print_json(result.as_dict())
+        print_json(figures)
     else:
-        print_facts(f"{prediction} against {label}", result.as_dict())
+        print_facts(f"{prediction} against {label}", figures)
 
 
 def decode(

@@ -128,5 +128,11 @@ for _metric in (
              lambda t: _scores().count_bias(t)),
     _stacked("volume_bias", "bias of the instances' volume", "zero",
              lambda t: _scores().volume_bias(t)),
+    Metric("recall_small", "recall of the smallest third at IoU 0.5", "higher",
+           lambda t: _scores().recall_of_size(t, "small")),
+    Metric("recall_medium", "recall of the middle third at IoU 0.5", "higher",
+           lambda t: _scores().recall_of_size(t, "medium")),
+    Metric("recall_large", "recall of the largest third at IoU 0.5", "higher",
+           lambda t: _scores().recall_of_size(t, "large")),
 ):  # fmt: skip
     METRICS[_metric.name] = _metric

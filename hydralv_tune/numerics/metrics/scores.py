@@ -6,7 +6,7 @@ last axis.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -414,6 +414,17 @@ def by_size(table: ContingencyTable) -> dict[str, dict[str, Any]]:
     return classes
 
 
+def recall_of_size(table: ContingencyTable, size: str) -> float:
+    """Return the share of small, medium or large truths that match at IoU 0.5; 1 without any.
+
+    Args:
+        table: Of `contingency_table`.
+        size: A key of `by_size`.
+    """
+    own = by_size(table)[size]
+    return own["matched_iou50"] / own["instances_true"] if own["instances_true"] else 1.0
+
+
 @dataclass(frozen=True)
 class Score:
     """Every figure of one segmentation; each metric and count is an attribute of its name.
@@ -461,10 +472,20 @@ class Score:
         """Return how many instances are missed, split, merged and invented."""
         return {key: len(getattr(self, key)) for key in ("missed", "split", "merged", "invented")}
 
-    def as_dict(self) -> dict[str, Any]:
-        """Return the figures as plain JSON types."""
+    def as_dict(self, voxel_size_nm: Sequence[float] | None = None) -> dict[str, Any]:
+        """Return the figures as plain JSON types.
+
+        Args:
+            voxel_size_nm: (z, y, x); where it is given, size classes are told in nm³ too.
+        """
         counts = {name: getattr(self, name) for name in COUNTS}
         plain = {k: list(v) if isinstance(v, tuple) else v for k, v in counts.items()}
+        if voxel_size_nm is not None:
+            volume = float(np.prod(voxel_size_nm))
+            for own in plain["by_size"].values():
+                for end in ("smallest", "largest"):
+                    voxels = own[f"{end}_voxels"]
+                    own[f"{end}_nm3"] = None if voxels is None else voxels * volume
         return {**self.metrics, **plain}
 
 

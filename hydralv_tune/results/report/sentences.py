@@ -199,6 +199,24 @@ def instances_lead(data: ReportData) -> str:
     )
 
 
+def size_lines(data: ReportData) -> list[str]:
+    """Return what became of small, medium and large instances; none of records without them."""
+    nm = data.best.voxel_size_nm
+    lines = []
+    for name, own in (data.metrics.get("by_size") or {}).items():
+        count, low, high = own["instances_true"], own["smallest_voxels"], own["largest_voxels"]
+        if not count:
+            continue
+        ends = f"{low:,} to {high:,} voxels"
+        if nm is not None:
+            ends += f", {low * math.prod(nm):.3g} to {high * math.prod(nm):.3g} nm³"
+        lines.append(
+            f"{name.capitalize()} ({ends}): {own['matched_iou50']} of {count} match at IoU 0.5, "
+            f"{own['missed']} missed, {own['split']} split."
+        )
+    return lines
+
+
 def all_figures(data: ReportData) -> list[tuple[str, float | None]]:
     """Return every figure of the best trial with its name."""
     return [(label, number_of(data.metrics.get(key))) for key, label, _ in figure_names()]
