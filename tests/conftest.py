@@ -370,13 +370,14 @@ def _finish_a_study(folder: Path) -> None:
             value = None
             if state == "COMPLETE":
                 recipe = space.warm_start(asked.warm_start).overrides if asked.warm_start else {}
+                candidate = space.candidate(asked.params, recipe)
                 record = run_trial(
                     TrialSpec(
                         number=asked.number,
                         root=asked.root,
-                        candidate=space.candidate(asked.params, recipe),
+                        candidate=candidate,
                         objective=space.objective,
-                        grid=space.decoding,
+                        grid=candidate.test.decoding_grid or space.decoding,
                         volumes=paths,
                         out=str(folder / "trials" / str(asked.root)),
                         device="cpu",

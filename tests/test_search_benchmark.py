@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import math
 import sys
 from pathlib import Path
@@ -18,14 +18,10 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
 
 def loaded(path: Path) -> ModuleType:
-    """Return a script as a module."""
-    spec = importlib.util.spec_from_file_location(f"benchmark_{path.stem}", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+    """Return a script as a module, by the name under which processes that it starts find it."""
+    if str(path.parent) not in sys.path:
+        sys.path.append(str(path.parent))
+    return importlib.import_module(path.stem)
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -51,6 +52,11 @@ def check_grid(grid: DecodingGrid, place: str, path: str) -> None:
         if not isinstance(entries, list | tuple) or not len(entries):
             refuse(place, here, entries, "an axis is a list of at least one value")
         _check_values(decoder.arguments[axis.partition(".")[0]], axis, entries, place, here)
+    count = math.prod(len(set(entries)) for entries in grid.entries.values())
+    if count > decoder.most_combinations:
+        refuse(place, f"{path}grid", f"a grid of {count:,} combinations",
+               f"{decoder.most_combinations:,} is the most of {grid.decoder}",
+               "Shorten its axes and let `refine` look closer.")  # fmt: skip
 
 
 def _check_values(

@@ -10,7 +10,7 @@ from pydantic import BaseModel
 
 from hydralv_tune.config.candidate import Candidate
 from hydralv_tune.config.search_space import SearchSpace
-from hydralv_tune.config.validation import shown
+from hydralv_tune.config.validation import MISSING, shown, value_at
 from hydralv_tune.numerics.formatting import objective_label
 
 NO_EFFECT = "No effect"
@@ -34,11 +34,20 @@ def explain_space(space: SearchSpace) -> list[str]:
     budget += [f"{space.budget.timeout_s:g} s"] if space.budget.timeout_s else []
     budget += [f"{space.budget.gpu_hours:g} GPU hours"] if space.budget.gpu_hours else []
     conditional = sum(bool(p.when) for p in space.parameters.values())
+    own = any(
+        value_at(block, "test.decoding_grid") not in (MISSING, None)
+        for block in (
+            space.base_mapping(), *space.recipes.values(),
+            *(block for one in space.parameters.values() if isinstance(one.choice, dict)
+              for block in one.choice.values()),
+        )
+    )  # fmt: skip
     return [
         f"Minimises {objective_label(space.objective.metric)} over {len(space.parameters)} "
         f"parameters, {conditional} of them conditional; ends after {' or '.join(budget)}"
         + (f", or below {space.objective.stop_at:g}." if space.objective.stop_at else "."),
-        f"{combinations:,} combinations of {space.decoding.decoder} are swept per evaluation.",
+        f"{combinations:,} combinations of {space.decoding.decoder} are swept per evaluation"
+        + (", where a candidate has no grid of its own (test.decoding_grid)." if own else "."),
         f"Enqueued first: {', '.join(space.warm_starts) or 'nothing'}.",
         *(f"Base '{space.base}': {line}" for line in explain(space.candidate({}))),
     ]
@@ -167,7 +176,7 @@ def _threshold_flags(candidate: Candidate) -> Iterator[str]:
     """Yield what stands out in the decoding thresholds."""
     step = next(step for step in candidate.test.decoding if step.enabled)
     for key, value in step.decoder_arguments().items():
-        if not key.endswith("_threshold"):
+        if not key.endswith("_threshold") or not isinstance(value, list | tuple):
             continue
         seed, foreground = value
         if key == "contour_threshold":

@@ -360,7 +360,7 @@ def _specification(
             "root": asked.root,
             "candidate": candidate,
             "objective": space.objective.model_dump(mode="json"),
-            "grid": space.decoding.model_dump(mode="json"),
+            "grid": candidate["test"]["decoding_grid"],
             "volumes": [asdict(paths) for paths in volumes],
             "out": str(out / "trials" / str(asked.root)),
             "device": "auto" if resources.gpus else "cpu",

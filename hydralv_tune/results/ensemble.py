@@ -21,6 +21,7 @@ from hydralv_tune.artifacts.records import (
     write_json,
 )
 from hydralv_tune.artifacts.writing import write_atomically
+from hydralv_tune.config.candidate import DecodingGrid
 from hydralv_tune.config.errors import HydraLVError, InputError, StudyError, as_input_error
 from hydralv_tune.config.files import decoding_step
 from hydralv_tune.data.volumes import Volume
@@ -100,8 +101,10 @@ def find_ensemble(
         found, volumes, left_out = _candidates(study, began, limit_s, device, say)
         space = study.space
         left = None if limit_s is None else max(limit_s - (time.perf_counter() - began), 0.0)
+        # As it was swept: trials of earlier versions left a grid of the candidate's own aside.
+        grid = DecodingGrid.model_validate(found[0].trial.record.grid or space.decoding)
         selection = selection_of(
-            [one.maps for one in found], volumes, space.decoding, space.objective,
+            [one.maps for one in found], volumes, grid, space.objective,
             threads=threads,
             # Each fold, and everything: all trials alone, then one round of averages at least.
             sweep_s=None if left is None else left / (8 * len(found)),
@@ -243,6 +246,9 @@ def _candidates(
         except (InputError, OSError) as error:
             left_out.append(f"trial {number}: {error}")
             continue
+        if found and trial.step.name != found[0].trial.step.name:
+            left_out.append(f"trial {number}: decoded otherwise than the best one")
+            continue
         parts = [part for fold in plan.folds for part in fold.score]
         if found and [*map(describe, parts)] != [*map(describe, volumes)]:
             left_out.append(f"trial {number}: scored on other parts than the best one")
@@ -298,7 +304,7 @@ def _facts(
             {"ensemble": trials(picks), "single": trials(alone)} for picks, alone in chosen.folds
         ],
         "cells": chosen.cells,
-        "decoding": {"name": study.space.decoding.decoder, "kwargs": chosen.point.arguments},
+        "decoding": {"name": single.trial.step.name, "kwargs": chosen.point.arguments},
         "considered": _complete(study),
         "left_out": list(left_out),
     }

@@ -26,6 +26,10 @@ if TYPE_CHECKING:
 Pair = Sequence[float | None]
 
 FLOOR = 0.1
+MOST_COMBINATIONS = 1_000_000
+"""450 bytes a combination while the table is made: this many are 0.45 GB."""
+MOST_DECODED = 10_000
+"""The limit where each combination has to be decoded: hours, at a second each."""
 CONTOUR = "decode_instance_binary_contour_distance"
 THRESHOLDS = ("binary_threshold", "contour_threshold", "distance_threshold")
 
@@ -164,6 +168,11 @@ class Decoder:
     domain: Callable[[Array, Array | None, Mapping[str, Any]], Array] | None = None
     nodes: Callable[[Array, Array | None, Mapping[str, Any]], Array] | None = None
     by_section: bool = False
+
+    @property
+    def most_combinations(self) -> int:
+        """Return how many a sweep may have: by the memory of its table, or the time to decode."""
+        return MOST_DECODED if self.sweep is None else MOST_COMBINATIONS
 
     @property
     def slow_axes(self) -> tuple[str, ...]:

@@ -23,6 +23,7 @@ from hydralv_tune.data.volumes import Volume
 from hydralv_tune.numerics.formatting import number_of
 from hydralv_tune.numerics.metrics.instance_errors import InstanceError, bootstrap
 from hydralv_tune.numerics.metrics.registry import METRICS
+from hydralv_tune.numerics.watershed.decoders import arguments_of
 from hydralv_tune.results.best_trial import BestTrial
 from hydralv_tune.results.ensemble import kept_facts
 from hydralv_tune.results.report.findings import (
@@ -365,7 +366,7 @@ def _axes(sweep: Mapping[str, Any], best: BestTrial) -> list[Axis]:
         if part and isinstance(value, list | tuple):
             value = value[part == "foreground"]
         tried = list(grid.axes.get(name, ()))
-        bounds = BOUNDS.get(key, (0.0, np.inf))
+        bounds = _bounds(best.step.name, key)
         rows.append(
             Axis(name, _axis(name), _limit(value), _listed(flat), _listed(tried),
                  _edge(value, tried, bounds), tried, bounds)
@@ -373,9 +374,15 @@ def _axes(sweep: Mapping[str, Any], best: BestTrial) -> list[Axis]:
     return rows
 
 
-BOUNDS = {"binary_threshold": (0.0, 1.0), "contour_threshold": (0.0, 1.0),
-          "distance_threshold": (-1.0, 1.0)}  # fmt: skip
-"""Values outside which a threshold lets everything pass, or nothing."""
+def _bounds(decoder: str, key: str) -> tuple[float, float]:
+    """Return the values outside which an argument lets everything pass, or nothing."""
+    argument = arguments_of(decoder).get(key)
+    if argument is None:
+        return 0.0, np.inf
+    low = 0.0 if argument.low is None else argument.low
+    # A contour threshold may be above 1, which switches the test off.
+    high = 1.0 if argument.may_be_off else argument.high
+    return low, np.inf if high is None else high
 
 
 def _edge(value: Any, tried: Sequence[Any], bounds: tuple[float, float]) -> str:

@@ -371,12 +371,16 @@ def _edge_steps(data: ReportData) -> list[NextStep]:
             f"{'smallest' if axis.edge == 'low' else 'largest'} tried"
             for axis in edges
         )
+        own = data.best.candidate.test.decoding_grid
+        is_own = own is not None and own != data.best.study.space.decoding
+        where = ", where the candidate's own grid is set" if is_own else ""
+        block = "decoding_grid" if is_own else "decoding"
         steps.append(
             NextStep(
                 f"Widen {counted(len(edges), 'threshold')}",
                 f"Their best values are at the end of the grid ({found}). Put this into "
-                f"{data.space_file}, then run it.",
-                "\n".join(["decoding:", "  grid:", *_widened_grid(data.axes, edges)]),
+                f"{data.space_file}{where}, then run it.",
+                "\n".join([f"{block}:", "  grid:", *_widened_grid(data.axes, edges)]),
                 _run_again(data, "--extend"),
             )
         )

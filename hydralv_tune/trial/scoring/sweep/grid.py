@@ -13,12 +13,8 @@ import numpy as np
 from hydralv_tune.config.errors import unknown_name
 from hydralv_tune.numerics.watershed.decoders import DECODERS, arguments_of
 
-MOST_COMBINATIONS = 1_000_000
-"""450 bytes a combination while the table is made: this many are 0.45 GB."""
 FINEST = 0.01
 """The smallest step of a refinement: below it a threshold fits the noise of one volume."""
-MOST_DECODED = 10_000
-"""The limit where each combination has to be decoded: hours, at a second each."""
 
 
 class GridLike(Protocol):
@@ -105,7 +101,7 @@ def checked_axes(grid: GridLike) -> Axes:
         axis: tuple(sorted({known[axis.partition(".")[0]].checked(axis, v) for v in values[axis]}))
         for axis in decoder.axes
     }
-    most = MOST_COMBINATIONS if decoder.sweep else MOST_DECODED
+    most = decoder.most_combinations
     if count_combinations(checked) > most:
         why = (
             "" if decoder.sweep else f" since {grid.decoder} has no sweep form and must decode each"
