@@ -187,6 +187,10 @@ FAULTS = [
     ("data: {train_resolution: [30, 8]}", "train_resolution .*three lengths in nm"),
     ("data: {split: {kind: holdout, fraction: 1}}", "split.fraction is 1.*must be below 1"),
     ("data: {split: {volumes: [a]}}", "split.volumes .*data.split.kind is none"),
+    ("data: {split: {kind: blocks, blocks: [60000, 60000, 60000]}}",
+     r"split.blocks is \[60000.*each of the 216,000,000,000,000 blocks trains a network"),
+    ("data: {split: {kind: blocks, blocks: [5, 13, 1]}}", "65 blocks .* at most 64. Try"),
+    ("data: {split: {kind: cross_validation, folds: 65}}", "65 folds .* at most 64. Try 5"),
     ("data: {sampling: {foreground_share: 1.5}}", "foreground_share is 1.5.*at most 1"),
     ("monitor: {early_stopping: {enabled: true, monitor: val_loss}}", "only the total training "
      "loss is watched"),

@@ -559,3 +559,5 @@ def test_blocks_without_truth_are_no_folds_and_a_single_one_is_refused() -> None
         )  # fmt: skip
     with pytest.raises(VolumeError, match="leaves nothing to train on"):
         split_volumes([given], split("blocks", margin=40), receptive_field=(9, 9, 9))
+    with pytest.raises(VolumeError, match=r"cuts y into 49, but it has 48 voxels there"):
+        split_volumes([given], split("blocks", blocks=[1, 49, 1]), receptive_field=(9, 9, 9))

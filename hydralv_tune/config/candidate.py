@@ -228,10 +228,11 @@ class Split(StrictModel):
     side: Literal["low", "high"] = Field("high", description="Which end is held out.")
     margin: Whole | None = Field(None, description="Voxels between; null: a receptive field.")
     volumes: list[str] = Field(default_factory=list, description="Names of held-out volumes.")
-    folds: Annotated[int, Field(ge=2)] = Field(3, description="Of a cross-validation.")
+    folds: Annotated[int, Field(ge=2)] = Field(3, description="Of a cross-validation; at most 64.")
     blocks: Size3 = Field(
         (1, 2, 2),
-        description="blocks: in how many each volume is cut (z, y, x); each is held out in turn.",
+        description="blocks: in how many each volume is cut (z, y, x); each is held out in turn. "
+        "At most 64 in all.",
     )
 
     @property

@@ -32,6 +32,8 @@ TARGETS: dict[str, dict[str, tuple[Any, ...]]] = {
     "instance_edt": {"mode": ("2d", "3d"), "quantize": (False,)},
 }
 """The targets in the order of the channels, and the values that each argument may have."""
+MOST_NETWORKS = 64
+"""That a trial may train for its split."""
 
 
 def check_candidate(candidate: Candidate, place: str, known: KnownBlocks | None = None) -> None:
@@ -302,6 +304,11 @@ def check_data(candidate: Candidate, place: str) -> None:
         refuse(place, "data.split.blocks", list(data.split.blocks),
                "one block is held out at a time, so there must be two at least",
                "Try [1, 2, 2].")  # fmt: skip
+    if data.split.networks > MOST_NETWORKS:
+        key, step = ("blocks", "[1, 2, 2]") if data.split.kind == "blocks" else ("folds", "5")
+        refuse(place, f"data.split.{key}", getattr(data.split, key),
+               f"each of the {data.split.networks:,} {key} trains a network, and a trial trains at "
+               f"most {MOST_NETWORKS}", f"Try {step}.")  # fmt: skip
     if len(set(data.split.volumes)) != len(data.split.volumes):
         refuse(place, "data.split.volumes", data.split.volumes, "a name stands twice")
 

@@ -277,6 +277,13 @@ def _folds_of_blocks(
     cut axis, as large as the volume has it, so these parts share their corners. A block of a volume
     without truth is held out by no fold; a fold that no volume has truth for does not exist.
     """
+    for volume in volumes:
+        for letter, side, count in zip(AXES, volume.image.shape, split.blocks, strict=True):
+            if count > side:
+                raise VolumeError(
+                    f"Volume '{volume.name}': data.split.blocks cuts {letter} into {count}, but it "
+                    f"has {side} voxels there. Set fewer data.split.blocks."
+                )
     margins = [side if split.margin is None else split.margin for side in receptive_field]
     cut = [axis for axis in range(3) if split.blocks[axis] > 1]
     folds: list[Fold] = []
@@ -291,7 +298,7 @@ def _folds_of_blocks(
             block = volume
             for axis in cut:
                 block = slab(block, axis, *spans[axis])
-            if all(block.image.shape) and has_truth(block):
+            if has_truth(block):
                 score.append(block)
             for axis in cut:
                 low, high = spans[axis]
