@@ -11,11 +11,20 @@ import pytest
 from test_trial import candidate, spec, volume
 
 from hydralv_tune.artifacts.records import write_json
+from hydralv_tune.config.candidate import Data
 from hydralv_tune.config.files import decoding_step
-from hydralv_tune.data.volumes import VolumePaths, write_array
+from hydralv_tune.data.volumes import Volume, VolumePaths, write_array
 from hydralv_tune.numerics.metrics.contingency import joined
-from hydralv_tune.results.scored_volumes import figures_where_trained, scored_volumes
+from hydralv_tune.results.report.data import instance_place
+from hydralv_tune.results.scored_volumes import (
+    ScoredVolume,
+    figures_where_trained,
+    judge_all,
+    scored_volumes,
+)
 from hydralv_tune.trial.run import run_trial
+from hydralv_tune.trial.splits import slab
+from hydralv_tune.trial.training.lazy_reader import as_lazy, part_to_score
 
 pytestmark = pytest.mark.usefixtures("without_pictures")
 
@@ -52,6 +61,23 @@ def test_the_part_of_a_large_volume_that_was_scored_is_found_and_decoded_again(
         table = joined([part.table for part in parts])
         assert len(table.truth_ids) == record.metrics["instances_true"]
     np.testing.assert_array_equal(kept[0].prediction, again[0].prediction)
+
+
+@pytest.mark.parametrize("lazy", [False, True], ids=["block", "sections of a slab"])
+def test_an_instance_is_placed_in_the_whole_volume(lazy: bool) -> None:
+    label = np.zeros((8, 32, 48), np.uint16)
+    label[3:6, 20:23, 30:33] = 1
+    whole = Volume("v[x 9:99] y", np.zeros(label.shape, np.uint8), label)
+    if lazy:
+        part = slab(slab(as_lazy(whole), 0, 1, 8), 1, 16, 32)
+        few = Data(memory_limit_gb=40 * 16 * 48 * 3 / 1e9)
+        part = part_to_score(part, few)
+        assert part.name == "v[x 9:99] y[z 1:8][y 16:32][z 2:5]"
+    else:
+        part = slab(slab(whole, 1, 16, 32), 2, 24, 48)
+    scored = ScoredVolume(part, np.zeros_like(part.label))
+    (instance,) = judge_all([scored]).instances
+    assert instance_place(scored, instance.error) == "z 4, y 21, x 31"
 
 
 def test_what_was_trained_on_is_scored_under_the_same_thresholds_and_once(tmp_path: Path) -> None:

@@ -447,8 +447,10 @@ def instance_place(scored: ScoredVolume, error: InstanceError) -> str:
     invented = error.truth_id is None
     box = segments[error.segment_ids[0]] if invented else truths[error.truth_id or 0]
     middle = {axis: (s.start + s.stop - 1) // 2 for axis, s in zip("zyx", box, strict=True)}
-    # A slab counts its sections from its own first one; people look them up in the whole volume.
-    if slab := re.search(r"\[([zyx]) (\d+):\d+\]$", scored.volume.name):
+    # A slab, also one of a slab, counts from its own first voxel; people look in the whole volume.
+    name = scored.volume.name
+    slabs = name[len(re.sub(r"(\[[zyx] \d+:\d+\])+$", "", name)) :]
+    for slab in re.finditer(r"\[([zyx]) (\d+):\d+\]", slabs):
         middle[slab[1]] += int(slab[2])
     return ", ".join(f"{axis} {at}" for axis, at in middle.items())
 
