@@ -8,12 +8,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from hydralv_tune.cli.main import exit_code
 from hydralv_tune.config.errors import InputError
 from hydralv_tune.config.search_space_files import load_space
 from hydralv_tune.data.volumes import Volume, write_array
 from hydralv_tune.trial.proposal import Machine, Proposal, propose
+from hydralv_tune.trial.splits import split_volumes
+from hydralv_tune.trial.training.sampling import PatchSampler, ResidentVolume
 
 CPU = Machine(gpu_gb=None, cores=2, memory_gb=8.0)
 
@@ -35,6 +38,39 @@ def patch_of(volume: Volume) -> tuple[int, ...]:
     return tuple(propose(volume, CPU).facts()["patch_size"])
 
 
+def held_out(proposal: Proposal) -> tuple[int, str, int]:
+    """Return axis, end and margin of the proposed holdout."""
+    split = dict(proposal.facts()["split"])
+    assert (split.pop("kind"), split.pop("fraction")) == ("holdout", 0.25)
+    return split["axis"], split["side"], split["margin"]
+
+
+def why(proposal: Proposal) -> str:
+    """Return the reasons as one text."""
+    return " ".join(proposal.reasons)
+
+
+def check_trainable(proposal: Proposal, volume: Volume, folder: Path) -> None:
+    """Check that the written space is valid, and that its patches can be cut from its parts."""
+    (folder / "mine.yaml").write_text(proposal.text())
+    space = load_space(folder / "mine.yaml")
+    for name in space.warm_starts:
+        data = space.candidate({}, space.warm_start(name).overrides).data
+        plan = split_volumes([volume], data, receptive_field=(99, 99, 99))
+        for part in plan.folds[0].train:
+            source = ResidentVolume(part, data, torch.device("cpu"), 0)
+            PatchSampler([source], patch_size=data.patch_size, foreground_share=0.5, seed=0)
+
+
+def within(whole: Volume, shape: tuple[int, int, int]) -> Volume:
+    """Return a larger volume with another in its low corner."""
+    image, label = np.zeros(shape, np.uint8), np.zeros(shape, np.int32)
+    z, y, x = whole.image.shape
+    assert whole.label is not None
+    label[:z, :y, :x] = whole.label
+    return Volume("within", image, label)
+
+
 def test_large_instances_get_a_wide_patch_and_deep_ones_a_deep_one() -> None:
     flat = patch_of(boxes((40, 300, 300), (3, 40, 40), 24))
     deep = patch_of(boxes((80, 200, 200), (30, 20, 20), 24))
@@ -54,11 +90,57 @@ def test_few_instances_are_not_parted_and_many_leave_a_quarter() -> None:
     few = propose(boxes((16, 64, 128), (8, 16, 16), 10), CPU)
     assert few.facts()["split"] == {"kind": "none"}
     assert any("too few to part" in reason for reason in few.reasons)
-    many = propose(boxes((16, 128, 256), (8, 16, 20), 24), CPU).facts()["split"]
-    assert many == {"kind": "holdout", "axis": 2, "fraction": 0.25, "margin": 20}
+    many = propose(boxes((16, 128, 256), (8, 16, 20), 24), CPU)
+    assert held_out(many) == (2, "high", 20)
+    assert "A quarter along x, the longest axis, is held out, with a margin of one" in why(many)
 
 
-@pytest.mark.slow
+def test_long_instances_are_parted_across_or_with_less_margin(tmp_path: Path) -> None:
+    rods = boxes((16, 128, 256), (4, 8, 250), 24)
+    proposal = propose(rods, CPU)
+    assert held_out(proposal) == (1, "high", 8)
+    assert "along y, at its high end" in why(proposal)
+    assert "a margin of 250 voxels leaves too little to train on" in why(proposal)
+    check_trainable(proposal, rods, tmp_path)
+    stripes = np.broadcast_to(np.arange(256, dtype=np.int32) % 24 + 1, rods.image.shape)
+    woven = Volume("woven", rods.image, stripes)
+    proposal = propose(woven, CPU)
+    assert held_out(proposal) == (2, "high", 64)
+    assert "64 voxels, less than a large instance (241)" in why(proposal)
+    check_trainable(proposal, woven, tmp_path)
+
+
+def test_an_end_without_truth_is_not_held_out(tmp_path: Path) -> None:
+    low = within(boxes((16, 128, 80), (4, 8, 8), 24), (16, 128, 256))
+    proposal = propose(low, CPU)
+    assert held_out(proposal) == (2, "low", 8)
+    assert "at the high end of x, the longest axis, one of the two" in why(proposal)
+    check_trainable(proposal, low, tmp_path)
+    corner = within(boxes((3, 30, 30), (1, 2, 2), 24), (16, 128, 256))
+    proposal = propose(corner, CPU)
+    assert proposal.facts()["split"] == {"kind": "none"}
+    assert "one of the two parts has no truth, and no other cut is better." in why(proposal)
+    check_trainable(proposal, corner, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("shape", "machine"),
+    [
+        pytest.param((12, 100, 100), CPU, id="cores"),
+        pytest.param((24, 160, 160), Machine(80.0, 16, 64.0), id="gpu", marks=pytest.mark.slow),
+    ],
+)
+def test_a_patch_fits_what_is_left_to_train_on(
+    shape: tuple[int, int, int], machine: Machine, tmp_path: Path
+) -> None:
+    volume = boxes(shape, (4, 10, 10), shape[0] // 6 * (shape[1] // 12) ** 2)
+    proposal = propose(volume, machine)
+    axis, _, margin = held_out(proposal)
+    left = shape[axis] - shape[axis] // 4 - margin
+    assert left - 16 < proposal.facts()["patch_size"][axis] <= left
+    check_trainable(proposal, volume, tmp_path)
+
+
 def test_a_gpu_takes_the_large_space_and_a_small_one_a_smaller_batch() -> None:
     volume = boxes((40, 160, 160), (12, 30, 30), 8)
     large = propose(volume, Machine(80.0, 16, 64.0)).facts()

@@ -219,11 +219,11 @@ def _print_volume(title: str, facts: dict[str, Any]) -> None:
 def _propose(volume: Volume, path: Path) -> dict[str, Any]:
     """Write a search space for a volume and this machine, and return what it chooses."""
     from hydralv_tune.artifacts.writing import write_atomically
-    from hydralv_tune.config.search_space_files import load_space, with_fixed
+    from hydralv_tune.config.search_space_files import read_space
     from hydralv_tune.trial.proposal import Machine, propose
 
     proposal = propose(volume, Machine.here())
-    with_fixed(load_space(proposal.base), proposal.changes["fixed"], "the proposal")
+    read_space(proposal.mapping, path)
     write_atomically(path, proposal.text().encode())
     return {"out": str(path), **proposal.facts()}
 

@@ -31,9 +31,24 @@ def load_space(name_or_path: str | Path, overrides: Mapping[str, Any] | None = N
         ConfigError: There is no such file, or it breaks a rule.
     """
     path = find_file(str(name_or_path), "search_spaces")
+    return read_space(read_yaml_mapping(path), path, overrides)
+
+
+def read_space(
+    mapping: Mapping[str, Any], path: Path, overrides: Mapping[str, Any] | None = None
+) -> SearchSpace:
+    """Return the space that a file holds, or would hold, every rule checked.
+
+    Args:
+        mapping: The file's content.
+        path: Where it lies or is to lie: recipes beside it are read.
+        overrides: As for `load_space`.
+
+    Raises:
+        ConfigError: It breaks a rule.
+    """
     place = shown_path(path)
-    read = {"name": path.stem, **read_yaml_mapping(path)}
-    space = space_from_mapping(read, place)
+    space = space_from_mapping({"name": path.stem, **mapping}, place)
     recipes = dict(space.recipes)
     for name in (space.base, *space.warm_starts):
         if name not in recipes:

@@ -12,8 +12,8 @@ import numpy.typing as npt
 import psutil
 import torch
 
-from hydralv_tune.config.candidate import Candidate
-from hydralv_tune.config.errors import InputError
+from hydralv_tune.config.candidate import Candidate, Data, Split
+from hydralv_tune.config.errors import ConfigError, InputError, VolumeError
 from hydralv_tune.config.paths import find_file
 from hydralv_tune.config.search_space_files import load_space
 from hydralv_tune.config.validation import merged
@@ -21,8 +21,11 @@ from hydralv_tune.config.yaml_io import dump_yaml, read_yaml_mapping
 from hydralv_tune.data.volumes import Volume
 from hydralv_tune.numerics.cores import usable_cores
 from hydralv_tune.numerics.networks.registry import divisor, network_arguments
+from hydralv_tune.trial.fitted_normalisation import with_normalisation
 from hydralv_tune.trial.planning import instance_reach, training_memory_gb
 from hydralv_tune.trial.scoring.prediction import network_of
+from hydralv_tune.trial.splits import AXES, split_volumes
+from hydralv_tune.trial.training.sampling import check_patch_fits
 
 Array = npt.NDArray[Any]
 Size3 = tuple[int, int, int]
@@ -32,6 +35,7 @@ AROUND = 2.0
 LARGE_PERCENTILE = 90
 MEMORY_SHARE = 0.8
 BATCHES = (1, 2, 4, 8)
+HELD_OUT = 0.25
 ENOUGH_TO_HOLD_OUT = 20
 """Instances from which on a quarter of the volume holds a few of them."""
 
@@ -65,34 +69,30 @@ class Proposal:
 
     Args:
         base: Name of the shipped space that it changes.
-        changes: What is laid over it.
+        mapping: The changed space, as a file holds it.
         reasons: A sentence for each choice.
     """
 
     base: str
-    changes: dict[str, Any]
+    mapping: dict[str, Any]
     reasons: tuple[str, ...]
 
     def text(self) -> str:
         """Return the space as a YAML file that says why."""
         head = "".join(f"# {line}\n" for line in (f"Proposed over {self.base}.", *self.reasons))
-        return head + dump_yaml(self._mapping())
+        return head + dump_yaml(self.mapping)
 
     def facts(self) -> dict[str, Any]:
         """Return the choices as plain JSON types."""
-        fixed = self.changes["fixed"]
+        fixed = self.mapping["fixed"]
         return {
             "space": self.base,
             "patch_size": fixed["data"]["patch_size"],
             "batch_size": fixed["system"]["training"]["batch_size"],
             "split": fixed["data"]["split"],
-            "budget": self._mapping()["budget"],
+            "budget": self.mapping["budget"],
             "reasons": list(self.reasons),
         }
-
-    def _mapping(self) -> dict[str, Any]:
-        """Return the file's content."""
-        return merged(read_yaml_mapping(find_file(self.base, "search_spaces")), self.changes)
 
 
 def propose(volume: Volume, machine: Machine) -> Proposal:
@@ -108,38 +108,39 @@ def propose(volume: Volume, machine: Machine) -> Proposal:
     extents = _extents(volume)
     name = "hydra_lv" if machine.gpu_gb is not None else "hydra_lv_small"
     space = load_space(name)
-    starts = [space.warm_start(start) for start in space.warm_starts]
-    candidates = [space.candidate({}, start.overrides) for start in starts]
-    shape, shipped = volume.image.shape, candidates[0].data.patch_size
-    step = _multiples(candidates)
-    patch = _patch(shape, extents, step, most=math.prod(shipped))
-    pads = [max(math.ceil((side - whole) / 2), 0) for side, whole in zip(patch, shape, strict=True)]
+    candidates = [
+        space.candidate({}, space.warm_start(start).overrides) for start in space.warm_starts
+    ]
+    first, step = candidates[0], _multiples(candidates)
+    patch, split, why = _patch_and_split(volume, first.data, extents, step)
     where = f"a GPU of {machine.gpu_gb:.0f} GB" if machine.gpu_gb else f"{machine.cores} CPU cores"
     batch, needed = _batch(candidates, patch, machine)
     # A trial trains on as many voxels as with the shipped patch and batch.
-    before = candidates[0].system.training.batch_size
-    epochs = round(candidates[0].optimization.max_epochs * math.prod(shipped) / math.prod(patch))
-    split, why = _split(volume, extents)
-    reasons = (
-        f"{name}: there is {where}.",
-        f"Patch {list(patch)}: {LARGE_PERCENTILE} % of the instances are within "
-        f"{[round(side) for side in extents[1]]} voxels (z, y, x); {AROUND:g} times that, as far "
-        f"as {math.prod(shipped):,} voxels and the volume of {list(shape)} allow, in multiples of "
-        f"{list(step)}.",
-        f"Batch {batch} (shipped {before}): the largest of the first networks then takes "
-        f"{needed:.1f} GB to train.",
-        why,
-        f"{epochs} epochs, so that a trial sees as many voxels as with the shipped patch.",
-    )
+    shipped, before = math.prod(first.data.patch_size), first.system.training.batch_size
+    epochs = round(first.optimization.max_epochs * shipped / math.prod(patch))
     fixed: dict[str, Any] = {
         "data": {"patch_size": list(patch), "split": split},
         "system": {"training": {"batch_size": batch}},
         "inference": {"sliding_window": {"window_size": list(patch)}},
         "optimization": {"max_epochs": max(epochs, 1)},
     }
+    pads = _pads(patch, volume.image.shape)
     if any(pads):
         fixed["data"]["pad_size"] = pads
-    return Proposal(name, {"fixed": fixed}, reasons)
+    base = read_yaml_mapping(find_file(name, "search_spaces"))
+    mapping = merged(base, {"fixed": fixed})
+    reasons = [
+        f"{name}: there is {where}.",
+        f"Patch {list(patch)}: {LARGE_PERCENTILE} % of the instances are within "
+        f"{[round(side) for side in extents[1]]} voxels (z, y, x); {AROUND:g} times that, as far "
+        f"as {shipped:,} voxels and what is left to train on of {list(volume.image.shape)} allow, "
+        f"in multiples of {list(step)}.",
+        f"Batch {batch} (shipped {before}): the largest of the first networks then takes "
+        f"{needed:.1f} GB to train.",
+        why,
+        f"{epochs} epochs, so that a trial sees as many voxels as with the shipped patch.",
+    ]
+    return Proposal(name, mapping, tuple(reasons))
 
 
 def _extents(volume: Volume) -> tuple[int, npt.NDArray[np.float64]]:
@@ -226,17 +227,75 @@ def _memory(candidate: Candidate, patch: Size3, batch: int) -> float:
     return training_memory_gb(changed, network_of(changed))
 
 
-def _split(volume: Volume, extents: tuple[int, Array]) -> tuple[dict[str, Any], str]:
-    """Return what is held out, and why."""
-    count = extents[0]
-    if count < ENOUGH_TO_HOLD_OUT:
-        return {"kind": "none"}, (
-            f"Nothing is held out: {count} instances are too few to part. The figures are then "
-            "optimistic, and the report says so."
+def _pads(patch: Size3, shape: Sequence[int]) -> list[int]:
+    """Return the voxels to add on both sides of each axis that is shorter than the patch."""
+    return [max(math.ceil((side - whole) / 2), 0) for side, whole in zip(patch, shape, strict=True)]
+
+
+def _patch_and_split(
+    volume: Volume, data: Data, extents: tuple[int, Array], step: Size3
+) -> tuple[Size3, dict[str, Any], str]:
+    """Return the patch, what is held out, and why: the first cut that training accepts."""
+    volume = with_normalisation(volume, data)
+    count, reach = extents
+    against = f"{count} instances are too few to part"
+    cuts = _cuts(volume.image.shape, reach) if count >= ENOUGH_TO_HOLD_OUT else []
+    for number, split in enumerate(cuts):
+        patch = _patch_beside(volume, data, split, extents, step)
+        axis, whole = AXES[split.axis], math.ceil(float(reach[split.axis]))
+        if isinstance(patch, str):
+            if number == 0:
+                against = f"at the {split.side} end of {axis}, the longest axis, {patch}"
+            continue
+        if split.margin == whole:
+            margin = f"one large instance ({whole} voxels)"
+        else:
+            margin = f"{split.margin} voxels, less than a large instance ({whole})"
+        where = "the longest axis" if number == 0 else f"at its {split.side} end"
+        why = f"A quarter along {axis}, {where}, is held out, with a margin of {margin}"
+        why += "." if number == 0 else f": {against}."
+        return patch, split.model_dump(exclude_unset=True), why
+    why = f"Nothing is held out: {against}{', and no other cut is better' if cuts else ''}. "
+    why += "The figures are then optimistic, and the report says so."
+    patch = _patch(volume.image.shape, extents, step, most=math.prod(data.patch_size))
+    return patch, {"kind": "none"}, why
+
+
+def _cuts(shape: Sequence[int], reach: Array) -> list[Split]:
+    """Return the slabs that may be held out, the best first: along a long axis, at the high end.
+
+    The margin is one large instance or, where no such cut will do, a quarter of the axis.
+    """
+    axes = sorted(range(3), key=lambda axis: -shape[axis])
+    margins = [(axis, math.ceil(float(reach[axis]))) for axis in axes]
+    margins += [(axis, shape[axis] // 4) for axis, whole in margins if shape[axis] // 4 < whole]
+    kind = {"kind": "holdout", "fraction": HELD_OUT}
+    return [
+        Split.model_validate({**kind, "axis": axis, "side": side, "margin": margin})
+        for axis, margin in margins
+        for side in ("high", "low")
+    ]
+
+
+def _patch_beside(
+    volume: Volume, data: Data, split: Split, extents: tuple[int, Array], step: Size3
+) -> Size3 | str:
+    """Return the patch for what a cut leaves to train on, or what is against the cut."""
+    shape, margin = volume.image.shape, split.margin or 0
+    if 2 * margin > (1 - HELD_OUT) * shape[split.axis]:
+        return f"a margin of {margin} voxels leaves too little to train on"
+    try:
+        plan = split_volumes(
+            [volume], data.model_copy(update={"split": split}), receptive_field=shape
         )
-    axis = int(np.argmax(volume.image.shape))
-    margin = math.ceil(float(extents[1][axis]))
-    return {"kind": "holdout", "axis": axis, "fraction": 0.25, "margin": margin}, (
-        f"A quarter along {'zyx'[axis]}, the longest axis, is held out, with a margin of one large "
-        f"instance ({margin} voxels)."
-    )
+    except VolumeError:
+        return "one of the two parts has no truth"
+    (part,) = plan.folds[0].train
+    patch = _patch(part.image.shape, extents, step, most=math.prod(data.patch_size))
+    pads = _pads(patch, shape)
+    padded = [side + 2 * pad for side, pad in zip(part.image.shape, pads, strict=True)]
+    try:
+        check_patch_fits(volume.name, padded, patch)
+    except ConfigError:
+        return "what is left to train on is smaller than a patch"
+    return patch
