@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 from hydralv_tune.cli.main import exit_code
+from hydralv_tune.config import paths
 from hydralv_tune.config.errors import InputError
 from hydralv_tune.config.search_space_files import load_space
 from hydralv_tune.data.volumes import Volume, write_array
@@ -182,3 +184,27 @@ def test_inspect_writes_a_space_that_a_study_takes(
     assert out.read_bytes() == before
     assert exit_code(["inspect", *files[:2], "--propose", str(out)]) == 2
     assert "give --label too" in capsys.readouterr().err
+
+
+def test_no_file_but_a_proposal_is_replaced(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    volume = boxes((8, 32, 32), (4, 8, 8), 4)
+    write_array(tmp_path / "im.h5", volume.image)
+    write_array(tmp_path / "label.h5", volume.label)
+    shipped = paths.PACKAGE.parent
+    for folder in ("search_spaces", "trials"):
+        shutil.copytree(shipped / folder, tmp_path / folder)
+    monkeypatch.setattr(paths, "PACKAGE", tmp_path / "hydralv_tune")
+    monkeypatch.chdir(tmp_path)
+    words = ["inspect", "--image", "im.h5", "--label", "label.h5", "--propose"]
+    mine, base = tmp_path / "mine.yaml", tmp_path / "search_spaces" / "hydra_lv_small.yaml"
+    mine.write_text("base: smoke\n")
+    base.write_text("# Proposed over nothing.\n" + base.read_text())
+    for file, told in ((mine, "was not written by --propose"), (base, "would be lost")):
+        before = file.read_bytes()
+        assert exit_code([*words, str(file)]) == 2
+        assert told in capsys.readouterr().err
+        assert file.read_bytes() == before
+    for _ in range(2):
+        assert exit_code([*words, "new.yaml"]) == 0

@@ -45,6 +45,8 @@ if TYPE_CHECKING:
 
     from hydralv_tune.data.volumes import Volume
 
+PROPOSED = "# Proposed over"
+"""How the text of a proposal begins."""
 LARGEST_PHANTOM = 10**9
 """Voxels; a hundred times the plan's volume, and more than most memories hold."""
 
@@ -184,7 +186,9 @@ def inspect(
     if candidate is not None:
         read.append(str(find_file(candidate, "trials")))
     if propose is not None:
-        check_file_out("--propose", propose, (".yaml", ".yml"), read)
+        bases = [str(find_file(name, "search_spaces")) for name in ("hydra_lv", "hydra_lv_small")]
+        check_file_out("--propose", propose, (".yaml", ".yml"), [*read, *bases])
+        _check_proposed(propose)
         if not label:
             raise InputError("inspect --propose: needs instance sizes, so give --label too.")
     given = volumes_given(image, label or [], mask or [], scored_mask or [], ignore_label or [])
@@ -214,6 +218,18 @@ def _print_volume(title: str, facts: dict[str, Any]) -> None:
     print_facts(title, facts)
     for warning in warnings:
         say(f"warning: {warning}")
+
+
+def _check_proposed(path: Path) -> None:
+    """Refuse to replace a file that is no earlier proposal.
+
+    Raises:
+        InputError: There is such a file.
+    """
+    if path.exists() and not path.read_bytes().startswith(PROPOSED.encode()):
+        raise InputError(
+            f"--propose: {path} was not written by --propose, and would be lost. Name another file."
+        )
 
 
 def _propose(volume: Volume, path: Path) -> dict[str, Any]:
