@@ -21,6 +21,7 @@ from hydralv_tune.results import ensemble
 from hydralv_tune.results.ensemble import find_ensemble
 from hydralv_tune.results.report.report import write_report
 from hydralv_tune.results.segmentation import load_model
+from hydralv_tune.study.study import Study
 from hydralv_tune.trial.scoring.ensemble import (
     Selection,
     cells_of,
@@ -230,6 +231,39 @@ def test_an_ensemble_is_predicted_segmented_exported_and_reported_as_one_thing(
     page = write_report(f"sqlite:///{study / 'study.db'}", "tiny", tmp_path / "r", folder=study)
     assert facts["sentence"] in page.with_name("report.md").read_text()
     assert 'id="ensemble"' in page.read_text()
+
+
+def test_the_certificate_of_an_ensemble_says_what_is_known_of_it(
+    study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    storage = f"sqlite:///{study / 'study.db'}"
+    opened = Study.open(storage, "tiny")
+    space = opened.space.as_mapping()
+    space["objective"]["guard"]["f1_iou50"] = 1.0  # each trial met that of its time, 0
+    opened.remember("space", space)
+    opened.close()
+    always(monkeypatch)
+    facts = find_ensemble(storage, "tiny", study, members=2)
+    first, second = (one["trial"] for one in facts["members"])
+    facts["members"][0]["networks"] = 3  # as of a cross-validation
+    (study / "ensemble.json").write_text(json.dumps(facts))
+    record = study / "trials" / str(second) / "record.json"
+    record.write_text(json.dumps({**json.loads(record.read_text()), "seed": 7}))
+    assert exit_code(["export", str(study), "--ensemble", "--out", str(tmp_path / "b.yaml")]) == 0
+    assert "does not meet the guard of F1 ≥ 1" in capsys.readouterr().err
+    text = (tmp_path / "b.certificate.md").read_text()
+    for words in (
+        "| figure | value | best trial alone |",
+        "**Study**: tiny (3 complete, 1 pruned",
+        f"), trials {first}, {second}\n",
+        facts["sentence"],
+        "F1 at IoU 0.5 of at least 1: NOT met",
+        f"**Seeds**: 42 (trial {first}); 7 (trial {second})",
+        f"{facts['cells']} parts of space drawn anew 1000 times",
+        "the average of 4 trained networks, from 2 of 4 configurations",
+    ):
+        assert words in text
+    assert "2000 times" not in text
 
 
 def test_what_needs_one_network_refuses_an_ensemble(

@@ -25,7 +25,7 @@ from hydralv_tune.config.candidate import DecodingGrid
 from hydralv_tune.config.errors import HydraLVError, InputError, StudyError, as_input_error
 from hydralv_tune.config.files import decoding_step
 from hydralv_tune.data.volumes import Volume
-from hydralv_tune.numerics.formatting import signed
+from hydralv_tune.numerics.formatting import figure, signed
 from hydralv_tune.numerics.metrics.registry import METRICS, SUMMARY
 from hydralv_tune.results.best_trial import BestTrial, chosen_trial
 from hydralv_tune.results.export.certificate import write_certificate
@@ -202,15 +202,21 @@ def export_ensemble(
         write_atomically(out, (study.out / THRESHOLDS).read_bytes())
         commands = own_commands(best, out, checkpoint)
         certificate = write_certificate(best, out, facts)
+        guard, f1 = study.space.objective.guard.f1_iou50, facts.get("f1_iou50")
     finally:
         study.close()
+    warnings = []
+    if f1 is None or f1 < guard:
+        warnings.append(
+            f"the ensemble does not meet the guard of F1 ≥ {guard:g} (F1 {figure(f1)})."
+        )
     return {
         "out": str(out),
         "checkpoint": str(checkpoint),
         "certificate": str(certificate),
         # It is made of trials; none of it can be trained in one.
         "commands": [line for line in commands if not line.startswith("hydralv-tune train")],
-        "warnings": [],
+        "warnings": warnings,
     }
 
 
