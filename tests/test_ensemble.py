@@ -274,6 +274,9 @@ def test_what_needs_one_network_refuses_an_ensemble(
     assert "has none yet" in capsys.readouterr().err
     always(monkeypatch)
     find_ensemble(f"sqlite:///{study / 'study.db'}", "tiny", study, members=2)
+    for own in ("space.yaml", "ensemble.yaml", "trials/1/best.yaml"):
+        assert exit_code(["export", str(study), "--ensemble", "--out", str(study / own)]) == 2
+        assert "keeps what is its own" in capsys.readouterr().err
     assert exit_code(["export", str(study), "--ensemble", "--format", "torchscript", *out]) == 2
     assert "holds one network" in capsys.readouterr().err
     assert exit_code(["export", str(study), "--ensemble", "--trial", "1", *out]) == 2

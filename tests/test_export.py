@@ -37,6 +37,7 @@ from hydralv_tune.results.export.export import changed_keys, export_best, normal
 from hydralv_tune.results.export.models import export_bioimageio, window_of
 from hydralv_tune.results.export.pytc import peer_config, peer_step, peer_weights
 from hydralv_tune.results.export.pytc_blocks import PeerData
+from hydralv_tune.results.report.report import write_report
 from hydralv_tune.study.study import Study, open_readonly
 from hydralv_tune.trial.fitted_normalisation import fit_image
 from hydralv_tune.trial.scoring.prediction import load_network, network_of
@@ -385,6 +386,43 @@ def test_unknown_format_names_the_known_ones(finished_study: Any, tmp_path: Path
     with pytest.raises(InputError, match=r"neither \.csv nor \.parquet"):
         export_best(finished_study.storage, "tiny", tmp_path / "b.yaml", table=Path("t.xlsx"))
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("format", "name"),
+    [
+        ("hydralv", "space.yaml"), ("pytc", "space.yaml"), ("hydralv", "ensemble.yaml"),
+        ("hydralv", "trials/1/best.yaml"), ("hydralv", "trials/new/best.yaml"),
+        ("torchscript", "trials/1/best.pt"), ("bioimageio", "trials/1/best.zip"),
+        ("pytc-2026-01", "trials/1/best.yaml"),
+    ],
+)  # fmt: skip
+def test_an_export_replaces_nothing_that_a_study_keeps(
+    finished_study: Any, tmp_path: Path, format: str, name: str
+) -> None:
+    copied = finished_study.copied_to(tmp_path / "copy")
+    (copied.folder / "space.yaml").write_text("its own")
+    (tmp_path / "link").symlink_to(copied.folder)
+    before = {path: path.read_bytes() for path in copied.folder.rglob("*") if path.is_file()}
+    with pytest.raises(InputError, match=r"^export --out: .* keeps what is its own"):
+        export_best(copied.storage, "tiny", tmp_path / "link" / name, format=format)
+    table = copied.folder / "trials" / "t.csv"
+    with pytest.raises(InputError, match=r"^export --table: .* keeps what is its own"):
+        export_best(copied.storage, "tiny", tmp_path / "best.yaml", table=table)
+    assert {path: path.read_bytes() for path in before} == before
+    assert sum(path.is_file() for path in copied.folder.rglob("*")) == len(before)
+    assert not list(tmp_path.glob("best.*"))
+
+
+def test_an_export_replaces_nothing_of_another_study_either(
+    finished_study: Any, tmp_path: Path
+) -> None:
+    (tmp_path / "study.json").touch()
+    with pytest.raises(InputError, match="keeps what is its own"):
+        export_best(finished_study.storage, "tiny", tmp_path / "space.yaml")
+    with pytest.raises(InputError, match="keeps what is its own"):
+        write_report(finished_study.storage, "tiny", tmp_path / "trials" / "1")
+    export_best(finished_study.storage, "tiny", tmp_path / "best.yaml")
 
 
 def test_missing_checkpoint_says_where_it_should_be(finished_study: Any, tmp_path: Path) -> None:

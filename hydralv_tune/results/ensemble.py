@@ -29,7 +29,12 @@ from hydralv_tune.numerics.formatting import figure, signed
 from hydralv_tune.numerics.metrics.registry import METRICS, SUMMARY
 from hydralv_tune.results.best_trial import BestTrial, chosen_trial
 from hydralv_tune.results.export.certificate import write_certificate
-from hydralv_tune.results.export.export import exported_text, own_commands, write_weights
+from hydralv_tune.results.export.export import (
+    check_places,
+    exported_text,
+    own_commands,
+    write_weights,
+)
 from hydralv_tune.results.scored_volumes import fold_checkpoints, predicted_parts, split_of
 from hydralv_tune.study.ending import search_is_over
 from hydralv_tune.study.study import Study, open_readonly
@@ -181,10 +186,12 @@ def export_ensemble(
 
     Raises:
         StudyError: No such storage or study.
-        InputError: None was looked for, or the best trial alone was kept.
+        InputError: None was looked for, the best trial alone was kept, or a file of the study
+            would be replaced.
     """
     study = open_readonly(storage, name, folder)
     try:
+        check_places(study, out, None)
         facts = kept_facts(study.out)
         if facts is None or study.out is None:
             raise InputError(

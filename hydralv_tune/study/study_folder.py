@@ -9,11 +9,12 @@ from __future__ import annotations
 import json
 import os
 import shlex
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from hydralv_tune.artifacts.writing import why_not_writable, write_atomically
-from hydralv_tune.config.errors import StudyError
+from hydralv_tune.config.errors import InputError, StudyError
 from hydralv_tune.study.journal import journals_in
 
 MARKER = "study.json"
@@ -21,6 +22,8 @@ SPACE_FILE = "space.yaml"
 """Name of the file that keeps what the study searches, for `recover`."""
 DATABASE = "study.db"
 """Name of the SQLite file of a study whose storage is not given."""
+OWN_FILES = (MARKER, SPACE_FILE, DATABASE, "ensemble.json", "ensemble.ckpt", "ensemble.yaml")
+"""What a study keeps in its folder beside its trials, and what is made of it may not replace."""
 
 
 @dataclass(frozen=True)
@@ -92,6 +95,31 @@ def check_out(folder: Path, study: str, *, identity: str | None, stored: Path | 
     reason = why_not_writable(folder)
     if reason is not None:
         raise StudyError(f"--out: {folder}: {reason}. Name another folder.")
+
+
+def check_apart_from_study(option: str, files: Iterable[Path], folder: Path | None) -> None:
+    """Refuse files that would replace what a study keeps, or lie among its trials.
+
+    Args:
+        option: What the user calls the files, for the message.
+        files: What is to be written.
+        folder: Of the study; any other study is known by the mark in its folder.
+
+    Raises:
+        InputError: One of the files is a study's own, or lies among its trials.
+    """
+    for file in files:
+        place = Path(os.path.realpath(file.parent), file.name)
+        studies = [parent for parent in place.parents if (parent / MARKER).is_file()]
+        if folder is not None:
+            studies.append(Path(os.path.realpath(folder)))
+        for study in studies:
+            among_trials = place.is_relative_to(os.path.realpath(study / "trials"))
+            if among_trials or place in [study / name for name in OWN_FILES]:
+                raise InputError(
+                    f"{option}: {file} is where the study in {study} keeps what is its own. Name "
+                    "another file, outside its folder trials."
+                )
 
 
 def claim_out(folder: Path, owner: Owner) -> None:

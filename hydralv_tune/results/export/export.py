@@ -28,7 +28,7 @@ from hydralv_tune.data.volumes import VolumePaths, open_lazy, read_mask, read_vo
 from hydralv_tune.numerics.metrics.registry import SUMMARY
 from hydralv_tune.results.best_trial import BestTrial, best_portable, load_best_trial
 from hydralv_tune.results.export import MODEL_FORMATS
-from hydralv_tune.results.export.certificate import write_certificate
+from hydralv_tune.results.export.certificate import certificate_path, write_certificate
 from hydralv_tune.results.export.models import (
     export_bioimageio,
     export_torchscript,
@@ -36,7 +36,8 @@ from hydralv_tune.results.export.models import (
 )
 from hydralv_tune.results.export.pytc import PEER_FORMATS, peer_config, peer_weights
 from hydralv_tune.results.export.pytc_blocks import PeerData, deeply_supervised
-from hydralv_tune.study.study import open_readonly
+from hydralv_tune.study.study import Study, open_readonly
+from hydralv_tune.study.study_folder import check_apart_from_study
 from hydralv_tune.study.trial_views import guard_warnings
 from hydralv_tune.trial.fitted_normalisation import fit_image
 from hydralv_tune.trial.scoring.prediction import load_network
@@ -84,7 +85,8 @@ def export_best(
 
     Raises:
         StudyError: No such storage or study, or no trial is finished.
-        InputError: The format or a suffix is unknown, or checkpoint or record are gone.
+        InputError: The format or a suffix is unknown, checkpoint or record are gone, or a file of
+            the study would be replaced.
     """
     out = Path(out)
     if format not in FORMATS:
@@ -100,8 +102,9 @@ def export_best(
             f"export --out: {out} is no .yaml file; the checkpoint goes beside it as .ckpt."
         )
     if table is not None:
-        _check_table(Path(table))
+        check_table(Path(table))
     with load_best_trial(storage, study, folder, number=trial, portable=portable) as best:
+        check_places(best.study, out, table)
         if format == "hydralv":
             document = _export_own(best, out)
         elif format == "torchscript":
@@ -487,8 +490,28 @@ def write_weights(path: Path, content: Mapping[str, Any]) -> None:
     write_atomically(path, buffer.getvalue())
 
 
-def _check_table(path: Path) -> None:
-    """Refuse a table that is neither CSV nor Parquet."""
+def check_places(study: Study, out: Path, table: Path | None) -> None:
+    """Refuse to export onto what a study keeps in its folder, before anything is written.
+
+    Args:
+        study: Open.
+        out: The exported file.
+        table: That of all trials, if it is asked for.
+
+    Raises:
+        InputError: One of them, or a file that goes beside, is a study's own.
+    """
+    written = [out, *(out.with_suffix(suffix) for suffix in (".ckpt", ".safetensors"))]
+    check_apart_from_study("export --out", [*written, certificate_path(out)], study.out)
+    check_apart_from_study("export --table", [] if table is None else [Path(table)], study.out)
+
+
+def check_table(path: Path) -> None:
+    """Refuse a table that is neither CSV nor Parquet.
+
+    Raises:
+        InputError: It is neither.
+    """
     if path.suffix not in (".csv", ".parquet"):
         raise InputError(
             f"export --table: {path} is neither .csv nor .parquet. Name it TRIALS.csv."
@@ -502,7 +525,7 @@ def write_table(storage: str, study: str, path: Path) -> Path:
         InputError: The suffix is neither.
         StudyError: No such storage or study.
     """
-    _check_table(path)
+    check_table(path)
     opened = open_readonly(storage, study)
     try:
         frame = opened.table()

@@ -17,6 +17,7 @@ from hydralv_tune.numerics.formatting import figure, signed
 from hydralv_tune.results.best_trial import load_best_trial
 from hydralv_tune.results.report import sentences
 from hydralv_tune.results.report.data import KIND_COLOURS, ReportData, report_data
+from hydralv_tune.study.study_folder import check_apart_from_study
 
 TEMPLATES = Path(__file__).parent
 SECTIONS = (
@@ -47,10 +48,11 @@ def write_report(storage: str, study: str, out: Path, *, folder: Path | None = N
 
     Raises:
         StudyError: No such storage or study, or no trial is finished.
-        InputError: The best trial's record is gone.
+        InputError: The best trial's record is gone, or the folder lies among a study's trials.
     """
     out = Path(out)
     with load_best_trial(storage, study, folder) as best:
+        check_apart_from_study("report --out", [out / "index.html"], best.study.out)
         data = report_data(best, out)
         space = best.study.space.as_mapping()
         page, text = render(data), render_markdown(data)
