@@ -315,4 +315,16 @@ def test_it_is_looked_for_once_after_a_study_and_not_where_the_space_says_so(
     # A volume that has gone costs the ensemble, not the run.
     (study / "im.h5").unlink()
     ensemble.ensemble_after_study(storage, "tiny", 3, said.append, study)
-    assert "No ensemble was looked for" in said[-1]
+    assert "No ensemble was found: " in said[-1]
+
+
+def test_no_fault_of_the_search_for_an_ensemble_costs_the_result_of_a_run(
+    study: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: Any, **__: Any) -> None:
+        raise RuntimeError("out of\nmemory")
+
+    said: list[str] = []
+    monkeypatch.setattr(ensemble, "find_ensemble", fails)
+    ensemble.ensemble_after_study(f"sqlite:///{study / 'study.db'}", "tiny", 3, said.append, study)
+    assert said == ["No ensemble was found: RuntimeError: out of memory"]

@@ -132,7 +132,7 @@ def ensemble_after_study(
     """Look for the ensemble of a study that has just ended, as `budget.ensemble` says.
 
     Nothing is done where trials are missing, as after a time limit, or where they are those of the
-    last time. What cannot be found is said, and costs nothing else.
+    last time. The study is finished: whatever goes wrong here is said, and costs nothing else.
 
     Args:
         storage: Of the study.
@@ -160,8 +160,10 @@ def ensemble_after_study(
             say=say,
         )  # fmt: skip
         say(facts["sentence"])
-    except (HydraLVError, OSError) as error:
-        say(f"No ensemble was looked for: {error}")
+    except Exception as error:
+        known = isinstance(error, HydraLVError)
+        reason = str(error) if known else f"{type(error).__name__}: {' '.join(str(error).split())}"
+        say(f"No ensemble was found: {reason}")
 
 
 def kept_facts(folder: Path | None) -> dict[str, Any] | None:
