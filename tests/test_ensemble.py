@@ -318,6 +318,24 @@ def test_it_is_looked_for_once_after_a_study_and_not_where_the_space_says_so(
     assert "No ensemble was found: " in said[-1]
 
 
+@pytest.mark.parametrize("content", ["[]", "{}", "{", '{"kept": "ensemble", "members": []}'])
+def test_facts_that_are_none_are_refused_noted_and_made_anew(
+    study: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], content: str
+) -> None:
+    (study / "ensemble.json").write_text(content)
+    assert exit_code(["export", str(study), "--ensemble", "--out", str(tmp_path / "b.yaml")]) == 2
+    said = capsys.readouterr().err
+    assert str(study / "ensemble.json") in said
+    assert "again" in said
+    storage = f"sqlite:///{study / 'study.db'}"
+    page = write_report(storage, "tiny", tmp_path / "r", folder=study)
+    assert "The ensemble is not shown: " in page.with_name("report.md").read_text()
+    told: list[str] = []
+    ensemble.ensemble_after_study(storage, "tiny", 3, told.append, study)
+    facts = json.loads((study / "ensemble.json").read_text())
+    assert facts["sentence"] == told[-1]
+
+
 def test_no_fault_of_the_search_for_an_ensemble_costs_the_result_of_a_run(
     study: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -7,11 +7,15 @@ taken wherever an exported trial is.
 
 from __future__ import annotations
 
+import shlex
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+from pydantic import BaseModel, Field, ValidationError
 
 from hydralv_tune.artifacts.records import (
     FORMAT,
@@ -152,7 +156,7 @@ def ensemble_after_study(
             study.close()
         if not (budget.members and has_ended) or out is None or len(complete) < 2:
             return
-        kept = kept_facts(out)
+        kept = _facts_before(out)
         if kept is not None and kept["considered"] == complete:
             return
         facts = find_ensemble(
@@ -166,13 +170,59 @@ def ensemble_after_study(
         say(f"No ensemble was found: {reason}")
 
 
+class _Single(BaseModel):
+    """The best trial alone in the facts of an ensemble."""
+
+    trial: int
+
+
+class _Member(_Single):
+    """A trial of an ensemble in its facts."""
+
+    networks: int
+
+
+class _Facts(BaseModel):
+    """The facts of an ensemble, as far as they are read again."""
+
+    kept: Literal["ensemble", "single"]
+    sentence: str
+    members: list[_Member] = Field(min_length=1)
+    single: _Single
+    considered: list[int]
+    cells: int
+    adapted_rand_error: float | None = None
+    adapted_rand_error_foreground: float | None = None
+    f1_iou50: float | None = None
+
+
 def kept_facts(folder: Path | None) -> dict[str, Any] | None:
-    """Return what was found of the ensemble of a study, or None where none was looked for."""
+    """Return what was found of the ensemble of a study, or None where none was looked for.
+
+    Raises:
+        InputError: The file is damaged, or not one that `ensemble` wrote.
+    """
     path = None if folder is None else folder / FACTS
     if path is None or not path.is_file():
         return None
     facts: dict[str, Any] = read_json(path)
+    try:
+        _Facts.model_validate(facts if isinstance(facts, dict) else {})
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = "".join(f"{part}: " for part in first["loc"])
+        raise InputError(
+            f"{path}: is not what `ensemble` writes ({place}{first['msg']}). Make it again: "
+            f"{shlex.join(['hydralv-tune', 'ensemble', str(folder)])}"
+        ) from error
     return facts
+
+
+def _facts_before(folder: Path) -> dict[str, Any] | None:
+    """Return what was found before; None also where that cannot be read, and is made anew."""
+    with suppress(InputError):
+        return kept_facts(folder)
+    return None
 
 
 def export_ensemble(

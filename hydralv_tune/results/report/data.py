@@ -195,6 +195,11 @@ def report_data(best: BestTrial, out: Path) -> ReportData:
         trained_on = figures_where_trained(best)
     except (InputError, OSError, ValueError) as error:
         notes.append(f"The figures on what was trained on are not shown: {error}")
+    ensemble: Mapping[str, Any] | None = None
+    try:
+        ensemble = kept_facts(study.out)
+    except InputError as error:
+        notes.append(f"The ensemble is not shown: {error}")
     objective = study.space.objective
     baseline = _baseline(best, searched)
     compared = None if baseline is None or baseline.number == best.view.number else baseline
@@ -226,7 +231,7 @@ def report_data(best: BestTrial, out: Path) -> ReportData:
         sizes_found=_sizes(judgement, found=True),
         sizes_lost=_sizes(judgement, found=False),
         pictures=_pictures(best, compared),
-        ensemble=kept_facts(study.out),
+        ensemble=ensemble,
         going_on=outlook(study.space, trials),
         confirmed=confirmed(study.space, trials),
         confirmations=confirmations(trials),
