@@ -279,14 +279,55 @@ def test_what_needs_one_network_refuses_an_ensemble(
         assert "keeps what is its own" in capsys.readouterr().err
     assert exit_code(["export", str(study), "--ensemble", "--format", "torchscript", *out]) == 2
     assert "holds one network" in capsys.readouterr().err
-    assert exit_code(["export", str(study), "--ensemble", "--trial", "1", *out]) == 2
-    assert "name two things" in capsys.readouterr().err
+    for words, said in (
+        (["--trial", "1"], "name two things"),
+        (["--format", "nonsense"], "Unknown format 'nonsense'. Known: bioimageio, hydralv"),
+        (["--write-normalised"], "takes one network"),
+        (["--scikit-image-before-026"], "takes one network"),
+        (["--table", str(tmp_path / "t.txt")], "neither .csv nor .parquet"),
+        (["--table", str(study / "trials" / "t.csv")], "keeps what is its own"),
+    ):
+        assert exit_code(["export", str(study), "--ensemble", *words, *out]) == 2
+        assert said in capsys.readouterr().err
+    (study / "ensemble.ckpt").rename(study / "away.ckpt")
+    assert exit_code(["export", str(study), "--ensemble", *out]) == 2
+    assert f"Make it again with `hydralv-tune ensemble {study}`" in capsys.readouterr().err
+    (study / "away.ckpt").rename(study / "ensemble.ckpt")
     from hydralv_tune.config.errors import CheckpointError
     from hydralv_tune.trial.scoring.prediction import load_network
 
     with pytest.raises(CheckpointError, match="an ensemble of 2 networks"):
         load_network(study / "ensemble.ckpt")
-    assert not (tmp_path / "b.yaml").exists()
+    assert not list(tmp_path.glob("b.*"))
+    assert not list(tmp_path.glob("t.*"))
+
+
+def test_an_ensemble_that_is_exported_leaves_no_other_weights_and_says_how_old_it_is(
+    study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    always(monkeypatch)
+    storage = f"sqlite:///{study / 'study.db'}"
+    facts = find_ensemble(storage, "tiny", study, members=2)
+    out = ["--out", str(tmp_path / "b.yaml")]
+    assert exit_code(["export", str(study), *out]) == 0
+    assert (tmp_path / "b.safetensors").is_file()
+    words = ["export", str(study), "--ensemble", "--table", str(tmp_path / "t.csv"), *out, "--json"]
+    capsys.readouterr()
+    assert exit_code(words) == 0
+    document = json.loads(capsys.readouterr().out)
+    (warning,) = document["warnings"]
+    assert "b.safetensors held the weights of an earlier export" in warning
+    assert not (tmp_path / "b.safetensors").exists()
+    assert Path(document["table"]).is_file()
+    assert "ensemble.ckpt" not in (tmp_path / "b.yaml").read_text()
+
+    older = {**facts, "considered": facts["considered"][:2]}
+    (study / "ensemble.json").write_text(json.dumps(older))
+    assert exit_code(words) == 0
+    (warning,) = json.loads(capsys.readouterr().out)["warnings"]
+    assert "looked for among 2 complete trials; the study has 3 now" in warning
+    page = write_report(storage, "tiny", tmp_path / "r", folder=study)
+    assert f"{facts['sentence']} {warning}" in page.with_name("report.md").read_text()
 
 
 def test_a_study_of_one_trial_has_no_ensemble(

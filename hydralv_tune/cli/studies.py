@@ -29,7 +29,7 @@ from hydralv_tune.cli.options import (
     text_option,
     volumes_given,
 )
-from hydralv_tune.config.errors import InputError
+from hydralv_tune.config.errors import InputError, unknown_name
 from hydralv_tune.config.paths import expanded, expanded_path, expanded_url, find_file
 
 if TYPE_CHECKING:
@@ -436,18 +436,19 @@ def export(
     if trial is not None and best_portable:
         raise InputError("export: --trial and --best-portable name two trials. Give one of them.")
     if ensemble:
-        _check_alone(format, trial=trial is not None, portable=best_portable, out=target)
+        _check_alone(
+            format, target, names_trial=trial is not None or best_portable,
+            is_for_peer=write_normalised or scikit_image_026 is not None,
+        )  # fmt: skip
     if storage is None:
         check_place(place)
-    from hydralv_tune.results.export.export import export_best, write_table
+    from hydralv_tune.results.export.export import export_best
 
     found = find_study(place, storage=storage, study=study)
     if ensemble:
         from hydralv_tune.results.ensemble import export_ensemble
 
-        document = export_ensemble(found.storage, found.name, target, found.folder)
-        if table is not None:
-            document["table"] = str(write_table(found.storage, found.name, table))
+        document = export_ensemble(found.storage, found.name, target, found.folder, table=table)
     else:
         document = export_best(
             found.storage,
@@ -476,13 +477,32 @@ def export(
         print(command)
 
 
-def _check_alone(format: str, *, trial: bool, portable: bool, out: Path) -> None:
-    """Refuse what does not go together with `export --ensemble`."""
-    if trial or portable:
+def _check_alone(format: str, out: Path, *, names_trial: bool, is_for_peer: bool) -> None:
+    """Refuse what does not go together with `export --ensemble`.
+
+    Args:
+        format: As it was given.
+        out: The exported file.
+        names_trial: Whether a trial is asked for too.
+        is_for_peer: Whether an option is given that is for PyTorch Connectomics alone.
+
+    Raises:
+        InputError: Any of it.
+    """
+    if names_trial:
         raise InputError(
             "export: --ensemble and --trial or --best-portable name two things. Give one of them."
         )
+    if is_for_peer:
+        raise InputError(
+            "export: --write-normalised and --scikit-image-026 are for PyTorch Connectomics, which "
+            "takes one network, but --ensemble is several. Leave them out."
+        )
     if format != "hydralv":
+        from hydralv_tune.results.export.export import FORMATS
+
+        if format not in FORMATS:
+            raise InputError(f"export --format: {unknown_name('format', format, FORMATS)}")
         raise InputError(
             f"export --format: {format} holds one network, but --ensemble is several. Leave "
             "--format out, or export the best trial."

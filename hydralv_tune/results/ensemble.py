@@ -29,14 +29,16 @@ from hydralv_tune.config.candidate import DecodingGrid
 from hydralv_tune.config.errors import HydraLVError, InputError, StudyError, as_input_error
 from hydralv_tune.config.files import decoding_step
 from hydralv_tune.data.volumes import Volume
-from hydralv_tune.numerics.formatting import figure, signed
+from hydralv_tune.numerics.formatting import counted, figure, signed
 from hydralv_tune.numerics.metrics.registry import METRICS, SUMMARY
 from hydralv_tune.results.best_trial import BestTrial, chosen_trial
 from hydralv_tune.results.export.certificate import write_certificate
 from hydralv_tune.results.export.export import (
     check_places,
+    check_table,
     exported_text,
     own_commands,
+    write_table,
     write_weights,
 )
 from hydralv_tune.results.scored_volumes import fold_checkpoints, predicted_parts, split_of
@@ -212,8 +214,8 @@ def kept_facts(folder: Path | None) -> dict[str, Any] | None:
         first = error.errors()[0]
         place = "".join(f"{part}: " for part in first["loc"])
         raise InputError(
-            f"{path}: is not what `ensemble` writes ({place}{first['msg']}). Make it again: "
-            f"{shlex.join(['hydralv-tune', 'ensemble', str(folder)])}"
+            f"{path}: is not what `ensemble` writes ({place}{first['msg']}). Make it again with "
+            f"{_command(folder)}."
         ) from error
     return facts
 
@@ -225,51 +227,84 @@ def _facts_before(folder: Path) -> dict[str, Any] | None:
     return None
 
 
+def outdated(study: Study, facts: Mapping[str, Any]) -> str | None:
+    """Return that an ensemble was looked for among other trials than there are now, or None.
+
+    Args:
+        study: Open.
+        facts: Of the ensemble.
+    """
+    before, now = facts["considered"], _complete(study)
+    if set(before) == set(now):
+        return None
+    return (
+        f"The ensemble was looked for among {counted(len(before), 'complete trial')}; the study "
+        f"has {len(now)} now. Look again with {_command(study.out)}."
+    )
+
+
+def _command(folder: Path | None) -> str:
+    """Return the command that looks for the ensemble of a study."""
+    return f"`{shlex.join(['hydralv-tune', 'ensemble', str(folder or 'FOLDER')])}`"
+
+
 def export_ensemble(
-    storage: str, name: str, out: Path, folder: Path | None = None
+    storage: str, name: str, out: Path, folder: Path | None = None, *, table: Path | None = None
 ) -> dict[str, Any]:
     """Write the ensemble of a study, networks and thresholds, and return where and how to use it.
 
     Args:
         storage: Of the study.
         name: Of the study.
-        out: The YAML file; the checkpoint goes beside it under the same stem.
+        out: The YAML file; the checkpoint goes beside it under the same stem. A .safetensors file
+            there, of an earlier export of one network, is removed.
         folder: Where the study is now; where the database says so by default.
+        table: Also write all trials here, as CSV or Parquet by its suffix.
 
     Raises:
         StudyError: No such storage or study.
-        InputError: None was looked for, the best trial alone was kept, or a file of the study
-            would be replaced.
+        InputError: None was looked for, the best trial alone was kept, a suffix is unknown, or a
+            file of the study is gone or would be replaced. Nothing is written then.
     """
+    if table is not None:
+        check_table(table)
     study = open_readonly(storage, name, folder)
     try:
-        check_places(study, out, None)
+        check_places(study, out, table)
         facts = kept_facts(study.out)
         if facts is None or study.out is None:
             raise InputError(
                 f"export --ensemble: study '{name}' has none yet. Look for it with "
-                f"`hydralv-tune ensemble {study.out or 'FOLDER'}`."
+                f"{_command(study.out)}."
             )
         if facts["kept"] != "ensemble":
             raise InputError(
                 f"export --ensemble: {facts['sentence']} Export that trial, without --ensemble."
             )
+        for path in (study.out / WEIGHTS, study.out / THRESHOLDS):
+            if not path.is_file():
+                raise InputError(
+                    f"export --ensemble: {path} is gone. Make it again with {_command(study.out)}."
+                )
         best = chosen_trial(study, int(facts["members"][0]["trial"]))
-        checkpoint = out.with_suffix(".ckpt")
-        out.parent.mkdir(parents=True, exist_ok=True)
+        guard, f1 = study.space.objective.guard.f1_iou50, facts.get("f1_iou50")
+        told = outdated(study, facts)
+        warnings = [] if told is None else [told]
+        if f1 is None or f1 < guard:
+            warnings.append(
+                f"The ensemble does not meet the guard of F1 ≥ {guard:g} (F1 {figure(f1)})."
+            )
+        checkpoint, other = out.with_suffix(".ckpt"), out.with_suffix(".safetensors")
         write_atomically(checkpoint, (study.out / WEIGHTS).read_bytes())
+        if other.is_file():
+            other.unlink()
+            warnings.append(f"{other} held the weights of an earlier export and was removed.")
         write_atomically(out, (study.out / THRESHOLDS).read_bytes())
         commands = own_commands(best, out, checkpoint)
         certificate = write_certificate(best, out, facts)
-        guard, f1 = study.space.objective.guard.f1_iou50, facts.get("f1_iou50")
     finally:
         study.close()
-    warnings = []
-    if f1 is None or f1 < guard:
-        warnings.append(
-            f"the ensemble does not meet the guard of F1 ≥ {guard:g} (F1 {figure(f1)})."
-        )
-    return {
+    document: dict[str, Any] = {
         "out": str(out),
         "checkpoint": str(checkpoint),
         "certificate": str(certificate),
@@ -277,6 +312,9 @@ def export_ensemble(
         "commands": [line for line in commands if not line.startswith("hydralv-tune train")],
         "warnings": warnings,
     }
+    if table is not None:
+        document["table"] = str(write_table(storage, name, table))
+    return document
 
 
 def _complete(study: Study) -> list[int]:
@@ -420,7 +458,8 @@ def _write(
         first = found[max(shares_of(chosen.picks).items(), key=lambda pair: pair[1])[0]].trial
         step = decoding_step(facts["decoding"]["name"], facts["decoding"]["kwargs"])
         lines = [
-            f"The ensemble of study '{study.name}': {len(members)} networks, in {WEIGHTS}.",
+            f"The ensemble of study '{study.name}': {len(members)} networks, in the checkpoint of "
+            "the same name beside this file.",
             facts["sentence"],
             f"What stands below but for the thresholds is trial {first.view.number}, its heaviest; "
             "`train` of this file trains that one alone.",

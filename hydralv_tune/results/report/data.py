@@ -25,7 +25,7 @@ from hydralv_tune.numerics.metrics.instance_errors import InstanceError, bootstr
 from hydralv_tune.numerics.metrics.registry import METRICS
 from hydralv_tune.numerics.watershed.decoders import arguments_of
 from hydralv_tune.results.best_trial import BestTrial
-from hydralv_tune.results.ensemble import kept_facts
+from hydralv_tune.results.ensemble import kept_facts, outdated
 from hydralv_tune.results.report.findings import (
     Change,
     Ranks,
@@ -198,6 +198,8 @@ def report_data(best: BestTrial, out: Path) -> ReportData:
     ensemble: Mapping[str, Any] | None = None
     try:
         ensemble = kept_facts(study.out)
+        if ensemble is not None and (told := outdated(study, ensemble)) is not None:
+            ensemble = {**ensemble, "sentence": f"{ensemble['sentence']} {told}"}
     except InputError as error:
         notes.append(f"The ensemble is not shown: {error}")
     objective = study.space.objective
