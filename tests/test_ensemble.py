@@ -338,7 +338,35 @@ def test_a_study_of_one_trial_has_no_ensemble(
     assert exit_code(["ensemble", str(study)]) == 2
     said = capsys.readouterr().err
     assert "needs two complete trials with checkpoints, and there is 1" in said
+    assert "the best. What is averaged with it needs its channels, its decoder" in said
     assert "trial 1:" in said
+
+
+def test_a_kept_ensemble_is_not_lost_to_a_look_that_saw_less(
+    study: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    storage = f"sqlite:///{study / 'study.db'}"
+    with monkeypatch.context() as patched:
+        always(patched)
+        find_ensemble(storage, "tiny", study, members=2)
+    kept = {name: (study / name).read_bytes() for name in ("ensemble.json", "ensemble.ckpt")}
+    facts = find_ensemble(storage, "tiny", study, members=1)
+    assert facts["sentence"].startswith("No average was looked for, since one member was asked")
+    assert "an earlier look at more found is kept" in facts["sentence"]
+    assert (facts["kept"], facts["out"]) == ("earlier", str(study / "ensemble.yaml"))
+    assert find_ensemble(storage, "tiny", study, members=2, limit_s=1e3)["kept"] == "earlier"
+    assert {name: (study / name).read_bytes() for name in kept} == kept
+    (study / "ensemble.json").unlink()
+    assert find_ensemble(storage, "tiny", study, members=1)["sentence"].endswith("alone is kept.")
+    assert not (study / "ensemble.ckpt").exists()
+
+
+def test_a_device_that_is_none_is_refused_before_a_volume_is_read(
+    study: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (study / "im.h5").unlink()
+    assert exit_code(["ensemble", str(study), "--device", "foo"]) == 2
+    assert "device is 'foo'" in capsys.readouterr().err
 
 
 def test_it_is_looked_for_once_after_a_study_and_not_where_the_space_says_so(
@@ -347,6 +375,7 @@ def test_it_is_looked_for_once_after_a_study_and_not_where_the_space_says_so(
     storage, said = f"sqlite:///{study / 'study.db'}", []
     ensemble.ensemble_after_study(storage, "tiny", 5, said.append, study)
     assert not (study / "ensemble.json").exists(), "it aims at more trials"
+    assert f"`hydralv-tune ensemble {study}` looks among those that are complete" in said[-1]
     ensemble.ensemble_after_study(storage, "tiny", 3, said.append, study)
     assert (study / "ensemble.json").is_file(), said
     before = len(said)

@@ -7,6 +7,7 @@ taken wherever an exported trial is.
 
 from __future__ import annotations
 
+import math
 import shlex
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -53,6 +54,7 @@ from hydralv_tune.trial.scoring.ensemble import (
     selection_of,
     shares_of,
 )
+from hydralv_tune.trial.scoring.prediction import pick_device
 from hydralv_tune.trial.splits import SplitPlan, describe
 
 FACTS, WEIGHTS, THRESHOLDS = "ensemble.json", "ensemble.ckpt", "ensemble.yaml"
@@ -87,6 +89,9 @@ def find_ensemble(
 ) -> dict[str, Any]:  # fmt: skip
     """Look for the best average of a study's networks, keep it where it gains, and return facts.
 
+    An ensemble that an earlier look found stays where that one saw more: more trials or members,
+    or the same trials with more time.
+
     Args:
         storage: Of the study.
         name: Of the study.
@@ -98,13 +103,16 @@ def find_ensemble(
         say: Told what is being done.
 
     Returns:
-        The keys of the command `ensemble`, as plain JSON types; they are in the study's folder too.
+        The keys of the command `ensemble`, as plain JSON types. They are in the study's folder too,
+        unless `kept` is `earlier`, not `ensemble` or `single`: then those of that look are.
 
     Raises:
         StudyError: No such storage or study, or fewer than two trials can be compared.
-        InputError: A volume has changed, or what was scored holds a single instance.
+        InputError: There is no such device, a volume has changed, or what was scored holds a single
+            instance.
     """
     began = time.perf_counter()
+    pick_device(device)
     study = open_readonly(storage, name, folder)
     try:
         if study.out is None:
@@ -124,7 +132,8 @@ def find_ensemble(
         say(f"Averages of {len(found)} trials are swept.")
         with as_input_error(f"Study '{name}'"):
             chosen = cross_fitted(selection, members)
-        facts = _facts(study, found, chosen, left_out)
+        look = {"trials": len(found), "members": members, "timeout_s": limit_s}
+        facts = _facts(study, found, chosen, left_out, look)
         facts["seconds"] = round(time.perf_counter() - began, 3)
         _write(study, found, chosen, facts)
         return facts
@@ -137,8 +146,9 @@ def ensemble_after_study(
 ) -> None:
     """Look for the ensemble of a study that has just ended, as `budget.ensemble` says.
 
-    Nothing is done where trials are missing, as after a time limit, or where they are those of the
-    last time. The study is finished: whatever goes wrong here is said, and costs nothing else.
+    Nothing is done where trials are missing, as after a time limit, which is said, or where they
+    are those of the last time. The study is finished: whatever goes wrong here is said, and costs
+    nothing else.
 
     Args:
         storage: Of the study.
@@ -156,7 +166,13 @@ def ensemble_after_study(
             has_ended = search_is_over(study.space, views, trials)
         finally:
             study.close()
-        if not (budget.members and has_ended) or out is None or len(complete) < 2:
+        if not budget.members or out is None or len(complete) < 2:
+            return
+        if not has_ended:
+            say(
+                "No ensemble was looked for, since trials are missing: "
+                f"{_command(out)} looks among those that are complete."
+            )
             return
         kept = _facts_before(out)
         if kept is not None and kept["considered"] == complete:
@@ -184,6 +200,14 @@ class _Member(_Single):
     networks: int
 
 
+class _Look(BaseModel):
+    """What was looked at in the facts of an ensemble: trials, members at most, time."""
+
+    trials: int
+    members: int
+    timeout_s: float | None
+
+
 class _Facts(BaseModel):
     """The facts of an ensemble, as far as they are read again."""
 
@@ -192,6 +216,7 @@ class _Facts(BaseModel):
     members: list[_Member] = Field(min_length=1)
     single: _Single
     considered: list[int]
+    looked_at: _Look | None = None
     cells: int
     adapted_rand_error: float | None = None
     adapted_rand_error_foreground: float | None = None
@@ -363,19 +388,28 @@ def _candidates(
         volumes = volumes or parts
     if len(found) < 2:
         because = f" Left out: {'; '.join(left_out)}." if left_out else ""
+        there = "there are 0."
+        if found:
+            there = (
+                f"there is 1: trial {found[0].trial.view.number}, the best. What is averaged with "
+                "it needs its channels, its decoder and its scored parts."
+            )
         raise StudyError(
             f"Study '{study.name}': an ensemble needs two complete trials with checkpoints, and "
-            f"there {'is' if len(found) == 1 else 'are'} {len(found)}.{because}"
+            f"{there}{because}"
         )
     return found, volumes, left_out
 
 
 def _facts(
-    study: Study, found: Sequence[_Candidate], chosen: CrossFitted, left_out: Sequence[str]
-) -> dict[str, Any]:
+    study: Study, found: Sequence[_Candidate], chosen: CrossFitted, left_out: Sequence[str],
+    look: Mapping[str, Any],
+) -> dict[str, Any]:  # fmt: skip
     """Return what the command says, as plain JSON types."""
     objective = study.space.objective
     kept = "ensemble" if chosen.is_better else "single"
+    if _saw_more(study, look):
+        kept = "earlier"
     single = found[chosen.single[0]]
 
     def trials(picks: Picks) -> dict[str, float]:
@@ -409,9 +443,32 @@ def _facts(
         "cells": chosen.cells,
         "decoding": {"name": single.trial.step.name, "kwargs": chosen.point.arguments},
         "considered": _complete(study),
+        "looked_at": dict(look),
         "left_out": list(left_out),
     }
     return {**facts, "sentence": _sentence(facts)}
+
+
+def _saw_more(study: Study, look: Mapping[str, Any]) -> bool:
+    """Return whether an earlier look, of which an ensemble is kept, saw more than one now.
+
+    Args:
+        study: Open.
+        look: How many `trials` were looked at, `members` at most, and the limit `timeout_s`.
+    """
+    assert study.out is not None, "checked before"
+    facts = _facts_before(study.out)
+    earlier = None if facts is None else facts.get("looked_at")
+    if facts is None or earlier is None or facts["kept"] != "ensemble":
+        return False
+    if not all((study.out / name).is_file() for name in (WEIGHTS, THRESHOLDS)):
+        return False
+    limits = [math.inf if one["timeout_s"] is None else one["timeout_s"] for one in (earlier, look)]
+    return (
+        earlier["members"] > look["members"]
+        or earlier["trials"] > look["trials"]
+        or (limits[0] > limits[1] and set(facts["considered"]) == set(_complete(study)))
+    )
 
 
 def _summary(metrics: Mapping[str, Any]) -> dict[str, Any]:
@@ -421,9 +478,16 @@ def _summary(metrics: Mapping[str, Any]) -> dict[str, Any]:
 
 def _sentence(facts: Mapping[str, Any]) -> str:
     """Return what was found, as a reader needs it."""
-    single = facts["single"]["trial"]
+    verdict = f"trial {facts['single']['trial']} alone is kept"
+    if facts["kept"] == "earlier":
+        verdict = (
+            f"the ensemble that an earlier look at more found is kept (delete {FACTS} and look "
+            "again to replace it)"
+        )
+    if facts["looked_at"]["members"] == 1:
+        return f"No average was looked for, since one member was asked for: {verdict}."
     if len(facts["members"]) == 1:
-        return f"No average of trials is better than trial {single} alone, which is kept."
+        return f"No average of trials is better than the best of them alone: {verdict}."
     names = ", ".join(f"{one['trial']} ({one['share']:.2g})" for one in facts["members"])
     low, high = facts["gain_interval"]
     what = METRICS[facts["objective"]].cost_label
@@ -436,16 +500,21 @@ def _sentence(facts: Mapping[str, Any]) -> str:
     if facts["kept"] == "ensemble":
         times = f"{facts['prediction_cost']:.1f} times"
         return f"{change}. It is kept; prediction takes {times} as long."
-    verdict = "It is worse" if high < 0 else "That is within the noise"
-    return f"{change}. {verdict}: trial {single} alone is kept."
+    found = (
+        "It is worse" if high < 0 else "That is within the noise" if low <= 0 else "It is better"
+    )
+    return f"{change}. {found}: {verdict}."
 
 
 def _write(
     study: Study, found: Sequence[_Candidate], chosen: CrossFitted, facts: dict[str, Any]
 ) -> None:
-    """Write the facts, and networks and thresholds where the ensemble is kept."""
+    """Write the facts, and networks and thresholds where the ensemble is kept; none beside more."""
     assert study.out is not None, "checked before"
     weights, thresholds = study.out / WEIGHTS, study.out / THRESHOLDS
+    if facts["kept"] == "earlier":
+        facts |= {"out": str(thresholds), "checkpoint": str(weights)}
+        return
     if facts["kept"] == "ensemble":
         members = []
         for one, share in shares_of(chosen.picks).items():
