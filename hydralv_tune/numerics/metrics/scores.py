@@ -479,7 +479,9 @@ class Score:
             voxel_size_nm: (z, y, x); where it is given, size classes are told in nm³ too.
         """
         counts = {name: getattr(self, name) for name in COUNTS}
-        plain = {k: list(v) if isinstance(v, tuple) else v for k, v in counts.items()}
+        plain: dict[str, Any] = {
+            k: list(v) if isinstance(v, tuple) else v for k, v in counts.items()
+        }
         if voxel_size_nm is not None:
             volume = float(np.prod(voxel_size_nm))
             for own in plain["by_size"].values():
