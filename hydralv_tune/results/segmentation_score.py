@@ -13,6 +13,7 @@ import numpy as np
 from hydralv_tune.artifacts.neuroglancer import write_view
 from hydralv_tune.config.errors import InputError, as_input_error
 from hydralv_tune.data.formats.files import open_lazy, open_mask
+from hydralv_tune.data.volumes import agreed_placement
 from hydralv_tune.numerics.metrics.contingency import (
     ContingencyTable,
     of_one_volume,
@@ -74,7 +75,8 @@ def assess(
         shown["truth"] = label
         table = _compared(segmentation, label, masks, ignore)
         with as_input_error(label):
-            figures = score(table).as_dict()
+            size, _ = agreed_placement(str(segmentation), label, *masks)
+            figures = score(table).as_dict(size)
         rows = _judged(rows, table)
     state = None
     if view is not None:
