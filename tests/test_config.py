@@ -32,6 +32,7 @@ from hydralv_tune.config.yaml_io import dump_yaml, parse_yaml
 from hydralv_tune.numerics.augmentation.registry import resolve_preset
 from hydralv_tune.numerics.networks.registry import build_network, network_arguments
 from hydralv_tune.numerics.networks.weights import parameter_count
+from hydralv_tune.numerics.watershed.decoders import DECODERS, Decoder, read_arguments
 from hydralv_tune.trial.training.optimization import step_plan
 
 REPOSITORY = Path(__file__).parents[1]
@@ -474,6 +475,21 @@ def test_steps_are_told_as_the_trainer_makes_them() -> None:
         told = explain(candidate)[0]
         assert f"{plan.steps_per_epoch:,} optimizer steps an epoch" in told
         assert f"{plan.steps:,} steps and {plan.steps * plan.effective_batch:,} patches" in told
+
+
+def test_a_grid_of_more_combinations_than_a_sweep_takes_is_refused() -> None:
+    sizes = [*range(1001)]
+    grid = {"min_seed_size": sizes, "min_instance_size": sizes}
+    with pytest.raises(ConfigError, match="1,002,001 combinations, but 1,000,000 is the most"):
+        load_candidate("baseline", {"test": {"decoding_grid": {"grid": grid}}})
+
+
+def test_a_threshold_that_is_no_pair_is_explained_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    def decode(maps: Any, mask: Any = None, *, lone_threshold: float = 0.5) -> Any:
+        raise AssertionError
+
+    monkeypatch.setitem(DECODERS, "lone", Decoder(decode, read_arguments(decode)))
+    assert explained("test: {decoding: [{name: lone, kwargs: {lone_threshold: 0.3}}]}")
 
 
 def test_what_the_plan_calls_320_patches_are_20_steps() -> None:

@@ -15,6 +15,7 @@ import pytest
 from hydralv_tune.api.volumes import predict
 from hydralv_tune.artifacts.records import plain
 from hydralv_tune.cli.main import exit_code
+from hydralv_tune.config.errors import StudyError
 from hydralv_tune.config.search_space import Objective
 from hydralv_tune.data.volumes import Volume, read_array
 from hydralv_tune.results import ensemble
@@ -195,6 +196,25 @@ def test_the_command_says_what_the_contract_promises(
     assert sorted(facts["considered"]) == [0, 1, 2]
     assert facts == json.loads((study / "ensemble.json").read_text())
     assert (study / "ensemble.ckpt").exists() == (facts["kept"] == "ensemble")
+
+
+def test_networks_that_are_decoded_otherwise_than_the_best_are_not_averaged_with_it(
+    study: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    facts = find_ensemble(f"sqlite:///{study / 'study.db'}", "tiny")
+    best = facts["considered"][0]
+    chosen = ensemble.chosen_trial
+
+    def otherwise(opened: Any, number: int) -> Any:
+        trial = chosen(opened, number)
+        if number == best:
+            return trial
+        other = trial.step.model_copy(update={"name": "decode_distance_watershed"})
+        return replace(trial, step=other)
+
+    monkeypatch.setattr(ensemble, "chosen_trial", otherwise)
+    with pytest.raises(StudyError, match="decoded otherwise than the best"):
+        find_ensemble(f"sqlite:///{study / 'study.db'}", "tiny")
 
 
 def test_an_ensemble_is_predicted_segmented_exported_and_reported_as_one_thing(

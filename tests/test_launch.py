@@ -16,6 +16,7 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import h5py
@@ -46,12 +47,13 @@ from hydralv_tune.launch.coordinator import (
 )
 from hydralv_tune.launch.live_trial import LEAST_START_S
 from hydralv_tune.launch.ray_private import PRIVATE_NAMES
-from hydralv_tune.launch.run import open_volumes
+from hydralv_tune.launch.run import _specification, open_volumes
 from hydralv_tune.launch.trial_folder import FolderClaim, folder_owner
 from hydralv_tune.launch.worker import failure, run_worker
 from hydralv_tune.numerics.phantom.volume import make_phantom
 from hydralv_tune.study.driver import Driver
 from hydralv_tune.study.study import Study, open_readonly
+from hydralv_tune.study.trial_views import Asked
 from hydralv_tune.trial.training.lazy_reader import is_lazy
 
 FIGURES = {"adapted_rand_error": 0.2, "adapted_rand_error_foreground": 0.3, "f1_iou50": 0.8}
@@ -737,3 +739,22 @@ def test_ray_still_has_the_private_name(owner: Any, name: str) -> None:
     set_when_made = getattr(getattr(owner, "__init__", None), "__code__", None)
     there = hasattr(owner, name) or (set_when_made and name in set_when_made.co_names)
     assert there, f"this release of Ray has moved {owner.__name__}.{name}: mend launch/ray_private"
+
+
+def test_a_trial_sweeps_the_grid_of_its_candidate_and_else_that_of_its_study(
+    tmp_path: Path,
+) -> None:
+    own = {"decoder": "decode_distance_watershed", "grid": {"min_seed_size": [3, 9]}}
+    space = space_from_mapping(
+        {
+            "base": "smoke",
+            "recipes": {"own": {"test": {"decoding_grid": own}}, "plain": {}},
+            "warm_starts": ["own", "plain"],
+        }
+    )
+    make = _specification(space, [], tmp_path, "s", SimpleNamespace(gpus=0.0, cpus=1))  # type: ignore[arg-type]
+    for number, name in enumerate(space.warm_starts):
+        spec = make(Asked(number, number, 1, None, space.warm_start(name).params, name))
+        assert spec["grid"] == spec["candidate"]["test"]["decoding_grid"]
+        swept = own["decoder"] if name == "own" else space.decoding.decoder
+        assert spec["grid"]["decoder"] == swept

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from hydralv_tune.config.candidate import DecodingGrid, DecodingStep
+from hydralv_tune.config.errors import ConfigError
 from hydralv_tune.config.validation import known_step, refuse
 from hydralv_tune.numerics.watershed.decoders import DECODERS, Argument
 
@@ -54,9 +55,10 @@ def check_grid(grid: DecodingGrid, place: str, path: str) -> None:
         _check_values(decoder.arguments[axis.partition(".")[0]], axis, entries, place, here)
     count = math.prod(len(set(entries)) for entries in grid.entries.values())
     if count > decoder.most_combinations:
-        refuse(place, f"{path}grid", f"a grid of {count:,} combinations",
-               f"{decoder.most_combinations:,} is the most of {grid.decoder}",
-               "Shorten its axes and let `refine` look closer.")  # fmt: skip
+        raise ConfigError(
+            f"{place}: {path}grid has {count:,} combinations, but {decoder.most_combinations:,} is "
+            f"the most for {grid.decoder}. Shorten its axes and let `refine` look closer."
+        )
 
 
 def _check_values(
