@@ -157,13 +157,24 @@ def test_without_an_instance_there_is_nothing_to_go_by() -> None:
         propose(empty, CPU)
 
 
+def written(folder: Path, volume: Volume) -> list[str]:
+    """Write image and label of a volume, and return the options that name them."""
+    words = []
+    for option, name, array in (
+        ("--image", "im", volume.image),
+        ("--label", "label", volume.label),
+    ):
+        assert array is not None
+        write_array(folder / f"{name}.h5", array)
+        words += [option, str(folder / f"{name}.h5")]
+    return words
+
+
 def test_inspect_writes_a_space_that_a_study_takes(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     volume = boxes((16, 128, 256), (8, 16, 20), 24)
-    write_array(tmp_path / "im.h5", volume.image)
-    write_array(tmp_path / "label.h5", volume.label)
-    files = ["--image", str(tmp_path / "im.h5"), "--label", str(tmp_path / "label.h5")]
+    files = written(tmp_path, volume)
     out = tmp_path / "mine.yaml"
     assert exit_code(["inspect", *files, "--propose", str(out), "--json"]) == 0
     proposal = json.loads(capsys.readouterr().out)["proposal"]
@@ -190,14 +201,13 @@ def test_no_file_but_a_proposal_is_replaced(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     volume = boxes((8, 32, 32), (4, 8, 8), 4)
-    write_array(tmp_path / "im.h5", volume.image)
-    write_array(tmp_path / "label.h5", volume.label)
+    files = written(tmp_path, volume)
     shipped = paths.PACKAGE.parent
     for folder in ("search_spaces", "trials"):
         shutil.copytree(shipped / folder, tmp_path / folder)
     monkeypatch.setattr(paths, "PACKAGE", tmp_path / "hydralv_tune")
     monkeypatch.chdir(tmp_path)
-    words = ["inspect", "--image", "im.h5", "--label", "label.h5", "--propose"]
+    words = ["inspect", *files, "--propose"]
     mine, base = tmp_path / "mine.yaml", tmp_path / "search_spaces" / "hydra_lv_small.yaml"
     mine.write_text("base: smoke\n")
     base.write_text("# Proposed over nothing.\n" + base.read_text())

@@ -45,8 +45,6 @@ if TYPE_CHECKING:
 
     from hydralv_tune.data.volumes import Volume
 
-PROPOSED = "# Proposed over"
-"""How the text of a proposal begins."""
 LARGEST_PHANTOM = 10**9
 """Voxels; a hundred times the plan's volume, and more than most memories hold."""
 
@@ -226,6 +224,8 @@ def _check_proposed(path: Path) -> None:
     Raises:
         InputError: There is such a file.
     """
+    from hydralv_tune.config.search_space_files import PROPOSED
+
     if path.exists() and not path.read_bytes().startswith(PROPOSED.encode()):
         raise InputError(
             f"--propose: {path} was not written by --propose, and would be lost. Name another file."

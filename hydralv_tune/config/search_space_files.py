@@ -19,6 +19,9 @@ from hydralv_tune.config.search_space_rules import check_space, extremes, with_c
 from hydralv_tune.config.validation import check_keys, shown, value_at
 from hydralv_tune.config.yaml_io import read_yaml_mapping
 
+PROPOSED = "# Proposed over"
+"""How a file begins that was proposed for a volume, before the name of the space it changes."""
+
 
 def load_space(name_or_path: str | Path, overrides: Mapping[str, Any] | None = None) -> SearchSpace:
     """Return the space of a file, or of a bare name in `search_spaces/`, every rule checked.

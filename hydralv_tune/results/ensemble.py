@@ -45,6 +45,7 @@ from hydralv_tune.results.export.export import (
 from hydralv_tune.results.scored_volumes import fold_checkpoints, predicted_parts, split_of
 from hydralv_tune.study.ending import search_is_over
 from hydralv_tune.study.study import Study, open_readonly
+from hydralv_tune.study.study_folder import ENSEMBLE_FILES
 from hydralv_tune.study.trial_views import rank
 from hydralv_tune.trial.scoring.ensemble import (
     LEVEL,
@@ -57,7 +58,7 @@ from hydralv_tune.trial.scoring.ensemble import (
 from hydralv_tune.trial.scoring.prediction import pick_device
 from hydralv_tune.trial.splits import SplitPlan, describe
 
-FACTS, WEIGHTS, THRESHOLDS = "ensemble.json", "ensemble.ckpt", "ensemble.yaml"
+FACTS, WEIGHTS, THRESHOLDS = ENSEMBLE_FILES
 MEMBERS = 3
 CANDIDATES = 8
 """The best trials are looked at, so many at most: each average is swept over the whole grid."""

@@ -22,7 +22,9 @@ SPACE_FILE = "space.yaml"
 """Name of the file that keeps what the study searches, for `recover`."""
 DATABASE = "study.db"
 """Name of the SQLite file of a study whose storage is not given."""
-OWN_FILES = (MARKER, SPACE_FILE, DATABASE, "ensemble.json", "ensemble.ckpt", "ensemble.yaml")
+ENSEMBLE_FILES = ("ensemble.json", "ensemble.ckpt", "ensemble.yaml")
+"""Names of what was found of a study's ensemble, of its networks, and of its thresholds."""
+OWN_FILES = (MARKER, SPACE_FILE, DATABASE, *ENSEMBLE_FILES)
 """What a study keeps in its folder beside its trials, and what is made of it may not replace."""
 
 

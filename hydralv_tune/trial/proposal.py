@@ -15,7 +15,7 @@ import torch
 from hydralv_tune.config.candidate import Candidate, Data, Split
 from hydralv_tune.config.errors import ConfigError, InputError, VolumeError
 from hydralv_tune.config.paths import find_file
-from hydralv_tune.config.search_space_files import load_space
+from hydralv_tune.config.search_space_files import PROPOSED, load_space
 from hydralv_tune.config.validation import merged
 from hydralv_tune.config.yaml_io import dump_yaml, read_yaml_mapping
 from hydralv_tune.data.volumes import Volume
@@ -79,8 +79,8 @@ class Proposal:
 
     def text(self) -> str:
         """Return the space as a YAML file that says why."""
-        head = "".join(f"# {line}\n" for line in (f"Proposed over {self.base}.", *self.reasons))
-        return head + dump_yaml(self.mapping)
+        reasons = "".join(f"# {line}\n" for line in self.reasons)
+        return f"{PROPOSED} {self.base}.\n{reasons}" + dump_yaml(self.mapping)
 
     def facts(self) -> dict[str, Any]:
         """Return the choices as plain JSON types."""

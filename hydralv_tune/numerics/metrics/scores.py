@@ -389,20 +389,32 @@ def match_instances(table: ContingencyTable, *, iou: float = 0.5) -> InstanceMat
     )
 
 
-def by_size(table: ContingencyTable) -> dict[str, dict[str, Any]]:
-    """Return what became of small, medium and large truths: thirds of them by their size.
+def _size_classes(table: ContingencyTable) -> dict[str, npt.NDArray[np.bool_]]:
+    """Return which truths are small, medium and large: thirds of them by their size.
 
     Truths of one size are never parted, so the thirds are as even as that allows.
     """
-    matching = match_instances(table)
     first, second = np.quantile(table.truth_sizes, [1 / 3, 2 / 3], method="inverted_cdf")
-    pairs = ious(table)
-    found = np.isin(np.arange(len(table.truth_ids)), table.pair_truth[pairs > 0.5])
+    sizes = table.truth_sizes
+    return {
+        "small": sizes <= first,
+        "medium": (sizes > first) & (sizes <= second),
+        "large": sizes > second,
+    }
+
+
+def _found_above_half(table: ContingencyTable) -> npt.NDArray[np.bool_]:
+    """Return which truths match a segment with an IoU above 0.5."""
+    pairs = table.pair_truth[ious(table) > 0.5]
+    return np.isin(np.arange(len(table.truth_ids)), pairs)
+
+
+def by_size(table: ContingencyTable) -> dict[str, dict[str, Any]]:
+    """Return what became of small, medium and large truths."""
+    matching, found = match_instances(table), _found_above_half(table)
     ids = {name: np.array(getattr(matching, name), np.uint64) for name in ("missed", "split")}
     classes = {}
-    for name, low, high in (("small", 0, first), ("medium", first, second),
-                            ("large", second, np.inf)):  # fmt: skip
-        own = (table.truth_sizes > low) & (table.truth_sizes <= high)
+    for name, own in _size_classes(table).items():
         sizes = table.truth_sizes[own]
         classes[name] = {
             "smallest_voxels": int(sizes.min()) if len(sizes) else None,
@@ -421,8 +433,8 @@ def recall_of_size(table: ContingencyTable, size: str) -> float:
         table: Of `contingency_table`.
         size: A key of `by_size`.
     """
-    own = by_size(table)[size]
-    return own["matched_iou50"] / own["instances_true"] if own["instances_true"] else 1.0
+    found = _found_above_half(table)[_size_classes(table)[size]]
+    return float(found.mean()) if len(found) else 1.0
 
 
 @dataclass(frozen=True)
